@@ -1,0 +1,58 @@
+# Everything runs in .venv, which is made on first use from constraints.txt. `make help` lists the targets.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# Tests: one worker a core (two is enough for them), and one thread a worker: more only wait for each other.
+WORKERS ?= 2
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DELETE_ON_ERROR:
+.PHONY: help install demo test lint format bench peers docs clean
+
+help:
+	@echo "make demo    train on scikit-learn's digits, write out/demo/report.html and results.json"
+	@echo "make test    all tests              make lint   ruff and mypy     make format  ruff format"
+	@echo "make bench   the benchmarks         make peers  packages that the benchmarks compare with"
+	@echo "make docs    the documentation      make clean  remove what these targets made"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing nullbayes into $(VENV) (first use, or the requirements changed)"
+	@$(PIP) -e '.[test]'
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/nullbayes demo
+
+test: $(STAMP)
+	@$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(STAMP)
+	@set -e; for file in benchmarks/[a-z]*.py; do \
+	    name=$$(basename $$file .py); echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name; done
+
+# laplace-torch and its relatives, without their requirements: those include torchvision.
+peers: $(STAMP)
+	@$(PIP) -e '.[bench]'
+	@$(PIP) --no-deps laplace-torch curvlinops-for-pytorch backpack-for-pytorch einconv unfoldnd asdfghjkl
+
+docs: $(STAMP)
+	@$(PIP) -e '.[docs]'
+	@$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf out site dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find nullbayes tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,288 @@
+"""What to preserve: the cotangents that turn a model's Jacobian into the rows of the constraint matrix.
+
+Row (n, c) of A is ``v_{c,n}ᵀ J_n`` with a cotangent ``v_{c,n}`` of the shape of one example's output. A
+new thing to preserve is one subclass of `Preserve` under `@register_preserve`:
+
+```python
+@register_preserve
+class FirstOutput(Preserve):
+    name = "first-output"
+
+    def num_rows(self, likelihood, output_shape):
+        return 1
+
+    def build(self, likelihood, outputs, targets):
+        values = torch.zeros_like(outputs).unsqueeze(0)
+        values[0, :, 0] = 1
+        return values
+
+    def describe(self):
+        return "the first output of each example"
+```
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from nullbayes.errors import InputError
+from nullbayes.likelihood.base import Likelihood, check_finite, to_float64
+
+Directions = int | Literal["auto"] | None
+
+AUTO_SHARE = 0.999  # share of each Hessian's trace that directions="auto" keeps
+
+# Elements of the float64 copy of the factors that `leading_directions` holds at a time (128 MB).
+_BLOCK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Cotangents:
+    """Cotangents of one batch: B examples, C rows each. All detached; read-only (may be expanded)."""
+
+    values: Tensor  # (C, B, *out): row (n, c) of A is values[c, n]ᵀ J_n
+    discarded: Tensor  # (B,) part of `trace` that `directions` left out; 0 where all is kept
+    trace: Tensor  # (B,) trace of H_n; for other modes the sum of squares of example n's cotangents
+
+
+class Preserve(ABC):
+    """What the posterior must leave as it is on the training data. Subclass it to add one.
+
+    Write `num_rows`, `build` and `describe`; this class checks what goes in and what comes out.
+    """
+
+    name: ClassVar[str]
+    takes_directions: ClassVar[bool] = False
+
+    @abstractmethod
+    def num_rows(self, likelihood: Likelihood, output_shape: tuple[int, ...]) -> int:
+        """C, the rows per example with all directions kept (output shape without the batch axis)."""
+
+    @abstractmethod
+    def build(self, likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Cotangents ``(C, B, *out)``, in the dtype and on the device of ``outputs`` ``(B, *out)``."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What is kept, as a phrase that ends "the posterior keeps ..."."""
+
+    def rows(self, likelihood: Likelihood, output_shape: tuple[int, ...], directions: Directions = None) -> int:
+        """Rows per example, C; for ``directions="auto"`` an upper bound.
+
+        Raises `InputError` for directions that make no sense, or not for this mode.
+        """
+        limit = self._check_directions(directions)
+        full = self.num_rows(likelihood, tuple(output_shape))
+        if not isinstance(limit, int):
+            return full
+        return min(limit, full, max(1, math.prod(output_shape)))
+
+    def cotangents(
+        self,
+        likelihood: Likelihood,
+        outputs: Tensor,
+        targets: Tensor,
+        directions: Directions = None,
+    ) -> Cotangents:
+        """The cotangents of one batch, with what ``directions`` left out.
+
+        Raises `InputError` as `rows` does, and `NonFiniteError` if a cotangent is NaN or infinite.
+        """
+        limit = self._check_directions(directions)
+        values = self.build(likelihood, outputs.detach(), targets.detach()).detach()
+        if values.shape[1:] != outputs.shape:
+            raise InputError(
+                f'preserve="{self.name}" built cotangents of shape {tuple(values.shape)} for outputs '
+                f"of shape {tuple(outputs.shape)}; expected (C, {', '.join(map(str, outputs.shape))})."
+            )
+        check_finite(
+            values.movedim(1, 0),
+            f'the cotangents of preserve="{self.name}"',
+            "Check the outputs and targets with `Likelihood.validate`, and your own likelihood's derivatives.",
+        )
+        if limit is not None:
+            return leading_directions(values, limit)
+        trace = _trace(values)
+        return Cotangents(values, torch.zeros_like(trace), trace)
+
+    def _check_directions(self, directions: Any) -> Directions:
+        limit = resolve_directions(directions)
+        if limit is not None and not self.takes_directions:
+            able = [f'"{name}"' for name, cls in _REGISTRY.items() if cls.takes_directions]
+            raise InputError(
+                f'directions={directions!r} with preserve="{self.name}": only '
+                f"preserve={' or '.join(able)} has directions to choose from. Leave `directions` out."
+            )
+        return limit
+
+
+# -- the registry --------------------------------------------------------------------------------
+
+_REGISTRY: dict[str, type[Preserve]] = {}
+_Class = TypeVar("_Class", bound=type[Preserve])
+
+
+def register_preserve(cls: _Class) -> _Class:
+    """Class decorator: make ``preserve=cls.name`` work. Raises `InputError` if the name is taken."""
+    holder = _REGISTRY.get(cls.name)
+    if holder is not None and holder.__qualname__ != cls.__qualname__:
+        raise InputError(
+            f"the name {cls.name!r} belongs to {holder.__qualname__}; give {cls.__qualname__} another `name`."
+        )
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def resolve_preserve(value: str | Preserve) -> Preserve:
+    """The strategy of that name, or the object itself. Raises `InputError` listing the names."""
+    if isinstance(value, Preserve):
+        return value
+    if isinstance(value, str) and value in _REGISTRY:
+        return _REGISTRY[value]()
+    raise InputError(
+        f"preserve is {value!r}, expected {', '.join(repr(name) for name in sorted(_REGISTRY))} or a Preserve "
+        f'object. When in doubt leave it at "predictions".'
+    )
+
+
+def resolve_directions(directions: Any) -> Directions:
+    """Check ``directions``: None (all), ``"auto"`` or a whole number >= 1. Raises `InputError`."""
+    if directions is None or directions == "auto":
+        return directions
+    if isinstance(directions, int) and not isinstance(directions, bool) and directions >= 1:
+        return directions
+    raise InputError(
+        f"directions is {directions!r}, expected None (keep all), 'auto' (keep {AUTO_SHARE:.1%} of "
+        f"each Hessian's trace) or a whole number >= 1 of directions per example."
+    )
+
+
+# -- what can be preserved -----------------------------------------------------------------------
+
+
+@register_preserve
+class Predictions(Preserve):
+    """Rows ``L_nᵀ J_n`` with ``H_n = L_n L_nᵀ``: the null space of the Gauss-Newton matrix."""
+
+    name = "predictions"
+    takes_directions = True
+
+    def num_rows(self, likelihood: Likelihood, output_shape: tuple[int, ...]) -> int:
+        return likelihood.hessian_rank(output_shape)
+
+    def build(self, likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
+        return likelihood.hessian_factor(outputs, targets)
+
+    def describe(self) -> str:
+        return "the training predictions"
+
+
+@register_preserve
+class Outputs(Preserve):
+    """Rows ``J_n``: the null space of the full Jacobian. Targets are not used."""
+
+    name = "outputs"
+
+    def num_rows(self, likelihood: Likelihood, output_shape: tuple[int, ...]) -> int:
+        return math.prod(output_shape)
+
+    def build(self, likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
+        width = math.prod(outputs.shape[1:])
+        identity = torch.eye(width, dtype=outputs.dtype, device=outputs.device)
+        # One identity for the whole batch, not B copies: 512 MB at B = 128 and a thousand outputs.
+        return identity.reshape(width, 1, *outputs.shape[1:]).expand(width, *outputs.shape)
+
+    def describe(self) -> str:
+        return "every raw output on the training data"
+
+
+@register_preserve
+class Loss(Preserve):
+    """Rows ``∇_f ℓ_nᵀ J_n``, one an example: each example's loss is kept to first order."""
+
+    name = "loss"
+
+    def num_rows(self, likelihood: Likelihood, output_shape: tuple[int, ...]) -> int:
+        return 1
+
+    def build(self, likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
+        return likelihood.loss_gradient(outputs, targets).unsqueeze(0)
+
+    def describe(self) -> str:
+        return "each training example's loss"
+
+
+# -- leading directions --------------------------------------------------------------------------
+
+
+def leading_directions(factor: Tensor, directions: int | Literal["auto"]) -> Cotangents:
+    """Keep the leading eigen-directions of each ``H_n = Σ_c l_c l_cᵀ``, scaled by √eigenvalue.
+
+    ``factor`` ``(C, B, *out)`` holds the l_c. An integer keeps that many per example; ``"auto"`` the
+    fewest that reach `AUTO_SHARE` of the example's trace, with zero rows up to the most that any
+    example of the batch needs (at least one row). The kept part is the best approximation of H_n at
+    that rank (Eckart & Young 1936), and below H_n in the positive semi-definite order.
+    """
+    count, batch, *shape = factor.shape
+    width = math.prod(shape)
+    flat = factor.reshape(count, batch, width)
+    keep = min(count, width) if directions == "auto" else min(directions, count, width)
+    step = max(1, _BLOCK // max(1, count * width))
+    kept, trace, discarded = [], [], []
+    for start in range(0, batch, step):
+        scaled, eigenvalues = _eigen(to_float64(flat[:, start : start + step]).transpose(0, 1), keep)
+        # The whole trace comes from the same decomposition, so that keeping all discards exactly 0.
+        total = eigenvalues.sum(-1, keepdim=True)
+        # What is left after r directions, summed from the small end: total - kept cancels.
+        tail = torch.cat([eigenvalues.flip(-1).cumsum(-1).flip(-1), torch.zeros_like(total)], dim=-1)
+        if directions == "auto":
+            number = (tail[:, :-1] > (1 - AUTO_SHARE) * total).sum(-1)  # (b,)
+            wanted = torch.arange(keep, device=scaled.device) < number.unsqueeze(-1)
+            longest = max(1, int(number.max()))
+            scaled = (scaled * wanted.unsqueeze(-1))[:, :longest]
+        else:
+            number = torch.full_like(total[:, 0], keep, dtype=torch.int64)
+        kept.append(scaled.to(factor))
+        trace.append(total[:, 0].to(factor))
+        discarded.append(tail.gather(-1, number.unsqueeze(-1))[:, 0].to(factor))
+    most = max((block.shape[1] for block in kept), default=1)
+    values = factor.new_zeros(batch, most, width)
+    for index, block in enumerate(kept):
+        values[index * step : index * step + block.shape[0], : block.shape[1]] = block
+    empty = factor.new_zeros(0)
+    return Cotangents(
+        values.transpose(0, 1).reshape(most, batch, *shape).contiguous(),
+        torch.cat([empty, *discarded]),
+        torch.cat([empty, *trace]),
+    )
+
+
+def _eigen(factor: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Leading eigenvectors of ``Σ_c l_c l_cᵀ`` times √eigenvalue, and all its eigenvalues.
+
+    ``factor`` ``(b, C, D)``, float64 -> ``(b, keep, D)`` and ``(b, min(C, D))``, both in descending
+    order. Works on the smaller of the C×C and D×D Gram matrices.
+    """
+    _, count, width = factor.shape
+    if count <= width:
+        gram = factor @ factor.mT
+        eigenvalues, vectors = torch.linalg.eigh(gram)
+        scaled = vectors.mT.flip(-2)[:, :keep] @ factor
+    else:
+        eigenvalues, vectors = torch.linalg.eigh(factor.mT @ factor)
+        eigenvalues = eigenvalues.clamp_min(0)
+        scaled = (vectors * eigenvalues.sqrt().unsqueeze(-2)).mT.flip(-2)[:, :keep]
+    return scaled, eigenvalues.clamp_min(0).flip(-1)
+
+
+def _trace(values: Tensor) -> Tensor:
+    """Sum of squares of each example's cotangents ``(C, B, *out)``: ``(B,)``."""
+    count, batch = values.shape[:2]
+    norms = torch.linalg.vector_norm(values.reshape(count, batch, -1), dim=(0, 2))
+    return norms.square()

@@ -1,0 +1,61 @@
+"""Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` under a temporary name beside ``path``, then rename: a reader, or Ctrl-C, never sees half of it."""
+    make_folder(path.parent)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        part.chmod(0o666 & ~_umask())  # mkstemp's files are for their owner alone
+        part.replace(path)
+    except BaseException:  # KeyboardInterrupt too
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write strict JSON: NaN and infinity, which JSON does not have, become null."""
+    write_text(path, json.dumps(plain(value), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """``value`` in types that JSON has."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if hasattr(value, "tolist"):  # tensors, arrays and their scalars
+        return plain(value.tolist())
+    return str(value)
+
+
+def make_folder(folder: Path) -> None:
+    """Make ``folder``; if that is impossible say so in a sentence."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The output folder {folder} cannot be made: {error.strerror or error}.") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,73 @@
+"""Data in, operator out: capture every batch of a loader in pieces that fit in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nullbayes.jacobian.capture import Block, CapturePlan, capture
+from nullbayes.jacobian.functional import FunctionalModel, Inputs, batch_size, take
+from nullbayes.jacobian.operator import BLOCK_ROWS, JacobianOperator
+
+# Bytes of temporaries that one capture may take.
+CAPTURE_BYTES = 2**29
+
+MakeCotangents = Callable[[Tensor], Any]
+
+
+def examples_per_capture(functional: FunctionalModel, plan: CapturePlan, cotangents: int) -> int:
+    """How many examples one backward pass may carry."""
+    per_example = plan.activations * (cotangents + 2)
+    per_example += cotangents * sum(functional.space.by_name[n].numel for n in plan.generic)
+    item = functional.dtype.itemsize
+    fits = CAPTURE_BYTES // max(1, 2 * item * per_example)
+    return max(1, min(fits, BLOCK_ROWS // max(1, cotangents)))
+
+
+def capture_batch(
+    functional: FunctionalModel,
+    plan: CapturePlan,
+    inputs: Inputs,
+    make: Callable[[Tensor, slice], Any],
+    cotangents: int,
+    scales: dict[str, float] | None = None,
+) -> tuple[list[Block], list[Any]]:
+    """Blocks of one batch, cut into pieces; ``make(outputs, piece)`` gives a piece's cotangents."""
+    size = batch_size(inputs)
+    step = examples_per_capture(functional, plan, cotangents)
+    blocks, made = [], []
+    for start in range(0, size, step):
+        piece = slice(start, min(start + step, size))
+        block, result = capture(
+            functional,
+            plan,
+            take(inputs, piece.start, piece.stop),
+            lambda outputs, piece=piece: make(outputs, piece),
+            scales,
+        )
+        blocks.append(block)
+        made.append(result)
+    return blocks, made
+
+
+def output_operator(
+    functional: FunctionalModel, plan: CapturePlan, inputs: Inputs
+) -> JacobianOperator:
+    """All rows ``J_n`` of the outputs themselves, unscaled: for predictions."""
+    outputs = functional.outputs(take(inputs, 0, 1))
+    blocks, _ = capture_batch(
+        functional, plan, inputs, lambda out, _: _identity(out), outputs[0].numel()
+    )
+    return JacobianOperator(functional.space, blocks)
+
+
+def _identity(outputs: Tensor) -> SimpleNamespace:
+    """One cotangent per output number: ``(O, B, *out)``."""
+    size = outputs[0].numel()
+    eye = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
+    values = eye[:, None].expand(size, len(outputs), size)
+    return SimpleNamespace(values=values.reshape(size, *outputs.shape))

@@ -1,0 +1,390 @@
+"""Blocks of Jacobian rows in the shape in which a layer gives them, never as a matrix.
+
+A factor holds the rows of ``B`` examples with ``C`` cotangents each, restricted to the columns of
+one or two parameter tensors. Row ``(n, c)`` comes before row ``(n, c + 1)``. Three shapes cover
+everything: rows written out (:class:`DenseFactor`), sums of outer products over token axes
+(:class:`OuterFactor`: linear and convolution layers) and looked-up rows (:class:`LookupFactor`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from nullbayes.jacobian.parameters import Slot
+
+# Elements of the largest temporary that one product may create (256 MB of float32).
+CHUNK_ELEMENTS = 64 * 2**20
+
+
+class Factor(ABC):
+    """Rows of ``A`` for ``examples`` × ``cotangents``, restricted to the columns of ``slots``."""
+
+    slots: tuple[Slot, ...]
+    examples: int
+    cotangents: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.examples * self.cotangents
+
+    @property
+    def columns(self) -> int:
+        return sum(slot.numel for slot in self.slots)
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int: ...
+
+    @abstractmethod
+    def matvec(self, vectors: Tensor) -> Tensor:
+        """``A v``: vectors ``(S, P)`` -> ``(S, B*C)``."""
+
+    @abstractmethod
+    def rmatvec(self, weights: Tensor, out: Tensor) -> None:
+        """``out += Aᵀ w``: weights ``(S, B*C)``, out ``(S, P)``."""
+
+    @abstractmethod
+    def rows(self) -> Tensor:
+        """The rows written out: ``(B*C, columns)``, columns in the order of ``slots``."""
+
+    @abstractmethod
+    def gram(self, other: Factor) -> Tensor:
+        """``A A'ᵀ`` with a factor of the same kind and slots: ``(B*C, B'*C')``."""
+
+    @abstractmethod
+    def narrow(self, start: int, stop: int) -> Factor:
+        """The examples ``start:stop``."""
+
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """What is stored, for finiteness checks."""
+
+
+class DenseFactor(Factor):
+    """Rows written out: ``values (B, C, columns)``."""
+
+    def __init__(self, slots: Sequence[Slot], values: Tensor) -> None:
+        self.slots = tuple(slots)
+        self.values = values.contiguous()
+        self.examples, self.cotangents = values.shape[:2]
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+    def tensors(self) -> list[Tensor]:
+        return [self.values]
+
+    def rows(self) -> Tensor:
+        return self.values.reshape(self.num_rows, -1)
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        return gather(vectors, self.slots) @ self.rows().T
+
+    def rmatvec(self, weights: Tensor, out: Tensor) -> None:
+        scatter_add(out, self.slots, weights @ self.rows())
+
+    def gram(self, other: Factor) -> Tensor:
+        return self.rows() @ other.rows().T
+
+    def narrow(self, start: int, stop: int) -> DenseFactor:
+        return DenseFactor(self.slots, self.values[start:stop])
+
+
+class OuterFactor(Factor):
+    """Rows ``R[n, c] = Σ_t g[n, c, t] ⊗ a[n, t]`` for a weight, with its bias where they share ``g``.
+
+    Args:
+        weight: columns of the weight, laid out ``(G, O, I)``, or ``(G, I, O)`` if ``transposed``.
+        bias: columns of the bias ``(G, O)``, or None. Not with ``transposed``.
+        a: inputs ``(B, T, G, I)`` (``T`` tokens or positions, ``G`` groups).
+        g: output gradients ``(B, C, T, G, O)``.
+        bias_scale: what the constant input 1 of the bias is multiplied by.
+    """
+
+    def __init__(
+        self,
+        weight: Slot,
+        bias: Slot | None,
+        a: Tensor,
+        g: Tensor,
+        transposed: bool = False,
+        bias_scale: float = 1.0,
+    ) -> None:
+        if bias is not None:
+            # A bias is the weight of an input that is always one: it shares every product with g.
+            a = torch.cat([a, a.new_full((*a.shape[:-1], 1), bias_scale)], dim=-1)
+        self._init(weight, bias, a.contiguous(), g.contiguous(), transposed)
+
+    def _init(
+        self, weight: Slot, bias: Slot | None, a: Tensor, g: Tensor, transposed: bool
+    ) -> None:
+        self.weight, self.bias, self.a, self.g = weight, bias, a, g
+        self.transposed = transposed
+        self.slots = (weight,) if bias is None else (weight, bias)
+        self.examples, self.cotangents = g.shape[:2]
+        self.tokens, self.groups = a.shape[1:3]
+        self.width_in, self.width_out = a.shape[3], g.shape[4]
+
+    def _like(self, a: Tensor, g: Tensor) -> OuterFactor:
+        new = OuterFactor.__new__(OuterFactor)
+        new._init(self.weight, self.bias, a, g, self.transposed)
+        return new
+
+    @property
+    def nbytes(self) -> int:
+        return self.a.nbytes + self.g.nbytes
+
+    def tensors(self) -> list[Tensor]:
+        return [self.a, self.g]
+
+    def narrow(self, start: int, stop: int) -> OuterFactor:
+        return self._like(self.a[start:stop], self.g[start:stop])
+
+    def _chunks(self, per_example: int) -> list[OuterFactor]:
+        step = max(1, CHUNK_ELEMENTS // max(1, per_example))
+        if step >= self.examples:
+            return [self]
+        return [
+            self.narrow(i, min(i + step, self.examples)) for i in range(0, self.examples, step)
+        ]
+
+    def _joint(self, vectors: Tensor) -> Tensor:
+        """The columns of this layer as matrices ``(G, S, O, I)``, the bias as the last input."""
+        s, (g, o) = len(vectors), (self.groups, self.width_out)
+        w = vectors[:, self.weight.start : self.weight.stop]
+        if self.transposed:
+            return w.reshape(s, g, self.width_in, o).permute(1, 0, 3, 2)
+        w = w.reshape(s, g, o, -1)
+        if self.bias is not None:
+            b = vectors[:, self.bias.start : self.bias.stop].reshape(s, g, o, 1)
+            w = torch.cat([w, b], dim=-1)
+        return w.transpose(0, 1)
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        s = len(vectors)
+        joint = self._joint(vectors)
+        matrix = joint.reshape(self.groups, s * self.width_out, self.width_in).transpose(1, 2)
+        per_example = s * self.tokens * self.groups * self.width_out
+        out = []
+        for part in self._chunks(per_example):
+            b, t, g, i = part.a.shape
+            u = part.a.permute(2, 0, 1, 3).reshape(g, b * t, i) @ matrix  # (G, B*T, S*O)
+            u = u.reshape(g, b, t, s, self.width_out).permute(1, 2, 0, 4, 3)
+            y = part.g.reshape(b, self.cotangents, -1) @ u.reshape(b, -1, s)  # (B, C, S)
+            out.append(y.permute(2, 0, 1).reshape(s, -1))
+        return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+
+    def rmatvec(self, weights: Tensor, out: Tensor) -> None:
+        s, o = len(weights), self.width_out
+        total: Tensor | None = None
+        start = 0
+        for part in self._chunks(s * self.tokens * self.groups * o):
+            b, t, g, i = part.a.shape
+            w = weights[:, start : start + part.num_rows].reshape(s, b, self.cotangents)
+            start += part.num_rows
+            h = w.permute(1, 0, 2) @ part.g.reshape(b, self.cotangents, -1)  # (B, S, T*G*O)
+            h = h.reshape(b, s, t, g, o).permute(3, 1, 4, 0, 2).reshape(g, s * o, b * t)
+            y = h @ part.a.permute(2, 0, 1, 3).reshape(g, b * t, i)  # (G, S*O, I)
+            total = y if total is None else total.add_(y)
+        assert total is not None
+        joint = total.reshape(self.groups, s, o, self.width_in).transpose(0, 1)  # (S, G, O, I)
+        if self.transposed:
+            joint = joint.transpose(2, 3)
+        elif self.bias is not None:
+            out[:, self.bias.start : self.bias.stop] += joint[..., -1].reshape(s, -1)
+            joint = joint[..., :-1]
+        out[:, self.weight.start : self.weight.stop] += joint.reshape(s, -1)
+
+    def matrices(self) -> Tensor:
+        """Rows as ``(B*C, G*O*I)`` in the joint layout (bias as last input): for Gram blocks."""
+        b, c, t, g, o = self.g.shape
+        left = self.g.permute(0, 3, 1, 4, 2).reshape(b, g, c * o, t)
+        joint = left @ self.a.transpose(1, 2)  # (B, G, C*O, I)
+        joint = joint.reshape(b, g, c, o, self.width_in).transpose(1, 2)
+        return joint.reshape(b * c, -1)
+
+    def rows(self) -> Tensor:
+        joint = self.matrices().reshape(self.num_rows, self.groups, self.width_out, -1)
+        if self.transposed:
+            return joint.transpose(2, 3).reshape(self.num_rows, -1)
+        if self.bias is None:
+            return joint.reshape(self.num_rows, -1)
+        weight = joint[..., :-1].reshape(self.num_rows, -1)
+        return torch.cat([weight, joint[..., -1].reshape(self.num_rows, -1)], dim=1)
+
+    def dense(self) -> DenseFactor:
+        values = self.rows().reshape(self.examples, self.cotangents, -1)
+        return DenseFactor(self.slots, values)
+
+    @property
+    def prefers_dense(self) -> bool:
+        """Whether written-out rows are no larger than what is stored now.
+
+        Convolutions with many positions and few weights: the rows are smaller than the patches,
+        and a Gram matrix of written-out rows is one matrix product.
+        """
+        dense = self.cotangents * self.groups * self.width_out * self.width_in
+        stored = self.tokens * self.groups * (self.width_in + self.cotangents * self.width_out)
+        return self.tokens > 1 and dense <= 1.5 * stored
+
+    def gram(self, other: Factor) -> Tensor:
+        assert isinstance(other, OuterFactor)
+        if self.tokens == 1 and other.tokens == 1:
+            return self._gram_single(other)
+        return self._gram_rows(other) if self.gram_by_rows else self._gram_tokens(other)
+
+    @property
+    def gram_by_rows(self) -> bool:
+        """Whether a Gram block is cheaper from written-out rows than by contracting tokens.
+
+        Per pair of rows the first costs ``O*I``, the second ``T²(O + I/C²)`` (Novak et al. 2022).
+        """
+        contract = self.tokens**2 * (self.width_out + self.width_in / self.cotangents**2 + 2)
+        return self.tokens > 1 and self.width_out * self.width_in <= contract
+
+    def _gram_single(self, other: OuterFactor) -> Tensor:
+        out: Tensor | None = None
+        for k in range(self.groups):
+            inputs = self.a[:, 0, k] @ other.a[:, 0, k].T  # (B, B')
+            g = self.g[:, :, 0, k].reshape(self.num_rows, -1)
+            grads = g @ other.g[:, :, 0, k].reshape(other.num_rows, -1).T
+            shaped = grads.view(self.examples, self.cotangents, other.examples, other.cotangents)
+            shaped.mul_(inputs[:, None, :, None])
+            out = grads if out is None else out.add_(grads)
+        assert out is not None
+        return out
+
+    def _gram_rows(self, other: OuterFactor) -> Tensor:
+        width = self.cotangents * self.groups * self.width_out * self.width_in
+        right = other._chunks(width)
+        return torch.cat(
+            [
+                torch.cat([rows @ part.matrices().T for part in right], dim=1)
+                for rows in (part.matrices() for part in self._chunks(width))
+            ]
+        )
+
+    def _gram_tokens(self, other: OuterFactor) -> Tensor:
+        out = self.g.new_zeros(self.num_rows, other.num_rows)
+        per_example = self.tokens * self.cotangents * other.num_rows * other.tokens
+        start = 0
+        for part in self._chunks(per_example):
+            b, c, t, _, o = part.g.shape
+            b2, c2, t2, _, _ = other.g.shape
+            block = out[start : start + part.num_rows].view(b, c, b2, c2)
+            start += part.num_rows
+            for k in range(self.groups):
+                inputs = part.a[:, :, k].reshape(b * t, -1) @ other.a[:, :, k].reshape(b2 * t2, -1).T
+                grads = part.g[:, :, :, k].reshape(-1, o) @ other.g[:, :, :, k].reshape(-1, o).T
+                inputs = inputs.view(b, 1, t, b2, 1, t2)
+                block += (grads.view(b, c, t, b2, c2, t2) * inputs).sum(dim=(2, 5))
+        return out
+
+
+class LookupFactor(Factor):
+    """Rows of a lookup table: ``R[n, c, v] = Σ_t [index[n, t] = v] g[n, c, t]``.
+
+    Args:
+        slot: columns of the table ``(V, D)``.
+        index: ``(B, T)`` integer; -1 marks a token without gradient (padding).
+        g: output gradients ``(B, C, T, D)``.
+    """
+
+    def __init__(self, slot: Slot, index: Tensor, g: Tensor) -> None:
+        self.slots, self.index, self.g = (slot,), index, g.contiguous()
+        self.slot = slot
+        self.examples, self.cotangents, self.tokens, self.dim = g.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.index.nbytes + self.g.nbytes
+
+    def tensors(self) -> list[Tensor]:
+        return [self.g]
+
+    def narrow(self, start: int, stop: int) -> LookupFactor:
+        return LookupFactor(self.slot, self.index[start:stop], self.g[start:stop])
+
+    def _compact(self, index: Tensor, size: int) -> Tensor:
+        """Rows over ``size`` table entries given re-numbered indices: ``(B*C, size*D)``."""
+        masked = self.g * (index >= 0)[:, None, :, None]
+        out = self.g.new_zeros(self.examples, self.cotangents, size, self.dim)
+        where = index.clamp(min=0)[:, None, :, None].expand_as(self.g)
+        return out.scatter_add_(2, where, masked).reshape(self.num_rows, -1)
+
+    def rows(self) -> Tensor:
+        return self._compact(self.index, self.slot.shape[0])
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        table = vectors[:, self.slot.start : self.slot.stop].reshape(len(vectors), -1, self.dim)
+        looked = table[:, self.index.clamp(min=0)] * (self.index >= 0)[None, :, :, None]
+        return torch.einsum("bctd,sbtd->sbc", self.g, looked).reshape(len(vectors), -1)
+
+    def rmatvec(self, weights: Tensor, out: Tensor) -> None:
+        s = len(weights)
+        w = weights.reshape(s, self.examples, self.cotangents)
+        tokens = torch.einsum("sbc,bctd->sbtd", w, self.g) * (self.index >= 0)[None, :, :, None]
+        index = self.index.clamp(min=0).reshape(-1)
+        table = out.new_zeros(s, self.slot.shape[0], self.dim)
+        table.index_add_(1, index, tokens.reshape(s, -1, self.dim))
+        out[:, self.slot.start : self.slot.stop] += table.reshape(s, -1)
+
+    def gram(self, other: Factor) -> Tensor:
+        assert isinstance(other, LookupFactor)
+        # Only entries that both blocks look up can contribute: the table's size never matters.
+        mine, theirs = self.index.unique(), other.index.unique()
+        shared = mine[torch.isin(mine, theirs) & (mine >= 0)]
+        out = self.g.new_zeros(self.num_rows, other.num_rows)
+        rows = max(self.num_rows, other.num_rows)
+        step = max(1, CHUNK_ELEMENTS // max(1, rows * self.dim))
+        for i in range(0, len(shared), step):
+            part = shared[i : i + step]
+            left = self._compact(renumber(self.index, part), len(part))
+            out += left @ other._compact(renumber(other.index, part), len(part)).T
+        return out
+
+
+def renumber(index: Tensor, entries: Tensor) -> Tensor:
+    """Positions of ``index`` in the sorted ``entries``; -1 where it is not among them."""
+    at = torch.searchsorted(entries, index).clamp(max=len(entries) - 1)
+    return torch.where(entries[at] == index, at, -1)
+
+
+def gather(vectors: Tensor, slots: Sequence[Slot]) -> Tensor:
+    """The columns of ``slots`` side by side: ``(S, P)`` -> ``(S, columns)``."""
+    if len(slots) == 1:
+        return vectors[:, slots[0].start : slots[0].stop]
+    return torch.cat([vectors[:, s.start : s.stop] for s in slots], dim=1)
+
+
+def scatter_add(out: Tensor, slots: Sequence[Slot], values: Tensor) -> None:
+    """Add ``values (S, columns)`` into the columns of ``slots`` of ``out (S, P)``."""
+    start = 0
+    for slot in slots:
+        out[:, slot.start : slot.stop] += values[:, start : start + slot.numel]
+        start += slot.numel
+
+
+def concatenate(parts: Sequence[Factor]) -> Factor:
+    """Factors of several batches as one; token axes and cotangents are padded with zero rows."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if isinstance(first, DenseFactor):
+        return DenseFactor(first.slots, torch.cat([p.values for p in parts]))  # type: ignore[attr-defined]
+    tokens = max(p.tokens for p in parts)  # type: ignore[attr-defined]
+    if isinstance(first, OuterFactor):
+        outer = [p for p in parts if isinstance(p, OuterFactor)]
+        a = [pad(p.a, (0, 0, 0, 0, 0, tokens - p.tokens)) for p in outer]
+        g = [pad(p.g, (0, 0, 0, 0, 0, tokens - p.tokens)) for p in outer]
+        return first._like(torch.cat(a), torch.cat(g))
+    lookups = [p for p in parts if isinstance(p, LookupFactor)]
+    index = [pad(p.index, (0, tokens - p.tokens), value=-1) for p in lookups]
+    g = [pad(p.g, (0, 0, 0, tokens - p.tokens)) for p in lookups]
+    return LookupFactor(lookups[0].slot, torch.cat(index), torch.cat(g))

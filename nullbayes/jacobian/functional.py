@@ -1,0 +1,236 @@
+"""The user's model as a pure function of its weights, and batches as inputs and targets.
+
+Nothing here writes to the model: weights are substituted for the length of one call, buffers are
+replaced by private copies, so even a layer that counts its own calls leaves no trace.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from nullbayes.errors import InputError, ModelError, NonFiniteError
+from nullbayes.jacobian.parameters import ParameterSpace
+
+Inputs = Any
+Forward = Callable[[nn.Module, Any], Any]
+TARGET_KEYS = ("labels", "label", "targets", "target", "y")
+
+
+class _Call(nn.Module):
+    """A module whose forward is the user's way of calling theirs."""
+
+    def __init__(self, model: nn.Module, forward: Forward | None) -> None:
+        super().__init__()
+        # Registering a child does not change it: no mode, flag or hook of the model is touched.
+        self.model = model
+        self._user_forward = forward
+        self.training = model.training
+
+    def forward(self, inputs: Inputs) -> Any:
+        if self._user_forward is not None:
+            return self._user_forward(self.model, inputs)
+        if isinstance(inputs, Mapping):
+            return self.model(**inputs)
+        if isinstance(inputs, tuple):
+            return self.model(*inputs)
+        return self.model(inputs)
+
+
+class FunctionalModel:
+    """``f(weights, inputs) -> outputs`` of shape ``(B, *out)`` for a trained module.
+
+    Args:
+        model: the trained network; it is never written to.
+        space: the parameters that take part; the others stay as the model has them.
+        forward: ``forward(model, inputs) -> Tensor`` where a plain call does not do.
+    """
+
+    def __init__(
+        self, model: nn.Module, space: ParameterSpace, forward: Forward | None = None
+    ) -> None:
+        self.model, self.space = model, space
+        self.user_forward = forward
+        self._call = _Call(model, forward)
+        # Every place that holds a tensor, each module once: substituted by `functional_call` under
+        # several paths, a module used twice would not get its own weights back.
+        canonical = {id(p): n for n, p in model.named_parameters()}
+        self._places: dict[str, list[str]] = defaultdict(list)
+        self._buffers = {}
+        for path, module in model.named_modules(prefix="model"):
+            for local, parameter in module._parameters.items():
+                if parameter is not None:
+                    self._places[canonical[id(parameter)]].append(f"{path}.{local}")
+            for local, buffer in module._buffers.items():
+                if buffer is not None:
+                    self._buffers[f"{path}.{local}"] = buffer.detach().clone()
+
+    @property
+    def device(self) -> torch.device:
+        return self.space.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.space.dtype
+
+    def weights(self, requires_grad: bool = False) -> dict[str, Tensor]:
+        """The trained weights by name; fresh leaves that share storage with the model's."""
+        current = self.space.current(self.model)
+        return {n: t.detach().requires_grad_(requires_grad) for n, t in current.items()}
+
+    def __call__(self, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+        swap = {place: t for n, t in weights.items() for place in self._places[n]} | self._buffers
+        out = torch.func.functional_call(self._call, swap, (inputs,), tie_weights=False)
+        return as_tensor_output(out)
+
+    def outputs(self, inputs: Inputs) -> Tensor:
+        """Outputs ``(B, *out)`` at the trained weights, without a graph."""
+        with torch.no_grad():
+            return self(self.weights(), inputs)
+
+
+def as_tensor_output(value: Any) -> Tensor:
+    """The tensor in what a model returned: itself, or ``logits`` of a mapping or an object."""
+    if isinstance(value, Tensor):
+        return value
+    logits = value.get("logits") if isinstance(value, Mapping) else getattr(value, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    raise ModelError(
+        f"the model returned {type(value).__name__}, expected a tensor or an object with `.logits`."
+        " Pass `forward=lambda model, inputs: ...` that returns the tensor to be trusted."
+    )
+
+
+def split_batch(batch: Any, where: str) -> tuple[Inputs, Any]:
+    """One batch of a loader as ``(inputs, targets)``.
+
+    ``(x, y)`` gives ``x, y``; ``(x1, x2, y)`` gives ``(x1, x2), y``; a mapping gives its entry
+    named ``labels`` (or ``label``, ``targets``, ``target``, ``y``) as targets, and the rest.
+    """
+    if isinstance(batch, Mapping):
+        for key in TARGET_KEYS:
+            if key in batch:
+                return {k: v for k, v in batch.items() if k != key}, batch[key]
+        raise InputError(
+            f"{where} is a mapping with keys {sorted(map(str, batch))}; none of {TARGET_KEYS} "
+            "holds the targets. Rename one in the collate function."
+        )
+    if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)) and len(batch) >= 2:
+        *inputs, targets = batch
+        return (inputs[0] if len(inputs) == 1 else tuple(inputs)), targets
+    raise InputError(
+        f"{where} is {type(batch).__name__}; expected (inputs, targets), several inputs followed "
+        f"by targets, or a mapping with one of {TARGET_KEYS}. Wrap the data set accordingly."
+    )
+
+
+def batches(
+    loader: Iterable[Any], device: torch.device, name: str
+) -> Iterator[tuple[int, Inputs, Tensor]]:
+    """``(index, inputs, targets)`` on ``device``; an empty loader is an :class:`InputError`."""
+    index = -1
+    for index, batch in enumerate(loader):
+        where = f"{name}, batch {index}"
+        inputs, targets = split_batch(batch, where)
+        if not isinstance(targets, Tensor):
+            try:
+                targets = torch.as_tensor(targets)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise InputError(
+                    f"{where}: targets are {type(targets).__name__}, expected a tensor."
+                ) from error
+        inputs = to_device(inputs, device)
+        check_inputs(inputs, where)
+        yield index, inputs, targets.to(device)
+    if index < 0:
+        raise InputError(
+            f"`{name}` yields no batches. A generator can be read only once: pass a DataLoader or "
+            "a list of batches; and mind `drop_last=True` on a set smaller than one batch."
+        )
+
+
+def to_device(inputs: Inputs, device: torch.device) -> Inputs:
+    """All tensors of a nested input on ``device``; mappings become plain dicts."""
+    if isinstance(inputs, Mapping):
+        inputs = dict(inputs)
+    return tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, inputs)
+
+
+def check_inputs(inputs: Inputs, where: str) -> None:
+    """Raise :class:`NonFiniteError` if a floating-point input holds NaN or infinity."""
+    for leaf in tensor_leaves(inputs):
+        if leaf.is_floating_point() and not bool(leaf.isfinite().all()):
+            finite = leaf.isfinite().reshape(leaf.shape[0], -1).all(1) if leaf.ndim else None
+            row = "" if finite is None else f" (first in example {int((~finite).nonzero()[0])})"
+            raise NonFiniteError(
+                f"{where}: the inputs hold NaN or infinity{row}. Clean or impute the data first."
+            )
+
+
+def tensor_leaves(inputs: Inputs) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor)]
+
+
+def batch_size(inputs: Inputs, where: str = "the batch") -> int:
+    """Length of the leading axis of the first tensor."""
+    for leaf in tensor_leaves(inputs):
+        if leaf.ndim:
+            return int(leaf.shape[0])
+    raise InputError(f"{where} holds no tensor with a batch axis; found {type(inputs).__name__}.")
+
+
+def take(inputs: Inputs, start: int, stop: int) -> Inputs:
+    """Examples ``start:stop``: every tensor that has the batch axis is cut, the rest is kept."""
+    size = batch_size(inputs)
+    return tree_map(
+        lambda t: t[start:stop] if isinstance(t, Tensor) and t.ndim and len(t) == size else t,
+        inputs,
+    )
+
+
+def check_mode(model: nn.Module) -> None:
+    """Refuse modules whose training mode makes outputs random or ties examples together."""
+    modes = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+    noisy = [
+        name or type(module).__name__
+        for name, module in model.named_modules()
+        if module.training
+        and (
+            (isinstance(module, modes) and getattr(module, "p", 1.0) > 0)
+            or (isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and module.dropout > 0)
+        )
+    ]
+    if noisy:
+        raise ModelError(
+            f"the model is in training mode: {noisy[:5]} would make its outputs random or tie the "
+            "examples of a batch together. Call `model.eval()` first."
+        )
+    batch_tied = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and not isinstance(module, nn.modules.instancenorm._InstanceNorm)
+        and module.running_mean is None
+    ]
+    if batch_tied:
+        raise ModelError(
+            f"{batch_tied[:5]} keep no running statistics (`track_running_stats=False`), so each "
+            "output depends on the whole batch and no per-example guarantee exists. Use running "
+            "statistics, GroupNorm or LayerNorm."
+        )
+    renormed = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
+    ]
+    if renormed:
+        raise ModelError(
+            f"{renormed} rewrite their own weights during a forward pass (`max_norm`). Renormalise "
+            "once, then set `max_norm=None`."
+        )

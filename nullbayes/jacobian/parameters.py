@@ -1,0 +1,144 @@
+"""The weights as one flat vector: which tensors take part, and where each of them lies."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nullbayes.errors import InputError, ModelError, NonFiniteError
+
+ParameterFilter = Callable[[str, nn.Parameter], bool]
+ParameterChoice = None | Iterable[str] | ParameterFilter
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one parameter tensor lies in the flat vector."""
+
+    name: str
+    shape: torch.Size
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+
+class ParameterSpace:
+    """The parameter tensors that take part, laid end to end in a vector of ``P`` numbers.
+
+    Tied tensors appear once, under the first name by which the model knows them.
+    All tensors share one dtype and one device; anything else is a :class:`ModelError`.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        if not tensors:
+            raise InputError(
+                "`parameters` selects nothing: no parameter of the model requires a gradient. "
+                "Name some (`parameters=['head.weight', ...]`) or call `requires_grad_(True)`."
+            )
+        dtypes = sorted({str(t.dtype) for t in tensors.values()})
+        devices = sorted({str(t.device) for t in tensors.values()})
+        if len(dtypes) > 1 or len(devices) > 1:
+            raise ModelError(
+                f"all chosen parameters must share one dtype and one device; found {dtypes} on "
+                f"{devices}. Convert the model (`model.to(...)`) or narrow `parameters=`."
+            )
+        first = next(iter(tensors.values()))
+        if not first.dtype.is_floating_point:
+            raise ModelError(
+                f"parameters must be real floating-point numbers; found {first.dtype}."
+            )
+        self.dtype, self.device = first.dtype, first.device
+        slots, start = [], 0
+        for name, tensor in tensors.items():
+            slots.append(Slot(name, tensor.shape, start, start + tensor.numel()))
+            start += tensor.numel()
+        self.slots = tuple(slots)
+        self.by_name = {slot.name: slot for slot in slots}
+        self.total = start
+
+    @classmethod
+    def from_model(cls, model: nn.Module, choice: ParameterChoice = None) -> ParameterSpace:
+        """Select parameters: all that require a gradient, by names, or by a filter."""
+        named = dict(model.named_parameters())
+        if choice is None:
+            chosen = {n: p for n, p in named.items() if p.requires_grad}
+        elif callable(choice):
+            chosen = {n: p for n, p in named.items() if choice(n, p)}
+        else:
+            wanted = [choice] if isinstance(choice, str) else list(choice)
+            aliases = {n: p for n, p in model.named_parameters(remove_duplicate=False)}
+            canonical = {id(p): n for n, p in named.items()}
+            for name in wanted:
+                if name not in aliases:
+                    near = difflib.get_close_matches(name, aliases, n=3)
+                    hint = f" Did you mean {near}?" if near else f" It has {sorted(aliases)}."
+                    raise InputError(f"`parameters` names {name!r}, unknown to the model.{hint}")
+            keep = {canonical[id(aliases[name])] for name in wanted}
+            chosen = {n: p for n, p in named.items() if n in keep}
+        return cls(chosen)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(slot.name for slot in self.slots)
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Tensors ``(*lead, *shape)`` by name -> ``(*lead, P)``."""
+        parts = []
+        for slot in self.slots:
+            t = tensors[slot.name]
+            lead = t.shape[: t.ndim - len(slot.shape)]
+            parts.append(t.reshape(*lead, slot.numel))
+        return torch.cat(parts, dim=-1)
+
+    def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
+        """``(*lead, P)`` -> views ``(*lead, *shape)`` by name."""
+        if flat.shape[-1] != self.total:
+            raise InputError(
+                f"a flat weight vector needs {self.total} numbers in its last axis, got shape "
+                f"{tuple(flat.shape)}."
+            )
+        lead = flat.shape[:-1]
+        return {s.name: flat[..., s.start : s.stop].reshape(*lead, *s.shape) for s in self.slots}
+
+    def current(self, model: nn.Module) -> dict[str, Tensor]:
+        """The model's present weights by name, detached (views, not copies)."""
+        named = dict(model.named_parameters())
+        return {slot.name: named[slot.name].detach() for slot in self.slots}
+
+    def check_finite(self, model: nn.Module) -> None:
+        """Raise :class:`NonFiniteError` naming the tensors that hold NaN or infinity."""
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        bad = [n for n, t in tensors if t.is_floating_point() and not bool(t.isfinite().all())]
+        if bad:
+            raise NonFiniteError(
+                f"the model holds NaN or infinity in {bad}; load a checkpoint whose weights are "
+                "finite before asking for a posterior around them."
+            )
+
+    def scales(self, precision: Mapping[str, float] | None) -> Tensor | None:
+        """Per-weight standard deviations ``(P,)`` from one precision per tensor, or ``None``."""
+        if precision is None:
+            return None
+        unknown = sorted(set(precision) - set(self.names))
+        missing = sorted(set(self.names) - set(precision))
+        if unknown or missing:
+            raise InputError(
+                "`prior_precision` needs exactly one value per chosen parameter tensor: "
+                f"missing {missing}, unknown {unknown}."
+            )
+        out = torch.empty(self.total, dtype=self.dtype, device=self.device)
+        for slot in self.slots:
+            value = float(precision[slot.name])
+            if not 0.0 < value < float("inf"):
+                raise InputError(
+                    f"`prior_precision[{slot.name!r}]` is {value}; it must be positive and finite."
+                )
+            out[slot.start : slot.stop] = value**-0.5
+        return out

@@ -1,0 +1,192 @@
+"""Proof on a probe batch that every use of every parameter is accounted for.
+
+Layer rules see modules, not mathematics: a weight used through ``F.linear(x, self.w.T)`` or a
+module called with its batch on another axis would be missed in silence. So each fit compares the
+rows of a few examples with plain automatic differentiation of the whole model, one example at a
+time. What does not match goes to the generic path by name; what then still differs is an error.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from nullbayes.errors import ModelError, NonFiniteError
+from nullbayes.jacobian.capture import (
+    Block,
+    CapturePlan,
+    GenericPathFailed,
+    RuleMismatch,
+    capture,
+    make_plan,
+)
+from nullbayes.jacobian.functional import FunctionalModel, Inputs, batch_size, take
+
+PROBE_EXAMPLES = 3
+PROBE_COTANGENTS = 2
+
+
+def prove(functional: FunctionalModel, inputs: Inputs) -> CapturePlan:
+    """A capture plan whose rows equal those of automatic differentiation on ``inputs``.
+
+    Raises:
+        ModelError: the output has no batch axis, an example's output depends on the other examples
+            of its batch or on chance, a chosen parameter has no gradient path, or rows still
+            differ when every doubtful parameter is on the generic path.
+    """
+    inputs = take(inputs, 0, min(batch_size(inputs), PROBE_EXAMPLES))
+    size = batch_size(inputs)
+    outputs = functional.outputs(inputs)
+    _check_outputs(functional, inputs, outputs, size)
+    generator = torch.Generator().manual_seed(0)
+    cots = torch.randn(PROBE_COTANGENTS, *outputs.shape, generator=generator, dtype=torch.float64)
+    cots = cots.to(outputs)
+    truth = _reference_rows(functional, inputs, cots)
+    plan = make_plan(functional)
+    while True:
+        rows = _captured_rows(functional, plan, inputs, cots)
+        bad = _mismatches(functional, rows, truth) if rows is not None else []
+        if rows is None:
+            continue  # the plan was changed; look again
+        if not bad:
+            plan.written_out.clear()
+            return plan
+        _repair(plan, bad)
+
+
+def _check_outputs(
+    functional: FunctionalModel, inputs: Inputs, outputs: Tensor, size: int
+) -> None:
+    if outputs.ndim == 0 or len(outputs) != size:
+        raise ModelError(
+            f"the model returned shape {tuple(outputs.shape)} for {size} examples; expected one "
+            "entry per example on the first axis. A loss already reduced over the batch has no "
+            "per-example rows: return the outputs themselves, or pass `forward=`."
+        )
+    if not bool(outputs.isfinite().all()):
+        raise NonFiniteError(
+            "the model's outputs on the first batch hold NaN or infinity; check the inputs' "
+            "scaling and the weights."
+        )
+    alone = torch.cat([functional.outputs(take(inputs, n, n + 1)) for n in range(size)])
+    scale = outputs.abs().max()
+    if not bool(((alone - outputs).abs().max() <= _tolerance(outputs.dtype) * scale)):
+        raise ModelError(
+            "an example's output changes when it is evaluated alone "
+            f"(by {float((alone - outputs).abs().max()):.2e}, outputs reach {float(scale):.2e}): "
+            "the model mixes the examples of a batch, or draws random numbers. Call `model.eval()`,"
+            " and replace layers that use batch statistics."
+        )
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Relative difference explained by rounding: sums in another order over deep networks."""
+    return 2e4 * torch.finfo(dtype).eps
+
+
+def _reference_rows(functional: FunctionalModel, inputs: Inputs, cots: Tensor) -> Tensor:
+    """Rows ``(B*C, P)`` by automatic differentiation of the whole model, one example at a time."""
+    count, size = cots.shape[:2]
+    space = functional.space
+    rows = torch.zeros(size * count, space.total, dtype=space.dtype, device=space.device)
+    unreached = set(space.names)
+    for n in range(size):
+        weights = functional.weights(requires_grad=True)
+        with torch.enable_grad():
+            out = functional(weights, take(inputs, n, n + 1))
+        if not out.requires_grad:
+            break
+        for c in range(count):
+            grads = torch.autograd.grad(
+                out,
+                list(weights.values()),
+                cots[c, n : n + 1],
+                retain_graph=c + 1 < count,
+                allow_unused=True,
+            )
+            for slot, g in zip(space.slots, grads, strict=True):
+                if g is not None:
+                    unreached.discard(slot.name)
+                    g = g.to_dense() if g.is_sparse else g
+                    rows[n * count + c, slot.start : slot.stop] = g.reshape(-1)
+    if unreached:
+        raise ModelError(
+            f"no gradient path leads from the output to {sorted(unreached)}: nothing can be "
+            "preserved by them. Leave them out with `parameters=lambda name, p: name not in "
+            "{...}`, or look for `.detach()` / `torch.no_grad()` in the forward pass."
+        )
+    return rows
+
+
+def _captured_rows(
+    functional: FunctionalModel, plan: CapturePlan, inputs: Inputs, cots: Tensor
+) -> Tensor | None:
+    """Rows ``(B*C, P)`` as the plan gives them; None when the plan had to be changed instead."""
+    try:
+        block, _ = capture(functional, plan, inputs, lambda _: SimpleNamespace(values=cots))
+    except RuleMismatch as error:
+        _next_layout(plan, error.path, str(error))
+        return None
+    except GenericPathFailed:
+        plan.vmapped = False
+        return None
+    except (RuntimeError, NotImplementedError):
+        if not plan.batched_backward:
+            raise
+        plan.batched_backward = False
+        return None
+    return block_rows(functional, block)
+
+
+def block_rows(functional: FunctionalModel, block: Block) -> Tensor:
+    """All rows of a block written out: ``(B*C, P)``. For probes and tests."""
+    space = functional.space
+    out = torch.zeros(block.num_rows, space.total, dtype=space.dtype, device=space.device)
+    for factor in block.factors.values():
+        start, rows = 0, factor.rows()
+        for slot in factor.slots:
+            out[:, slot.start : slot.stop] += rows[:, start : start + slot.numel]
+            start += slot.numel
+    return out
+
+
+def _mismatches(functional: FunctionalModel, rows: Tensor, truth: Tensor) -> list[str]:
+    tolerance = _tolerance(truth.dtype)
+    # A gradient that is zero in exact arithmetic (a key's bias under softmax) is pure rounding:
+    # it is held against the whole row, not against itself.
+    floor = 10 * torch.finfo(truth.dtype).eps * float(truth.norm())
+    bad = []
+    for slot in functional.space.slots:
+        ours, theirs = rows[:, slot.start : slot.stop], truth[:, slot.start : slot.stop]
+        if not float((ours - theirs).norm()) <= tolerance * float(theirs.norm()) + floor:
+            bad.append(slot.name)
+    return bad
+
+
+def _repair(plan: CapturePlan, bad: list[str]) -> None:
+    """Try the next explanation for each mismatching parameter."""
+    stuck = [name for name in bad if name in plan.generic]
+    if stuck and not plan.vmapped:
+        raise ModelError(
+            f"the Jacobian rows of {stuck} differ from automatic differentiation even on the "
+            "generic path; the forward pass is not a fixed function of weights and inputs "
+            "(randomness, caches, custom backward). Make it one, or leave them out of "
+            "`parameters=`."
+        )
+    if stuck:
+        plan.vmapped = False
+    doubtful = {site.path for name in bad for site in plan.owners(name)}
+    for path in sorted(doubtful):
+        _next_layout(plan, path, "its rows did not match automatic differentiation")
+
+
+def _next_layout(plan: CapturePlan, path: str, reason: str) -> None:
+    """Batch on the second axis (sequence-first layers); after that, the generic path."""
+    for site in [s for s in plan.sites if s.path == path]:
+        if site.batch_axis == 0:
+            site.batch_axis = 1
+        else:
+            for name in list(site.names.values()):
+                plan.to_generic(name, reason)

@@ -1,0 +1,111 @@
+"""Which layers have a rule, and how to add one.
+
+A rule turns what a layer saw (its input) and what the loss says about its output (the gradient)
+into contributions to Jacobian rows. To support a layer, write one class and decorate it::
+
+    @nb.jacobian.register(MyScale)
+    class ScaleRule(nb.jacobian.LayerRule):
+        def contributions(self, module, x, g):            # x: (N, ..., d), g: (C, N, ..., d)
+            yield Rows("weight", (g * x).flatten(2, -2).sum(2))
+
+Nothing a rule says is taken on trust: every fit compares it with automatic differentiation on a
+probe batch, and a parameter whose rows do not match goes to the generic path and is named.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows written out: ``values (C, N, numel)`` for the parameter ``name`` of the module."""
+
+    name: str
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Rows ``Σ_t g ⊗ a`` for ``weight``, and ``Σ_t g`` for ``bias`` where it is named.
+
+    ``a``: ``(N, T, G, I)``; ``g``: ``(C, N, T, G, O)``; weight laid out ``(G, O, I)``, or
+    ``(G, I, O)`` if ``transposed`` (then without a bias).
+    """
+
+    weight: str
+    a: Tensor
+    g: Tensor
+    bias: str | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Rows of a table: ``index (N, T)`` (-1: no gradient), ``g (C, N, T, D)``."""
+
+    name: str
+    index: Tensor
+    g: Tensor
+
+
+Contribution = Rows | Outer | Lookup
+
+
+class LayerRule(ABC):
+    """Contributions of one kind of layer. ``N`` is the leading axis of the layer's own input."""
+
+    #: Local names of the parameters that the rule accounts for.
+    parameters: tuple[str, ...] = ("weight", "bias")
+
+    def supports(self, module: Any) -> bool:
+        """Whether the rule holds for this module's settings; otherwise the generic path serves."""
+        return True
+
+    @abstractmethod
+    def contributions(self, module: Any, x: Tensor, g: Tensor) -> Iterator[Contribution]:
+        """Contributions from the input ``x (N, ...)`` and output gradients ``g (C, N, ...)``."""
+
+
+_RULES: dict[type[nn.Module], LayerRule] = {}
+
+
+def register(*kinds: type[nn.Module]) -> Callable[[type[LayerRule]], type[LayerRule]]:
+    """Class decorator: use this rule for modules of these classes."""
+
+    def decorate(rule: type[LayerRule]) -> type[LayerRule]:
+        for kind in kinds:
+            _RULES[kind] = rule()
+        return rule
+
+    return decorate
+
+
+def rule_for(module: nn.Module) -> LayerRule | None:
+    """The rule of the nearest registered ancestor whose ``forward`` the class still runs."""
+    for kind in type(module).__mro__:
+        rule = _RULES.get(kind)
+        if rule is not None:
+            same = type(module).forward is kind.forward
+            return rule if same and rule.supports(module) else None
+    return None
+
+
+def registered() -> dict[type[nn.Module], LayerRule]:
+    """A copy of the table of rules."""
+    return dict(_RULES)
+
+
+def tokens(x: Tensor) -> Tensor:
+    """``(N, *axes, d)`` -> ``(N, T, d)``, also where there are no token axes."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def grad_tokens(g: Tensor) -> Tensor:
+    """``(C, N, *axes, d)`` -> ``(C, N, T, d)``."""
+    return g.reshape(*g.shape[:2], -1, g.shape[-1])

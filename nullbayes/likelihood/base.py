@@ -1,0 +1,377 @@
+"""What every likelihood offers, and what a new one has to write: ``loss`` and ``moments``."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from nullbayes.errors import InputError, NonFiniteError, NullBayesError
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a set of output draws says about a batch of ``B`` examples.
+
+    The shapes of the last three depend on the likelihood: one value per example (or position) for
+    classification, one per logit or output for binary and regression.
+    """
+
+    mean: Tensor  # (B, *out) predictive mean: probabilities, or the regression mean
+    variance: Tensor  # (B, *out) epistemic variance of the raw outputs
+    total: Tensor  # entropy in nats, or variance, of the prediction
+    aleatoric: Tensor  # the part that more training data would not remove
+    epistemic: Tensor  # total - aleatoric: mutual information in nats, or variance
+
+
+class Likelihood(ABC):
+    """How outputs explain targets: the loss, its output-Hessian factors, and the predictive moments.
+
+    ``B`` examples, outputs ``(B, *out)``, ``D`` output elements per example. A subclass has to write
+    `loss` and `moments`; all else has a default by automatic differentiation:
+
+    ```python
+    @register_likelihood
+    class Poisson(Likelihood):
+        name = "poisson"                              # outputs are log rates
+
+        def loss(self, outputs, targets):
+            nll = outputs.exp() - targets * outputs + torch.lgamma(targets + 1)
+            return nll.flatten(1).sum(1)
+
+        def moments(self, draws, point, linearised):
+            rate, variance = draws.exp(), epistemic_variance(draws, point, linearised)
+            mean = rate.mean(0)
+            epistemic = rate.var(0)
+            return Moments(mean, variance, mean + epistemic, mean, epistemic)
+    ```
+    """
+
+    name: str = "custom"
+    score_name: str = "rmse"  # "accuracy" or "rmse": what `final_score` returns
+
+    # -- the two to write ------------------------------------------------------------------------
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Negative log likelihood per example, ``(B,)``, summed over positions and outputs.
+
+        Differentiable (twice) in ``outputs`` ``(B, *out)``; entry n may depend on example n alone.
+        """
+
+    @abstractmethod
+    def moments(self, draws: Tensor, point: Tensor, linearised: bool) -> Moments:
+        """Predictive moments from ``draws`` ``(S, B, *out)`` around ``point`` ``(B, *out)``.
+
+        Linearised draws have the exact mean ``point``; those of the sampled network do not, and their
+        variance is taken about their own mean (which needs ``S >= 2``).
+        """
+
+    # -- targets ---------------------------------------------------------------------------------
+
+    def validate(self, outputs: Tensor, targets: Tensor, where: str) -> None:
+        """Check one batch before anything is computed from it.
+
+        ``where`` opens each message, e.g. ``"train_loader, batch 3"``. Raises `InputError` for a wrong
+        type, shape, dtype or value, and `NonFiniteError` for NaN or infinity.
+        """
+        check_batch(outputs, targets, where)
+
+    def prepare_targets(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Targets in the device, dtype and shape that the methods here work with (idempotent)."""
+        return targets.to(outputs.device)
+
+    # -- derivatives -----------------------------------------------------------------------------
+
+    def loss_gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Derivative of `loss` by the outputs, ``(B, *out)``, detached. Default: automatic."""
+        with torch.inference_mode(False), torch.enable_grad():
+            point = outputs.detach().clone().requires_grad_()
+            return self._gradient(point, targets.detach().clone(), create_graph=False).detach()
+
+    def hessian_factor(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Columns ``l_c`` with ``Σ_c l_c l_cᵀ = H_n``, the Hessian of `loss`: ``(C, B, *out)``.
+
+        Default: D double-backward passes over the whole batch (no ``vmap``, so a loss may use any
+        differentiable operation), then an eigendecomposition of each (D, D) Hessian in float64.
+        Negative eigenvalues, where the loss is not convex in the outputs, are set to zero: a
+        Gauss-Newton factor has to be positive semi-definite. ``C = D``.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            point = outputs.detach().clone().requires_grad_()
+            gradient = self._gradient(point, targets.detach().clone(), create_graph=True)
+            flat = gradient.reshape(point.shape[0], -1)  # (B, D)
+            rows = []
+            for element in range(flat.shape[1]):
+                # Example n's gradient depends on example n alone: the sum keeps the rows apart.
+                row = (
+                    torch.autograd.grad(flat[:, element].sum(), point, retain_graph=True, materialize_grads=True)[0]
+                    if flat.requires_grad  # a loss linear in the outputs has no second derivative
+                    else torch.zeros_like(point)
+                )
+                rows.append(row.detach().reshape(point.shape[0], -1))
+        hessian = to_float64(torch.stack(rows, dim=1))  # (B, D, D)
+        values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
+        columns = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)  # (B, D, C)
+        return columns.movedim(-1, 0).to(outputs).reshape(-1, *outputs.shape)
+
+    def hessian_rank(self, output_shape: tuple[int, ...]) -> int:
+        """The C of `hessian_factor` for outputs of this shape (batch axis left out)."""
+        return math.prod(output_shape)
+
+    def _gradient(self, point: Tensor, targets: Tensor, create_graph: bool) -> Tensor:
+        losses = self.loss(point, targets)
+        if losses.shape != point.shape[:1]:
+            raise InputError(
+                f"{type(self).__name__}.loss has to return one value per example, shape "
+                f"{tuple(point.shape[:1])}, got {tuple(losses.shape)}. Sum over positions, not over "
+                f"the batch, e.g. `loss.flatten(1).sum(1)`."
+            )
+        return torch.autograd.grad(losses.sum(), point, create_graph=create_graph)[0]
+
+    # -- observation noise -----------------------------------------------------------------------
+
+    @property
+    def needs_noise_fit(self) -> bool:
+        """Whether `fit_noise` has something to estimate (also when it was estimated before)."""
+        return False
+
+    def fit_noise(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Estimate the observation noise from ``(outputs, targets)`` pairs.
+
+        Does nothing, and leaves the iterable unread, unless `needs_noise_fit`.
+        """
+        return
+
+    # -- predictions against targets -------------------------------------------------------------
+
+    def log_predictive(self, draws: Tensor, targets: Tensor) -> Tensor:
+        """Log predictive density of the targets, ``(B,)``, under ``draws`` ``(S, B, *out)``.
+
+        Default: ``log mean_s exp(-loss_s)``, the joint density of all that one example predicts.
+        """
+        require_draws(draws, 1)
+        return log_mean_exp(torch.stack([-self.loss(draw, targets) for draw in draws]))
+
+    def correct(self, mean: Tensor, targets: Tensor) -> Tensor:
+        """What `score` sums: squared errors by default, 0/1 hits for classification and binary."""
+        return (mean - self.prepare_targets(mean, targets)).square()
+
+    def score(self, means: Tensor, targets: Tensor) -> tuple[float, int]:
+        """Sum and count of `correct`, to add up over batches; `final_score` turns them into a score."""
+        values = to_float64(self.correct(means, targets))
+        return float(values.sum()), values.numel()
+
+    def final_score(self, total: float, count: int) -> float:
+        """The score called `score_name` from summed `score` results; NaN where nothing was counted."""
+        if count == 0:
+            return math.nan
+        return math.sqrt(total / count) if self.score_name == "rmse" else total / count
+
+    # -- storage ---------------------------------------------------------------------------------
+
+    def config(self) -> dict[str, Any]:
+        """All settings and fitted values, JSON-able; `likelihood_from_config` is its inverse."""
+        return {"name": self.name}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Likelihood:
+        """Rebuild from `config`; by default each entry but the name is a constructor argument."""
+        return cls(**{key: value for key, value in config.items() if key != "name"})
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{k}={v!r}" for k, v in self.config().items() if k != "name")
+        return f"{type(self).__name__}({settings})"
+
+
+# -- the registry --------------------------------------------------------------------------------
+
+_REGISTRY: dict[str, type[Likelihood]] = {}
+_Class = TypeVar("_Class", bound=type[Likelihood])
+
+
+def register_likelihood(cls: _Class) -> _Class:
+    """Class decorator: make a likelihood known by its ``name`` (to `resolve_likelihood` and storage).
+
+    Raises `InputError` if another class holds the name. Defining the same class again, as a notebook
+    cell does when it is run twice, replaces it.
+    """
+    holder = _REGISTRY.get(cls.name)
+    if holder is not None and holder.__qualname__ != cls.__qualname__:
+        raise InputError(
+            f"the likelihood name {cls.name!r} belongs to {holder.__qualname__}; give "
+            f"{cls.__qualname__} another `name`."
+        )
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def resolve_likelihood(value: str | Likelihood) -> Likelihood:
+    """A likelihood from its name (a fresh object) or from an object (returned as it is).
+
+    Raises `InputError` listing the names for anything else.
+    """
+    if isinstance(value, Likelihood):
+        return value
+    if isinstance(value, str) and value in _REGISTRY:
+        return _REGISTRY[value]()
+    other: object = value  # whatever the caller passed in spite of the annotation
+    found = f"the class {other.__name__} (call it)" if isinstance(other, type) else repr(other)
+    raise InputError(
+        f"likelihood is {found}; expected {_known()} or a nullbayes Likelihood object, e.g. "
+        f"`Classification(ignore_index=0)`."
+    )
+
+
+def likelihood_from_config(config: dict[str, Any]) -> Likelihood:
+    """The inverse of ``Likelihood.config``. Raises `InputError` for unknown names or settings."""
+    name = config.get("name")
+    if name not in _REGISTRY:
+        raise InputError(
+            f"the stored likelihood is {name!r}, expected {_known()}. If it is your own class, import "
+            f"the module that defines it and decorate it with `@register_likelihood`."
+        )
+    try:
+        return _REGISTRY[name].from_config(config)
+    except NullBayesError:
+        raise
+    except (TypeError, ValueError, KeyError) as error:
+        raise InputError(
+            f"the stored settings of the likelihood {name!r} do not fit its class: {error}. Found {config!r}."
+        ) from error
+
+
+def _known() -> str:
+    return ", ".join(repr(name) for name in sorted(_REGISTRY))
+
+
+# -- pieces shared by the likelihoods ------------------------------------------------------------
+
+
+def to_float64(tensor: Tensor) -> Tensor:
+    """Float64 on the same device, or on the CPU for Apple's MPS, which has no float64."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).to(torch.float64)
+
+
+def float64_setting(value: object, name: str) -> Tensor:
+    """A number, sequence or tensor given by the user as a float64 CPU tensor of its own.
+
+    Raises `InputError` for anything else. Python floats must not pass through torch's default dtype:
+    float32 would round them.
+    """
+    try:
+        if isinstance(value, Tensor):
+            return value.detach().cpu().to(torch.float64).clone()
+        return torch.tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{name} is {value!r}, expected a number, a sequence of numbers or a tensor: {error}."
+        ) from None
+
+
+def log_mean_exp(values: Tensor) -> Tensor:
+    """``log mean exp`` over the first axis."""
+    return values.logsumexp(0) - math.log(values.shape[0])
+
+
+def require_draws(draws: Tensor, least: int) -> None:
+    """Raise `InputError` where fewer draws came than the estimate needs."""
+    if draws.shape[0] < least:
+        raise InputError(
+            f"got {draws.shape[0]} draws of the outputs, expected at least {least}. Fit the posterior "
+            f"with a larger `num_samples`."
+        )
+
+
+def epistemic_variance(draws: Tensor, point: Tensor, linearised: bool) -> Tensor:
+    """Variance of ``draws`` ``(S, B, *out)`` over S: ``(B, *out)``, unbiased either way.
+
+    Linearised draws have the known mean ``point``, so the squares are divided by S; otherwise the mean
+    is estimated and they are divided by S - 1. Raises `InputError` for too few draws.
+    """
+    require_draws(draws, 1 if linearised else 2)
+    return (draws - point).square().mean(0) if linearised else draws.var(0)
+
+
+def entropy_terms(log_p: Tensor) -> Tensor:
+    """``-p log p`` elementwise, 0 where p underflows (there the product would be 0 · inf = NaN)."""
+    p = log_p.exp()
+    return torch.where(p > 0, -p * log_p, torch.zeros_like(p))
+
+
+def diagonal_factor(roots: Tensor) -> Tensor:
+    """Factor of a diagonal Hessian from its roots ``(B, *out)``: ``(D, B, *out)``."""
+    batch, width = roots.shape[0], math.prod(roots.shape[1:])
+    factor = roots.new_zeros(width, batch, width)
+    factor.diagonal(dim1=0, dim2=2).copy_(roots.reshape(batch, width))
+    return factor.reshape(width, *roots.shape)
+
+
+def reshape_column(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Read targets ``(B,)`` for outputs ``(B, 1)``, and the reverse, as the same thing."""
+    column = {tuple(outputs.shape), tuple(targets.shape)} == {
+        tuple(outputs.shape[:1]),
+        (*outputs.shape[:1], 1),
+    }
+    return targets.reshape(outputs.shape) if column else targets
+
+
+def check_finite(tensor: Tensor, what: str, mend: str) -> None:
+    """Raise `NonFiniteError` naming the first example with NaN or infinity."""
+    finite = torch.isfinite(tensor)
+    if bool(finite.all()):
+        return
+    bad = (~finite).reshape(tensor.shape[0], -1).any(1).nonzero()[:, 0]
+    raise NonFiniteError(
+        f"{what} hold NaN or infinity in {bad.numel()} of {tensor.shape[0]} examples (first: example "
+        f"{int(bad[0])}), expected finite numbers. {mend}"
+    )
+
+
+def check_batch(outputs: Tensor, targets: Tensor, where: str) -> None:
+    """The checks that every likelihood needs: tensors, a shared batch axis, finite numbers."""
+    for role, value in (("outputs", outputs), ("targets", targets)):
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"{where}: the {role} are a {type(value).__name__}, expected a torch.Tensor. Pass "
+                f"`forward=` to pick the output tensor, or let the loader collate tensors."
+            )
+    if not outputs.is_floating_point():
+        raise InputError(
+            f"{where}: the outputs have dtype {outputs.dtype}, expected real floating point: raw "
+            f"logits or regression outputs, before any argmax or rounding."
+        )
+    if outputs.ndim < 1 or outputs.numel() == 0:
+        raise InputError(
+            f"{where}: the outputs have shape {tuple(outputs.shape)}, expected (B, ...) with at least "
+            f"one example. Leave empty batches out of the loader."
+        )
+    if targets.ndim < 1 or targets.shape[0] != outputs.shape[0]:
+        raise InputError(
+            f"{where}: outputs of shape {tuple(outputs.shape)} but targets of shape "
+            f"{tuple(targets.shape)}; expected one target per example, {outputs.shape[0]} in the first "
+            f"axis. The batch has to be the first axis of both."
+        )
+    check_finite(
+        outputs,
+        f"{where}: the outputs",
+        "Check the weights and the inputs; write masked logits as a large negative number, not -inf.",
+    )
+    if targets.is_complex():
+        raise InputError(f"{where}: the targets have dtype {targets.dtype}, expected real numbers.")
+    if targets.is_floating_point():
+        check_finite(targets, f"{where}: the targets", "Drop or impute the missing targets.")
+
+
+def check_same_shape(outputs: Tensor, targets: Tensor, where: str, advice: Callable[[], str]) -> None:
+    """Raise `InputError` unless the (prepared) targets have the shape of the outputs."""
+    if targets.shape != outputs.shape:
+        raise InputError(
+            f"{where}: outputs of shape {tuple(outputs.shape)} but targets of shape "
+            f"{tuple(targets.shape)}; expected the same shape. {advice()}"
+        )

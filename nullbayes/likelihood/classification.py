@@ -1,0 +1,373 @@
+"""Softmax cross-entropy over classes: integer or soft labels, one position per example or many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nullbayes.errors import InputError
+from nullbayes.likelihood.base import (
+    Likelihood,
+    Moments,
+    check_batch,
+    entropy_terms,
+    epistemic_variance,
+    float64_setting,
+    log_mean_exp,
+    register_likelihood,
+    require_draws,
+    to_float64,
+)
+
+# Elements of the float64 block that `softmax_factor` holds at a time (32 MB).
+_BLOCK = 1 << 22
+
+
+@register_likelihood
+class Classification(Likelihood):
+    """Categorical likelihood of softmax outputs, ``loss = -Σ w_c y_c log p_c``.
+
+    Outputs ``(B, O)``, ``(B, T, O)``, ``(B, O, T)``, ``(B, O, H, W)`` and so on; integer labels of the
+    same shape without the class axis, or soft labels of the same shape whose classes sum to one.
+
+    Args:
+        class_axis: axis of the classes, counted with the batch axis. Left out, it is the axis (1 or
+            the last) that fits the shape of integer labels; where both fit or none are at hand, what
+            `validate` saw before, else the last axis of outputs with up to 3 axes and axis 1 beyond.
+        weight: one non-negative weight per class, as in `torch.nn.functional.cross_entropy`
+            (``reduction="none"``). Weights the loss and its derivatives, not the predictive score.
+        ignore_index: positions with this integer label count for nothing: zero loss, gradient and
+            Hessian. None: no label is ignored.
+    """
+
+    name = "classification"
+    score_name = "accuracy"
+
+    def __init__(
+        self,
+        class_axis: int | None = None,
+        weight: Tensor | Sequence[float] | None = None,
+        ignore_index: int | None = -100,
+    ) -> None:
+        if class_axis == 0:
+            raise InputError("class_axis is 0, which is the batch axis; expected 1 (channels first) or -1 (last).")
+        self.class_axis = class_axis
+        self.ignore_index = ignore_index
+        self.weight: Tensor | None = None  # (O,) float64 on the CPU
+        if weight is not None:
+            self.weight = float64_setting(weight, "weight")
+            good = torch.isfinite(self.weight) & (self.weight >= 0)
+            if self.weight.ndim != 1 or not bool(good.all()) or not bool((self.weight > 0).any()):
+                raise InputError(
+                    f"weight is {self.weight.tolist()}, expected one finite number >= 0 per class, not all zero."
+                )
+        # Class axis by number of output axes, as `validate` saw it: predictions come without targets.
+        self._seen_axes: dict[int, int] = {}
+
+    # -- the class axis --------------------------------------------------------------------------
+
+    def _axis(self, shape: Sequence[int], targets: Tensor | None = None) -> int:
+        """Class axis of outputs of this shape (with the batch axis); raises `InputError` if none."""
+        ndim = len(shape)
+        if ndim < 2:
+            raise InputError(
+                f"classification needs outputs with a class axis, (B, O), got {tuple(shape)}. For one "
+                f'logit per example use likelihood="binary".'
+            )
+        if self.class_axis is not None:
+            axis = self.class_axis + ndim if self.class_axis < 0 else self.class_axis
+            if not 1 <= axis < ndim:
+                raise InputError(
+                    f"class_axis={self.class_axis} is no class axis of outputs of shape "
+                    f"{tuple(shape)}; expected 1..{ndim - 1} or a negative axis that is not the batch."
+                )
+            return axis
+        usual = self._seen_axes.get(ndim, ndim - 1 if ndim <= 3 else 1)
+        if targets is None or targets.ndim != ndim - 1:
+            return usual
+        fits = [a for a in (1, ndim - 1) if tuple(targets.shape) == _without(shape, a)]
+        return usual if usual in fits or not fits else fits[0]
+
+    def _remember(self, ndim: int, axis: int, where: str) -> None:
+        seen = self._seen_axes.setdefault(ndim, axis)
+        if seen != axis:
+            raise InputError(
+                f"{where}: the labels put the classes on axis {axis} of the outputs, earlier batches "
+                f"on axis {seen}. Say which: `Classification(class_axis={axis})`."
+            )
+
+    def _flatten(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Logits ``(B, T, O)``, labels ``(B, T)`` int64 or ``(B, T, O)`` soft, and the class axis."""
+        targets = self.prepare_targets(outputs, targets)
+        axis = self._axis(outputs.shape, targets)
+        flat = (outputs.shape[0], math.prod(_without(outputs.shape, axis)[1:]))
+        logits = outputs.movedim(axis, -1).reshape(*flat, outputs.shape[axis])
+        if targets.is_floating_point():
+            return logits, targets.movedim(axis, -1).reshape(logits.shape), axis
+        return logits, targets.reshape(flat), axis
+
+    def _kept(self, labels: Tensor) -> Tensor:
+        """Mask of the integer labels that are not to be ignored, same shape."""
+        if self.ignore_index is None:
+            return torch.ones_like(labels, dtype=torch.bool)
+        return labels != self.ignore_index
+
+    def _weights(self, logits: Tensor) -> Tensor:
+        if self.weight is None:
+            return logits.new_ones(logits.shape[-1])
+        return self.weight.to(logits)
+
+    def _split(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """In-range integer labels ``(B, T)``, and the weight of each position, 0 where ignored."""
+        kept = self._kept(labels)
+        safe = torch.where(kept, labels, torch.zeros_like(labels))
+        return safe, self._weights(logits)[safe] * kept
+
+    # -- targets ---------------------------------------------------------------------------------
+
+    def prepare_targets(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Soft labels in the outputs' dtype, all others as int64; on the outputs' device."""
+        dtype = outputs.dtype if targets.is_floating_point() else torch.int64
+        return targets.to(device=outputs.device, dtype=dtype)
+
+    def validate(self, outputs: Tensor, targets: Tensor, where: str) -> None:
+        check_batch(outputs, targets, where)
+        try:
+            axis = self._axis(outputs.shape, targets)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        shape, classes = tuple(outputs.shape), outputs.shape[axis]
+        if classes < 2:
+            raise InputError(
+                f"{where}: outputs of shape {shape} have {classes} class on axis {axis}, expected two "
+                f'or more. For one logit use likelihood="binary"; if the classes lie on another axis, '
+                f"`Classification(class_axis=...)`."
+            )
+        if self.weight is not None and self.weight.numel() != classes:
+            raise InputError(
+                f"{where}: the model has {classes} outputs but `weight` has {self.weight.numel()} "
+                f"entries; expected one per class."
+            )
+        if targets.is_floating_point():
+            self._validate_soft(outputs, targets, axis, where)
+        else:
+            self._validate_integer(outputs, targets, axis, where)
+        self._remember(outputs.ndim, axis, where)
+
+    def _validate_integer(self, outputs: Tensor, targets: Tensor, axis: int, where: str) -> None:
+        shape, classes = tuple(outputs.shape), outputs.shape[axis]
+        expected = _without(shape, axis)
+        if tuple(targets.shape) != expected:
+            if targets.shape == outputs.shape:
+                mend = "For one-hot labels pass `targets.argmax(axis)`, or soft labels as floats."
+            elif targets.numel() == math.prod(expected):
+                mend = f"`targets.reshape({expected})` would fit."
+            else:
+                mend = "If the classes lie on another axis, `Classification(class_axis=...)`."
+            raise InputError(
+                f"{where}: outputs of shape {shape} with {classes} classes on axis {axis}, but integer "
+                f"labels of shape {tuple(targets.shape)}; expected {expected}. {mend}"
+            )
+        labels = targets.to(torch.int64)
+        labels = labels[self._kept(labels)]
+        if labels.numel() == 0:
+            return  # every position is ignored: a batch that adds nothing
+        low, high = int(labels.min()), int(labels.max())
+        if low >= 0 and high < classes:
+            return
+        if low < 0:
+            found, culprit = f"labels go down to {low}", low
+        else:
+            found, culprit = f"labels reach {high}", high
+        if low == 1 and high == classes:
+            mend = "They seem to start at 1: pass `targets - 1`."
+        else:
+            mend = (
+                f"Renumber the labels or change the number of outputs; if {culprit} marks positions "
+                f"to leave out, `Classification(ignore_index={culprit})`."
+            )
+        raise InputError(f"{where}: {found}, model has {classes} outputs, expected 0..{classes - 1}. {mend}")
+
+    def _validate_soft(self, outputs: Tensor, targets: Tensor, axis: int, where: str) -> None:
+        if targets.shape != outputs.shape:
+            raise InputError(
+                f"{where}: labels of dtype {targets.dtype} and shape {tuple(targets.shape)} for outputs "
+                f"of shape {tuple(outputs.shape)}. Expected integer labels of shape "
+                f"{_without(outputs.shape, axis)} (pass `targets.long()`), or soft labels of the "
+                f'outputs\' shape. For real-valued targets use likelihood="regression".'
+            )
+        low = float(targets.min())
+        if low < 0:
+            raise InputError(
+                f"{where}: soft labels go down to {low:.4g}, expected probabilities >= 0. For "
+                f'real-valued targets use likelihood="regression"; log-probabilities need `.exp()`.'
+            )
+        sums = to_float64(targets).sum(axis)
+        worst = float(sums.flatten()[(sums - 1).abs().argmax()])
+        # Loose enough for labels rounded to their own dtype, tight enough to catch counts and scores.
+        if abs(worst - 1) > max(1e-4, 4 * torch.finfo(targets.dtype).eps):
+            raise InputError(
+                f"{where}: soft labels sum to {worst:.4g} over the {outputs.shape[axis]} classes on "
+                f"axis {axis}, expected 1. Normalise them, or pass `Classification(class_axis=...)` if "
+                f'the classes lie on another axis; for multi-label targets use likelihood="binary".'
+            )
+
+    # -- loss and derivatives --------------------------------------------------------------------
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        logits, labels, _ = self._flatten(outputs, targets)
+        log_p = logits.log_softmax(-1)
+        if labels.is_floating_point():
+            return -(self._weights(logits) * labels * log_p).sum((1, 2))
+        safe, scale = self._split(logits, labels)
+        return -(log_p.gather(-1, safe.unsqueeze(-1)).squeeze(-1) * scale).sum(1)
+
+    def loss_gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """``w_y (p - e_y)``, or ``(Σ w_c y_c) p - w y`` for soft labels: ``(B, *out)``, detached."""
+        logits, labels, axis = self._flatten(outputs.detach(), targets)
+        p = logits.softmax(-1)
+        if labels.is_floating_point():
+            weighted = self._weights(logits) * labels
+            gradient = weighted.sum(-1, keepdim=True) * p - weighted
+        else:
+            safe, scale = self._split(logits, labels)
+            # p_y - 1 as minus the sum of the others: the subtraction cancels for a confident, right
+            # prediction and would leave the row without the entry that makes it sum to zero.
+            index = safe.unsqueeze(-1)
+            others = p.scatter(-1, index, 0)
+            gradient = others.scatter(-1, index, -others.sum(-1, keepdim=True))
+            gradient = gradient * scale.unsqueeze(-1)
+        return _restore(gradient, outputs.shape, axis)
+
+    def hessian_factor(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Closed-form factor of ``w (diag(p) - p pᵀ)``, O - 1 columns a position, detached.
+
+        T positions give ``C = T (O - 1)`` columns, each non-zero at one position alone; they come
+        position by position. See `softmax_factor`.
+        """
+        logits, labels, axis = self._flatten(outputs.detach(), targets)
+        if labels.is_floating_point():
+            scale = (self._weights(logits) * labels).sum(-1)
+        else:
+            scale = self._split(logits, labels)[1]
+        batch, positions, classes = logits.shape
+        columns = softmax_factor(logits.reshape(-1, classes), scale.reshape(-1))
+        columns = columns.reshape(classes - 1, batch, positions, classes)
+        if positions > 1:
+            spread = columns.new_zeros(positions, classes - 1, batch, positions, classes)
+            spread.diagonal(dim1=0, dim2=3).copy_(columns.movedim(2, -1))
+            columns = spread.reshape(-1, batch, positions, classes)
+        flat = columns.reshape(-1, positions, classes)  # the batch axis holds C · B for `_restore`
+        stacked = (flat.shape[0], *outputs.shape[1:])
+        return _restore(flat, stacked, axis).reshape(-1, *outputs.shape)
+
+    def hessian_rank(self, output_shape: tuple[int, ...]) -> int:
+        axis = self._axis((1, *output_shape))
+        return math.prod(_without((1, *output_shape), axis)) * (output_shape[axis - 1] - 1)
+
+    # -- predictions -----------------------------------------------------------------------------
+
+    def moments(self, draws: Tensor, point: Tensor, linearised: bool) -> Moments:
+        """Mean probabilities ``(B, *out)`` and entropies in nats, ``(B,)`` or ``(B, *positions)``.
+
+        ``total = H[mean_s p_s]``, ``aleatoric = mean_s H[p_s]`` and their difference, the mutual
+        information between label and weights (never below 0; rounding could put it there).
+        """
+        variance = epistemic_variance(draws, point, linearised)
+        axis = self._axis(point.shape)
+        log_p = draws.log_softmax(axis + 1)
+        log_mean = log_mean_exp(log_p)
+        total = entropy_terms(log_mean).sum(axis)
+        aleatoric = entropy_terms(log_p).sum(axis + 1).mean(0)
+        epistemic = (total - aleatoric).clamp_min(0)
+        return Moments(log_mean.exp(), variance, total, aleatoric, epistemic)
+
+    def log_predictive(self, draws: Tensor, targets: Tensor) -> Tensor:
+        """``log mean_s p_s(y)`` of each position, summed over positions: ``(B,)``.
+
+        Soft labels average it over the label distribution. Ignored positions add nothing; class
+        weights are not applied, as they weight a loss and not a probability.
+        """
+        require_draws(draws, 1)
+        axis = self._axis(draws.shape[1:], self.prepare_targets(draws[0], targets))
+        log_mean = log_mean_exp(draws.log_softmax(axis + 1))
+        flat, labels, _ = self._flatten(log_mean, targets)
+        if labels.is_floating_point():
+            return (labels * flat).sum((1, 2))
+        kept = self._kept(labels)
+        index = torch.where(kept, labels, torch.zeros_like(labels)).unsqueeze(-1)
+        return (flat.gather(-1, index).squeeze(-1) * kept).sum(1)
+
+    def correct(self, mean: Tensor, targets: Tensor) -> Tensor:
+        """1 where the most probable class is the label's, else 0; flat, ignored positions dropped."""
+        flat, labels, _ = self._flatten(mean, targets)
+        if labels.is_floating_point():
+            return (flat.argmax(-1) == labels.argmax(-1)).flatten().to(mean.dtype)
+        return (flat.argmax(-1) == labels)[self._kept(labels)].to(mean.dtype)
+
+    # -- storage ---------------------------------------------------------------------------------
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "class_axis": self.class_axis,
+            "weight": None if self.weight is None else self.weight.tolist(),
+            "ignore_index": self.ignore_index,
+            "seen_axes": {str(ndim): axis for ndim, axis in self._seen_axes.items()},
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Classification:
+        skip = ("name", "seen_axes")
+        likelihood = cls(**{key: value for key, value in config.items() if key not in skip})
+        seen = config.get("seen_axes", {})
+        likelihood._seen_axes = {int(ndim): int(axis) for ndim, axis in seen.items()}
+        return likelihood
+
+
+def softmax_factor(logits: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Columns of a factor of ``scale_n (diag(p_n) - p_n p_nᵀ)``: ``(O - 1, N, O)``.
+
+    ``logits`` ``(N, O)``, ``scale`` ``(N,)``. With the remaining mass ``q_i = Σ_{j>i} p_j`` column i is
+
+        sqrt(p_i q_i / q_{i-1}) at i,   -p_j sqrt(p_i / (q_i q_{i-1})) at j > i,   0 before,
+
+    the LDLᵀ factor of a multinomial covariance, Tanabe & Sagae, *An exact Cholesky decomposition and
+    the generalized inverse of the variance-covariance matrix of the multinomial distribution*, JRSS B
+    54 (1992). The masses are summed from the far end: ``1 - cumsum(p)`` cancels once one class is
+    nearly certain. They are kept in float64, since ``p`` as small as 1e-52 (logits of ±60) still gives
+    columns of 1e-26, which float32 holds. Where a mass underflows the column is zero, never NaN.
+    """
+    rows, classes = logits.shape
+    p = to_float64(logits).softmax(-1)  # (N, O)
+    mass = p.flip(-1).cumsum(-1).flip(-1)  # q_{i-1} = p_i + q_i, at i
+    before, after = mass[:, :-1], mass[:, 1:]  # (N, O - 1) each
+    share = torch.where(before > 0, p[:, :-1] / before, 0).sqrt()  # where: 0 / 0 after underflow
+    if scale is not None:
+        share = share * to_float64(scale).sqrt().unsqueeze(-1)
+    on_diagonal = share * after.sqrt()
+    beside = torch.where(after > 0, share / after.sqrt(), 0)
+
+    columns = torch.empty(classes - 1, rows, classes, dtype=logits.dtype, device=logits.device)
+    index = torch.arange(classes, device=p.device)
+    step = max(1, _BLOCK // max(1, rows * classes))
+    for start in range(0, classes - 1, step):  # blocks: all columns at once in float64 may not fit
+        these = index[start : min(start + step, classes - 1)]
+        later = index > these.view(-1, 1, 1)  # (k, 1, O)
+        block = -beside[:, these].T.unsqueeze(-1) * p * later
+        block.diagonal(offset=start, dim1=0, dim2=2).copy_(on_diagonal[:, these])
+        columns[start : start + these.numel()] = block.to(columns)
+    return columns
+
+
+def _without(shape: Sequence[int], axis: int) -> tuple[int, ...]:
+    return (*shape[:axis], *shape[axis + 1 :])
+
+
+def _restore(flat: Tensor, shape: Sequence[int], axis: int) -> Tensor:
+    """``(B, T, O)`` back to ``shape``, with the class axis in its place."""
+    return flat.reshape(*_without(shape, axis), shape[axis]).movedim(-1, axis)

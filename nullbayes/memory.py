@@ -1,0 +1,63 @@
+"""How much memory there is, how much was used, and sizes as people write them."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+
+import torch
+
+from nullbayes.errors import InputError
+
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def parse_bytes(value: int | float | str) -> int:
+    """``"8GB"``, ``"500 MiB"`` or a number of bytes, as an integer (1 GB = 2**30 bytes here)."""
+    if isinstance(value, (int, float)) and value > 0:
+        return int(value)
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?)i?b?\s*", str(value).lower())
+    if not match or float(match[1]) <= 0:
+        raise InputError(
+            f"`memory` is {value!r}; expected a positive number of bytes or text like '8GB'."
+        )
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def format_bytes(count: float) -> str:
+    """``1536`` -> ``"1.5 kB"``, for messages."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TB"
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that new tensors on ``device`` may take now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (ValueError, OSError, AttributeError):
+        return 8 * 2**30
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory this process (or, on an accelerator, its tensors) has held so far."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) if sys.platform == "darwin" else int(peak) * 1024

@@ -1,0 +1,185 @@
+"""Rows, products and Gram matrices of every layer kind against a dense Jacobian in float64."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+from zoo import ZOO, Case, dense_jacobian
+
+from nullbayes import jacobian
+from nullbayes.errors import ModelError
+from nullbayes.jacobian.build import capture_batch, output_operator
+from nullbayes.jacobian.functional import FunctionalModel, batch_size
+from nullbayes.jacobian.operator import JacobianOperator
+from nullbayes.jacobian.probe import prove
+
+
+def operator_for(model: nn.Module, inputs: object) -> tuple[JacobianOperator, object]:
+    functional = FunctionalModel(model, jacobian.ParameterSpace.from_model(model))
+    plan = prove(functional, inputs)
+    return output_operator(functional, plan, inputs), plan
+
+
+@pytest.mark.parametrize("case", ZOO, ids=str)
+def test_rows_products_and_gram(case: Case) -> None:
+    model, inputs = case.make()
+    dense = dense_jacobian(model, inputs)
+    operator, plan = operator_for(model, inputs)
+    assert sorted(plan.generic) == sorted(case.generic)
+    assert operator.shape == dense.shape
+    assert_close(torch.cat(list(operator.iter_rows(5))), dense)
+    vectors = torch.randn(3, dense.shape[1], dtype=torch.float64)
+    weights = torch.randn(3, dense.shape[0], dtype=torch.float64)
+    assert_close(operator.matvec(vectors), vectors @ dense.T)
+    assert_close(operator.rmatvec(weights), weights @ dense)
+    assert_close(operator.gram(), dense @ dense.T)
+    assert_close(operator.cross_gram(operator), dense @ dense.T)
+    assert_close(operator.squared_norms(), dense.square().sum(1))
+
+
+@pytest.mark.parametrize("case", ZOO, ids=str)
+def test_the_model_is_left_as_it_was(case: Case) -> None:
+    model, inputs = case.make(torch.float32)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    rng = torch.get_rng_state()
+    operator_for(model, inputs)
+    assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    assert all(bool((p.grad == 1).all()) and p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_hooks_with_kwargs for m in model.modules())
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+@pytest.mark.parametrize("case", ZOO, ids=str)
+def test_blocks_of_several_batches_multiply(case: Case) -> None:
+    model, inputs = case.make()
+    dense = dense_jacobian(model, inputs)
+    functional = FunctionalModel(model, jacobian.ParameterSpace.from_model(model))
+    plan = prove(functional, inputs)
+    size = batch_size(inputs)
+    numel = dense.shape[0] // size
+    blocks = []
+    for n in range(size):
+        part = torch.utils._pytree.tree_map(lambda t, n=n: t[n : n + 1], inputs)
+        blocks += output_operator(functional, plan, part).blocks
+    operator = JacobianOperator(functional.space, blocks)
+    assert operator.shape[0] == size * numel
+    assert_close(operator.gram(), dense @ dense.T)
+    single = JacobianOperator(functional.space, blocks[:1])
+    assert_close(operator.cross_gram(single), dense @ dense[:numel].T)
+
+
+def test_token_contraction_and_written_out_rows_agree() -> None:
+    """A wide layer with few tokens takes the contraction; force both roads and compare."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 50), nn.Flatten(), nn.Linear(100, 2)).double()
+    inputs = torch.randn(4, 2, 40, dtype=torch.float64)
+    operator, _ = operator_for(model, inputs)
+    factor = operator.blocks[0].factors[("0.weight", "0.bias")]
+    assert not factor.gram_by_rows and factor.tokens == 2
+    assert_close(factor._gram_tokens(factor), factor._gram_rows(factor))
+    assert_close(operator.gram(), (d := dense_jacobian(model, inputs)) @ d.T)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    groups=st.sampled_from([1, 2]),
+    bias=st.booleans(),
+    transpose=st.booleans(),
+    size=st.tuples(st.integers(5, 7), st.integers(5, 7)),
+)
+def test_any_convolution(kernel, stride, padding, dilation, groups, bias, transpose, size) -> None:
+    kind = nn.ConvTranspose2d if transpose else nn.Conv2d
+    torch.manual_seed(0)
+    layer = kind(
+        2, 4, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups, bias=bias
+    )
+    model = nn.Sequential(layer, nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+    inputs = torch.randn(2, 2, *size, dtype=torch.float64)
+    if 0 in model[0](inputs).shape:
+        return
+    operator, plan = operator_for(model, inputs)
+    assert not plan.generic
+    assert_close(torch.cat(list(operator.iter_rows(99))), dense_jacobian(model, inputs))
+
+
+def test_chosen_parameters_only() -> None:
+    model, inputs = ZOO[0].make()
+    space = jacobian.ParameterSpace.from_model(model, ["2.weight"])
+    functional = FunctionalModel(model, space)
+    operator = output_operator(functional, prove(functional, inputs), inputs)
+    dense = dense_jacobian(model, inputs)
+    assert_close(torch.cat(list(operator.iter_rows(99))), dense[:, 30:48])
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model, inputs = ZOO[0].make()
+    model[0].requires_grad_(False)
+    operator, _ = operator_for(model, inputs)
+    assert operator.shape[1] == 21
+    assert not model[0].weight.requires_grad
+
+
+def test_column_scales_are_folded_in() -> None:
+    model, inputs = next(c for c in ZOO if c.name == "tied-embedding").make()
+    functional = FunctionalModel(model, jacobian.ParameterSpace.from_model(model))
+    plan = prove(functional, inputs)
+    scales = {name: 0.5 + i for i, name in enumerate(functional.space.names)}
+    eye = torch.eye(7, dtype=torch.float64)[:, None].expand(7, 4, 7)
+    blocks, _ = capture_batch(
+        functional, plan, inputs, lambda o, s: SimpleNamespace(values=eye[:, s]), 7, scales
+    )
+    precision = {name: value**-2 for name, value in scales.items()}
+    dense = dense_jacobian(model, inputs) * functional.space.scales(precision)
+    operator = JacobianOperator(functional.space, blocks)
+    assert_close(operator.gram(), dense @ dense.T)
+
+
+class Mixing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x - x.mean(0))
+
+
+class Noisy(Mixing):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x + torch.randn_like(x))
+
+
+class Dead(Mixing):
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + self.unused(x).detach()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Mixing(), "evaluated alone"),
+        (Noisy(), "evaluated alone"),
+        (Dead(), "no gradient path leads from the output to .*unused.weight"),
+        (nn.Sequential(Mixing(), nn.Flatten(0)), "one entry per example"),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else None,
+)
+def test_models_without_per_example_rows_are_refused(model: nn.Module, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        operator_for(model, torch.randn(4, 3))
+    assert not any(m._forward_hooks for m in model.modules())

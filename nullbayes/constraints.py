@@ -72,7 +72,9 @@ class Preserve(ABC):
     def describe(self) -> str:
         """What is kept, as a phrase that ends "the posterior keeps ..."."""
 
-    def rows(self, likelihood: Likelihood, output_shape: tuple[int, ...], directions: Directions = None) -> int:
+    def rows(
+        self, likelihood: Likelihood, output_shape: tuple[int, ...], directions: Directions = None
+    ) -> int:
         """Rows per example, C; for ``directions="auto"`` an upper bound.
 
         Raises `InputError` for directions that make no sense, or not for this mode.
@@ -95,7 +97,10 @@ class Preserve(ABC):
         Raises `InputError` as `rows` does, and `NonFiniteError` if a cotangent is NaN or infinite.
         """
         limit = self._check_directions(directions)
-        values = self.build(likelihood, outputs.detach(), targets.detach()).detach()
+        outputs, targets = outputs.detach(), targets.detach()
+        shortcut = None if limit is None else self.shortcut(likelihood, outputs, targets, limit)
+        values = self.build(likelihood, outputs, targets) if shortcut is None else shortcut.values
+        values = values.detach()
         if values.shape[1:] != outputs.shape:
             raise InputError(
                 f'preserve="{self.name}" built cotangents of shape {tuple(values.shape)} for outputs '
@@ -106,10 +111,22 @@ class Preserve(ABC):
             f'the cotangents of preserve="{self.name}"',
             "Check the outputs and targets with `Likelihood.validate`, and your own likelihood's derivatives.",
         )
+        if shortcut is not None:
+            return shortcut
         if limit is not None:
             return leading_directions(values, limit)
         trace = _trace(values)
         return Cotangents(values, torch.zeros_like(trace), trace)
+
+    def shortcut(
+        self,
+        likelihood: Likelihood,
+        outputs: Tensor,
+        targets: Tensor,
+        directions: int | Literal["auto"],
+    ) -> Cotangents | None:
+        """Leading directions without `build`, where there is a faster way; None: there is not."""
+        return None
 
     def _check_directions(self, directions: Any) -> Directions:
         limit = resolve_directions(directions)
@@ -179,6 +196,36 @@ class Predictions(Preserve):
     def build(self, likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
         return likelihood.hessian_factor(outputs, targets)
 
+    def shortcut(
+        self,
+        likelihood: Likelihood,
+        outputs: Tensor,
+        targets: Tensor,
+        directions: int | Literal["auto"],
+    ) -> Cotangents | None:
+        tried = 8 if directions == "auto" else directions
+        while True:
+            found = likelihood.leading_factor(outputs, targets, tried)
+            if found is None:
+                return None
+            values, eigenvalues, trace = found
+            left = trace.unsqueeze(-1) - eigenvalues.cumsum(-1)  # (B, k)
+            if directions != "auto":
+                discarded = left[:, -1].clamp_min(0)
+                return Cotangents(values, discarded.to(outputs), trace.to(outputs))
+            missing = left > (1 - AUTO_SHARE) * trace.unsqueeze(-1)
+            if not bool(missing[:, -1].any()):
+                break
+            tried *= 2  # most batches stop early; how many are needed is not known before
+        # The first row is needed where there is any trace, row c where c rows are not enough.
+        needed = torch.cat([trace.unsqueeze(-1) > 0, missing[:, :-1]], dim=-1)
+        used = needed.sum(-1)
+        left = torch.cat([trace.unsqueeze(-1), left], dim=-1).gather(-1, used.unsqueeze(-1))[:, 0]
+        mask = needed.T.reshape(*needed.T.shape, *[1] * (outputs.ndim - 1)).to(values.device)
+        longest = max(1, int(used.max()))
+        values = (values * mask)[:longest]
+        return Cotangents(values, left.clamp_min(0).to(outputs), trace.to(outputs))
+
     def describe(self) -> str:
         return "the training predictions"
 
@@ -236,11 +283,15 @@ def leading_directions(factor: Tensor, directions: int | Literal["auto"]) -> Cot
     step = max(1, _BLOCK // max(1, count * width))
     kept, trace, discarded = [], [], []
     for start in range(0, batch, step):
-        scaled, eigenvalues = _eigen(to_float64(flat[:, start : start + step]).transpose(0, 1), keep)
+        scaled, eigenvalues = _eigen(
+            to_float64(flat[:, start : start + step]).transpose(0, 1), keep
+        )
         # The whole trace comes from the same decomposition, so that keeping all discards exactly 0.
         total = eigenvalues.sum(-1, keepdim=True)
         # What is left after r directions, summed from the small end: total - kept cancels.
-        tail = torch.cat([eigenvalues.flip(-1).cumsum(-1).flip(-1), torch.zeros_like(total)], dim=-1)
+        tail = torch.cat(
+            [eigenvalues.flip(-1).cumsum(-1).flip(-1), torch.zeros_like(total)], dim=-1
+        )
         if directions == "auto":
             number = (tail[:, :-1] > (1 - AUTO_SHARE) * total).sum(-1)  # (b,)
             wanted = torch.arange(keep, device=scaled.device) < number.unsqueeze(-1)

@@ -44,7 +44,9 @@ def dense_hessian(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> T
     """Hessian of the loss by torch.func, example by example: (B, D, D)."""
     width = math.prod(outputs.shape[1:])
     one = [
-        torch.func.hessian(lambda f, t=targets[n : n + 1]: likelihood.loss(f[None], t)[0])(outputs[n])
+        torch.func.hessian(lambda f, t=targets[n : n + 1]: likelihood.loss(f[None], t)[0])(
+            outputs[n]
+        )
         for n in range(outputs.shape[0])
     ]
     return torch.stack(one).reshape(-1, width, width)
@@ -107,7 +109,9 @@ def test_outputs_are_the_identity(case):
 
 def test_rows_pull_back_to_the_generalised_gauss_newton_matrix():
     """Σ_n over the rows of A, with A built from the cotangents, is the dense GGN of a small model."""
-    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 3)).double()
+    model = torch.nn.Sequential(
+        torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 3)
+    ).double()
     flat = normal(sum(p.numel() for p in model.parameters()))
     inputs, targets, likelihood = normal(5, 2), labels(3, 5), Classification()
 
@@ -202,7 +206,9 @@ def test_auto_in_one_batch_of_sure_and_unsure_examples():
 
 def test_auto_without_curvature_is_one_zero_row():
     ignored = torch.full((3,), -100)
-    result = resolve_preserve("predictions").cotangents(Classification(), normal(3, 5), ignored, "auto")
+    result = resolve_preserve("predictions").cotangents(
+        Classification(), normal(3, 5), ignored, "auto"
+    )
     assert result.values.shape == (1, 3, 5)
     for tensor in (result.values, result.trace, result.discarded):
         assert tensor.count_nonzero() == 0
@@ -211,7 +217,9 @@ def test_auto_without_curvature_is_one_zero_row():
 def test_float32_keeps_its_digits_for_confident_predictions():
     outputs = torch.tensor([[60.0, 0.0, -60.0, 3.0], [-60.0, 60.0, 55.0, 1.0]])
     result = resolve_preserve("predictions").cotangents(Classification(), outputs, labels(4, 2), 2)
-    full = resolve_preserve("predictions").cotangents(Classification(), outputs.double(), labels(4, 2), 2)
+    full = resolve_preserve("predictions").cotangents(
+        Classification(), outputs.double(), labels(4, 2), 2
+    )
     kept, expected = gram(result.values.double()), gram(full.values)
     assert ((kept - expected).norm(dim=(1, 2)) / expected.norm(dim=(1, 2))).max() < 1e-6
     assert (expected.norm(dim=(1, 2)) < 0.02).all()  # confident indeed
@@ -229,13 +237,42 @@ def test_blocks_of_examples_change_nothing(monkeypatch, directions):
     assert_close(blocks.trace, whole.trace)
 
 
+@pytest.mark.parametrize("spread", [1.0, 4.0, 15.0])
+@pytest.mark.parametrize("directions", [1, 10, "auto"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_many_classes_take_a_shortcut_to_the_same_rows(monkeypatch, spread, directions, soft):
+    likelihood = Classification(weight=[1.0, 2.0] * 60)
+    outputs, targets = spread * normal(6, 120), labels(120, 6)
+    targets[2] = -100
+    if soft:
+        targets = normal(6, 120, seed=3).softmax(-1)
+    preserve = resolve_preserve("predictions")
+    taken = likelihood.leading_factor(outputs, targets, 10) is not None
+    assert taken and likelihood.leading_factor(outputs, targets, 16) is None
+    fast = preserve.cotangents(likelihood, outputs, targets, directions)
+    monkeypatch.setattr(Classification, "leading_factor", Likelihood.leading_factor)
+    slow = preserve.cotangents(likelihood, outputs, targets, directions)
+    assert fast.values.shape == slow.values.shape
+    assert_close(gram(fast.values), gram(slow.values), atol=1e-11, rtol=1e-7)
+    assert_close(fast.discarded, slow.discarded, atol=1e-11, rtol=1e-7)
+    assert_close(fast.trace, slow.trace, atol=1e-12, rtol=1e-9)
+    if (
+        spread == 15.0 and directions == "auto"
+    ):  # where the shortcut is enough, it is the road taken
+        monkeypatch.undo()
+        monkeypatch.setattr(Classification, "hessian_factor", None)
+        assert_close(preserve.cotangents(likelihood, outputs, targets, "auto").values, fast.values)
+
+
 # -- refusals and extension ----------------------------------------------------------------------
 
 
 def test_directions_are_checked():
     assert [resolve_directions(d) for d in (None, "auto", 1, 10)] == [None, "auto", 1, 10]
     for bad in (0, -1, 2.0, True, "all", [3]):
-        with pytest.raises(InputError, match=r"directions is .*expected None .*'auto'.*whole number"):
+        with pytest.raises(
+            InputError, match=r"directions is .*expected None .*'auto'.*whole number"
+        ):
             resolve_directions(bad)
     for mode in ("outputs", "loss"):
         preserve = resolve_preserve(mode)
@@ -310,5 +347,7 @@ def test_adding_a_thing_to_preserve(monkeypatch):
         def build(self, likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
             return torch.zeros_like(outputs)
 
-    with pytest.raises(InputError, match=r"shape \(3, 4\) for outputs of shape \(3, 4\); .*\(C, 3, 4\)"):
+    with pytest.raises(
+        InputError, match=r"shape \(3, 4\) for outputs of shape \(3, 4\); .*\(C, 3, 4\)"
+    ):
         Wrong().cotangents(Classification(), normal(3, 4), labels(4, 3))

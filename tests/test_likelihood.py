@@ -24,6 +24,7 @@ from nullbayes.likelihood import (
     likelihood_from_config,
     register_likelihood,
     resolve_likelihood,
+    softmax_directions,
     softmax_factor,
 )
 
@@ -52,7 +53,9 @@ def dense_hessian(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> T
     """Hessian of the loss by torch.func, example by example: (B, D, D)."""
     width = math.prod(outputs.shape[1:])
     one = [
-        torch.func.hessian(lambda f, t=targets[n : n + 1]: likelihood.loss(f[None], t)[0])(outputs[n])
+        torch.func.hessian(lambda f, t=targets[n : n + 1]: likelihood.loss(f[None], t)[0])(
+            outputs[n]
+        )
         for n in range(outputs.shape[0])
     ]
     return torch.stack(one).reshape(outputs.shape[0], width, width)
@@ -88,7 +91,11 @@ CASES = {
     "gauss-column": (Regression(0.3), normal(4, 1), normal(4, seed=5)),
     "gauss-channels": (Regression([0.1, 1.0, 9.0]), normal(4, 3), normal(4, 3, seed=5)),
     "gauss-image": (Regression([0.1, 4.0]), normal(3, 2, 2, 2), normal(3, 2, 2, 2, seed=5)),
-    "gauss-elements": (Regression(normal(2, 3, seed=4).exp()), normal(4, 2, 3), normal(4, 2, 3, seed=5)),
+    "gauss-elements": (
+        Regression(normal(2, 3, seed=4).exp()),
+        normal(4, 2, 3),
+        normal(4, 2, 3, seed=5),
+    ),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
@@ -115,7 +122,10 @@ def test_gradient_and_hessian_are_the_derivatives_of_the_loss(case):
 @each_case
 def test_defaults_of_the_base_class_agree(case):
     likelihood, outputs, targets = case
-    assert_close(Likelihood.loss_gradient(likelihood, outputs, targets), likelihood.loss_gradient(outputs, targets))
+    assert_close(
+        Likelihood.loss_gradient(likelihood, outputs, targets),
+        likelihood.loss_gradient(outputs, targets),
+    )
     assert_close(
         gram(Likelihood.hessian_factor(likelihood, outputs, targets)),
         gram(likelihood.hessian_factor(outputs, targets)),
@@ -169,7 +179,9 @@ def test_softmax_factor_in_float32_at_any_confidence(values, shift):
     p = logits.double().softmax(-1)[0]
     # diag(p) - p pᵀ without the cancellation: p_i (Σ_{j≠i} p_j) on the diagonal.
     dense = -torch.outer(p, p)
-    dense.diagonal().copy_(torch.stack([p[i] * (p[:i].sum() + p[i + 1 :].sum()) for i in range(len(p))]))
+    dense.diagonal().copy_(
+        torch.stack([p[i] * (p[:i].sum() + p[i + 1 :].sum()) for i in range(len(p))])
+    )
     error = (gram(factor.double())[0] - dense).norm() / dense.norm()
     assert error < 1e-6, error
 
@@ -178,8 +190,15 @@ def test_softmax_factor_at_fixed_extremes():
     logits = torch.tensor([[60.0, -60.0, -60.0], [-60.0, 60.0, -60.0], [-60.0, -60.0, 60.0]])
     H = gram(softmax_factor(logits).double())
     # Trace of the Hessian here is about 4 e^-120: far below float32, and still right.
-    assert_close(H.diagonal(dim1=1, dim2=2).sum(1), torch.full((3,), 4 * math.exp(-120), dtype=F64), rtol=1e-5, atol=0)
-    beyond = softmax_factor(torch.tensor([[2000.0, -2000.0, 0.0], [-2000.0, 0.0, 2000.0]], dtype=F64))
+    assert_close(
+        H.diagonal(dim1=1, dim2=2).sum(1),
+        torch.full((3,), 4 * math.exp(-120), dtype=F64),
+        rtol=1e-5,
+        atol=0,
+    )
+    beyond = softmax_factor(
+        torch.tensor([[2000.0, -2000.0, 0.0], [-2000.0, 0.0, 2000.0]], dtype=F64)
+    )
     assert torch.equal(beyond, torch.zeros_like(beyond))  # underflows even float64: zeros, not NaN
     # One class surely out in the middle: the other two share the mass as a coin does.
     coin = gram(softmax_factor(torch.tensor([[0.0, -5000.0, 0.0]], dtype=F64)))[0]
@@ -189,8 +208,46 @@ def test_softmax_factor_at_fixed_extremes():
 def test_softmax_factor_in_blocks(monkeypatch):
     logits = normal(3, 9)
     whole = softmax_factor(logits)
-    monkeypatch.setattr("nullbayes.likelihood.classification._BLOCK", 3 * 9 * 3)
+    monkeypatch.setattr("nullbayes.likelihood.softmax._BLOCK", 3 * 9 * 3)
     assert_close(softmax_factor(logits), whole, rtol=0, atol=0)
+
+
+@given(
+    values=st.lists(st.floats(-60, 60), min_size=2, max_size=12),
+    ties=st.integers(0, 3),
+    directions=st.integers(1, 12),
+)
+@settings(max_examples=150, deadline=None)
+def test_softmax_directions_are_the_eigenvectors(values, ties, directions):
+    logits = torch.tensor([values + values[:1] * ties], dtype=F64)
+    keep = min(directions, logits.shape[1] - 1)
+    rows, eigenvalues, traces = softmax_directions(logits, keep)
+    H = gram(softmax_factor(logits))[0]
+    size = H.norm()
+    assert_close(traces[0], H.trace(), rtol=1e-9, atol=0)
+    assert_close(
+        eigenvalues[0] / size, torch.linalg.eigvalsh(H).flip(0)[:keep] / size, rtol=0, atol=1e-9
+    )
+    assert_close(rows[0] @ rows[0].T / size, torch.diag(eigenvalues[0]) / size, rtol=0, atol=1e-9)
+    assert_close(H @ rows[0].T / size, rows[0].T * eigenvalues[0] / size, rtol=1e-9, atol=1e-9)
+
+
+def test_softmax_directions_at_fixed_extremes(monkeypatch):
+    logits = torch.zeros(4, 20, dtype=F64)
+    logits[1] = -2000 * torch.arange(20)  # all but one probability underflow
+    logits[2, 0] = 300
+    logits[3, :2] = 5000
+    rows, eigenvalues, traces = softmax_directions(logits, 3)
+    assert torch.isfinite(rows).all()
+    assert_close(eigenvalues[0], torch.full((3,), 1 / 20, dtype=F64))
+    assert rows[1].count_nonzero() == 0 and traces[1] == 0
+    small = math.exp(-300)
+    expected = torch.tensor([20 * small, small, small], dtype=F64)
+    assert_close(eigenvalues[2], expected, rtol=1e-9, atol=0)
+    assert_close(eigenvalues[3], torch.tensor([0.5, 0, 0], dtype=F64))
+    monkeypatch.setattr("nullbayes.likelihood.softmax._BLOCK", 3 * 20)
+    for got, wanted in zip(softmax_directions(logits, 3), (rows, eigenvalues, traces), strict=True):
+        assert_close(got, wanted, rtol=1e-12, atol=1e-15)
 
 
 def test_confident_gradients_keep_their_digits_in_float32():
@@ -200,7 +257,12 @@ def test_confident_gradients_keep_their_digits_in_float32():
     expected = torch.stack([-(p[0, 1] + p[0, 2]), p[0, 1], p[0, 2]])[None]
     assert_close(gradient.double(), expected, rtol=1e-5, atol=0)
     gradient = Binary().loss_gradient(torch.tensor([[60.0], [-60.0]]), torch.tensor([1, 0]))
-    assert_close(gradient.double(), torch.tensor([[-1.0], [1.0]], dtype=F64) * math.exp(-60), rtol=1e-5, atol=0)
+    assert_close(
+        gradient.double(),
+        torch.tensor([[-1.0], [1.0]], dtype=F64) * math.exp(-60),
+        rtol=1e-5,
+        atol=0,
+    )
     root = Binary().hessian_factor(torch.tensor([[60.0], [-60.0]]), torch.tensor([1, 0]))
     assert_close(root.double(), torch.full((1, 2, 1), math.exp(-30), dtype=F64), rtol=1e-5, atol=0)
 
@@ -229,7 +291,9 @@ def test_axis_seen_in_training_is_used_for_predictions():
     assert_close(mean.sum(1), torch.ones(3, 4, dtype=F64))
     loaded = likelihood_from_config(json.loads(json.dumps(likelihood.config())))
     assert_close(loaded.moments(outputs[None], outputs, True).mean, mean)
-    with pytest.raises(InputError, match=r"batch 1: the labels put the classes on axis 2.*class_axis=2"):
+    with pytest.raises(
+        InputError, match=r"batch 1: the labels put the classes on axis 2.*class_axis=2"
+    ):
         likelihood.validate(outputs, labels(4, 3, 5), "train_loader, batch 1")
 
 
@@ -254,11 +318,26 @@ def test_negative_class_axis():
 # -- messages ------------------------------------------------------------------------------------
 
 BAD = [
-    (Classification(), normal(3, 10), torch.tensor([0, 10, 3]), "labels reach 10, model has 10 outputs, expected 0..9"),
+    (
+        Classification(),
+        normal(3, 10),
+        torch.tensor([0, 10, 3]),
+        "labels reach 10, model has 10 outputs, expected 0..9",
+    ),
     (Classification(), normal(3, 10), torch.tensor([0, -1, 3]), r"down to -1.*ignore_index=-1"),
     (Classification(), normal(3, 3), torch.tensor([1, 2, 3]), r"start at 1: pass `targets - 1`"),
-    (Classification(), normal(3, 10), torch.zeros(3), r"float32 and shape \(3,\).*targets.long\(\).*regression"),
-    (Classification(), normal(3, 10), labels(10, 3, 1), r"expected \(3,\)\. `targets.reshape\(\(3,\)\)`"),
+    (
+        Classification(),
+        normal(3, 10),
+        torch.zeros(3),
+        r"float32 and shape \(3,\).*targets.long\(\).*regression",
+    ),
+    (
+        Classification(),
+        normal(3, 10),
+        labels(10, 3, 1),
+        r"expected \(3,\)\. `targets.reshape\(\(3,\)\)`",
+    ),
     (Classification(), normal(3, 5), F.one_hot(labels(5, 3), 5), "one-hot"),
     (Classification(), normal(3, 5, 4), labels(5, 3, 7), r"classes on axis 2.*class_axis"),
     (Classification(), normal(3, 1), labels(1, 3), 'likelihood="binary"'),
@@ -281,13 +360,17 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("likelihood", "outputs", "targets", "message"), BAD, ids=[b[3] for b in BAD])
+@pytest.mark.parametrize(
+    ("likelihood", "outputs", "targets", "message"), BAD, ids=[b[3] for b in BAD]
+)
 def test_refusals_name_place_finding_and_mend(likelihood, outputs, targets, message):
     with pytest.raises(InputError, match=r"(?s)^train_loader, batch 3: .*" + message):
         likelihood.validate(outputs, targets, "train_loader, batch 3")
 
 
-@pytest.mark.parametrize("likelihood", [Classification(), Binary(), Regression(1.0)], ids=lambda x: x.name)
+@pytest.mark.parametrize(
+    "likelihood", [Classification(), Binary(), Regression(1.0)], ids=lambda x: x.name
+)
 def test_nan_and_infinity_are_refused(likelihood):
     good = torch.full((4, 2), 0.5)
     for value in (math.nan, math.inf):
@@ -383,7 +466,9 @@ def test_moments_at_extreme_logits_are_finite_in_float32():
         assert torch.equal(moments.aleatoric, torch.zeros(shape))
 
 
-@pytest.mark.parametrize("likelihood", [Classification(), Binary(), Regression(1.0)], ids=lambda x: x.name)
+@pytest.mark.parametrize(
+    "likelihood", [Classification(), Binary(), Regression(1.0)], ids=lambda x: x.name
+)
 def test_too_few_draws_are_refused(likelihood):
     point = normal(3, 2)
     likelihood.moments(point[None], point, True)
@@ -391,6 +476,26 @@ def test_too_few_draws_are_refused(likelihood):
         likelihood.moments(point[None], point, False)
     with pytest.raises(InputError, match="got 0 draws"):
         likelihood.moments(point[None][:0], point, True)
+
+
+def test_mutual_information_is_never_negative():
+    # Nearly equal draws: the difference of the entropies is rounding, of either sign.
+    for likelihood in (Classification(), Binary()):
+        point = normal(500, 5, dtype=torch.float32)
+        draws = point + 1e-5 * normal(4, 500, 5, seed=1, dtype=torch.float32)
+        moments = likelihood.moments(draws, point, True)
+        assert (moments.total < moments.aleatoric).any()
+        assert moments.epistemic.min() == 0
+
+
+def test_masked_classes_have_no_entropy():
+    draws = normal(4, 3, 5)
+    masked = draws.clone()
+    masked[..., 3:] = -math.inf
+    moments = Classification().moments(masked, masked[0], True)
+    expected = Classification().moments(draws[..., :3], draws[0, :, :3], True)
+    assert_close(moments.total, expected.total)
+    assert_close(moments.aleatoric, expected.aleatoric)
 
 
 def test_log_predictive_by_hand():
@@ -404,7 +509,9 @@ def test_log_predictive_by_hand():
     assert_close(Classification().log_predictive(draws, soft), (soft * p.log()).sum(-1))
     hits = labels(2, 3, 4)
     q = draws.sigmoid().mean(0)
-    assert_close(Binary().log_predictive(draws, hits), torch.where(hits == 1, q, 1 - q).log().sum(-1))
+    assert_close(
+        Binary().log_predictive(draws, hits), torch.where(hits == 1, q, 1 - q).log().sum(-1)
+    )
     wanted = normal(3, 4, seed=5)
     density = torch.distributions.Normal(draws, 0.7**0.5).log_prob(wanted).exp().mean(0)
     assert_close(Regression(0.7).log_predictive(draws, wanted), density.log().sum(-1))
@@ -423,7 +530,9 @@ def test_scores_add_up_over_batches():
     regression = Regression(1.0)
     total, count = regression.score(normal(4, 1), normal(4, seed=2))
     rmse = float((normal(4) - normal(4, seed=2)).square().mean().sqrt())
-    assert regression.score_name == "rmse" and regression.final_score(total, count) == pytest.approx(rmse)
+    assert regression.score_name == "rmse" and regression.final_score(
+        total, count
+    ) == pytest.approx(rmse)
     assert math.isnan(regression.final_score(0.0, 0))
 
 
@@ -447,15 +556,22 @@ def test_noise_is_the_mean_squared_residual_of_each_channel():
     assert_close(regression.noise_variance, expected)
     # The estimate is the minimum of the summed loss over the noise.
     variance = expected.clone().requires_grad_()
-    nll = -torch.distributions.Normal(outputs.double(), variance.sqrt()).log_prob(targets.double()).sum()
+    nll = (
+        -torch.distributions.Normal(outputs.double(), variance.sqrt())
+        .log_prob(targets.double())
+        .sum()
+    )
     assert_close(regression.loss(outputs.double(), targets.double()).sum(), nll.detach())
-    assert_close(torch.autograd.grad(nll, variance)[0], torch.zeros(2, dtype=F64), atol=1e-10, rtol=0)
+    assert_close(
+        torch.autograd.grad(nll, variance)[0], torch.zeros(2, dtype=F64), atol=1e-10, rtol=0
+    )
     regression.fit_noise([(2 * outputs, 2 * targets)])  # new data fits it anew
     assert_close(regression.noise_variance, 4 * expected)
 
 
 @pytest.mark.parametrize(
-    ("shape", "dims"), [((6,), (0,)), ((6, 3), (0,)), ((6, 4, 3), (0, 1)), ((6, 3, 2, 2), (0, 2, 3))]
+    ("shape", "dims"),
+    [((6,), (0,)), ((6, 3), (0,)), ((6, 4, 3), (0, 1)), ((6, 3, 2, 2), (0, 2, 3))],
 )
 def test_noise_channels_by_output_shape(shape, dims):
     outputs, targets = normal(*shape), normal(*shape, seed=2)
@@ -478,7 +594,9 @@ def test_noise_refusals():
         Regression().fit_noise([(normal(3, 2), normal(3))])
 
 
-@pytest.mark.parametrize("likelihood", [Classification(), Binary(), Regression(2.0)], ids=lambda x: x.name)
+@pytest.mark.parametrize(
+    "likelihood", [Classification(), Binary(), Regression(2.0)], ids=lambda x: x.name
+)
 def test_noise_fit_leaves_batches_unread_when_there_is_nothing_to_fit(likelihood):
     assert not likelihood.needs_noise_fit
     before = likelihood.config()
@@ -542,11 +660,17 @@ class Poisson(Likelihood):
 
     def moments(self, draws, point, linearised):
         rate, variance = draws.exp(), epistemic_variance(draws, point, linearised)
-        return Moments(rate.mean(0), variance, rate.mean(0) + rate.var(0), rate.mean(0), rate.var(0))
+        return Moments(
+            rate.mean(0), variance, rate.mean(0) + rate.var(0), rate.mean(0), rate.var(0)
+        )
 
 
 def test_a_subclass_gets_the_rest():
-    likelihood, outputs, targets = resolve_likelihood("poisson"), normal(4, 3), 1.0 * labels(5, 4, 3)
+    likelihood, outputs, targets = (
+        resolve_likelihood("poisson"),
+        normal(4, 3),
+        1.0 * labels(5, 4, 3),
+    )
     likelihood.validate(outputs, targets, "batch 0")
     assert_close(likelihood.loss_gradient(outputs, targets), outputs.exp() - targets)
     factor = likelihood.hessian_factor(outputs, targets)
@@ -555,7 +679,10 @@ def test_a_subclass_gets_the_rest():
     draws = outputs + normal(6, 4, 3, seed=9)
     joint = torch.distributions.Poisson(draws.exp()).log_prob(targets).sum(-1).exp().mean(0).log()
     assert_close(likelihood.log_predictive(draws, targets), joint)
-    assert_close(likelihood_from_config(likelihood.config()).loss(outputs, targets), likelihood.loss(outputs, targets))
+    assert_close(
+        likelihood_from_config(likelihood.config()).loss(outputs, targets),
+        likelihood.loss(outputs, targets),
+    )
     with pytest.raises(NonFiniteError, match="batch 1: the outputs"):
         likelihood.validate(outputs / 0, targets, "batch 1")
 

@@ -12,5 +12,6 @@ from nullbayes.likelihood.base import register_likelihood as register_likelihood
 from nullbayes.likelihood.base import resolve_likelihood as resolve_likelihood
 from nullbayes.likelihood.binary import Binary as Binary
 from nullbayes.likelihood.classification import Classification as Classification
-from nullbayes.likelihood.classification import softmax_factor as softmax_factor
 from nullbayes.likelihood.regression import Regression as Regression
+from nullbayes.likelihood.softmax import softmax_directions as softmax_directions
+from nullbayes.likelihood.softmax import softmax_factor as softmax_factor

@@ -110,7 +110,9 @@ class Likelihood(ABC):
             for element in range(flat.shape[1]):
                 # Example n's gradient depends on example n alone: the sum keeps the rows apart.
                 row = (
-                    torch.autograd.grad(flat[:, element].sum(), point, retain_graph=True, materialize_grads=True)[0]
+                    torch.autograd.grad(
+                        flat[:, element].sum(), point, retain_graph=True, materialize_grads=True
+                    )[0]
                     if flat.requires_grad  # a loss linear in the outputs has no second derivative
                     else torch.zeros_like(point)
                 )
@@ -123,6 +125,17 @@ class Likelihood(ABC):
     def hessian_rank(self, output_shape: tuple[int, ...]) -> int:
         """The C of `hessian_factor` for outputs of this shape (batch axis left out)."""
         return math.prod(output_shape)
+
+    def leading_factor(
+        self, outputs: Tensor, targets: Tensor, directions: int
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """A shortcut to the ``directions`` leading eigen-directions of each H_n, where one exists.
+
+        Returns them times √eigenvalue and longest first, ``(k, B, *out)``, with the eigenvalues
+        ``(B, k)`` and the traces ``(B,)`` of H_n in float64; None (the default): decompose
+        `hessian_factor`.
+        """
+        return None
 
     def _gradient(self, point: Tensor, targets: Tensor, create_graph: bool) -> Tensor:
         losses = self.loss(point, targets)
@@ -299,7 +312,7 @@ def epistemic_variance(draws: Tensor, point: Tensor, linearised: bool) -> Tensor
 
 
 def entropy_terms(log_p: Tensor) -> Tensor:
-    """``-p log p`` elementwise, 0 where p underflows (there the product would be 0 · inf = NaN)."""
+    """``-p log p`` elementwise, 0 where p is (a masked class gives 0 · inf = NaN)."""
     p = log_p.exp()
     return torch.where(p > 0, -p * log_p, torch.zeros_like(p))
 
@@ -368,7 +381,9 @@ def check_batch(outputs: Tensor, targets: Tensor, where: str) -> None:
         check_finite(targets, f"{where}: the targets", "Drop or impute the missing targets.")
 
 
-def check_same_shape(outputs: Tensor, targets: Tensor, where: str, advice: Callable[[], str]) -> None:
+def check_same_shape(
+    outputs: Tensor, targets: Tensor, where: str, advice: Callable[[], str]
+) -> None:
     """Raise `InputError` unless the (prepared) targets have the shape of the outputs."""
     if targets.shape != outputs.shape:
         raise InputError(

@@ -22,9 +22,7 @@ from nullbayes.likelihood.base import (
     require_draws,
     to_float64,
 )
-
-# Elements of the float64 block that `softmax_factor` holds at a time (32 MB).
-_BLOCK = 1 << 22
+from nullbayes.likelihood.softmax import softmax_directions, softmax_factor
 
 
 @register_likelihood
@@ -54,7 +52,9 @@ class Classification(Likelihood):
         ignore_index: int | None = -100,
     ) -> None:
         if class_axis == 0:
-            raise InputError("class_axis is 0, which is the batch axis; expected 1 (channels first) or -1 (last).")
+            raise InputError(
+                "class_axis is 0, which is the batch axis; expected 1 (channels first) or -1 (last)."
+            )
         self.class_axis = class_axis
         self.ignore_index = ignore_index
         self.weight: Tensor | None = None  # (O,) float64 on the CPU
@@ -190,7 +190,9 @@ class Classification(Likelihood):
                 f"Renumber the labels or change the number of outputs; if {culprit} marks positions "
                 f"to leave out, `Classification(ignore_index={culprit})`."
             )
-        raise InputError(f"{where}: {found}, model has {classes} outputs, expected 0..{classes - 1}. {mend}")
+        raise InputError(
+            f"{where}: {found}, model has {classes} outputs, expected 0..{classes - 1}. {mend}"
+        )
 
     def _validate_soft(self, outputs: Tensor, targets: Tensor, axis: int, where: str) -> None:
         if targets.shape != outputs.shape:
@@ -269,6 +271,28 @@ class Classification(Likelihood):
         axis = self._axis((1, *output_shape))
         return math.prod(_without((1, *output_shape), axis)) * (output_shape[axis - 1] - 1)
 
+    def leading_factor(
+        self, outputs: Tensor, targets: Tensor, directions: int
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Leading directions from the secular equation, for many classes and few directions.
+
+        The general way forms an (O - 1, O) factor and an O³ decomposition of each example; at 1000
+        classes and 10 directions this one is some 25 times as fast. See `softmax_directions`.
+        """
+        logits, labels, _ = self._flatten(outputs.detach(), targets)
+        _, positions, classes = logits.shape
+        if positions != 1 or 8 * directions > classes:
+            return None
+        if labels.is_floating_point():
+            scale = (self._weights(logits) * labels).sum(-1)
+        else:
+            scale = self._split(logits, labels)[1]
+        scale = to_float64(scale)  # (B, 1)
+        rows, eigenvalues, trace = softmax_directions(logits[:, 0], directions)
+        rows = rows * scale.sqrt().unsqueeze(-1)  # (B, k, O)
+        values = rows.movedim(1, 0).to(outputs)
+        return values.reshape(directions, *outputs.shape), eigenvalues * scale, trace * scale[:, 0]
+
     # -- predictions -----------------------------------------------------------------------------
 
     def moments(self, draws: Tensor, point: Tensor, linearised: bool) -> Moments:
@@ -327,41 +351,6 @@ class Classification(Likelihood):
         seen = config.get("seen_axes", {})
         likelihood._seen_axes = {int(ndim): int(axis) for ndim, axis in seen.items()}
         return likelihood
-
-
-def softmax_factor(logits: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Columns of a factor of ``scale_n (diag(p_n) - p_n p_nᵀ)``: ``(O - 1, N, O)``.
-
-    ``logits`` ``(N, O)``, ``scale`` ``(N,)``. With the remaining mass ``q_i = Σ_{j>i} p_j`` column i is
-
-        sqrt(p_i q_i / q_{i-1}) at i,   -p_j sqrt(p_i / (q_i q_{i-1})) at j > i,   0 before,
-
-    the LDLᵀ factor of a multinomial covariance, Tanabe & Sagae, *An exact Cholesky decomposition and
-    the generalized inverse of the variance-covariance matrix of the multinomial distribution*, JRSS B
-    54 (1992). The masses are summed from the far end: ``1 - cumsum(p)`` cancels once one class is
-    nearly certain. They are kept in float64, since ``p`` as small as 1e-52 (logits of ±60) still gives
-    columns of 1e-26, which float32 holds. Where a mass underflows the column is zero, never NaN.
-    """
-    rows, classes = logits.shape
-    p = to_float64(logits).softmax(-1)  # (N, O)
-    mass = p.flip(-1).cumsum(-1).flip(-1)  # q_{i-1} = p_i + q_i, at i
-    before, after = mass[:, :-1], mass[:, 1:]  # (N, O - 1) each
-    share = torch.where(before > 0, p[:, :-1] / before, 0).sqrt()  # where: 0 / 0 after underflow
-    if scale is not None:
-        share = share * to_float64(scale).sqrt().unsqueeze(-1)
-    on_diagonal = share * after.sqrt()
-    beside = torch.where(after > 0, share / after.sqrt(), 0)
-
-    columns = torch.empty(classes - 1, rows, classes, dtype=logits.dtype, device=logits.device)
-    index = torch.arange(classes, device=p.device)
-    step = max(1, _BLOCK // max(1, rows * classes))
-    for start in range(0, classes - 1, step):  # blocks: all columns at once in float64 may not fit
-        these = index[start : min(start + step, classes - 1)]
-        later = index > these.view(-1, 1, 1)  # (k, 1, O)
-        block = -beside[:, these].T.unsqueeze(-1) * p * later
-        block.diagonal(offset=start, dim1=0, dim2=2).copy_(on_diagonal[:, these])
-        columns[start : start + these.numel()] = block.to(columns)
-    return columns
 
 
 def _without(shape: Sequence[int], axis: int) -> tuple[int, ...]:

@@ -45,7 +45,9 @@ class Regression(Likelihood):
         self._given = noise_variance is not None
         self._noise: Tensor | None = None  # float64 on the CPU
         if noise_variance is not None:
-            self._noise = _checked(float64_setting(noise_variance, "noise_variance"), "noise_variance is")
+            self._noise = _checked(
+                float64_setting(noise_variance, "noise_variance"), "noise_variance is"
+            )
 
     # -- observation noise -----------------------------------------------------------------------
 
@@ -84,7 +86,9 @@ class Regression(Likelihood):
             total = squares if total is None else total + squares
             count += residual.numel() // squares.numel()
         if total is None or count == 0:
-            raise InputError("fit_noise got no examples, expected at least one. Pass a filled loader.")
+            raise InputError(
+                "fit_noise got no examples, expected at least one. Pass a filled loader."
+            )
         self._noise = _checked(
             total / count,
             "the mean squared residual of each output is",
@@ -105,7 +109,9 @@ class Regression(Likelihood):
         elif tuple(self._noise.shape) == shape:
             spread = self._noise
         elif self._noise.ndim == 1 and self._noise.numel() == _channels(shape):
-            spread = self._noise if len(shape) <= 2 else self._noise.view(-1, *[1] * (len(shape) - 1))
+            spread = (
+                self._noise if len(shape) <= 2 else self._noise.view(-1, *[1] * (len(shape) - 1))
+            )
         elif self._noise.numel() == math.prod(shape):
             spread = self._noise.reshape(shape)
         else:
@@ -185,7 +191,9 @@ class Regression(Likelihood):
         likelihood = cls(config["noise_variance"])
         fitted = config.get("fitted_noise_variance")
         if fitted is not None:
-            likelihood._noise = _checked(float64_setting(fitted, "noise"), "fitted_noise_variance is")
+            likelihood._noise = _checked(
+                float64_setting(fitted, "noise"), "fitted_noise_variance is"
+            )
         return likelihood
 
 
@@ -203,7 +211,9 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1] if tensor.ndim > 1 else 1)
 
 
-def _checked(variance: Tensor, what: str, mend: str = "Pass variances, not a flag or a log.") -> Tensor:
+def _checked(
+    variance: Tensor, what: str, mend: str = "Pass variances, not a flag or a log."
+) -> Tensor:
     if variance.numel() == 0 or not bool((torch.isfinite(variance) & (variance > 0)).all()):
         raise InputError(f"{what} {variance.tolist()}, expected finite numbers > 0. {mend}")
     return variance

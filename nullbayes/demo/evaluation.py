@@ -1,0 +1,135 @@
+"""Measure one way of predicting: its figures for the table and the curves for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import metrics
+from ..datasets import Dataset
+
+BATCH = 256
+HISTOGRAM_BINS = 36
+SMALLEST_SCORE = 1e-9  # histograms are of log10(score)
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Inputs that differ from the training data in one way."""
+
+    title: str  # "rotated"
+    words: str  # "test images turned by 30° to 150°"
+    inputs: Tensor
+    groups: tuple[tuple[str, int], ...] = ()  # consecutive parts of the inputs: (name, how many)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of predicting, as two functions of a batch."""
+
+    title: str
+    probs: Callable[[Tensor], Tensor]  # (B, ...) -> (B, O)
+    score: Callable[[Tensor], Tensor]  # (B, ...) -> (B,), larger for what is new
+    score_name: str
+
+
+def point_method(model: torch.nn.Module) -> Method:
+    """The trained network alone; what it is least sure of is what it calls new."""
+
+    def probs(inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(inputs).softmax(-1)
+
+    return Method("Point estimate", probs, lambda x: 1 - probs(x).max(-1).values, "1 − confidence")
+
+
+def posterior_method(title: str, posterior: Any) -> Method:
+    """A fitted posterior: the linearised predictive mean, and the variance of its outputs as the novelty score."""
+    return Method(
+        title,
+        lambda x: posterior.predict(x).mean,
+        lambda x: posterior.novelty(x),
+        "novelty (output variance)",
+    )
+
+
+def number_of_inputs(data: Dataset, shifts: Mapping[str, Shift]) -> int:
+    """How many inputs :func:`evaluate` passes, for a progress bar."""
+    shifted = sum(len(shift.inputs) for shift in shifts.values())
+    return len(data.train) + 2 * len(data.test) + shifted
+
+
+def evaluate(
+    method: Method,
+    data: Dataset,
+    shifts: Mapping[str, Shift],
+    *,
+    advance: Advance = lambda n: None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The method's figures, and its curves."""
+    train = metrics.classification_metrics(
+        _batched(method.probs, data.train.inputs, advance), data.train.targets
+    )
+    probs = _batched(method.probs, data.test.inputs, advance)
+    test = metrics.classification_metrics(probs, data.test.targets)
+    inside = _batched(method.score, data.test.inputs, advance)
+    outside = {key: _batched(method.score, s.inputs, advance) for key, s in shifts.items()}
+    detection = {key: metrics.ood_metrics(inside, scores) for key, scores in outside.items()}
+    correct = probs.argmax(1) == data.test.targets
+    figures = {
+        "title": method.title,
+        "score": method.score_name,
+        "train_accuracy": train["accuracy"],
+        "train_nll": train["nll"],
+        "test_accuracy": test["accuracy"],
+        **{key: test[key] for key in ("nll", "brier", "ece", "mce", "confidence")},
+        "aurc": metrics.aurc(1 - probs.max(1).values, correct),
+        "auroc": {key: value["auroc"] for key, value in detection.items()},
+        "fpr95": {key: value["fpr95"] for key, value in detection.items()},
+        "auroc_by_group": {
+            key: _by_group(inside, outside[key], shift.groups)
+            for key, shift in shifts.items()
+            if shift.groups
+        },
+    }
+    curves = {
+        "reliability": metrics.reliability_curve(probs, data.test.targets),
+        "roc": {key: metrics.roc_curve(inside, scores) for key, scores in outside.items()},
+        "histogram": _histograms(inside, outside),
+    }
+    return figures, curves
+
+
+def _batched(function: Callable[[Tensor], Tensor], inputs: Tensor, advance: Advance) -> Tensor:
+    parts = []
+    for batch in inputs.split(BATCH):
+        parts.append(function(batch).detach().cpu())
+        advance(len(batch))
+    return torch.cat(parts)
+
+
+def _by_group(inside: Tensor, scores: Tensor, groups: tuple[tuple[str, int], ...]) -> dict[str, float]:
+    parts = scores.split([count for _, count in groups])
+    return {
+        name: metrics.ood_metrics(inside, part)["auroc"]
+        for (name, _), part in zip(groups, parts, strict=True)
+    }
+
+
+def _histograms(inside: Tensor, outside: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Counts of log10(score) on edges common to all, so that the panels of one method compare."""
+    logs = {k: v.double().clamp_min(SMALLEST_SCORE).log10() for k, v in {"": inside, **outside}.items()}
+    every = torch.cat(list(logs.values()))
+    low, high = float(every.quantile(0.001)), float(every.max())
+    edges = torch.linspace(low, max(high, low + 1e-3), HISTOGRAM_BINS + 1, dtype=torch.float64)
+    counts = {
+        key: torch.histogram(value.clamp(low, float(edges[-1])), edges)[0].tolist()
+        for key, value in logs.items()
+    }
+    return {"log10_edges": edges.tolist(), "inside": counts.pop(""), "outside": counts}

@@ -1,0 +1,173 @@
+"""Figures in words: what came out, also when it did not come out well."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+METHODS = ("point", "null_space", "laplace")
+SAME_ACCURACY = 5e-5  # shown to four digits
+
+# Field of the certificate -> (name, what it means), in the order shown.
+CERTIFICATE_FIELDS = {
+    "residual": ("Residual", "what the samples still move along the constraints, as a share of what they would have"),
+    "drift": ("Drift, linearised", "RMS change of the kept quantity over the training data"),
+    "sampled_drift": ("Drift, sampled network", "the same for the network run with sampled weights: second order"),
+    "map_accuracy": ("Training accuracy, point estimate", "on the images whose predictions are kept"),
+    "posterior_accuracy": ("Training accuracy, posterior", "on the same images"),
+    "examples": ("Examples kept", "training examples whose predictions are kept"),
+    "constraints": ("Constraints", "rows of the constraint matrix: directions that must not move"),
+    "parameters": ("Weights", "all of them are uncertain, and correlated"),
+    "rank": ("Rank", "independent constraints that the solver found"),
+    "null_dim": ("Null space", "directions of weight space that are free"),
+    "discarded_trace": ("Discarded", "share of the output Hessian's trace that was not kept"),
+    "solver": ("Solver", "chosen by counted cost and memory"),
+    "iterations": ("Iterations", "refinement steps or solver iterations"),
+    "seconds": ("Seconds", "to fit"),
+    "peak_memory": ("Peak memory", "of the process while fitting"),
+}
+
+
+def headline(results: Mapping[str, Any]) -> str:
+    """One sentence with the result: accuracy kept or not, NLL and ECE, out-of-distribution AUROC."""
+    point, ours = (results["methods"][key] for key in ("point", "null_space"))
+    before, after = point["train_accuracy"], ours["train_accuracy"]
+    if abs(after - before) <= SAME_ACCURACY:
+        accuracy = "Same training accuracy"
+    else:
+        way = "rose" if after > before else "fell"
+        accuracy = f"Training accuracy {way} from {before:.4f} to {after:.4f}"
+    return "; ".join(
+        [
+            accuracy,
+            f"NLL {moved(point['nll'], ours['nll'], 3)}",
+            f"ECE {moved(point['ece'], ours['ece'], 3)}",
+            f"out-of-distribution AUROC {moved(mean_auroc(point), mean_auroc(ours), 2)}.",
+        ]
+    )
+
+
+def moved(before: float, after: float, digits: int) -> str:
+    """``"down from 0.62 to 0.58"``; a change that rounding hides is called none."""
+    old, new = f"{before:.{digits}f}", f"{after:.{digits}f}"
+    if old == new:
+        return f"unchanged at {new}"
+    return f"{'up' if after > before else 'down'} from {old} to {new}"
+
+
+def mean_auroc(figures: Mapping[str, Any]) -> float:
+    """The mean over the shifts."""
+    values = list(figures["auroc"].values())
+    return sum(values) / len(values)
+
+
+def tiles(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The four figures at the top: name, before, after, and whether that is good, bad or neither."""
+    point, ours = (results["methods"][key] for key in ("point", "null_space"))
+    rows = [
+        ("Training accuracy", point["train_accuracy"], ours["train_accuracy"], 4, 1),
+        ("NLL on test", point["nll"], ours["nll"], 3, -1),
+        ("ECE on test", point["ece"], ours["ece"], 3, -1),
+        (f"AUROC, mean of {len(point['auroc'])} shifts", mean_auroc(point), mean_auroc(ours), 3, 1),
+    ]
+    shown = []
+    for name, before, after, digits, way in rows:
+        old, new = f"{before:.{digits}f}", f"{after:.{digits}f}"
+        verdict = "same" if old == new else "better" if (after - before) * way > 0 else "worse"
+        shown.append({"name": name, "before": old, "after": new, "verdict": verdict})
+    return shown
+
+
+def table(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The comparison: columns, and rows of cells that say whether they are the best of their column."""
+    shifts = results["dataset"]["shifts"]
+    columns: list[tuple[str, str, tuple[str, ...], int, int]] = [
+        ("Train acc.", "", ("train_accuracy",), 4, 1),
+        ("Test acc.", "", ("test_accuracy",), 4, 1),
+        ("NLL", "", ("nll",), 4, -1),
+        ("Brier", "", ("brier",), 4, -1),
+        ("ECE", "", ("ece",), 4, -1),
+        *(("AUROC", shift["title"], ("auroc", key), 3, 1) for key, shift in shifts.items()),
+    ]
+    methods = results["methods"]
+    best = {
+        path: max(way * round(dig(figures, path), digits) for figures in methods.values())
+        for _, _, path, digits, way in columns
+    }
+    rows = []
+    for key, figures in methods.items():
+        cells = []
+        for _, _, path, digits, way in columns:
+            value = round(dig(figures, path), digits)
+            cells.append({"text": f"{value:.{digits}f}", "best": way * value == best[path]})
+        prior = figures.get("prior_precision")
+        rows.append(
+            {
+                "key": key.removesuffix("_evidence"),
+                "minor": key.endswith("_evidence"),
+                "title": figures["title"],
+                "note": _note(key),
+                "cells": cells,
+                "prior": "–" if prior is None else f"{prior:.3g}",
+                "seconds": f"{figures['fit_seconds']:.1f}",
+            }
+        )
+    return {"columns": [(name, detail, way) for name, detail, _, _, way in columns], "rows": rows}
+
+
+def certificate_rows(certificate: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(name, value, meaning) of each field, in reading order; fields that we do not know come last, as they are."""
+    rows = []
+    for key, (name, meaning) in CERTIFICATE_FIELDS.items():
+        if certificate.get(key) is not None:
+            rows.append((name, certificate_value(key, certificate[key]), meaning))
+    known = {*CERTIFICATE_FIELDS, "held", "verdict"}
+    rows += [
+        (key.replace("_", " "), certificate_value(key, value), "")
+        for key, value in certificate.items()
+        if key not in known and isinstance(value, (int, float, str))
+    ]
+    return rows
+
+
+def certificate_value(key: str, value: Any) -> str:
+    """One value as people write it."""
+    if key == "peak_memory":
+        return f"{value / 2**20:,.0f} MiB"
+    if key == "seconds":
+        return f"{value:.2f}"
+    if key in ("map_accuracy", "posterior_accuracy"):
+        return f"{value:.4f}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return scientific(value)
+    return str(value)
+
+
+def scientific(value: float) -> str:
+    """``2.3 × 10⁻⁷`` below a thousandth, plain above."""
+    if value == 0:
+        return "0"
+    if 1e-3 <= abs(value) < 1e5:
+        return f"{value:.3g}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    raised = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{mantissa} × 10{raised}"
+
+
+def dig(value: Any, path: tuple[str, ...]) -> float:
+    """Follow ``path`` into nested mappings."""
+    for key in path:
+        value = value[key]
+    return float(value)
+
+
+def _note(key: str) -> str:
+    if key == "point":
+        return "the trained network; scores by 1 − confidence"
+    if key.endswith("_evidence"):
+        return "prior precision by evidence, no validation data"
+    return "prior scale calibrated on the validation split"

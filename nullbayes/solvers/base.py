@@ -1,0 +1,212 @@
+"""The contract of a solver: prepare once, project many vectors, report what was reached."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from nullbayes.errors import NonFiniteError
+from nullbayes.jacobian.operator import RowOperator, Tick
+
+
+class Status(Enum):
+    """How a projection ended; the value says what to do about it."""
+
+    CONVERGED = "the tolerance was reached"
+    STAGNATED = (
+        "rounding stopped the residual above the tolerance; use a float64 model "
+        "(`model.double()`) or accept the residual by a larger `tolerance`"
+    )
+    MAX_ITERATIONS = (
+        "the iteration limit came before the tolerance; raise `max_iterations` of the solver"
+    )
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Projected vectors and what they cost.
+
+    Attributes:
+        value: ``(S, P)`` in the operator's dtype.
+        residual: ``(S,)`` float64, recomputed with the operator after the last step. Without a
+            shift ``‖A value‖ / ‖A input‖``; with one, the relative residual of the linear system.
+        iterations: passes over the operator beyond the first product.
+    """
+
+    value: Tensor
+    residual: Tensor
+    status: Status
+    iterations: int
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Squared singular values of ``A`` with weights: ``tr f(AᵀA) - (P - Σw) f(0) = Σ w f(λ)``.
+
+    Exact (all weights one) for small problems, a Gauss quadrature (stochastic Lanczos, Golub &
+    Meurant 1994; Ubaru, Chen & Saad 2017) otherwise.
+    """
+
+    values: Tensor
+    weights: Tensor
+    exact: bool
+
+    def effective_rank(self, shift: float) -> float:
+        """``Σ w λ / (λ + shift)``: the number of directions that the data determine (MacKay)."""
+        return float((self.weights * self.values / (self.values + shift)).sum())
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a solver would need, counted before anything runs."""
+
+    flops: float
+    nbytes: int
+
+
+class Solver(ABC):
+    """A way to project onto ``ker A``, or to sample ``(shift I + AᵀA)⁻¹``. Holds settings only.
+
+    Args of every solver: ``tolerance`` on the relative residual (None: 1e-5 for float32, 1e-10 for
+    float64) and ``max_iterations``.
+    """
+
+    name: str
+
+    @abstractmethod
+    def cost(self, rows: int, columns: int) -> Cost:
+        """Counted work and memory for ``A (rows, columns)``."""
+
+    @abstractmethod
+    def prepare(self, operator: RowOperator, tick: Tick | None = None) -> State:
+        """Work that needs ``A`` alone."""
+
+
+class State(ABC):
+    """A prepared solver for one operator. Use: ``factorise(shift)``, then ``project`` at will."""
+
+    operator: RowOperator
+    shift: float = 0.0
+    #: numerical rank of ``A``, known after ``factorise``
+    rank: int = 0
+    notes: tuple[str, ...] = ()
+
+    @abstractmethod
+    def spectrum(self) -> Spectrum:
+        """Squared singular values; to be asked before ``factorise``."""
+
+    @abstractmethod
+    def factorise(self, shift: float = 0.0, tick: Tick | None = None) -> None:
+        """Make ready to project (``shift = 0``) or to sample with ``shift > 0``."""
+
+    @abstractmethod
+    def project(self, vectors: Tensor, noise: Tensor | None = None) -> Projection:
+        """Project, or turn prior samples into posterior ones (Matheron's rule, Wilson et al. 2020).
+
+        Args:
+            vectors: ``(S, P)`` standard normal, or anything to be projected.
+            noise: ``(S, M)`` standard normal; needed with a shift, unused without.
+
+        Returns:
+            ``v - Aᵀ(AAᵀ + shift I)⁻¹(A v + √shift noise)``. For standard normal input its
+            covariance is ``I - A⁺A`` (no shift) or ``shift (shift I + AᵀA)⁻¹``.
+        """
+
+    @abstractmethod
+    def explained(self, rows: RowOperator) -> Tensor:
+        """What the data determine of other rows: ``diag(R Aᵀ(AAᵀ + shift I)⁻¹ A Rᵀ)``, ``(R,)``."""
+
+
+def default_tolerance(dtype: torch.dtype) -> float:
+    """Relative residual asked for where the user names none."""
+    return 1e-10 if dtype == torch.float64 else 1e-5
+
+
+def relative(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """``numerator / denominator`` with 0 / 0 = 0 (nothing to preserve is preserved)."""
+    safe = torch.where(denominator > 0, denominator, torch.ones_like(denominator))
+    return torch.where(denominator > 0, numerator / safe, torch.zeros_like(numerator))
+
+
+def require_finite(values: Tensor, what: str) -> None:
+    """Raise :class:`NonFiniteError` naming ``what``."""
+    if not bool(values.isfinite().all()):
+        raise NonFiniteError(
+            f"{what} holds NaN or infinity although its inputs were finite: the scale of the rows "
+            "overflows this dtype. Use a float64 model (`model.double()`)."
+        )
+
+
+def conjugate_gradients(
+    operator: RowOperator,
+    vectors: Tensor,
+    noise: Tensor | None,
+    shift: float,
+    precondition: Callable[[Tensor], Tensor],
+    tolerance: float,
+    max_iterations: int,
+) -> Projection:
+    """Project by preconditioned CG on ``(AAᵀ + shift I) z = A v + √shift ξ``, ``x = v - Aᵀz``.
+
+    The residual is never trusted to its recurrence: when that says "converged", it is computed
+    again from ``x`` itself, and iteration starts anew from there if it disagrees ("twice is
+    enough", and it repairs what float32 lost in large intermediate ``z``).
+
+    Args:
+        precondition: ``(S, M)`` float64 -> ``(S, M)``, symmetric positive definite.
+    """
+    dtype = vectors.dtype
+    x = vectors.clone()
+    z = torch.zeros(len(x), operator.shape[0], dtype=torch.float64, device=x.device)
+    extra = 0.0 if noise is None or shift == 0 else shift**0.5 * noise.double()
+
+    def residual() -> Tensor:
+        r: Tensor = operator.matvec(x).double() + extra - shift * z
+        return r
+
+    r = residual()
+    require_finite(r, "the product of the Jacobian rows with prior samples")
+    scale = r.norm(dim=1)
+    reached = relative(r.norm(dim=1), scale)
+    best, best_x = reached.max(), x
+    iterations, status = 0, Status.MAX_ITERATIONS
+    while True:
+        if bool((reached <= tolerance).all()):
+            status = Status.CONVERGED
+            break
+        if iterations >= max_iterations:
+            break
+        y = precondition(r)
+        p, ry = y, (r * y).sum(1)
+        while iterations < max_iterations:
+            iterations += 1
+            q = operator.rmatvec(p.to(dtype))
+            w = operator.matvec(q).double() + shift * p
+            step = relative(ry, (p * w).sum(1).clamp(min=0))
+            x = x - step[:, None].to(dtype) * q
+            z = z + step[:, None] * p
+            r = r - step[:, None] * w
+            # Stop a little below the tolerance: the true residual is checked right after.
+            if bool((relative(r.norm(dim=1), scale) <= 0.5 * tolerance).all()):
+                break
+            y = precondition(r)
+            ry, previous = (r * y).sum(1), ry
+            p = y + relative(ry, previous)[:, None] * p
+            if iterations % 10 == 0:
+                break  # restart from the true residual before float32 drifts away from it
+        r = residual()
+        require_finite(r, "the residual of the projection")
+        reached = relative(r.norm(dim=1), scale)
+        if reached.max() > 0.7 * best:
+            status = Status.STAGNATED if reached.max() > tolerance else Status.CONVERGED
+            if reached.max() > best:
+                x = best_x
+            break
+        best, best_x = reached.max(), x
+    final = relative(operator.matvec(x).double().norm(dim=1), scale) if shift == 0 else reached
+    return Projection(x, final, status, iterations)

@@ -1,0 +1,148 @@
+"""Few rows, many weights: factorise the Gram matrix ``A Aᵀ``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nullbayes.errors import SolverError
+from nullbayes.jacobian.operator import JacobianOperator, RowOperator, Tick
+from nullbayes.solvers.base import (
+    Cost,
+    Projection,
+    Solver,
+    Spectrum,
+    State,
+    conjugate_gradients,
+    default_tolerance,
+    require_finite,
+)
+from nullbayes.solvers.spectrum import EXACT_UP_TO, gram_spectrum
+
+TRACE_PROBES = 32
+
+
+class DualCholesky(Solver):
+    """Gram matrix from the factors, float64 Cholesky, refinement by conjugate gradients.
+
+    Rows are scaled to unit length before factorising, which changes neither null space nor solution
+    but keeps an example of which the network is certain (tiny rows) as well conditioned as one of
+    which it is not. The jitter is relative to that scale and the rounding of the rows' dtype; what
+    it, dependent rows and float32 products blur is refined away against the operator itself.
+
+    Args:
+        tolerance: relative residual at which refinement ends.
+        max_iterations: refinement steps at most.
+        jitter: added to the unit diagonal; None: ``4 eps √M`` of the rows' dtype. Directions whose
+            squared singular value is below it (rows at unit length) do not count for ``rank``.
+    """
+
+    name = "dual Cholesky"
+
+    def __init__(
+        self,
+        tolerance: float | None = None,
+        max_iterations: int = 100,
+        jitter: float | None = None,
+    ) -> None:
+        self.tolerance, self.max_iterations, self.jitter = tolerance, max_iterations, jitter
+
+    def cost(self, rows: int, columns: int) -> Cost:
+        # Gram in the rows' dtype, half of it by symmetry; Cholesky in float64 counts twice.
+        return Cost(rows**2 * columns + 2 * rows**3 / 3, 2 * 8 * rows**2)
+
+    def prepare(self, operator: RowOperator, tick: Tick | None = None) -> DualState:
+        gram = operator.gram(tick)
+        require_finite(gram.diagonal(), "the Gram matrix of the Jacobian rows")
+        return DualState(self, operator, gram)
+
+
+class DualState(State):
+    """``scale (K + shift I) scale + jitter I = L Lᵀ`` with ``scale`` making the diagonal one."""
+
+    def __init__(self, solver: DualCholesky, operator: RowOperator, gram: Tensor) -> None:
+        self.solver, self.operator = solver, operator
+        self._gram: Tensor | None = gram
+        self.chol = gram.new_zeros(0, 0)
+        self.scale = gram.new_zeros(0)
+
+    def spectrum(self) -> Spectrum:
+        if self._gram is None:
+            raise SolverError("the spectrum must be asked for before `factorise`.")
+        return gram_spectrum(self._gram)
+
+    def factorise(self, shift: float = 0.0, tick: Tick | None = None) -> None:
+        if self._gram is None:
+            raise SolverError("`factorise` was called twice; prepare the solver again.")
+        gram, self._gram = self._gram, None
+        self.shift = shift
+        m = len(gram)
+        diagonal = gram.diagonal().clone() + shift
+        live = diagonal > 0
+        self.scale = torch.where(live, diagonal, torch.ones_like(diagonal)).rsqrt() * live
+        gram.mul_(self.scale[:, None]).mul_(self.scale)
+        # Above the rounding of the rows' products, and well above that of the factorisation.
+        eps = max(4 * torch.finfo(self.operator.dtype).eps, 64 * torch.finfo(gram.dtype).eps)
+        jitter = self.solver.jitter or eps * m**0.5
+        while True:
+            # An example without a row (ignored, or fully certain) gets a unit diagonal: it is inert.
+            gram.diagonal().copy_(1.0 + jitter)
+            self.chol, info = torch.linalg.cholesky_ex(gram)
+            if int(info) == 0:
+                break
+            jitter *= 10
+            if jitter > 1e-2:
+                raise SolverError(
+                    f"the Gram matrix of {m} rows could not be factorised even with jitter "
+                    f"{jitter / 10:.0e} of its diagonal; use a float64 model (`model.double()`)."
+                )
+            self.notes = (f"jitter raised to {jitter:.0e} of the diagonal to factorise",)
+        del gram
+        self.jitter = jitter
+        self.rank = self._rank(int(live.sum()), jitter)
+        if tick:
+            tick(1.0)
+
+    def _rank(self, live: int, jitter: float) -> int:
+        """``Σ λ/(λ + jitter)`` of the scaled Gram matrix: dependent rows count for nothing.
+
+        Equal to ``live - jitter tr (K + jitter I)⁻¹``, exactly for small ``M``; otherwise with
+        Hutchinson's estimator of the trace, whose error is small because the trace is.
+        """
+        m = len(self.chol)
+        if self.shift > 0:
+            return live
+        if m <= EXACT_UP_TO:
+            lost = jitter * torch.cholesky_inverse(self.chol).diagonal()[self.scale > 0].sum()
+        else:
+            generator = torch.Generator().manual_seed(0)
+            shape = (m, TRACE_PROBES)
+            probes = torch.randint(0, 2, shape, generator=generator).double().mul_(2).sub_(1)
+            probes = probes.to(self.chol.device) * (self.scale > 0)[:, None]
+            lost = jitter * (probes * torch.cholesky_solve(probes, self.chol)).sum() / TRACE_PROBES
+        return max(0, min(round(live - float(lost)), *self.operator.shape))
+
+    def _solve(self, r: Tensor) -> Tensor:
+        """``(S, M)`` -> approximate ``(K + shift I)⁻¹ r``."""
+        return torch.cholesky_solve((r * self.scale).T, self.chol).T * self.scale
+
+    def project(self, vectors: Tensor, noise: Tensor | None = None) -> Projection:
+        tolerance = self.solver.tolerance or default_tolerance(self.operator.dtype)
+        return conjugate_gradients(
+            self.operator,
+            vectors,
+            noise,
+            self.shift,
+            self._solve,
+            tolerance,
+            self.solver.max_iterations,
+        )
+
+    def explained(self, rows: RowOperator) -> Tensor:
+        if isinstance(rows, JacobianOperator) and isinstance(self.operator, JacobianOperator):
+            cross = self.operator.cross_gram(rows)  # (M, R)
+        else:
+            parts = [rows.matvec(r).double() for r in self.operator.iter_rows(1024)]
+            cross = torch.cat(parts)
+        half = torch.linalg.solve_triangular(self.chol, cross.mul_(self.scale[:, None]), upper=False)
+        return half.square().sum(0)

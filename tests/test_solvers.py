@@ -1,0 +1,202 @@
+"""One contract for every solver, against a singular value decomposition in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from test_jacobian import operator_for
+from torch import Tensor
+from torch.testing import assert_close
+from zoo import ZOO, dense_jacobian
+
+from nullbayes import solvers
+from nullbayes.errors import InputError, MemoryBudgetError, NonFiniteError
+from nullbayes.jacobian.operator import DenseOperator, RowOperator
+
+SOLVERS: dict[str, Callable[..., solvers.Solver]] = {
+    "dual": solvers.DualCholesky,
+    "primal": solvers.PrimalQR,
+}
+
+
+def gaussian(m: int, p: int, singular: Tensor | None = None) -> Tensor:
+    g = torch.Generator().manual_seed(m * 1000 + p)
+    a = torch.randn(m, p, generator=g, dtype=torch.float64)
+    if singular is None:
+        return a
+    u, _, vt = torch.linalg.svd(a, full_matrices=False)
+    return (u[:, : len(singular)] * singular) @ vt[: len(singular)]
+
+
+def tied() -> Tensor:
+    model, inputs = next(c for c in ZOO if c.name == "tied-linear").make()
+    return dense_jacobian(model, inputs)
+
+
+@dataclass(frozen=True)
+class Problem:
+    name: str
+    matrix: Callable[[], Tensor]
+    condition: float = 1.0
+
+    def __str__(self) -> str:
+        return self.name
+
+
+PROBLEMS = [
+    Problem("full-rank", lambda: gaussian(12, 40)),
+    Problem("one-row", lambda: gaussian(1, 5)),
+    Problem("rank-deficient", lambda: gaussian(30, 50, torch.rand(11).double() + 0.5)),
+    Problem("duplicate-rows", lambda: torch.cat([gaussian(9, 30)] * 2)),
+    Problem("zero-rows", lambda: torch.cat([gaussian(6, 20), torch.zeros(3, 20).double()])),
+    Problem("more-rows-than-weights", lambda: gaussian(60, 25, torch.rand(20).double() + 0.5)),
+    Problem("no-null-space", lambda: gaussian(40, 10)),
+    Problem("condition-1e8", lambda: gaussian(20, 50, torch.logspace(0, -8, 20).double()), 1e8),
+    Problem("rows-of-all-sizes", lambda: gaussian(15, 40) * torch.logspace(3, -9, 15)[:, None]),
+    Problem("all-zero", lambda: torch.zeros(4, 6).double()),
+    Problem("tied-weights", tied),
+]
+
+
+def prepared(name: str, operator: RowOperator, shift: float = 0.0, **kwargs) -> solvers.State:
+    state = SOLVERS[name](**kwargs).prepare(operator)
+    state.factorise(shift)
+    return state
+
+
+def true_rank(a: Tensor) -> int:
+    return int(torch.linalg.matrix_rank(a / a.norm(dim=1, keepdim=True).clamp(min=1e-300)))
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_projector(solver: str, problem: Problem) -> None:
+    a = problem.matrix()
+    m, p = a.shape
+    # In the dense reference, too, rows are scaled: it changes no null space, and lets the singular
+    # value decomposition see rows of all sizes.
+    scaled = a / a.norm(dim=1, keepdim=True).clamp(min=1e-300)
+    wanted = torch.eye(p).double() - torch.linalg.pinv(scaled, rtol=1e-13) @ scaled
+    tolerance = 1e-14 if problem.condition > 1 else 1e-12
+    kwargs = {"cutoff": 1e-13} if solver == "primal" else {}
+    if solver == "primal" and problem.name == "rows-of-all-sizes":
+        pytest.skip("singular values below 1e-12 of the largest are zero to a primal solver")
+    state = prepared(solver, DenseOperator(a), tolerance=tolerance, **kwargs)
+    result = state.project(torch.eye(p).double())
+    ours = result.value.T
+    # An error e in a direction of singular value σ shows in the residual as σ e only.
+    atol = max(1e-9, 1e-14 * problem.condition)
+    assert_close(ours, wanted, atol=atol, rtol=0)
+    assert_close(ours @ ours, ours, atol=atol, rtol=0)
+    assert_close(a @ ours, torch.zeros_like(a), atol=1e-11 * float(a.norm()) + 1e-300, rtol=0)
+    if not (solver == "dual" and problem.condition > 1):  # its square is below float64 rounding
+        assert state.rank == true_rank(a)
+    before = a.norm(dim=0)
+    after = (a @ ours).norm(dim=0)
+    assert_close(
+        result.residual, torch.where(before > 0, after / before.clamp(min=1e-300), 0), atol=1e-13, rtol=0
+    )
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("shift", [0.3, 20.0])
+def test_samples_with_a_shift_have_the_promised_covariance(
+    solver: str, problem: Problem, shift: float
+) -> None:
+    """Exactly, not by sampling: the map from (v, ξ) to samples is linear, so its covariance is."""
+    a = problem.matrix()
+    m, p = a.shape
+    state = prepared(solver, DenseOperator(a), shift, tolerance=1e-13)
+    zero_v, zero_n = torch.zeros(m, p).double(), torch.zeros(p, m).double()
+    from_v = state.project(torch.eye(p).double(), zero_n).value
+    covariance = from_v.T @ from_v
+    if solver == "dual":
+        from_noise = state.project(zero_v, torch.eye(m).double()).value
+        covariance = covariance + from_noise.T @ from_noise
+    _, sigma, vt = torch.linalg.svd(a, full_matrices=False)
+    wanted = torch.eye(p).double() - (vt.T * (sigma**2 / (sigma**2 + shift))) @ vt
+    assert_close(covariance, wanted, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS[:6], ids=str)
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("shift", [0.0, 2.0])
+def test_explained_variance_and_spectrum(solver: str, problem: Problem, shift: float) -> None:
+    a = problem.matrix()
+    p = a.shape[1]
+    state = SOLVERS[solver]().prepare(DenseOperator(a))
+    singular = torch.linalg.svdvals(a).square()
+    spectrum = state.spectrum()
+    assert spectrum.effective_rank(0.7) == pytest.approx(float((singular / (singular + 0.7)).sum()))
+    state.factorise(shift)
+    rows = gaussian(7, p)
+    if shift:
+        inner = a.T @ torch.linalg.solve(a @ a.T + shift * torch.eye(len(a)).double(), a)
+    else:
+        inner = torch.linalg.pinv(a) @ a
+    assert_close(state.explained(DenseOperator(rows)), (rows @ inner * rows).sum(1), atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_float32_jacobian_reaches_its_tolerance(solver: str) -> None:
+    model, inputs = next(c for c in ZOO if c.name == "conv2d").make(torch.float32)
+    operator, _ = operator_for(model, inputs)
+    result = prepared(solver, operator).project(torch.randn(8, operator.shape[1]))
+    assert result.status is solvers.Status.CONVERGED
+    assert float(result.residual.max()) <= 1e-5
+    exact = dense_jacobian(model.double(), inputs.double())
+    drift = (result.value.double() @ exact.T).norm(dim=1)
+    assert float(drift.max()) <= 1e-4 * float(exact.norm())
+
+
+def test_too_little_work_is_admitted() -> None:
+    a = gaussian(20, 50, torch.logspace(0, -6, 20).double())
+    solver = solvers.DualCholesky(jitter=1e-3, max_iterations=1, tolerance=1e-12)
+    state = solver.prepare(DenseOperator(a))
+    state.factorise()
+    result = state.project(torch.randn(2, 50).double())
+    assert result.status is not solvers.Status.CONVERGED
+    assert float(result.residual.max()) > 1e-12
+
+
+def test_lanczos_quadrature_matches_eigenvalues(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nullbayes.solvers import spectrum
+
+    a = gaussian(150, 400, torch.logspace(2, -3, 150).double())
+    exact = spectrum.gram_spectrum(a @ a.T)
+    monkeypatch.setattr(spectrum, "EXACT_UP_TO", 10)
+    monkeypatch.setattr(spectrum, "PROBES", 40)
+    estimate = spectrum.gram_spectrum(a @ a.T)
+    assert exact.exact and not estimate.exact
+    for shift in (0.01, 1.0, 100.0):
+        assert estimate.effective_rank(shift) == pytest.approx(exact.effective_rank(shift), rel=0.05)
+
+
+def test_rank_of_many_rows_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nullbayes.solvers import dual
+
+    a = gaussian(60, 90, torch.rand(41).double() + 0.5)
+    monkeypatch.setattr(dual, "EXACT_UP_TO", 10)
+    assert abs(prepared("dual", DenseOperator(a)).rank - 41) <= 4
+
+
+def test_auto_counts() -> None:
+    assert solvers.choose("auto", 100, 10_000, 10**9).solver.name == "dual Cholesky"
+    chosen = solvers.choose("auto", 100_000, 200, 10**9)
+    assert chosen.solver.name == "primal QR" and "dual Cholesky" in chosen.why
+    with pytest.raises(MemoryBudgetError, match="directions='auto'"):
+        solvers.choose("auto", 100_000, 100_000, 10**9)
+    with pytest.raises(InputError, match="`solver` is 'cg'"):
+        solvers.choose("cg", 1, 1, 1)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_nonfinite_rows_are_an_error(solver: str) -> None:
+    a = gaussian(3, 5)
+    a[1, 2] = float("nan")
+    with pytest.raises(NonFiniteError, match="NaN"):
+        prepared(solver, DenseOperator(a)).project(torch.ones(1, 5).double())

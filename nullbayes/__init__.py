@@ -1,0 +1,41 @@
+"""Uncertainty that cannot hurt your trained network.
+
+``nullbayes`` builds fully correlated Gaussian posteriors over all weights of a trained PyTorch model in
+the null space of its generalized Gauss-Newton matrix: every sample keeps the training predictions.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from nullbayes import errors as errors
+from nullbayes import jacobian as jacobian
+from nullbayes import solvers as solvers
+from nullbayes.calibration import CalibrationPath as CalibrationPath
+from nullbayes.certificate import Certificate as Certificate
+from nullbayes.constraints import Preserve as Preserve
+from nullbayes.constraints import register_preserve as register_preserve
+from nullbayes.errors import InputError as InputError
+from nullbayes.errors import MemoryBudgetError as MemoryBudgetError
+from nullbayes.errors import ModelError as ModelError
+from nullbayes.errors import NonFiniteError as NonFiniteError
+from nullbayes.errors import NotFittedError as NotFittedError
+from nullbayes.errors import NullBayesError as NullBayesError
+from nullbayes.errors import NullBayesWarning as NullBayesWarning
+from nullbayes.errors import SolverError as SolverError
+from nullbayes.errors import StorageError as StorageError
+from nullbayes.likelihood import Binary as Binary
+from nullbayes.likelihood import Classification as Classification
+from nullbayes.likelihood import Likelihood as Likelihood
+from nullbayes.likelihood import Regression as Regression
+from nullbayes.likelihood import register_likelihood as register_likelihood
+from nullbayes.planning import Plan as Plan
+from nullbayes.planning import plan as plan
+from nullbayes.posterior import LaplacePosterior as LaplacePosterior
+from nullbayes.posterior import NullSpacePosterior as NullSpacePosterior
+from nullbayes.posterior import Posterior as Posterior
+from nullbayes.posterior import load as load
+from nullbayes.prediction import Prediction as Prediction
+
+try:
+    __version__ = version("nullbayes")
+except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0"

@@ -72,6 +72,16 @@ class Preserve(ABC):
     def describe(self) -> str:
         """What is kept, as a phrase that ends "the posterior keeps ..."."""
 
+    def change(
+        self, likelihood: Likelihood, point: Tensor, draws: Tensor, targets: Tensor, linear: bool
+    ) -> Tensor:
+        """How far draws ``(S, B, *out)`` move what is kept, element by element: ``(S, B, ...)``.
+
+        For the certificate. ``linear``: to first order, where what is kept is not an output itself.
+        Default: the change of the outputs.
+        """
+        return draws - point
+
     def rows(
         self, likelihood: Likelihood, output_shape: tuple[int, ...], directions: Directions = None
     ) -> int:
@@ -226,6 +236,12 @@ class Predictions(Preserve):
         values = (values * mask)[:longest]
         return Cotangents(values, left.clamp_min(0).to(outputs), trace.to(outputs))
 
+    def change(
+        self, likelihood: Likelihood, point: Tensor, draws: Tensor, targets: Tensor, linear: bool
+    ) -> Tensor:
+        """Change of the predicted probabilities (of the outputs, for regression)."""
+        return likelihood.inverse_link(draws) - likelihood.inverse_link(point[None])
+
     def describe(self) -> str:
         return "the training predictions"
 
@@ -260,6 +276,16 @@ class Loss(Preserve):
 
     def build(self, likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
         return likelihood.loss_gradient(outputs, targets).unsqueeze(0)
+
+    def change(
+        self, likelihood: Likelihood, point: Tensor, draws: Tensor, targets: Tensor, linear: bool
+    ) -> Tensor:
+        """Change of each example's loss in nats, ``(S, B)``."""
+        if linear:
+            gradient = likelihood.loss_gradient(point, targets)
+            return ((draws - point) * gradient).reshape(*draws.shape[:2], -1).sum(2)
+        before = likelihood.loss(point, targets)
+        return torch.stack([likelihood.loss(draw, targets) - before for draw in draws])
 
     def describe(self) -> str:
         return "each training example's loss"

@@ -62,10 +62,18 @@ class Split:
         return replace(self, inputs=self.inputs[index], targets=self.targets[index])
 
     def loader(
-        self, batch_size: int = 256, *, shuffle: bool = False, generator: torch.Generator | None = None
+        self,
+        batch_size: int = 256,
+        *,
+        shuffle: bool = False,
+        generator: torch.Generator | None = None,
     ) -> DataLoader[Any]:
-        """Batches of (inputs, targets); the last one may be smaller, and nothing is dropped."""
+        """Batches of (inputs, targets); the last one may be smaller, and nothing is dropped.
+
+        Shuffled by ``generator``, or by one of seed 0: a DataLoader without one would draw from torch's global state.
+        """
         data = TensorDataset(self.inputs, self.targets)
+        generator = generator or torch.Generator().manual_seed(0)
         return DataLoader(data, batch_size=batch_size, shuffle=shuffle, generator=generator)
 
 
@@ -78,7 +86,9 @@ class Dataset:
     validation: Split
     test: Split
     classes: tuple[str, ...] = ()  # names in the order of the labels; empty for regression
-    held_out: Split | None = None  # inputs of the classes that training never saw; targets are their first labels
+    held_out: Split | None = (
+        None  # inputs of the classes that training never saw; targets are their first labels
+    )
     held_out_classes: tuple[str, ...] = ()
 
 
@@ -92,7 +102,9 @@ def hold_out_classes(split: Split, classes: Iterable[int]) -> tuple[Split, Split
     held = sorted(set(classes))
     present = set(split.targets.unique().tolist())
     if unknown := [c for c in held if c not in present]:
-        raise InputError(f"Classes to hold out are not among the labels {sorted(present)}: {unknown}.")
+        raise InputError(
+            f"Classes to hold out are not among the labels {sorted(present)}: {unknown}."
+        )
     if not present - set(held):
         raise InputError(f"Holding out {held} would leave no class to train on.")
     out = torch.isin(split.targets, torch.tensor(held, dtype=split.targets.dtype))
@@ -104,12 +116,16 @@ def hold_out_classes(split: Split, classes: Iterable[int]) -> tuple[Split, Split
     )
 
 
-def partition(split: Split, sizes: Sequence[int | None], *, seed: int, names: Sequence[str]) -> list[Split]:
+def partition(
+    split: Split, sizes: Sequence[int | None], *, seed: int, names: Sequence[str]
+) -> list[Split]:
     """Shuffle by ``seed`` and cut into parts of the given ``sizes``; one size may be None: all that remains."""
     fixed = sum(size for size in sizes if size is not None)
     rest = len(split) - fixed
     if rest < 0 or list(sizes).count(None) > 1:
-        raise InputError(f"Cannot cut {len(split)} examples into parts of {list(sizes)}: ask for fewer.")
+        raise InputError(
+            f"Cannot cut {len(split)} examples into parts of {list(sizes)}: ask for fewer."
+        )
     order = permutation(len(split), seed)
     parts, start = [], 0
     for size, name in zip(sizes, names, strict=True):
@@ -120,7 +136,12 @@ def partition(split: Split, sizes: Sequence[int | None], *, seed: int, names: Se
 
 
 def digits(
-    *, train: int = 600, validation: int = 300, held_out: Sequence[int] = (), seed: int = 0, dtype: Any = torch.float32
+    *,
+    train: int = 600,
+    validation: int = 300,
+    held_out: Sequence[int] = (),
+    seed: int = 0,
+    dtype: Any = torch.float32,
 ) -> Dataset:
     """scikit-learn's handwritten digits: 1,797 images of 8 × 8, in [0, 1].
 
@@ -130,7 +151,9 @@ def digits(
     inputs = torch.as_tensor(images, dtype=dtype).reshape(-1, 1, 8, 8) / 16
     every = Split(inputs, torch.as_tensor(labels, dtype=torch.int64))
     inside, outside = hold_out_classes(every, held_out)
-    parts = partition(inside, (train, validation, None), seed=seed, names=("train", "validation", "test"))
+    parts = partition(
+        inside, (train, validation, None), seed=seed, names=("train", "validation", "test")
+    )
     return Dataset(
         "digits",
         *parts,
@@ -155,7 +178,9 @@ def diabetes(*, seed: int = 0, dtype: Any = torch.float32) -> Dataset:
     return _table("load_diabetes", (), seed, dtype)
 
 
-def in_between(n: int = 80, *, noise: float = 0.1, seed: int = 0, dtype: Any = torch.float32) -> Split:
+def in_between(
+    n: int = 80, *, noise: float = 0.1, seed: int = 0, dtype: Any = torch.float32
+) -> Split:
     """Regression in one dimension with a gap in the middle: what does the model say where it saw nothing?
 
     Inputs lie evenly at random in [-2, -0.7] and [0.7, 2]; targets are :func:`in_between_truth` plus noise.
@@ -163,7 +188,9 @@ def in_between(n: int = 80, *, noise: float = 0.1, seed: int = 0, dtype: Any = t
     generator = torch.Generator().manual_seed(seed)
     inputs = 0.7 + 1.3 * torch.rand(n, 1, generator=generator, dtype=torch.float64)
     inputs[: n // 2] *= -1
-    targets = in_between_truth(inputs) + noise * torch.randn(n, 1, generator=generator, dtype=torch.float64)
+    targets = in_between_truth(inputs) + noise * torch.randn(
+        n, 1, generator=generator, dtype=torch.float64
+    )
     return Split(inputs.to(dtype), targets.to(dtype), "in-between")
 
 
@@ -235,20 +262,28 @@ def read_idx(path: str | Path) -> Tensor:
         raw = path.read_bytes()
         data = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path}: the gzip stream is damaged or cut off ({error}). {again}") from error
+        raise InputError(
+            f"{path}: the gzip stream is damaged or cut off ({error}). {again}"
+        ) from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _IDX_TYPES:
-        raise InputError(f"{path} is not an IDX file: its first bytes are {data[:4].hex(' ') or 'missing'}. {again}")
+        raise InputError(
+            f"{path} is not an IDX file: its first bytes are {data[:4].hex(' ') or 'missing'}. {again}"
+        )
     dtype, dims = np.dtype(_IDX_TYPES[data[2]]), data[3]
     start = 4 + 4 * dims
     if len(data) < start:
-        raise InputError(f"{path} is cut off inside its header: {len(data)} bytes, expected at least {start}. {again}")
+        raise InputError(
+            f"{path} is cut off inside its header: {len(data)} bytes, expected at least {start}. {again}"
+        )
     shape = struct.unpack(f">{dims}I", data[4:start])
     expected = start + math.prod(shape) * dtype.itemsize
     if len(data) != expected:
         kind = "cut off" if len(data) < expected else "followed by something else"
-        raise InputError(f"{path} is {kind}: {len(data)} bytes, its header {shape} means {expected}. {again}")
+        raise InputError(
+            f"{path} is {kind}: {len(data)} bytes, its header {shape} means {expected}. {again}"
+        )
     array = np.frombuffer(data, dtype=dtype, offset=start).reshape(shape)
     return torch.from_numpy(array.astype(dtype.newbyteorder("=")))
 
@@ -259,15 +294,21 @@ def rotated(images: Tensor, angles: float | Sequence[float]) -> Tensor:
     Bilinear; what turns in from outside is zero.
     """
     if images.ndim != 4:
-        raise InputError(f"`rotated` needs images of shape (N, C, H, W), got {tuple(images.shape)}.")
+        raise InputError(
+            f"`rotated` needs images of shape (N, C, H, W), got {tuple(images.shape)}."
+        )
     turned = []
     height, width = images.shape[-2:]
     for angle in [angles] if isinstance(angles, (int, float)) else angles:
         c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
         # affine_grid works in coordinates that run from -1 to 1 over each side, so unequal sides need a correction.
         matrix = images.new_tensor([[c, -s * height / width, 0.0], [s * width / height, c, 0.0]])
-        grid = F.affine_grid(matrix.expand(len(images), 2, 3), list(images.shape), align_corners=False)
-        turned.append(F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
+        grid = F.affine_grid(
+            matrix.expand(len(images), 2, 3), list(images.shape), align_corners=False
+        )
+        turned.append(
+            F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        )
     return torch.cat(turned)
 
 
@@ -286,24 +327,37 @@ def noisy(images: Tensor, sd: float, *, seed: int = 0) -> Tensor:
 
 def rescaled(images: Tensor, size: int) -> Tensor:
     """``images`` (N, C, H, W) resampled bilinearly to ``size`` × ``size``: say, 8 × 8 digits for a 28 × 28 network."""
-    return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False).clamp(0, 1)
+    return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False).clamp(
+        0, 1
+    )
 
 
 def _table(loader: str, classes: tuple[str, ...], seed: int, dtype: Any) -> Dataset:
     features, labels = _sklearn(loader)
     inputs = torch.as_tensor(features, dtype=torch.float64)
-    targets = torch.as_tensor(labels).long() if classes else torch.as_tensor(labels, dtype=torch.float64)[:, None]
+    targets = (
+        torch.as_tensor(labels).long()
+        if classes
+        else torch.as_tensor(labels, dtype=torch.float64)[:, None]
+    )
     n = len(inputs)
     train, *others = partition(
-        Split(inputs, targets), (int(0.6 * n), int(0.2 * n), None), seed=seed, names=("train", "validation", "test")
+        Split(inputs, targets),
+        (int(0.6 * n), int(0.2 * n), None),
+        seed=seed,
+        names=("train", "validation", "test"),
     )
     scale_inputs = _standardiser(train.inputs)
-    scale_targets: Callable[[Tensor], Tensor] = (lambda y: y) if classes else _standardiser(train.targets)
+    scale_targets: Callable[[Tensor], Tensor] = (
+        (lambda y: y) if classes else _standardiser(train.targets)
+    )
     parts = [
         replace(
             part,
             inputs=scale_inputs(part.inputs).to(dtype),
-            targets=scale_targets(part.targets) if classes else scale_targets(part.targets).to(dtype),
+            targets=scale_targets(part.targets)
+            if classes
+            else scale_targets(part.targets).to(dtype),
         )
         for part in (train, *others)
     ]

@@ -1,9 +1,9 @@
 """How good are the probabilities, and does the score tell the familiar from the new?
 
 Every function takes tensors of any dtype, on any device, computes in float64 on the CPU and returns plain floats and
-lists, ready for JSON. Where torchmetrics has the quantity it is asked, behind two guards: it would turn scores outside
-[0, 1] into probabilities by a sigmoid, which makes ties of large scores, and it would put confidences of exactly 1 in a
-bin of their own. It is imported on first use, since that takes longer than the rest of this package.
+lists, ready for JSON. AUROC and the ROC curve come from torchmetrics, which is given ranks: scores outside [0, 1] it
+would turn into probabilities by a sigmoid, which makes ties of large ones. Calibration errors are summed here: its own
+are computed in float32 and give confidences of exactly 1 a bin of their own.
 """
 
 from __future__ import annotations
@@ -36,14 +36,18 @@ def classification_metrics(
     picked = probs.gather(1, targets[:, None]).squeeze(1)
     top, predicted = probs.max(1)
     brier = probs.square().sum(1) - 2 * picked + 1
-    ece, mce = (_calibration_error(probs, targets, bins, norm) for norm in ("l1", "max"))
+    curve = reliability_curve(probs, targets, bins)
+    confidence, accuracy, count = (
+        torch.tensor(curve[key], dtype=torch.float64) for key in ("confidence", "accuracy", "count")
+    )
+    gaps = (accuracy - confidence).abs()
     return {
         "accuracy": _float((predicted == targets).double().mean()),
         "confidence": _float(top.mean()),
         "nll": _float(-picked.clamp_min(SMALLEST_PROBABILITY).log().mean()),
         "brier": _float(brier.mean()),
-        "ece": ece,
-        "mce": mce,
+        "ece": _float((gaps * count / len(probs)).sum()),
+        "mce": _float(gaps.max()),
     }
 
 
@@ -58,7 +62,8 @@ def regression_metrics(
     A calibrated prediction has ``coverage_90`` near 0.90.
     """
     mean, variance, targets = (
-        _finite(t, name) for t, name in ((mean, "mean"), (variance, "variance"), (targets, "targets"))
+        _finite(t, name)
+        for t, name in ((mean, "mean"), (variance, "variance"), (targets, "targets"))
     )
     if not mean.shape == variance.shape == targets.shape or not mean.numel():
         raise InputError(
@@ -66,7 +71,9 @@ def regression_metrics(
             f"{tuple(mean.shape)}, {tuple(variance.shape)} and {tuple(targets.shape)}."
         )
     if bool((variance <= 0).any()):
-        raise InputError("`variance` must be positive: pass the total predictive variance, with the noise in it.")
+        raise InputError(
+            "`variance` must be positive: pass the total predictive variance, with the noise in it."
+        )
     error = targets - mean
     nll = 0.5 * (error.square() / variance + variance.log() + math.log(2 * math.pi))
     result = {"rmse": _float(error.square().mean().sqrt()), "nll": _float(nll.mean())}
@@ -74,7 +81,9 @@ def regression_metrics(
         if not 0 < level < 1:
             raise InputError(f"A coverage level lies between 0 and 1, got {level}.")
         width = math.sqrt(2) * torch.erfinv(torch.tensor(level, dtype=torch.float64))
-        result[f"coverage_{100 * level:g}"] = _float((error.abs() <= width * variance.sqrt()).double().mean())
+        result[f"coverage_{100 * level:g}"] = _float(
+            (error.abs() <= width * variance.sqrt()).double().mean()
+        )
     return result
 
 
@@ -83,6 +92,8 @@ def reliability_curve(probs: Tensor, targets: Tensor, bins: int = 15) -> dict[st
 
     ``sum(count / N * |accuracy - confidence|)`` is the ECE of :func:`classification_metrics`.
     """
+    if bins < 1:
+        raise InputError(f"`bins` must be at least 1, got {bins}.")
     probs, targets = _probabilities(probs, targets)
     top, predicted = probs.max(1)
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
@@ -90,7 +101,9 @@ def reliability_curve(probs: Tensor, targets: Tensor, bins: int = 15) -> dict[st
     count = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, torch.ones_like(top))
     filled = count.clamp_min(1)
     confidence = torch.zeros_like(count).index_add_(0, index, top) / filled
-    accuracy = torch.zeros_like(count).index_add_(0, index, (predicted == targets).double()) / filled
+    accuracy = (
+        torch.zeros_like(count).index_add_(0, index, (predicted == targets).double()) / filled
+    )
     return {
         "edges": edges.tolist(),
         "confidence": confidence.tolist(),
@@ -105,7 +118,10 @@ def ood_metrics(inside: Tensor, outside: Tensor) -> dict[str, float]:
     ``auroc``: the probability that an outside score exceeds an inside one, ties counting half. ``fpr95``: the share of
     inside inputs flagged at the threshold that flags at least 95 % of the outside ones.
     """
-    from torchmetrics.functional.classification import binary_auroc, binary_specificity_at_sensitivity
+    from torchmetrics.functional.classification import (
+        binary_auroc,
+        binary_specificity_at_sensitivity,
+    )
 
     ranks, labels = _ranks(inside, outside)
     specificity, _ = binary_specificity_at_sensitivity(ranks, labels, min_sensitivity=0.95)
@@ -121,7 +137,9 @@ def roc_curve(inside: Tensor, outside: Tensor, points: int = 200) -> dict[str, l
     if len(fpr) > points:
         # Evenly along the curve, not along one axis: steep stretches keep their points.
         along = (fpr + tpr).double()
-        keep = torch.searchsorted(along, torch.linspace(0, 2, points, dtype=along.dtype)).clamp(max=len(fpr) - 1)
+        keep = torch.searchsorted(along, torch.linspace(0, 2, points, dtype=along.dtype)).clamp(
+            max=len(fpr) - 1
+        )
         keep = torch.cat([torch.zeros(1, dtype=keep.dtype), keep]).unique()
         fpr, tpr = fpr[keep], tpr[keep]
     return {"fpr": [round(v, 5) for v in fpr.tolist()], "tpr": [round(v, 5) for v in tpr.tolist()]}
@@ -133,7 +151,10 @@ def risk_coverage(uncertainty: Tensor, correct: Tensor) -> dict[str, list[float]
     (El-Yaniv, Wiener, *On the Foundations of Noise-free Selective Classification*, JMLR 2010.) Inputs with equal
     uncertainty are answered together, so the order of the data cannot matter.
     """
-    score, hit = _finite(uncertainty, "uncertainty").flatten(), correct.detach().cpu().double().flatten()
+    score, hit = (
+        _finite(uncertainty, "uncertainty").flatten(),
+        correct.detach().cpu().double().flatten(),
+    )
     if len(score) != len(hit) or not len(score):
         raise InputError(f"One uncertainty per answer is needed: got {len(score)} and {len(hit)}.")
     order = score.argsort()
@@ -164,13 +185,20 @@ def _float(value: Tensor) -> float:
 def _finite(value: Tensor, name: str) -> Tensor:
     value = value.detach().cpu().double()  # moved first: not every device has float64
     if not bool(torch.isfinite(value).all()):
-        raise NonFiniteError(f"`{name}` holds {int((~torch.isfinite(value)).sum())} values that are NaN or infinite.")
+        raise NonFiniteError(
+            f"`{name}` holds {int((~torch.isfinite(value)).sum())} values that are NaN or infinite."
+        )
     return value
 
 
 def _probabilities(probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     probs, targets = _finite(probs, "probs"), targets.detach().cpu()
-    if probs.ndim != 2 or targets.shape != probs.shape[:1] or targets.is_floating_point() or not len(probs):
+    if (
+        probs.ndim != 2
+        or targets.shape != probs.shape[:1]
+        or targets.is_floating_point()
+        or not len(probs)
+    ):
         raise InputError(
             "Expected probs of shape (N, O) and integer targets of shape (N,), N at least 1: got "
             f"{tuple(probs.shape)} and {tuple(targets.shape)} of {targets.dtype}."
@@ -190,21 +218,13 @@ def _probabilities(probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return probs / probs.sum(1, keepdim=True), targets  # float16 rows sum to 1 only within 1e-3
 
 
-def _calibration_error(probs: Tensor, targets: Tensor, bins: int, norm: str) -> float:
-    from torchmetrics.functional.classification import multiclass_calibration_error
-
-    if bins < 1:
-        raise InputError(f"`bins` must be at least 1, got {bins}.")
-    below_one = probs.clamp_max(1 - 1e-12)
-    error = multiclass_calibration_error(below_one, targets, num_classes=max(2, probs.shape[1]), n_bins=bins, norm=norm)
-    return _float(error)
-
-
 def _ranks(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
     """Both scores replaced by their joint dense rank in [0, 1]: order and ties stay, scale and overflow are gone."""
     inside, outside = _finite(inside, "inside").flatten(), _finite(outside, "outside").flatten()
     if not len(inside) or not len(outside):
-        raise InputError(f"Both sides need at least one score: got {len(inside)} inside, {len(outside)} outside.")
+        raise InputError(
+            f"Both sides need at least one score: got {len(inside)} inside, {len(outside)} outside."
+        )
     values, rank = torch.cat([inside, outside]).unique(return_inverse=True)
     labels = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).long()
     return rank.double() / max(1, len(values) - 1), labels

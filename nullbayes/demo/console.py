@@ -6,13 +6,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 from .evaluation import Advance
 from .training import Tick
+
+HEADINGS = {
+    "point": "point\nestimate",
+    "null_space": "null-space\ncalibrated",
+    "laplace": "Laplace\ncalibrated",
+    "null_space_evidence": "null-space\nevidence",
+    "laplace_evidence": "Laplace\nevidence",
+}
 
 
 @contextmanager
@@ -38,36 +54,43 @@ def ticking(console: Console, title: str, total: int) -> Iterator[Tick]:
 
 
 def comparison(results: dict[str, Any]) -> Table:
-    """The table: one row per method, one column per figure, the best of each column in bold."""
+    """The table: one column per method, one row per figure, the best of each row in bold. Fits in 80 columns."""
     shifts = results["dataset"]["shifts"]
-    columns: list[tuple[str, tuple[str, ...], int, int]] = [
-        # heading, path into the figures, digits, which way is better
-        ("train acc", ("train_accuracy",), 4, 1),
-        ("test acc", ("test_accuracy",), 4, 1),
+    rows: list[tuple[str, tuple[str, ...], int, int]] = [
+        # name, path into the figures, digits, which way is better
+        ("train accuracy", ("train_accuracy",), 4, 1),
+        ("test accuracy", ("test_accuracy",), 4, 1),
         ("NLL", ("nll",), 4, -1),
         ("Brier", ("brier",), 4, -1),
         ("ECE", ("ece",), 4, -1),
-        *((f"AUROC\n{shift['title']}", ("auroc", key), 3, 1) for key, shift in shifts.items()),
+        *((f"AUROC {shift['title']}", ("auroc", key), 3, 1) for key, shift in shifts.items()),
     ]
     methods = results["methods"]
-    table = Table(title=f"{results['dataset']['title']}: test figures", title_justify="left", pad_edge=False)
-    table.add_column("method")
-    best = {}
-    for heading, path, digits, way in columns:
-        table.add_column(heading, justify="right", no_wrap=True)
-        best[path] = max(way * round(_at(figures, path), digits) for figures in methods.values())
-    table.add_column("prior\nprecision", justify="right")
-    table.add_column("fit\nseconds", justify="right")
-    for figures in methods.values():
-        cells = []
-        for _, path, digits, way in columns:
-            value = round(_at(figures, path), digits)
-            text = f"{value:.{digits}f}"
-            cells.append(f"[bold]{text}[/bold]" if way * value == best[path] else text)
-        prior = figures["prior_precision"]
-        table.add_row(
-            escape(figures["title"]), *cells, "" if prior is None else f"{prior:.3g}", f"{figures['fit_seconds']:.1f}"
+    table = Table(
+        title=f"{results['dataset']['title']}, {results['dataset']['test']:,} test images",
+        caption="AUROC: point estimate by 1 − confidence, posteriors by output variance",
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE,
+        padding=(0, 1),
+    )
+    table.add_column("")
+    for key in methods:
+        table.add_column(HEADINGS.get(key, escape(key)), justify="right", no_wrap=True)
+    for name, path, digits, way in rows:
+        values = [round(_at(figures, path), digits) for figures in methods.values()]
+        best = max(way * value for value in values)
+        texts = [f"{value:.{digits}f}" for value in values]
+        bold = (
+            f"[bold]{text}[/bold]" if way * value == best else text
+            for text, value in zip(texts, values, strict=True)
         )
+        table.add_row(escape(name), *bold)
+    priors = [figures["prior_precision"] for figures in methods.values()]
+    table.add_row(
+        "prior precision", *("–" if prior is None else f"{prior:.3g}" for prior in priors)
+    )
+    table.add_row("fit seconds", *(f"{figures['fit_seconds']:.1f}" for figures in methods.values()))
     return table
 
 

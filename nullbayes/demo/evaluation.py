@@ -114,7 +114,9 @@ def _batched(function: Callable[[Tensor], Tensor], inputs: Tensor, advance: Adva
     return torch.cat(parts)
 
 
-def _by_group(inside: Tensor, scores: Tensor, groups: tuple[tuple[str, int], ...]) -> dict[str, float]:
+def _by_group(
+    inside: Tensor, scores: Tensor, groups: tuple[tuple[str, int], ...]
+) -> dict[str, float]:
     parts = scores.split([count for _, count in groups])
     return {
         name: metrics.ood_metrics(inside, part)["auroc"]
@@ -124,7 +126,9 @@ def _by_group(inside: Tensor, scores: Tensor, groups: tuple[tuple[str, int], ...
 
 def _histograms(inside: Tensor, outside: Mapping[str, Tensor]) -> dict[str, Any]:
     """Counts of log10(score) on edges common to all, so that the panels of one method compare."""
-    logs = {k: v.double().clamp_min(SMALLEST_SCORE).log10() for k, v in {"": inside, **outside}.items()}
+    logs = {
+        k: v.double().clamp_min(SMALLEST_SCORE).log10() for k, v in {"": inside, **outside}.items()
+    }
     every = torch.cat(list(logs.values()))
     low, high = float(every.quantile(0.001)), float(every.max())
     edges = torch.linspace(low, max(high, low + 1e-3), HISTOGRAM_BINS + 1, dtype=torch.float64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -42,8 +44,11 @@ def curve_net(width: int = 50) -> nn.Module:
     )  # fmt: skip
 
 
-def seeded(make: type[nn.Module] | object, *args: int, seed: int) -> nn.Module:
-    """Build ``make(*args)`` with initial weights that depend on ``seed`` alone; torch's random state stays as it was."""
+def seeded(make: Callable[..., nn.Module], *args: int, seed: int) -> nn.Module:
+    """Build ``make(*args)`` with initial weights that depend on ``seed`` alone.
+
+    torch's global random state stays as it was.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return make(*args)  # type: ignore[operator]
+        return make(*args)

@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +18,16 @@ from torch import nn
 
 from .. import datasets
 from ..datasets import Dataset
-from ..errors import InputError
+from ..errors import InputError, NullBayesWarning
 from ..posterior import LaplacePosterior, NullSpacePosterior
+from ..report.writing import make_folder, plain, write_json, write_text
 from . import console as say
 from . import models, training
 from .evaluation import Method, Shift, evaluate, number_of_inputs, point_method, posterior_method
 from .regression import certificate_fields, run_regression
-from .writing import make_folder, plain, write_json, write_text
 
 SCHEMA = 1
+HELD_OUT = (0, 4)  # digits that training never sees
 ANGLES = (30, 60, 90, 120, 150)
 
 
@@ -52,14 +54,16 @@ def run_demo(
     examples: int | None = None,
     samples: int = 30,
     epochs: int | None = None,
+    held_out: Sequence[int] | None = None,
     regression_epochs: int = 1500,
+    test_images: int | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train, fit, measure; write ``results.json`` and ``report.html`` into ``out``; return the results.
 
-    ``dataset`` is "digits" or "fashion-mnist". ``examples`` is how many training images the posteriors keep (digits:
-    also how many the network is trained on), ``samples`` how many weight samples they draw. Both files are written at
-    the end, each whole or not at all.
+    ``dataset`` is "digits" or "fashion-mnist"; ``held_out`` are the digits kept from training (0 and 4). ``examples``
+    is how many training images the posteriors keep (digits: also how many the network is trained on), ``samples`` how
+    many weight samples they draw, ``test_images`` a limit on the test images and on the images of each shift. Both files are written at the end, each whole or not at all.
     """
     from .. import report  # matplotlib and jinja2: found missing before the work, not after it
 
@@ -73,7 +77,7 @@ def run_demo(
     started = time.perf_counter()
     clock = _Clock()
 
-    task = TASKS[dataset](data_dir, seed, examples, epochs)
+    task = TASKS[dataset](data_dir, seed, examples, epochs, held_out)
     data, model = task.data, task.model
     kept = data.train[: task.examples]
     with say.ticking(console, f"training on {len(data.train):,} images", task.epochs) as tick:
@@ -94,13 +98,18 @@ def run_demo(
     curves: dict[str, Any] = {}
 
     def measure(key: str, method: Method, seconds: float, posterior: Any = None) -> None:
-        with say.bar(console, f"measuring: {method.title.lower()}", number_of_inputs(measured, task.shifts)) as bar:
+        with say.bar(
+            console, f"measuring: {method.title.lower()}", number_of_inputs(measured, task.shifts)
+        ) as bar:
             figures[key], curves[key] = evaluate(method, measured, task.shifts, advance=bar)
         figures[key]["fit_seconds"] = seconds
-        figures[key]["prior_precision"] = None if posterior is None else float(posterior.prior_precision)
+        figures[key]["prior_precision"] = (
+            None if posterior is None else float(posterior.prior_precision)
+        )
 
     measure("point", point_method(model), clock.seconds["training"])
-    certificates, paths = {}, {}
+    certificates, paths, printed = {}, {}, {}
+    notes: list[str] = []
     for key, title, kind in (
         ("null_space", "Null-space posterior", NullSpacePosterior),
         ("laplace", "Full Laplace", LaplacePosterior),
@@ -110,18 +119,29 @@ def run_demo(
         posterior = kind(model, likelihood="classification")
         posterior.fit(kept.loader(), num_samples=samples, seed=seed, progress=True)
         seconds = clock.lap(f"fitting {key}")
-        measure(f"{key}_evidence", posterior_method(f"{title}, evidence", posterior), seconds, posterior)
+        measure(
+            f"{key}_evidence",
+            posterior_method(f"{title.removesuffix(' posterior')}, by evidence", posterior),
+            seconds,
+            posterior,
+        )
         evidence = float(posterior.prior_precision)
         clock.lap("measuring")
-        calibration = posterior.calibrate(data.validation.loader())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", NullBayesWarning)
+            calibration = posterior.calibrate(data.validation.loader())
+        notes += [f"{title}: {warning.message}" for warning in caught]
         clock.lap(f"calibrating {key}")
         measure(key, posterior_method(title, posterior), seconds, posterior)
         paths[key] = {**calibration.as_dict(), "evidence": evidence}
         certificates[key] = certificate_fields(posterior.certificate)
+        printed[key] = str(posterior.certificate)
     clock.lap("measuring")
 
     with say.ticking(console, "the in-between picture", regression_epochs) as tick:
-        regression = run_regression(seed=seed, epochs=regression_epochs, samples=max(samples, 30), tick=tick)
+        regression = run_regression(
+            seed=seed, epochs=regression_epochs, samples=max(samples, 30), tick=tick
+        )
     clock.lap("regression")
 
     order = ("point", "null_space", "laplace", "null_space_evidence", "laplace_evidence")
@@ -147,6 +167,7 @@ def run_demo(
                 "regression_epochs": regression_epochs,
                 "predictive": "linearised",
             },
+            "notes": notes,
             "seconds": clock.seconds,
             "environment": environment(),
         }
@@ -157,7 +178,9 @@ def run_demo(
 
     console.print()
     console.print(say.comparison(results))
-    console.print(str(posterior_certificate_text(results)), markup=False, highlight=False)
+    console.print(printed["null_space"], markup=False, highlight=False)
+    for note in notes:
+        console.print(f"\nNote. {note}", markup=False, highlight=False)
     console.print(f"\n{report.headline(results)}", markup=False, highlight=False)
     console.print(
         f"\n{clock.seconds['total']:.0f} s. Written: {out / 'report.html'} and {out / 'results.json'}",
@@ -186,27 +209,51 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _digits(data_dir: str | Path | None, seed: int, examples: int | None, epochs: int | None) -> Task:
+def _digits(
+    data_dir: str | Path | None,
+    seed: int,
+    examples: int | None,
+    epochs: int | None,
+    held_out: Sequence[int] | None,
+) -> Task:
     if data_dir is not None:
         raise InputError("`data_dir` goes with fashion-mnist; the digits come with scikit-learn.")
-    data = datasets.digits(train=examples or 500, validation=300, held_out=(3, 7), seed=seed)
-    assert data.held_out is not None
-    shifts = {
-        "held_out": Shift("held-out classes", "digits 3 and 7, which training never saw", data.held_out.inputs),
-        **_common_shifts(data, seed),
-    }
+    data = datasets.digits(
+        train=examples or 500, validation=300, held_out=held_out or HELD_OUT, seed=seed
+    )
+    shifts = _common_shifts(data, seed)
+    if data.held_out is not None:
+        names = " and ".join(data.held_out_classes)
+        held = Shift(
+            "held-out classes", f"digits {names}, which training never saw", data.held_out.inputs
+        )
+        shifts = {"held_out": held, **shifts}
     model = models.seeded(models.digits_net, len(data.classes), seed=seed)
     return Task("Handwritten digits", data, model, shifts, len(data.train), epochs or 150, 64, 3e-3)
 
 
-def _fashion_mnist(data_dir: str | Path | None, seed: int, examples: int | None, epochs: int | None) -> Task:
+def _fashion_mnist(
+    data_dir: str | Path | None,
+    seed: int,
+    examples: int | None,
+    epochs: int | None,
+    held_out: Sequence[int] | None,
+) -> Task:
+    if held_out is not None:
+        raise InputError(
+            "`held_out` goes with the digits; Fashion-MNIST's network is trained on all ten classes."
+        )
     data = datasets.fashion_mnist(data_dir, validation=1000, test=2000, seed=seed)
     examples = examples or 1000
     if examples > len(data.train):
-        raise InputError(f"{examples} examples were asked for; there are {len(data.train)} training images.")
+        raise InputError(
+            f"{examples} examples were asked for; there are {len(data.train)} training images."
+        )
     digits = datasets.digits(train=1, validation=0, seed=seed).test.inputs
     shifts = {
-        "digits": Shift("digits", "handwritten digits, enlarged to 28 × 28", datasets.rescaled(digits, 28)),
+        "digits": Shift(
+            "digits", "handwritten digits, enlarged to 28 × 28", datasets.rescaled(digits, 28)
+        ),
         **_common_shifts(data, seed),
     }
     model = models.seeded(models.lenet, 10, seed=seed)
@@ -225,7 +272,9 @@ def _common_shifts(data: Dataset, seed: int) -> dict[str, Shift]:
             datasets.rotated(images, ANGLES),
             tuple((f"{angle}°", len(images)) for angle in ANGLES),
         ),
-        "noise": Shift("noise", "images of uniform noise", datasets.noise_like(data.test.inputs, seed=seed + 2)),
+        "noise": Shift(
+            "noise", "images of uniform noise", datasets.noise_like(data.test.inputs, seed=seed + 2)
+        ),
     }
 
 

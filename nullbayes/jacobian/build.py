@@ -55,12 +55,15 @@ def capture_batch(
 
 
 def output_operator(
-    functional: FunctionalModel, plan: CapturePlan, inputs: Inputs
+    functional: FunctionalModel,
+    plan: CapturePlan,
+    inputs: Inputs,
+    scales: dict[str, float] | None = None,
 ) -> JacobianOperator:
-    """All rows ``J_n`` of the outputs themselves, unscaled: for predictions."""
+    """All rows ``J_n`` of the outputs themselves: for predictions."""
     outputs = functional.outputs(take(inputs, 0, 1))
     blocks, _ = capture_batch(
-        functional, plan, inputs, lambda out, _: _identity(out), outputs[0].numel()
+        functional, plan, inputs, lambda out, _: _identity(out), outputs[0].numel(), scales
     )
     return JacobianOperator(functional.space, blocks)
 

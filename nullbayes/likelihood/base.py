@@ -86,6 +86,16 @@ class Likelihood(ABC):
         """Targets in the device, dtype and shape that the methods here work with (idempotent)."""
         return targets.to(outputs.device)
 
+    # -- what a prediction is --------------------------------------------------------------------
+
+    def inverse_link(self, outputs: Tensor) -> Tensor:
+        """What draws ``(S, B, *out)`` predict: probabilities, or (the default) themselves."""
+        return outputs
+
+    def centre(self, change: Tensor) -> Tensor:
+        """Changes ``(S, B, *out)`` of outputs without the part that no prediction depends on."""
+        return change
+
     # -- derivatives -----------------------------------------------------------------------------
 
     def loss_gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -174,6 +184,10 @@ class Likelihood(ABC):
     def correct(self, mean: Tensor, targets: Tensor) -> Tensor:
         """What `score` sums: squared errors by default, 0/1 hits for classification and binary."""
         return (mean - self.prepare_targets(mean, targets)).square()
+
+    def confidence(self, mean: Tensor, targets: Tensor) -> Tensor | None:
+        """Probability given to the predicted class, entry for entry as `correct`; None: no classes."""
+        return None
 
     def score(self, means: Tensor, targets: Tensor) -> tuple[float, int]:
         """Sum and count of `correct`, to add up over batches; `final_score` turns them into a score."""

@@ -74,6 +74,10 @@ class Binary(Likelihood):
         # The root of each factor first: their product underflows float32 from |f| = 88 on.
         return diagonal_factor(outputs.sigmoid().sqrt() * (-outputs).sigmoid().sqrt())
 
+    def inverse_link(self, outputs: Tensor) -> Tensor:
+        """Probabilities, one per logit."""
+        return outputs.sigmoid()
+
     def moments(self, draws: Tensor, point: Tensor, linearised: bool) -> Moments:
         """Mean probabilities, and entropies in nats of each logit's label: all ``(B, *out)``."""
         variance = epistemic_variance(draws, point, linearised)
@@ -95,3 +99,7 @@ class Binary(Likelihood):
         """1 where probability and target lie on the same side of one half, else 0: ``(B, *out)``."""
         labels = self.prepare_targets(mean, targets)
         return torch.eq(mean >= 0.5, labels >= 0.5).to(mean.dtype)
+
+    def confidence(self, mean: Tensor, targets: Tensor) -> Tensor:
+        """Probability of the more probable side, per logit: ``(B, *out)``."""
+        return torch.maximum(mean, 1 - mean)

@@ -293,6 +293,21 @@ class Classification(Likelihood):
         values = rows.movedim(1, 0).to(outputs)
         return values.reshape(directions, *outputs.shape), eigenvalues * scale, trace * scale[:, 0]
 
+    # -- what a prediction is --------------------------------------------------------------------
+
+    def inverse_link(self, outputs: Tensor) -> Tensor:
+        """Probabilities of draws ``(S, B, *out)``."""
+        return outputs.softmax(self._trailing_axis(outputs))
+
+    def centre(self, change: Tensor) -> Tensor:
+        """Softmax does not see a constant added to all logits."""
+        return change - change.mean(self._trailing_axis(change), keepdim=True)
+
+    def _trailing_axis(self, draws: Tensor) -> int:
+        """Class axis, from the end, of draws ``(S, B, *out)``."""
+        shape = draws.shape[1:]
+        return self._axis(shape) - len(shape)
+
     # -- predictions -----------------------------------------------------------------------------
 
     def moments(self, draws: Tensor, point: Tensor, linearised: bool) -> Moments:
@@ -332,6 +347,12 @@ class Classification(Likelihood):
         if labels.is_floating_point():
             return (flat.argmax(-1) == labels.argmax(-1)).flatten().to(mean.dtype)
         return (flat.argmax(-1) == labels)[self._kept(labels)].to(mean.dtype)
+
+    def confidence(self, mean: Tensor, targets: Tensor) -> Tensor:
+        """Probability of the most probable class; flat, ignored positions dropped."""
+        flat, labels, _ = self._flatten(mean, targets)
+        top = flat.amax(-1)
+        return top.flatten() if labels.is_floating_point() else top[self._kept(labels)]
 
     # -- storage ---------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from .words import METHODS
 
@@ -58,6 +58,7 @@ _STYLE = {
     "figure.facecolor": "none",
     "legend.frameon": False,
 }
+_PLAIN: dict[str, Any] = {"fontsize": 8, "fontweight": "normal", "color": MUTED}
 _SIZE = (3.5, 2.9)  # inches; drawn at about this size on a phone and a third larger on a laptop
 _NAMES = {"point": "Point estimate", "null_space": "Null-space", "laplace": "Full Laplace"}
 
@@ -77,7 +78,10 @@ def all_figures(results: Mapping[str, Any]) -> dict[str, list[str]]:
     }
     with matplotlib.rc_context(_STYLE):
         return {
-            name: [_svg(draw, f"{name}{i}", (3.5, 3.5) if name == "novelty" else _SIZE) for i, draw in enumerate(draws)]
+            name: [
+                _svg(draw, f"{name}{i}", (3.5, 3.5) if name == "novelty" else _SIZE)
+                for i, draw in enumerate(draws)
+            ]
             for name, draws in sections.items()
         }
 
@@ -119,18 +123,43 @@ def _reliability(results: Mapping[str, Any], key: str) -> Draw:
         figures, curve = results["methods"][key], results["curves"][key]["reliability"]
         count = np.array(curve["count"])
         filled = count > 0
-        confidence, accuracy = np.array(curve["confidence"])[filled], np.array(curve["accuracy"])[filled]
+        confidence, accuracy = (
+            np.array(curve["confidence"])[filled],
+            np.array(curve["accuracy"])[filled],
+        )
         share = count[filled] / count.sum()
         # One standard error of a share, with the pseudo-count that keeps it from vanishing at 0 and 1.
         near = (accuracy * count[filled] + 1) / (count[filled] + 2)
         error = np.sqrt(near * (1 - near) / count[filled])
         colour = COLOURS[key]
         axes.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=(0, (4, 3)))
-        axes.vlines(confidence, np.clip(accuracy - error, 0, 1), np.clip(accuracy + error, 0, 1), color=colour, lw=1, alpha=0.55)
-        axes.plot(confidence, accuracy, color=colour, lw=1.2, alpha=0.45)
-        axes.scatter(confidence, accuracy, s=14 + 150 * share, color=colour, edgecolor=PAPER, linewidth=0.8, zorder=3)
-        axes.set(xlim=(0, 1.04), ylim=(0, 1.06), xlabel="confidence", ylabel="accuracy", title=_NAMES[key])
-        _note(axes, f"ECE {figures['ece']:.4f}\nNLL {figures['nll']:.4f}", 0.97, 0.06, "right")
+        axes.vlines(
+            confidence,
+            np.clip(accuracy - error, 0, 1),
+            np.clip(accuracy + error, 0, 1),
+            color=colour,
+            lw=1,
+            alpha=0.55,
+        )
+        axes.scatter(
+            confidence,
+            accuracy,
+            s=24 + 150 * share,
+            color=colour,
+            edgecolor=PAPER,
+            linewidth=0.8,
+            zorder=3,
+        )
+        axes.set(
+            xlim=(0, 1.04),
+            ylim=(0, 1.06),
+            xlabel="confidence",
+            ylabel="accuracy",
+            title=_NAMES[key],
+        )
+        axes.set_title(
+            f"ECE {figures['ece']:.4f}   NLL {figures['nll']:.4f}", loc="right", **_PLAIN
+        )
         return (
             f"Reliability diagram of the {_NAMES[key].lower()}: accuracy against confidence, expected calibration "
             f"error {figures['ece']:.4f}, maximum {figures['mce']:.3f}."
@@ -145,7 +174,10 @@ def _novelty(results: Mapping[str, Any], shift: str) -> Draw:
         rows = figure.subplots(2, 1)
         values = []
         for axes, key, name in zip(
-            rows, ("point", "null_space"), ("1 − confidence of the point estimate", "novelty, null-space posterior"), strict=True
+            rows,
+            ("point", "null_space"),
+            ("1 − confidence of the point estimate", "novelty, null-space posterior"),
+            strict=True,
         ):
             data = results["curves"][key]["histogram"]
             edges = np.array(data["log10_edges"])
@@ -180,12 +212,32 @@ def _roc(results: Mapping[str, Any], shift: str) -> Draw:
         axes.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=(0, (4, 3)))
         said = []
         for row, key in enumerate(METHODS):
-            curve, auroc = results["curves"][key]["roc"][shift], results["methods"][key]["auroc"][shift]
-            axes.plot(curve["fpr"], curve["tpr"], color=COLOURS[key], zorder=3 if key == "null_space" else 2)
-            _note(axes, f"{auroc:.3f}  {_NAMES[key]}", 0.42, 0.25 - 0.09 * row, "left", "bottom", COLOURS[key])
+            curve, auroc = (
+                results["curves"][key]["roc"][shift],
+                results["methods"][key]["auroc"][shift],
+            )
+            axes.plot(
+                curve["fpr"],
+                curve["tpr"],
+                color=COLOURS[key],
+                zorder=3 if key == "null_space" else 2,
+            )
+            _note(
+                axes,
+                f"{auroc:.3f}  {_NAMES[key]}",
+                0.42,
+                0.25 - 0.09 * row,
+                "left",
+                "bottom",
+                COLOURS[key],
+            )
             said.append(f"{_NAMES[key].lower()} {auroc:.3f}")
         axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02))
-        axes.set(xlabel="test images flagged", ylabel="shifted images flagged", title=title[:1].upper() + title[1:])
+        axes.set(
+            xlabel="test images flagged",
+            ylabel="shifted images flagged",
+            title=title[:1].upper() + title[1:],
+        )
         return f"ROC curves for {title}; area under the curve: {', '.join(said)}."
 
     return draw
@@ -194,41 +246,44 @@ def _roc(results: Mapping[str, Any], shift: str) -> Draw:
 def _path(results: Mapping[str, Any], metric: str, name: str) -> Draw:
     def draw(figure: Figure) -> str:
         axes = figure.subplots()
-        said, point = [], None
-        tops = []
+        said, ends = [], []
         for key, path in results["prior_path"].items():
-            if not path.get(metric):
+            if path.get(metric) is None:
                 continue
-            precision, values = np.array(path["prior_precision"], dtype=float), np.array(path[metric], dtype=float)
-            known = np.isfinite(precision) & np.isfinite(values) & (precision > 0)
+            precision = np.array(
+                path["prior_precision"], dtype=float
+            )  # null, an infinite precision, becomes NaN
+            values = np.array(path[metric], dtype=float)
+            known = np.isfinite(precision) & np.isfinite(values) & (precision > 0) & (values > 0)
             at, height = precision[known], values[known]
-            colour = COLOURS[key]
+            order = np.argsort(at)
+            at, height = at[order], height[order]
+            colour, evidence, chosen = COLOURS[key], path["evidence"], path["chosen"]
             axes.plot(at, height, color=colour)
+            level = np.interp(np.log(evidence), np.log(at), height)
+            axes.plot(evidence, level, "D", ms=5, mfc=PAPER, mec=colour, mew=1.4, zorder=4)
+            ends.append(evidence)
+            if known[chosen]:
+                ends.append(precision[chosen])
+                axes.plot(
+                    precision[chosen], values[chosen], "o", ms=6, mfc=colour, mec=PAPER, zorder=5
+                )
+                said.append(
+                    f"{_NAMES[key].lower()} chosen at {precision[chosen]:.3g} with {values[chosen]:.4f}"
+                )
             point = path["point"][metric]
-            evidence = path["evidence"]
-            axes.plot(evidence, np.interp(np.log(evidence), np.log(at), height), "D", ms=5, mfc=PAPER, mec=colour, mew=1.4, zorder=4)
-            if known[path["chosen"]]:
-                axes.plot(precision[path["chosen"]], values[path["chosen"]], "o", ms=6, mfc=colour, mec=PAPER, zorder=5)
-                said.append(f"{_NAMES[key].lower()} chosen at {precision[path['chosen']]:.3g} with {values[path['chosen']]:.4f}")
-            # The steep left end of a path says only "too wide a prior": let it leave the picture.
-            tops.append(np.interp(np.log(evidence), np.log(at), height))
-            tops.append(height[-1])
-        if point is not None:
             axes.axhline(point, color=COLOURS["point"], lw=1.2, ls=(0, (4, 3)))
-            lowest = min([line.get_ydata().min() for line in axes.lines if len(line.get_ydata()) > 2] + [point])
-            top = max([*tops, point])
-            room = max(top - lowest, 0.2 * max(point, 1e-6))
-            axes.set_ylim(max(0.0, lowest - 0.25 * room), top + 0.35 * room)
-        axes.set_xscale("log")
+            said.append(f"point estimate {point:.4f}")
+        axes.set(xscale="log", yscale="log")
+        if ends:  # the path is longer than what is worth looking at
+            axes.set_xlim(min(ends) / 300, max(ends) * 3000)
         axes.xaxis.set_major_locator(LogLocator(numticks=6))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:.2g}")
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="prior precision (log scale)", title=f"{name} on the validation split")
-        return (
-            f"{name} on the validation split against the prior precision; the point estimate has "
-            f"{float('nan') if point is None else point:.4f}; {'; '.join(said)}."
-        )
+        return f"{name} on the validation split against the prior precision: {'; '.join(dict.fromkeys(said))}."
 
     return draw
 
@@ -241,7 +296,9 @@ def _groups(results: Mapping[str, Any], shift: str) -> Draw:
         for key in METHODS:
             values = [results["methods"][key]["auroc_by_group"][shift][group] for group in groups]
             lowest = min(lowest, *values)
-            axes.plot(range(len(groups)), values, "o-", ms=4.5, color=COLOURS[key], mec=PAPER, mew=0.8)
+            axes.plot(
+                range(len(groups)), values, "o-", ms=4.5, color=COLOURS[key], mec=PAPER, mew=0.8
+            )
         axes.set_xticks(range(len(groups)), groups)
         axes.set(ylim=(max(0, lowest - 0.05), 1.03), xlim=(-0.2, len(groups) - 0.8))
         axes.set(xlabel="turned by", ylabel="AUROC", title="AUROC by angle")
@@ -264,7 +321,7 @@ def _regression(results: Mapping[str, Any], key: str) -> Draw:
             axes.plot(x, draw_, color=colour, lw=0.5, alpha=0.45)
         axes.plot(x, data["truth"], color=MUTED, lw=1, ls=(0, (4, 3)))
         axes.plot(x, data["point"]["mean"], color=colour, lw=1.6)
-        axes.plot(data["train"]["x"], data["train"]["y"], "o", ms=2.6, color=INK, alpha=0.75, mew=0)
+        axes.plot(data["train"]["x"], data["train"]["y"], "o", ms=3.2, color=INK, mew=0, zorder=5)
         axes.set(xlim=(x[0], x[-1]), ylim=(train_y.min() - 0.9 * gap, train_y.max() + 0.9 * gap))
         axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.set(xlabel="input", ylabel="output", title=_NAMES[key])
@@ -280,4 +337,14 @@ def _regression(results: Mapping[str, Any], key: str) -> Draw:
 def _note(
     axes: Axes, text: str, x: float, y: float, side: str, up: str = "bottom", colour: str = INK
 ) -> None:
-    axes.text(x, y, text, transform=axes.transAxes, ha=side, va=up, color=colour, fontsize=8, linespacing=1.5)
+    axes.text(
+        x,
+        y,
+        text,
+        transform=axes.transAxes,
+        ha=side,
+        va=up,
+        color=colour,
+        fontsize=8,
+        linespacing=1.5,
+    )

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, MissingExtraError
 from . import words
+from .writing import write_text
 
 SCHEMA = 1
-_NEEDED = ("dataset", "methods", "certificate", "prior_path", "curves", "regression", "settings", "environment")
+_NEEDED = (
+    "dataset",
+    "methods",
+    "certificate",
+    "prior_path",
+    "curves",
+    "regression",
+    "settings",
+    "environment",
+)
 
 
 def require_packages() -> None:
     """Stop now, with the line that mends it, if a package that draws the report is missing."""
-    missing = []
-    for name in ("matplotlib", "jinja2"):
-        try:
-            __import__(name)
-        except ImportError:
-            missing.append(name)
+    missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
     if missing:
         raise MissingExtraError(
             f"The report needs {' and '.join(missing)}: pip install 'nullbayes[report]'."
@@ -36,10 +43,14 @@ def read_results(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     except ValueError as error:
-        raise InputError(f"{path} is not whole JSON ({error}). Run `nullbayes demo` again.") from error
+        raise InputError(
+            f"{path} is not whole JSON ({error}). Run `nullbayes demo` again."
+        ) from error
     missing = [key for key in _NEEDED if not isinstance(results, dict) or key not in results]
     if missing:
-        raise InputError(f"{path} is not a results file of `nullbayes demo`: it lacks {', '.join(missing)}.")
+        raise InputError(
+            f"{path} is not a results file of `nullbayes demo`: it lacks {', '.join(missing)}."
+        )
     if results.get("schema") != SCHEMA:
         raise InputError(
             f"{path} has layout {results.get('schema')!r}, this version reads {SCHEMA}: run `nullbayes demo` again."
@@ -55,27 +66,30 @@ def render_report(results: Mapping[str, Any]) -> str:
 
     from .figures import all_figures
 
-    loader = jinja2.PackageLoader("nullbayes.report", "")
     page = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     page.filters["scientific"] = words.scientific
-    return page.get_template("template.html").render(
+    template = files("nullbayes.report").joinpath("template.html").read_text(encoding="utf-8")
+    return page.from_string(template).render(
         results=results,
         dataset=results["dataset"],
         certificate=results["certificate"],
         certificate_rows=words.certificate_rows(results["certificate"]),
+        certificate_details=words.certificate_rows(
+            results["certificate"], words.CERTIFICATE_DETAILS
+        ),
         headline=words.headline(results),
         tiles=words.tiles(results),
         table=words.table(results),
-        figures={name: [Markup(svg) for svg in panels] for name, panels in all_figures(results).items()},
+        figures={
+            name: [Markup(svg) for svg in panels] for name, panels in all_figures(results).items()
+        },
     )
 
 
 def write_report(results: Mapping[str, Any], path: str | Path) -> Path:
     """Render and write, whole or not at all."""
-    from ..demo.writing import write_text
-
     path = Path(path)
     write_text(path, render_report(results))
     return path

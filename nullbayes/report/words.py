@@ -8,20 +8,35 @@ from typing import Any
 METHODS = ("point", "null_space", "laplace")
 SAME_ACCURACY = 5e-5  # shown to four digits
 
-# Field of the certificate -> (name, what it means), in the order shown.
+# Field of the certificate -> (name, what it means), in the order shown; the first part always, the second on request.
 CERTIFICATE_FIELDS = {
-    "residual": ("Residual", "what the samples still move along the constraints, as a share of what they would have"),
-    "drift": ("Drift, linearised", "RMS change of the kept quantity over the training data"),
-    "sampled_drift": ("Drift, sampled network", "the same for the network run with sampled weights: second order"),
-    "map_accuracy": ("Training accuracy, point estimate", "on the images whose predictions are kept"),
+    "residual": ("Residual", "what is left of the samples along the constraints, as a share"),
+    "map_accuracy": (
+        "Training accuracy, point estimate",
+        "on the images whose predictions are kept",
+    ),
     "posterior_accuracy": ("Training accuracy, posterior", "on the same images"),
-    "examples": ("Examples kept", "training examples whose predictions are kept"),
-    "constraints": ("Constraints", "rows of the constraint matrix: directions that must not move"),
+    "drift": ("Drift, linearised", "RMS change of the kept quantity over the training data"),
+    "sampled_drift": (
+        "Drift, sampled network",
+        "the same for the network run with sampled weights: second order",
+    ),
+    "constraints": ("Constraints", "directions of the training outputs that must not move"),
     "parameters": ("Weights", "all of them are uncertain, and correlated"),
+    "null_dim": ("Null space", "directions of weight space that stay free"),
+    "prior_share": ("Prior variance kept", "what the constraints leave of it"),
+}
+CERTIFICATE_DETAILS = {
+    "tolerance": ("Tolerance", "what the residual was asked to stay below"),
+    "output_drift": ("Drift of the raw outputs", "RMS, linearised"),
+    "examples": ("Examples kept", "training examples whose predictions are kept"),
+    "checked_examples": ("Examples checked", "how many of them the drift was measured on"),
     "rank": ("Rank", "independent constraints that the solver found"),
-    "null_dim": ("Null space", "directions of weight space that are free"),
     "discarded_trace": ("Discarded", "share of the output Hessian's trace that was not kept"),
-    "solver": ("Solver", "chosen by counted cost and memory"),
+    "prior_precision": ("Prior precision", "at which drift and accuracy were measured"),
+    "num_samples": ("Samples", "drawn together"),
+    "solver": ("Solver", ""),
+    "status": ("Status", "of the solver at its end"),
     "iterations": ("Iterations", "refinement steps or solver iterations"),
     "seconds": ("Seconds", "to fit"),
     "peak_memory": ("Peak memory", "of the process while fitting"),
@@ -115,18 +130,16 @@ def table(results: Mapping[str, Any]) -> dict[str, Any]:
     return {"columns": [(name, detail, way) for name, detail, _, _, way in columns], "rows": rows}
 
 
-def certificate_rows(certificate: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(name, value, meaning) of each field, in reading order; fields that we do not know come last, as they are."""
+def certificate_rows(
+    certificate: Mapping[str, Any], fields: Mapping[str, tuple[str, str]] = CERTIFICATE_FIELDS
+) -> list[tuple[str, str, str]]:
+    """(name, value, meaning) of each of the ``fields`` that the certificate has, in order."""
     rows = []
-    for key, (name, meaning) in CERTIFICATE_FIELDS.items():
+    for key, (name, meaning) in fields.items():
         if certificate.get(key) is not None:
+            if key == "solver":
+                meaning = certificate.get("reason") or "chosen by counted cost and memory"
             rows.append((name, certificate_value(key, certificate[key]), meaning))
-    known = {*CERTIFICATE_FIELDS, "held", "verdict"}
-    rows += [
-        (key.replace("_", " "), certificate_value(key, value), "")
-        for key, value in certificate.items()
-        if key not in known and isinstance(value, (int, float, str))
-    ]
     return rows
 
 
@@ -138,8 +151,8 @@ def certificate_value(key: str, value: Any) -> str:
         return f"{value:.2f}"
     if key in ("map_accuracy", "posterior_accuracy"):
         return f"{value:.4f}"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
+    if key == "prior_share":
+        return f"{100 * value:.1f} %"
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
@@ -167,7 +180,9 @@ def dig(value: Any, path: tuple[str, ...]) -> float:
 
 def _note(key: str) -> str:
     if key == "point":
-        return "the trained network; scores by 1 − confidence"
+        return "scores by 1 − confidence"
     if key.endswith("_evidence"):
-        return "prior precision by evidence, no validation data"
-    return "prior scale calibrated on the validation split"
+        return "needs no validation data"
+    if key == "laplace":
+        return "rescaled on validation data"
+    return "calibrated on validation data"

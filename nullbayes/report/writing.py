@@ -13,7 +13,7 @@ from ..errors import InputError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` under a temporary name beside ``path``, then rename: a reader, or Ctrl-C, never sees half of it."""
+    """Write ``text`` under a temporary name beside ``path``, then rename: nobody, not even after Ctrl-C, sees half."""
     make_folder(path.parent)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     part = Path(name)
@@ -52,7 +52,9 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"The output folder {folder} cannot be made: {error.strerror or error}.") from error
+        raise InputError(
+            f"The output folder {folder} cannot be made: {error.strerror or error}."
+        ) from error
 
 
 def _umask() -> int:

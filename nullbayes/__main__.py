@@ -1,0 +1,7 @@
+"""``python -m nullbayes``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,207 @@
+"""The whole prior-scale path from one pass over validation data.
+
+Linearised function draws scale with ``α^{-1/2}``: the Jacobian products are computed once, and every
+prior precision is a multiplication away. The far end of the path is the trained network itself.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
+
+from nullbayes import draws
+from nullbayes.errors import InputError, NullBayesWarning
+from nullbayes.fitting import limited
+from nullbayes.jacobian.capture import CapturePlan
+from nullbayes.jacobian.functional import FunctionalModel
+from nullbayes.likelihood import Likelihood
+from nullbayes.prediction import check_choice, per_example
+from nullbayes.progress import stages
+
+POINTS = 49
+DECADES = (-4.0, 8.0)
+BINS = 15
+
+
+@dataclass(frozen=True)
+class CalibrationPath:
+    """Validation figures along the prior-scale path.
+
+    Attributes:
+        prior_precision: ascending; the path covers twelve decades around the starting value.
+        nll: mean negative log predictive density per example, nats.
+        accuracy: accuracy, or RMSE for regression (``score_name``).
+        ece: expected calibration error (15 equal bins, top class), or None for regression.
+        auroc: of the predictive uncertainty against ``ood_loader``, or None without one.
+        chosen: index of the prior precision that was set.
+        metric: what it minimises.
+        start: the prior precision before.
+        point: the same figures of the trained network.
+        at_edge: the best value lies at an end of the path.
+    """
+
+    prior_precision: list[float]
+    nll: list[float]
+    accuracy: list[float]
+    ece: list[float] | None
+    auroc: list[float] | None
+    chosen: int
+    metric: str
+    score_name: str
+    start: float
+    point: dict[str, float | None]
+    examples: int
+    at_edge: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields; JSON-able."""
+        return asdict(self)
+
+
+def calibration_path(
+    functional: FunctionalModel,
+    plan: CapturePlan,
+    likelihood: Likelihood,
+    samples: Tensor,
+    start: float,
+    loader: Iterable[Any],
+    ood_loader: Iterable[Any] | None,
+    metric: str,
+    show: bool,
+) -> CalibrationPath:
+    """Evaluate the path for unit-precision ``samples (S, P)`` and choose the best point.
+
+    Raises:
+        InputError: an unknown metric, or one that this likelihood does not have.
+    """
+    check_choice(metric, ("nll", "ece"), "metric")
+    low, high = DECADES
+    path = [start * 10 ** (low + (high - low) * i / (POINTS - 1)) for i in range(POINTS)]
+    figures = [_Figures(likelihood) for _ in (*path, None)]
+    scores_in: list[list[Tensor]] = [[] for _ in path]
+    scores_out: list[list[Tensor]] = [[] for _ in path]
+    examples = 0
+    with stages(show) as stage:
+        for index, inputs, targets in stage.track(
+            limited(functional, loader, "val_loader", None), "calibration"
+        ):
+            point, unit = draws.linearised(functional, plan, samples, inputs)
+            likelihood.validate(point, targets, f"val_loader, batch {index}")
+            targets = likelihood.prepare_targets(point, targets)
+            examples += len(point)
+            for precision, figure, kept in zip(path, figures, scores_in, strict=False):
+                total = figure.add(point, point + unit / math.sqrt(precision), targets)
+                kept.append(total)
+            figures[-1].add(point, point[None], targets)
+        if ood_loader is not None:
+            for _, inputs, _ in stage.track(
+                limited(functional, ood_loader, "ood_loader", None), "out of distribution"
+            ):
+                point, unit = draws.linearised(functional, plan, samples, inputs)
+                for precision, out in zip(path, scores_out, strict=True):
+                    moments = likelihood.moments(point + unit / math.sqrt(precision), point, True)
+                    out.append(per_example(moments.total))
+    rows = [figure.result(examples) for figure in figures]
+    has_ece = rows[-1]["ece"] is not None
+    if metric == "ece" and not has_ece:
+        raise InputError(f"metric='ece' needs class probabilities, not {likelihood!r}; use 'nll'.")
+    values = [row[metric] for row in rows[:-1]]
+    finite = [v if v is not None and math.isfinite(v) else math.inf for v in values]
+    chosen = min(range(len(path)), key=lambda i: (finite[i], path[i]))
+    at_edge = chosen in (0, len(path) - 1)
+    auroc = None
+    if ood_loader is not None:
+        auroc = [_auroc(a, b) for a, b in zip(scores_in, scores_out, strict=True)]
+    result = CalibrationPath(
+        path,
+        [_number(row["nll"]) for row in rows[:-1]],
+        [_number(row["accuracy"]) for row in rows[:-1]],
+        [_number(row["ece"]) for row in rows[:-1]] if has_ece else None,
+        auroc,
+        chosen,
+        metric,
+        likelihood.score_name,
+        start,
+        rows[-1],
+        examples,
+        at_edge,
+    )
+    _warn(result, finite)
+    return result
+
+
+def _warn(path: CalibrationPath, values: list[float]) -> None:
+    best, point = values[path.chosen], path.point[path.metric]
+    if path.at_edge and path.chosen:
+        text = (
+            f"the best prior precision lies at the upper end of the path ({best:.4f}; the trained "
+            f"network alone has {point:.4f}): on these data the posterior adds nothing to "
+            f"{path.metric}. It now predicts almost as the trained network; its novelty score is "
+            "unaffected. Is the validation set separate from the training set, and large enough?"
+        )
+    elif path.at_edge:
+        text = (
+            "the best prior precision lies at the lower end of the path; the validation data ask "
+            "for still wider functions. Set a smaller `prior_precision` and calibrate again."
+        )
+    elif point is not None and best > point:
+        text = (
+            f"no point of the path beats the trained network ({path.metric} {best:.4f} against "
+            f"{point:.4f}) on {path.examples} validation examples."
+        )
+    else:
+        return
+    warnings.warn(text, NullBayesWarning, stacklevel=4)
+
+
+def _auroc(inside: list[Tensor], outside: list[Tensor]) -> float:
+    a, b = torch.cat(inside), torch.cat(outside)
+    # Ranks, not values: torchmetrics would squash scores outside [0, 1] with a sigmoid.
+    ranks = torch.cat([a, b]).argsort().argsort().double() / max(1, len(a) + len(b))
+    labels = torch.cat([torch.zeros(len(a)), torch.ones(len(b))]).long().to(ranks.device)
+    return float(binary_auroc(ranks, labels))
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+class _Figures:
+    """Sums over batches for one prior precision."""
+
+    def __init__(self, likelihood: Likelihood) -> None:
+        self.likelihood = likelihood
+        self.nll, self.score, self.count = 0.0, 0.0, 0
+        self.confidences: list[Tensor] = []
+        self.hits: list[Tensor] = []
+
+    def add(self, point: Tensor, moved: Tensor, targets: Tensor) -> Tensor:
+        """Count one batch; returns the uncertainty of each example ``(B,)``."""
+        with torch.no_grad():
+            moments = self.likelihood.moments(moved, point, True)
+            self.nll -= float(self.likelihood.log_predictive(moved, targets).double().sum())
+            total, count = self.likelihood.score(moments.mean, targets)
+            self.score, self.count = self.score + total, self.count + count
+            confidence = self.likelihood.confidence(moments.mean, targets)
+            if confidence is not None:
+                self.confidences.append(confidence.flatten())
+                self.hits.append(self.likelihood.correct(moments.mean, targets).flatten().long())
+            return per_example(moments.total)
+
+    def result(self, examples: int) -> dict[str, float | None]:
+        ece = None
+        if self.confidences:
+            confidence, hit = torch.cat(self.confidences), torch.cat(self.hits)
+            ece = float(binary_calibration_error(confidence, hit, n_bins=BINS))
+        return {
+            "nll": self.nll / max(1, examples),
+            "accuracy": self.likelihood.final_score(self.score, self.count),
+            "ece": ece,
+        }

@@ -1,0 +1,266 @@
+"""Did the guarantee hold? Measured on the training data after every fit, not assumed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nullbayes import draws
+from nullbayes.constraints import Preserve
+from nullbayes.jacobian.capture import CapturePlan
+from nullbayes.jacobian.functional import FunctionalModel, Inputs, batch_size, take
+from nullbayes.likelihood import Likelihood
+from nullbayes.memory import format_bytes
+
+SAMPLED_EXAMPLES = 128
+SAMPLED_DRAWS = 10
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a fit reached, in figures and in words (``verdict``). ``print`` it.
+
+    Attributes:
+        residual: largest ``‖AΔ‖ / ‖Aε‖`` over the samples, recomputed from the rows after the solve.
+        tolerance: what the solver was asked for.
+        drift: RMS change of the preserved quantity (probabilities, outputs or losses) over the
+            checked training examples and all samples, linearised, at ``prior_precision``.
+        sampled_drift: the same for the re-weighted network itself, on a subset.
+        output_drift: RMS change of the raw outputs (softmax: up to a constant), linearised.
+        map_accuracy, posterior_accuracy: accuracy of the trained network and of the posterior's mean
+            prediction on the checked training examples; RMSE for regression (``score_name``).
+        constraints, parameters: the shape ``(M, P)`` of the constraint matrix.
+        rank, null_dim: its numerical rank, and ``P - rank``.
+        prior_share: mean ``‖Δ‖² / ‖ε‖²``: what share of the prior's variance survived.
+        discarded_trace: share of the output Hessians' trace that ``directions`` left out.
+        solver, reason, status, iterations: what solved it, why that, how it ended, how much work.
+        seconds, peak_memory: of the fit, in seconds and bytes (the process's peak).
+        examples, checked_examples: how many are constrained, and how many of them were checked.
+        generic: parameters without a layer rule, served by the slower generic path.
+        notes: what else deserves a look.
+    """
+
+    method: str
+    preserve: str
+    residual: float
+    tolerance: float
+    drift: float
+    sampled_drift: float
+    output_drift: float
+    map_accuracy: float
+    posterior_accuracy: float
+    score_name: str
+    constraints: int
+    parameters: int
+    rank: int
+    null_dim: int
+    prior_share: float
+    prior_precision: float
+    discarded_trace: float
+    solver: str
+    reason: str
+    status: str
+    iterations: int
+    seconds: float
+    peak_memory: int
+    examples: int
+    checked_examples: int
+    num_samples: int
+    generic: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def projects(self) -> bool:
+        """Whether a guarantee was promised at all (not for Laplace)."""
+        return self.method == "null-space"
+
+    @property
+    def score_loss(self) -> float:
+        """How much worse the posterior scores on training data than the trained network."""
+        change = self.posterior_accuracy - self.map_accuracy
+        return change if self.score_name == "rmse" else -change
+
+    @property
+    def held(self) -> bool:
+        """Residual within tolerance, a null space to move in, and no training score lost.
+
+        Regression: RMSE grown by less than 1e-3 of itself; classification: no accuracy lost.
+        """
+        allowed = 1e-3 * self.map_accuracy if self.score_name == "rmse" else 0.0
+        kept = not math.isnan(self.score_loss) and self.score_loss <= allowed + 1e-12
+        return self.projects and self.residual <= self.tolerance and self.null_dim > 0 and kept
+
+    @property
+    def verdict(self) -> str:
+        """The certificate in words."""
+        name = "RMSE" if self.score_name == "rmse" else "accuracy"
+        scores = f"training {name} {self.map_accuracy:.4f} → {self.posterior_accuracy:.4f}"
+        if not self.projects:
+            cost = f"it costs {self.score_loss:.4f} here" if self.score_loss > 0 else "it did here"
+            keep = f"A Laplace posterior does not promise to keep training predictions; {cost}"
+            return f"{keep} ({scores})."
+        if self.held:
+            text = f"The guarantee held: {scores}, every sample keeps {self.preserve} to a relative "
+            text += f"residual of {self.residual:.1e}."
+        else:
+            text = " ".join(self._weaknesses(scores, name))
+        return " ".join([text, *self._advice()])
+
+    def _weaknesses(self, scores: str, name: str) -> list[str]:
+        out = ["The guarantee is weak:"]
+        if self.null_dim == 0:
+            out.append(
+                f"the null space is empty, the data determine all {self.parameters} weights; keep "
+                "less of each example (`directions=`, `preserve='loss'`), fewer examples, or use "
+                "`LaplacePosterior`."
+            )
+        if self.residual > self.tolerance:
+            out.append(
+                f"the residual {self.residual:.1e} misses the tolerance {self.tolerance:.1e}; "
+                f"{self.status}."
+            )
+        if math.isnan(self.score_loss):
+            out.append(f"no training {name} could be measured.")
+        elif self.score_loss > 0:
+            out.append(f"{scores}.")
+        return out
+
+    def _advice(self) -> list[str]:
+        out = []
+        if 0 < self.null_dim < 0.05 * self.parameters:
+            share = 100 * self.null_dim / self.parameters
+            out.append(
+                f"Only {share:.1f} % of the weight directions are free, so uncertainty off the data "
+                "will be small; constrain less (`directions='auto'`, `preserve='loss'`)."
+            )
+        if self.drift > 0 and self.sampled_drift > max(0.02, 10 * self.drift):
+            out.append(
+                f"The sampled network drifts at second order ({self.sampled_drift:.3g} against "
+                f"{self.drift:.3g} linearised): predict with method='linearised'."
+            )
+        if self.discarded_trace > 0:
+            out.append(f"{100 * self.discarded_trace:.2f} % of the Hessians' trace was left out.")
+        return [*out, *self.notes]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, ``held`` and ``verdict``; JSON-able."""
+        out = asdict(self) | {"held": self.held, "verdict": self.verdict}
+        return out | {"generic": list(self.generic), "notes": list(self.notes)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Certificate:
+        """The inverse of :meth:`as_dict`."""
+        known = {f.name for f in fields(cls)}
+        kept = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+        return cls(**kept)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and value of each line of the printed table."""
+        score = "RMSE" if self.score_name == "rmse" else "accuracy"
+        out = [
+            ("method", f"{self.method} posterior, keeps {self.preserve}"),
+            ("residual ‖AΔ‖/‖Aε‖", f"{self.residual:.2e}  (tolerance {self.tolerance:.0e})"),
+            (f"training {score}", f"{self.map_accuracy:.4f} → {self.posterior_accuracy:.4f}"),
+            ("drift, linearised", f"{self.drift:.3g}  (raw outputs {self.output_drift:.3g})"),
+            ("drift, sampled network", f"{self.sampled_drift:.3g}"),
+            ("constraints × weights", f"{self.constraints:,} × {self.parameters:,}"),
+            ("rank, null space", f"{self.rank:,}, {self.null_dim:,}"),
+            ("prior variance kept", f"{100 * self.prior_share:.1f} %"),
+            ("prior precision", f"{self.prior_precision:.4g}"),
+            ("solver", f"{self.solver}, {self.iterations} iterations, {self.num_samples} samples"),
+            ("examples", f"{self.examples:,}  ({self.checked_examples:,} checked)"),
+            ("time, peak memory", f"{self.seconds:.1f} s, {format_bytes(self.peak_memory)}"),
+        ]
+        if self.discarded_trace > 0:
+            out.append(("Hessian trace left out", f"{100 * self.discarded_trace:.3f} %"))
+        if self.generic:
+            names = ", ".join(self.generic[:4]) + (" …" if len(self.generic) > 4 else "")
+            out.append(("generic path", f"{len(self.generic)} tensors: {names}"))
+        return out
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        width = max(len(label) for label, _ in rows)
+        lines = [f"  {label:<{width}}  {value}" for label, value in rows]
+        return "\n".join(["Certificate", *lines, "", f"  {self.verdict}"])
+
+
+class GuaranteeCheck:
+    """Training examples with their function draws at unit prior precision.
+
+    Held so that drift and accuracy can be given at any prior precision without another pass.
+    """
+
+    def __init__(
+        self,
+        functional: FunctionalModel,
+        plan: CapturePlan,
+        likelihood: Likelihood,
+        preserve: Preserve,
+        kept: Sequence[tuple[Inputs, Tensor]],
+        samples: Tensor,
+    ) -> None:
+        self.functional, self.likelihood, self.preserve = functional, likelihood, preserve
+        self.samples = samples
+        self.batches = [
+            (*draws.linearised(functional, plan, samples, inputs), targets)
+            for inputs, targets in kept
+        ]
+        self.few: list[tuple[Inputs, Tensor]] = []
+        room = SAMPLED_EXAMPLES
+        for inputs, targets in kept:
+            size = min(room, batch_size(inputs))
+            if size:
+                self.few.append((take(inputs, 0, size), targets[:size]))
+            room -= size
+
+    @property
+    def examples(self) -> int:
+        return sum(len(point) for point, _, _ in self.batches)
+
+    def measure(self, scale: float) -> dict[str, float]:
+        """Drifts and training scores when the unit samples are multiplied by ``scale``."""
+        change, outputs = _Rms(), _Rms()
+        before, after = [0.0, 0], [0.0, 0]
+        likelihood = self.likelihood
+        with torch.no_grad():
+            for point, unit, targets in self.batches:
+                moved = point + scale * unit
+                change.add(self.preserve.change(likelihood, point, moved, targets, True))
+                outputs.add(likelihood.centre(scale * unit))
+                mean = likelihood.moments(moved, point, True).mean
+                map_mean = likelihood.moments(point[None], point, True).mean
+                for sums, value in ((before, map_mean), (after, mean)):
+                    total, count = likelihood.score(value, targets)
+                    sums[0] += total
+                    sums[1] += count
+            sampled = _Rms()
+            for inputs, targets in self.few:
+                some = scale * self.samples[:SAMPLED_DRAWS]
+                point, moved = draws.sampled(self.functional, some, inputs)
+                sampled.add(self.preserve.change(likelihood, point, moved, targets, False))
+        return {
+            "drift": change.value,
+            "output_drift": outputs.value,
+            "sampled_drift": sampled.value,
+            "map_accuracy": likelihood.final_score(before[0], int(before[1])),
+            "posterior_accuracy": likelihood.final_score(after[0], int(after[1])),
+        }
+
+
+class _Rms:
+    def __init__(self) -> None:
+        self.total, self.count = 0.0, 0
+
+    def add(self, values: Tensor) -> None:
+        self.total += float(values.double().square().sum())
+        self.count += values.numel()
+
+    @property
+    def value(self) -> float:
+        return math.sqrt(self.total / self.count) if self.count else 0.0

@@ -1,0 +1,64 @@
+"""Prior precision by the evidence: ``α* = γ / ‖θ̂‖²`` (MacKay, Bayesian interpolation, 1992, eq. 32).
+
+``γ`` counts the directions that the data determine. Published code for null-space posteriors uses the
+reciprocal, which is a variance; a precision is what stands here.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+from torch import Tensor
+
+from nullbayes.errors import InputError, NullBayesWarning
+from nullbayes.solvers.base import Spectrum
+
+
+def null_space_precision(rank: int, parameters: int, weights: Tensor) -> float:
+    """Stationary point for the null-space posterior, where ``γ = P - tr Π`` is the rank of ``A``.
+
+    Args:
+        rank: directions that the data determine.
+        parameters: ``P``; stands in for ``γ`` (with a warning) where the data determine nothing.
+        weights: trained weights ``(P,)``.
+    """
+    if rank == 0:
+        warnings.warn(
+            "the training rows determine no direction at all (every row is zero), so the evidence "
+            "has no maximum; the prior precision is set to P / ‖θ̂‖². Check the labels "
+            "(`ignore_index`) or pass `prior_precision=`.",
+            NullBayesWarning,
+            stacklevel=3,
+        )
+    return (rank or parameters) / _squared_norm(weights)
+
+
+def laplace_precision(spectrum: Spectrum, weights: Tensor) -> float:
+    """Fixed point ``α ‖θ̂‖² = γ(α) = Σ λ/(λ + α)`` for the full linearised Laplace posterior.
+
+    ``γ`` falls and the left side grows with ``α``: there is one solution, found by bisection.
+    """
+    norm = _squared_norm(weights)
+    low, high = 1e-12, max(1.0, float(spectrum.weights.sum()) / norm)
+    if spectrum.effective_rank(low) <= low * norm:
+        return high
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        if spectrum.effective_rank(middle) > middle * norm:
+            low = middle
+        else:
+            high = middle
+        if high / low < 1 + 1e-10:
+            break
+    return math.sqrt(low * high)
+
+
+def _squared_norm(weights: Tensor) -> float:
+    norm = float(weights.double().square().sum())
+    if norm == 0:
+        raise InputError(
+            "all chosen weights are zero, so the evidence has no maximum; is the model trained? "
+            "Otherwise pass `prior_precision=` as a number."
+        )
+    return norm

@@ -1,0 +1,203 @@
+"""What a fit would cost, before it runs: sizes by counting, speed by trying a few examples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nullbayes.constraints import Directions, Preserve, resolve_directions, resolve_preserve
+from nullbayes.errors import MemoryBudgetError, NotFittedError
+from nullbayes.fitting import check_reusable, default_budget, limited
+from nullbayes.jacobian.build import capture_batch
+from nullbayes.jacobian.functional import (
+    Forward,
+    FunctionalModel,
+    batch_size,
+    check_mode,
+    take,
+)
+from nullbayes.jacobian.operator import JacobianOperator
+from nullbayes.jacobian.parameters import ParameterChoice, ParameterSpace
+from nullbayes.jacobian.probe import prove
+from nullbayes.likelihood import Likelihood, Regression, resolve_likelihood
+from nullbayes.memory import available_bytes, format_bytes, parse_bytes
+from nullbayes.solvers import Solver, choose
+
+TRIED_EXAMPLES = 48
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes, memory and time of a fit; ``print`` it.
+
+    Attributes:
+        examples, rows_per_example: counted over the whole loader; ``rows`` (M) is their product.
+        parameters: P.
+        solver, reason: what ``solver="auto"`` would take and why; ``solver`` is None where nothing fits.
+        bytes: by stage; ``seconds``: by stage, extrapolated from a short trial on this machine.
+        budget: bytes that the fit may take.
+        unsupported: parameters without a layer rule, and why: they take the slower generic path.
+        advice: the mend, where something does not fit or is slow.
+    """
+
+    examples: int
+    rows_per_example: int
+    rows: int
+    parameters: int
+    solver: str | None
+    reason: str
+    bytes: dict[str, int]
+    seconds: dict[str, float]
+    budget: int
+    unsupported: dict[str, str]
+    advice: list[str]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the fit stays inside the budget."""
+        return self.solver is not None
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields; JSON-able."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [
+            "Plan",
+            f"  constraints × weights  {self.rows:,} × {self.parameters:,}"
+            f"  ({self.examples:,} examples, {self.rows_per_example} rows each)",
+            f"  solver                 {self.solver or 'none fits'}: {self.reason}",
+        ]
+        for stage, size in self.bytes.items():
+            seconds = self.seconds.get(stage)
+            took = "" if seconds is None else f", about {seconds:.1f} s"
+            lines.append(f"  {stage:<22} {format_bytes(size)}{took}")
+        total = sum(self.bytes.values())
+        lines.append(f"  in all                 {format_bytes(total)} of {format_bytes(self.budget)}")
+        if self.seconds:
+            lines.append(f"  time                   about {sum(self.seconds.values()):.1f} s")
+        for name, why in self.unsupported.items():
+            lines.append(f"  generic path           {name}: {why}")
+        return "\n".join([*lines, *(f"  → {text}" for text in self.advice)])
+
+
+def plan(
+    model: nn.Module,
+    train_loader: Iterable[Any],
+    likelihood: str | Likelihood = "classification",
+    preserve: str | Preserve = "predictions",
+    *,
+    parameters: ParameterChoice = None,
+    solver: str | Solver = "auto",
+    directions: Directions = None,
+    forward: Forward | None = None,
+    memory: str | int | None = None,
+    num_samples: int = 30,
+    max_examples: int | None = None,
+) -> Plan:
+    """Predict sizes, memory and time of ``fit`` with the same arguments, from a trial on a few examples.
+
+    Raises:
+        InputError, ModelError, NonFiniteError: what ``fit`` would raise on the first batch.
+    """
+    check_reusable(train_loader, "train_loader")
+    check_mode(model)
+    likelihood, preserve = resolve_likelihood(likelihood), resolve_preserve(preserve)
+    directions = resolve_directions(directions)
+    space = ParameterSpace.from_model(model, parameters)
+    space.check_finite(model)
+    functional = FunctionalModel(model, space, forward)
+    budget = parse_bytes(memory) if memory else default_budget(available_bytes(space.device))
+
+    examples, first = 0, None
+    for index, inputs, targets in limited(functional, train_loader, "train_loader", max_examples):
+        examples += batch_size(inputs)
+        if first is None:
+            first = (take(inputs, 0, TRIED_EXAMPLES), targets[:TRIED_EXAMPLES], index)
+    assert first is not None
+    inputs, targets, index = first
+    outputs = functional.outputs(inputs)
+    likelihood.validate(outputs, targets, f"train_loader, batch {index}")
+    targets = likelihood.prepare_targets(outputs, targets)
+    try:
+        rows = preserve.rows(likelihood, tuple(outputs.shape[1:]), directions)
+        cotangents = preserve.cotangents(likelihood, outputs, targets, directions)
+    except NotFittedError:  # noise that only a fit estimates: its value changes no cost
+        likelihood = Regression(1.0)
+        cotangents = preserve.cotangents(likelihood, outputs, targets, directions)
+    rows = min(rows, len(cotangents.values))
+
+    proven = prove(functional, inputs)
+    size = batch_size(inputs)
+    make = lambda _, piece: _Piece(cotangents.values[:, piece])  # noqa: E731
+    capture_batch(functional, proven, inputs, make, rows)  # once to warm up
+    started = time.perf_counter()
+    blocks, _ = capture_batch(functional, proven, inputs, make, rows)
+    per_example = (time.perf_counter() - started) / size
+    operator = JacobianOperator(space, blocks)
+    m = rows * examples
+    factors = operator.nbytes // size * examples
+    nbytes = {"Jacobian rows": factors, "samples": 3 * num_samples * space.total * space.dtype.itemsize}
+    seconds = {"Jacobian rows": per_example * examples}
+    advice = []
+    try:
+        choice = choose(solver, m, space.total, budget - sum(nbytes.values()))
+        cost = choice.solver.cost(m, space.total)
+        name: str | None = choice.solver.name
+        reason = choice.why
+        nbytes["solver"] = cost.nbytes
+        seconds["solver"] = _solver_seconds(choice.solver.name, operator, m)
+    except MemoryBudgetError as error:
+        name, reason = None, "the memory budget is too small"
+        advice.append(str(error))
+    if factors > budget:
+        name = None
+        advice.append(
+            f"the rows alone take {format_bytes(factors)}: lower `max_examples=`, or use "
+            "`preserve='loss'` or `directions='auto'`."
+        )
+    if proven.generic and space.total:
+        numel = sum(space.by_name[n].numel for n in proven.generic)
+        if numel > 0.05 * space.total:
+            advice.append(
+                f"{100 * numel / space.total:.0f} % of the weights have no layer rule and take the "
+                "slower generic path; write a rule (`nb.jacobian.register`) or leave them out "
+                "(`parameters=`)."
+            )
+    reasons = {name: proven.reasons.get(name, "") for name in proven.generic}
+    return Plan(
+        examples, rows, m, space.total, name, reason, nbytes, seconds, budget, reasons, advice
+    )
+
+
+@dataclass(frozen=True)
+class _Piece:
+    values: Tensor
+
+
+def _solver_seconds(name: str, operator: JacobianOperator, m: int) -> float:
+    """Seconds for the Gram matrix and its factorisation, or the QR, from small trials."""
+    p = operator.shape[1]
+    trial = operator.shape[0]
+    operator.gram()
+    started = time.perf_counter()
+    gram = operator.gram()
+    # A block's product with itself is computed whole, so the trial did all of its M² pairs.
+    pairs = (time.perf_counter() - started) / trial**2
+    if name == "primal QR":
+        rows = torch.randn(2 * p + 16, p, dtype=torch.float64)
+        started = time.perf_counter()
+        torch.linalg.qr(rows, mode="r")
+        return (time.perf_counter() - started) * max(1.0, m / max(1, p))
+    n = 1500
+    matrix = torch.eye(n, dtype=torch.float64, device=gram.device).mul_(n).add_(1.0)
+    torch.linalg.cholesky(matrix)
+    started = time.perf_counter()
+    torch.linalg.cholesky(matrix)
+    cholesky = (time.perf_counter() - started) / n**3
+    return float(0.55 * pairs * m**2 + cholesky * m**3)

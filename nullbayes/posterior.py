@@ -1,0 +1,601 @@
+"""Posteriors around a trained network: fit, calibrate, predict, score novelty, sample, save."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from nullbayes import draws, storage
+from nullbayes.calibration import CalibrationPath, calibration_path
+from nullbayes.certificate import Certificate, GuaranteeCheck
+from nullbayes.constraints import Directions, Preserve, resolve_directions, resolve_preserve
+from nullbayes.errors import InputError, NotFittedError
+from nullbayes.evidence import laplace_precision, null_space_precision
+from nullbayes.fitting import capture_training, check_reusable, default_budget, fit_noise
+from nullbayes.jacobian.build import examples_per_capture, output_operator
+from nullbayes.jacobian.capture import CapturePlan
+from nullbayes.jacobian.functional import (
+    Forward,
+    FunctionalModel,
+    Inputs,
+    batches,
+    check_inputs,
+    check_mode,
+    take,
+    to_device,
+)
+from nullbayes.jacobian.parameters import ParameterChoice, ParameterSpace
+from nullbayes.jacobian.probe import prove
+from nullbayes.likelihood import Likelihood, resolve_likelihood
+from nullbayes.memory import available_bytes, parse_bytes, peak_bytes
+from nullbayes.prediction import (
+    METHODS,
+    SCORES,
+    Prediction,
+    check_choice,
+    make_prediction,
+    per_example,
+)
+from nullbayes.progress import stages
+from nullbayes.solvers import Solver, State, choose
+from nullbayes.solvers.base import default_tolerance, relative
+
+PriorPrecision = str | float | Mapping[str, float]
+Self = TypeVar("Self", bound="Posterior")
+
+# Floating-point operations per example up to which novelty is computed exactly by itself.
+EXACT_FLOPS = 3e8
+
+
+class Posterior(ABC):
+    """What the null-space and the Laplace posterior share. Use one of those two.
+
+    Args:
+        model: the trained network, in evaluation mode. It is never written to.
+        likelihood: ``"classification"``, ``"binary"``, ``"regression"``, or a likelihood object.
+        parameters: which weights take part: all that require a gradient (None), names, or a
+            filter ``(name, parameter) -> bool``.
+        prior_precision: ``"evidence"``, a number, or one per parameter tensor ``{name: value}``.
+        solver: ``"auto"`` or an object from ``nb.solvers``.
+        directions: None (all), a number or ``"auto"``: how many of the leading eigen-directions of
+            each example's output Hessian are constrained.
+        forward: ``forward(model, inputs) -> outputs`` where ``model(inputs)`` does not do.
+        tolerance: relative residual asked for; None: 1e-5 (float32), 1e-10 (float64).
+        memory: what a fit may take, e.g. ``"8GB"``; None: 70 % of what is free.
+
+    Raises:
+        InputError: an argument that cannot be used.
+        ModelError: a model whose training mode or layers rule out per-example predictions.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str | Likelihood = "classification",
+        preserve: str | Preserve = "predictions",
+        *,
+        parameters: ParameterChoice = None,
+        prior_precision: PriorPrecision = "evidence",
+        solver: str | Solver = "auto",
+        directions: Directions = None,
+        forward: Forward | None = None,
+        tolerance: float | None = None,
+        memory: str | int | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise InputError(f"`model` is {type(model).__name__}, expected a torch.nn.Module.")
+        self.model = getattr(model, "_orig_mod", model)  # torch.compile wraps; hooks need the layers
+        self.likelihood = resolve_likelihood(likelihood)
+        self.preserve = resolve_preserve(preserve)
+        self.directions = resolve_directions(directions)
+        if self.directions is not None and not self.preserve.takes_directions:
+            self.preserve.rows(self.likelihood, (2,), self.directions)  # raises, saying why
+        self.space = ParameterSpace.from_model(self.model, parameters)
+        self.functional = FunctionalModel(self.model, self.space, forward)
+        self._prior = _check_prior(prior_precision)
+        tensorwise = self._prior if isinstance(self._prior, dict) else None
+        self._scales = self.space.scales(tensorwise)
+        self.solver = solver
+        choose(solver, 1, 1, 1 << 62)  # a wrong argument is said now, not after the capture
+        self.tolerance = _check_positive(tolerance, "tolerance")
+        self.memory = None if memory is None else parse_bytes(memory)
+        self.calibration: CalibrationPath | None = None
+        self._plan: CapturePlan | None = None
+        self._unit: Tensor | None = None  # (S, P) samples at prior precision one
+        self._alpha = math.nan
+        self._state: State | None = None
+        self._check: GuaranteeCheck | None = None
+        self._certificate: Certificate | None = None
+        self._seed = 0
+
+    # -- fit -------------------------------------------------------------------------------------
+
+    def fit(
+        self: Self,
+        train_loader: Iterable[Any],
+        num_samples: int = 30,
+        seed: int = 0,
+        *,
+        max_examples: int | None = None,
+        progress: bool = True,
+    ) -> Self:
+        """Build the posterior from the training data; nothing of an earlier fit is kept until it is done.
+
+        Args:
+            train_loader: batches ``(inputs, targets)`` or mappings; read once (twice where the
+                observation noise has to be estimated). Every example counts, partial batches too.
+            num_samples: weight samples ``S``; ``draw`` adds more later.
+            seed: sample ``s`` depends on ``(seed, s)`` alone. Global random state is not touched.
+            max_examples: constrain the first so many examples only.
+            progress: bars on standard error.
+
+        Raises:
+            InputError, ModelError, NonFiniteError, MemoryBudgetError, SolverError: each names what
+                was found and the mend; the model and an earlier fit stay as they were.
+        """
+        started = time.perf_counter()
+        num_samples = _check_count(num_samples, "num_samples")
+        max_examples = None if max_examples is None else _check_count(max_examples, "max_examples")
+        if not isinstance(seed, int) or seed < 0:
+            raise InputError(f"`seed` is {seed!r}; expected a whole number, 0 or more.")
+        check_reusable(train_loader, "train_loader")
+        check_mode(self.model)
+        self.space.check_finite(self.model)
+        budget = self.memory or default_budget(available_bytes(self.functional.device))
+        with stages(progress) as stage:
+            fit_noise(self.functional, self.likelihood, train_loader, max_examples, stage)
+            rows = capture_training(
+                self.functional,
+                self.likelihood,
+                self.preserve,
+                self.directions,
+                train_loader,
+                max_examples,
+                self._scale_by_name(),
+                budget,
+                num_samples,
+                stage,
+            )
+            m, p = rows.operator.shape
+            choice = choose(self.solver, m, p, budget - rows.operator.nbytes, self.tolerance)
+            state = choice.solver.prepare(rows.operator, stage.fraction("Gram matrix, QR"))
+            theta = self.space.flatten(self.space.current(self.model))
+            alpha = self._prior_precision(state, theta)
+            state.factorise(self._shift(alpha), stage.fraction("factorisation"))
+            alpha = self._evidence_after(state, theta, alpha)
+            v, noise = draws.standard_normal(seed, range(num_samples), p, m, theta)
+            done = state.project(v, noise)
+            unit = done.value if self._scales is None else done.value * self._scales
+            # Once more from the rows, outside the solver: what the certificate states.
+            residual = _residual(rows.operator.matvec(done.value), rows.operator.matvec(v))
+            check = GuaranteeCheck(
+                self.functional, rows.plan, self.likelihood, self.preserve, rows.kept, unit
+            )
+        self._plan, self._unit, self._alpha, self._seed = rows.plan, unit, alpha, seed
+        self._state, self._check, self.calibration = state, check, None
+        solver = choice.solver
+        tolerance = getattr(solver, "tolerance", None) or default_tolerance(self.space.dtype)
+        device = self.functional.device
+        self._certificate = Certificate(
+            method=self.kind,
+            preserve=self.preserve.describe(),
+            residual=float(residual.max()),
+            tolerance=tolerance,
+            **check.measure(alpha**-0.5),
+            score_name=self.likelihood.score_name,
+            constraints=m,
+            parameters=p,
+            rank=state.rank,
+            null_dim=p - state.rank,
+            prior_share=float((done.value.double().square().sum() / v.double().square().sum())),
+            prior_precision=alpha,
+            discarded_trace=rows.discarded_trace,
+            solver=solver.name,
+            reason=choice.why,
+            status=done.status.value,
+            iterations=done.iterations,
+            seconds=time.perf_counter() - started,
+            peak_memory=peak_bytes(device),
+            examples=rows.examples,
+            checked_examples=check.examples,
+            num_samples=num_samples,
+            generic=tuple(rows.plan.generic),
+            notes=tuple(state.notes),
+        )
+        return self
+
+    @abstractmethod
+    def _shift(self, alpha: float) -> float:
+        """What is added to the Gram matrix before it is inverted."""
+
+    @abstractmethod
+    def _prior_precision(self, state: State, theta: Tensor) -> float:
+        """Prior precision as far as it is known before factorising."""
+
+    def _evidence_after(self, state: State, theta: Tensor, alpha: float) -> float:
+        return alpha
+
+    def _scale_by_name(self) -> dict[str, float] | None:
+        if not isinstance(self._prior, dict):
+            return None
+        return {name: value**-0.5 for name, value in self._prior.items()}
+
+    # -- what was fitted -------------------------------------------------------------------------
+
+    def _fitted(self) -> tuple[Tensor, Certificate]:
+        if self._unit is None or self._certificate is None:
+            raise NotFittedError(
+                f"this {type(self).__name__} has not been fitted; call `fit(train_loader)` first, or "
+                "`nb.load(path, model)`."
+            )
+        return self._unit, self._certificate
+
+    @property
+    def certificate(self) -> Certificate:
+        """The measured guarantee at the current prior precision."""
+        return self._fitted()[1]
+
+    @property
+    def num_samples(self) -> int:
+        """Weight samples held."""
+        return len(self._fitted()[0])
+
+    @property
+    def prior_precision(self) -> float:
+        """``α``. Setting it rescales samples and certificate; the projection does not depend on it."""
+        self._fitted()
+        return self._alpha
+
+    @prior_precision.setter
+    def prior_precision(self, value: float) -> None:
+        _, certificate = self._fitted()
+        self._alpha = _check_positive(value, "prior_precision") or math.nan
+        if self._check is not None:
+            measured = self._check.measure(self._alpha**-0.5)
+            self._certificate = replace(
+                certificate, prior_precision=self._alpha, **measured
+            )
+
+    def _samples(self) -> Tensor:
+        """Weight changes ``Δ (S, P)`` at the current prior precision."""
+        return self._fitted()[0] * self._alpha**-0.5
+
+    def _capture_plan(self, inputs: Inputs) -> CapturePlan:
+        if self._plan is None:  # a loaded posterior proves its rows on the first batch it sees
+            self._plan = prove(self.functional, inputs)
+        return self._plan
+
+    # -- use -------------------------------------------------------------------------------------
+
+    def calibrate(
+        self,
+        val_loader: Iterable[Any],
+        *,
+        ood_loader: Iterable[Any] | None = None,
+        metric: str = "nll",
+        progress: bool = True,
+    ) -> CalibrationPath:
+        """Choose the prior precision on validation data: the whole path from one pass.
+
+        Args:
+            val_loader: batches that were not trained on.
+            ood_loader: optional; adds AUROC of the predictive uncertainty along the path. It is
+                reported, never optimised.
+            metric: ``"nll"`` or ``"ece"``.
+
+        Warns:
+            NullBayesWarning: the best value lies at an edge, or does not beat the trained network.
+        """
+        unit, _ = self._fitted()
+        check_mode(self.model)
+        first = _first_inputs(val_loader, self.functional)
+        path = calibration_path(
+            self.functional,
+            self._capture_plan(first),
+            self.likelihood,
+            unit,
+            self._alpha,
+            val_loader,
+            ood_loader,
+            metric,
+            progress,
+        )
+        self.prior_precision = path.prior_precision[path.chosen]
+        self.calibration = path
+        return path
+
+    def predict(self, x: Inputs, method: str = "linearised") -> Prediction:
+        """Predict a batch ``x`` (tensor, tuple or mapping of tensors).
+
+        Args:
+            method: ``"linearised"`` (default; what the guarantee covers) or ``"sampled"``, the
+                network with re-weighted parameters.
+        """
+        check_choice(method, METHODS, "method")
+        samples, x = self._samples(), self._inputs(x)
+        if method == "sampled":
+            point, outputs = draws.sampled(self.functional, samples, x)
+        else:
+            plan = self._capture_plan(x)
+            point, change = draws.linearised(self.functional, plan, samples, x)
+            outputs = point + change
+        return make_prediction(self.likelihood, point, outputs, method)
+
+    def novelty(self, x: Inputs, score: str = "variance", exact: bool | None = None) -> Tensor:
+        """How much the training data leave open at ``x``: ``(B,)``, larger is less known.
+
+        Args:
+            score: ``"variance"``: ``tr J(x) Σ J(x)ᵀ``, the epistemic variance of the raw outputs;
+                ``"share"``: its share of the prior's, in [0, 1]; ``"entropy"`` of the mean
+                prediction; ``"mutual_information"`` between label and weights.
+            exact: variance and share from the factorisation instead of the samples. None: where the
+                posterior was fitted here and it costs less than 3e8 operations an example.
+        """
+        check_choice(score, SCORES, "score")
+        self._fitted()
+        x = self._inputs(x)
+        if score in ("entropy", "mutual_information"):
+            prediction = self.predict(x)
+            return per_example(prediction.total if score == "entropy" else prediction.epistemic)
+        plan = self._capture_plan(x)
+        outputs = self.functional.outputs(take(x, 0, 1))[0].numel()
+        if exact is None:
+            exact = self._state is not None and self._exact_flops(outputs) <= EXACT_FLOPS
+        if exact and self._state is None:
+            raise NotFittedError(
+                "exact novelty needs the factorisation, which is not stored in files; fit here, or "
+                "use `exact=False`."
+            )
+        values = []
+        size = len(self.functional.outputs(x))
+        step = examples_per_capture(self.functional, plan, outputs)
+        for start in range(0, size, step):
+            piece = take(x, start, min(start + step, size))
+            values.append(self._variance(plan, piece, exact, score == "share", outputs))
+        return torch.cat(values)
+
+    def _exact_flops(self, outputs: int) -> float:
+        assert self._state is not None
+        m, p = self._state.operator.shape
+        return 2.0 * outputs * min(m, p) * (p + min(m, p))
+
+    def _variance(
+        self, plan: CapturePlan, x: Inputs, exact: bool, share: bool, outputs: int
+    ) -> Tensor:
+        operator = output_operator(self.functional, plan, x, self._scale_by_name())
+        prior: Tensor | None = None
+        if exact or share:
+            prior = operator.squared_norms()
+        if exact:
+            assert self._state is not None and prior is not None
+            value = (prior - self._state.explained(operator)).clamp(min=0)
+        else:
+            unit, _ = self._fitted()
+            unit = unit if self._scales is None else unit / self._scales
+            value = operator.matvec(unit).double().square().mean(0)
+        total = value.reshape(-1, outputs).sum(1)
+        if share:
+            assert prior is not None
+            total = relative(total, prior.reshape(-1, outputs).sum(1)).clamp(0, 1)
+        else:
+            total = total / self._alpha
+        return total.to(self.functional.dtype)
+
+    def _inputs(self, x: Inputs) -> Inputs:
+        x = to_device(x, self.functional.device)
+        check_inputs(x, "`x`")
+        check_mode(self.model)
+        return x
+
+    def sample(self, count: int | None = None) -> Iterator[dict[str, Tensor]]:
+        """Yield ``count`` samples (default: all held) as plain state dicts for ``load_state_dict``.
+
+        More than were fitted are drawn first, see :meth:`draw`.
+        """
+        count = self.num_samples if count is None else _check_count(count, "count")
+        if count > self.num_samples:
+            self.draw(count - self.num_samples)
+        return self._state_dicts(count)
+
+    def _state_dicts(self, count: int) -> Iterator[dict[str, Tensor]]:
+        canonical = {id(p): n for n, p in self.model.named_parameters()}
+        theta = self.space.current(self.model)
+        for delta in self._samples()[:count]:
+            moved = {n: theta[n] + d for n, d in self.space.unflatten(delta).items()}
+            out = {}
+            for key, value in self.model.state_dict(keep_vars=True).items():
+                name = canonical.get(id(value), key)
+                out[key] = moved[name] if name in moved else value.detach().clone()
+            yield out
+
+    def draw(self, count: int) -> None:
+        """Add ``count`` samples; they continue the stream of the fit's seed.
+
+        Raises:
+            NotFittedError: not fitted, or loaded from a file (which holds no factorisation).
+        """
+        unit, certificate = self._fitted()
+        if self._state is None or self._check is None:
+            raise NotFittedError(
+                f"this posterior was loaded from a file with {len(unit)} samples; more need the "
+                "factorisation, so call `fit` again with a larger `num_samples`."
+            )
+        count = _check_count(count, "count")
+        indices = range(len(unit), len(unit) + count)
+        m, p = self._state.operator.shape
+        v, noise = draws.standard_normal(self._seed, indices, p, m, unit)
+        done = self._state.project(v, noise)
+        operator = self._state.operator
+        residual = _residual(operator.matvec(done.value), operator.matvec(v))
+        new = done.value if self._scales is None else done.value * self._scales
+        self._unit = torch.cat([unit, new])
+        self._certificate = replace(
+            certificate,
+            residual=max(certificate.residual, float(residual.max())),
+            num_samples=len(self._unit),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write samples, settings, certificate and a fingerprint of the model to one safetensors file."""
+        unit, certificate = self._fitted()
+        storage.write(
+            path,
+            model=self.model,
+            space=self.space,
+            samples=unit,
+            settings={
+                "class": type(self).__name__,
+                "likelihood": self.likelihood.config(),
+                "preserve": self.preserve.name,
+                "directions": self.directions,
+                "prior": self._prior,
+                "prior_precision": self._alpha,
+                "seed": self._seed,
+                "certificate": certificate.as_dict(),
+                "calibration": None if self.calibration is None else self.calibration.as_dict(),
+            },
+        )
+
+    def _restore(self, samples: Tensor, settings: dict[str, Any]) -> None:
+        self._unit, self._alpha = samples, float(settings["prior_precision"])
+        self._seed = int(settings["seed"])
+        self._certificate = Certificate.from_dict(settings["certificate"])
+        path = settings["calibration"]
+        self.calibration = None if path is None else CalibrationPath(**path)
+
+
+class NullSpacePosterior(Posterior):
+    """``N(θ̂, Π Λ⁻¹)`` with ``Π`` the projection onto the null space of the constraint rows.
+
+    Every sample keeps the training predictions of the linearised network, so the Bayesian prediction
+    does not underfit (Miani, Roy & Hauberg 2025). See :class:`Posterior` for the arguments.
+
+    ``preserve``: ``"predictions"`` (default), ``"outputs"`` or ``"loss"``.
+    """
+
+    kind = "null-space"
+
+    def _shift(self, alpha: float) -> float:
+        return 0.0
+
+    def _prior_precision(self, state: State, theta: Tensor) -> float:
+        return 1.0 if isinstance(self._prior, dict) else _number(self._prior)
+
+    def _evidence_after(self, state: State, theta: Tensor, alpha: float) -> float:
+        if self._prior != "evidence":
+            return alpha
+        return null_space_precision(state.rank, len(theta), theta)
+
+
+class LaplacePosterior(Posterior):
+    """The full linearised Laplace posterior ``(Λ + G)⁻¹``: the sibling that does not keep predictions.
+
+    The same rows, solvers and methods, with ``δ = 1``. ``calibrate`` and ``prior_precision = ...``
+    rescale its covariance as a whole (a tempered posterior); fit anew for another prior.
+    """
+
+    kind = "Laplace"
+
+    def __init__(
+        self, model: nn.Module, likelihood: str | Likelihood = "classification", **options: Any
+    ) -> None:
+        options.setdefault("preserve", "predictions")
+        super().__init__(model, likelihood, **options)
+
+    def _shift(self, alpha: float) -> float:
+        return alpha
+
+    def _prior_precision(self, state: State, theta: Tensor) -> float:
+        if isinstance(self._prior, dict):
+            return 1.0
+        if self._prior == "evidence":
+            return laplace_precision(state.spectrum(), theta)
+        return _number(self._prior)
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    likelihood: Likelihood | None = None,
+    forward: Forward | None = None,
+) -> Posterior:
+    """A posterior from :meth:`Posterior.save`, around the same trained model.
+
+    Args:
+        model: the network that the posterior was fitted for; the file's fingerprint is checked.
+            Another device or floating-point dtype is fine, other weights are not.
+        likelihood: needed only for a likelihood class that this process does not know.
+        forward: as it was given to the posterior.
+
+    Raises:
+        StorageError: the file is missing, truncated, not ours, or for another model.
+    """
+    stored = storage.read(path)
+    kinds: dict[str, type[Posterior]] = {
+        c.__name__: c for c in (NullSpacePosterior, LaplacePosterior)
+    }
+    settings = stored.settings
+    stored.check_model(getattr(model, "_orig_mod", model))
+    posterior = kinds[settings["class"]](
+        model,
+        likelihood or stored.likelihood(),
+        preserve=settings["preserve"],
+        directions=settings["directions"],
+        parameters=stored.names,
+        prior_precision=settings["prior"],
+        forward=forward,
+    )
+    posterior._restore(stored.samples(posterior.space), settings)
+    return posterior
+
+
+def _first_inputs(loader: Iterable[Any], functional: FunctionalModel) -> Inputs:
+    """The inputs of the first batch, to prove rows on."""
+    check_reusable(loader, "val_loader")
+    return next(iter(batches(loader, functional.device, "val_loader")))[1]
+
+
+def _residual(after: Tensor, before: Tensor) -> Tensor:
+    return relative(after.double().norm(dim=1), before.double().norm(dim=1))
+
+
+def _check_prior(value: PriorPrecision) -> str | float | dict[str, float]:
+    if isinstance(value, Mapping):
+        return {str(k): float(v) for k, v in value.items()}
+    if value == "evidence":
+        return "evidence"
+    if isinstance(value, str):
+        raise InputError(
+            f"`prior_precision` is {value!r}; expected 'evidence', a positive number, or one per "
+            "parameter tensor ({name: value})."
+        )
+    return _check_positive(value, "prior_precision") or math.nan
+
+
+def _check_positive(value: float | None, name: str) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise InputError(f"`{name}` is {value!r}; expected a positive, finite number.")
+    return float(value)
+
+
+def _check_count(value: int, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"`{name}` is {value!r}; expected a whole number, 1 or more.")
+    return value
+
+
+def _number(value: str | float | dict[str, float]) -> float:
+    return value if isinstance(value, float) else 1.0

@@ -1,0 +1,72 @@
+"""What a posterior says about a batch of inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nullbayes.errors import InputError, NonFiniteError
+from nullbayes.likelihood import Likelihood
+
+METHODS = ("linearised", "sampled")
+SCORES = ("variance", "share", "entropy", "mutual_information")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A Bayesian prediction for ``B`` examples from ``S`` function draws.
+
+    Attributes:
+        mean: ``(B, *out)`` predictive mean: class probabilities, or the regression mean.
+        outputs: ``(S, B, *out)`` raw outputs (logits) of each draw; draw ``s`` is the same function
+            for every batch, so draws can be followed across batches.
+        point: ``(B, *out)`` raw outputs of the trained network.
+        variance: ``(B, *out)`` epistemic variance of the raw outputs.
+        total, aleatoric, epistemic: uncertainty of the prediction and its two parts. Classification:
+            entropies in nats, ``(B,)`` (``epistemic`` is the mutual information). Regression:
+            variances ``(B, *out)``.
+        method: ``"linearised"`` (Immer et al. 2021) or ``"sampled"``.
+    """
+
+    mean: Tensor
+    outputs: Tensor
+    point: Tensor
+    variance: Tensor
+    total: Tensor
+    aleatoric: Tensor
+    epistemic: Tensor
+    method: str
+
+    def __len__(self) -> int:
+        return len(self.point)
+
+
+def make_prediction(
+    likelihood: Likelihood, point: Tensor, outputs: Tensor, method: str
+) -> Prediction:
+    """Turn draws ``(S, B, *out)`` around ``point (B, *out)`` into a :class:`Prediction`."""
+    if not bool(outputs.isfinite().all()):
+        bad = int((~outputs.isfinite()).flatten(2).any(2).any(0).nonzero()[0])
+        raise NonFiniteError(
+            f"the predicted outputs hold NaN or infinity, first for example {bad} of the batch; "
+            "check that its inputs are finite and scaled as in training."
+        )
+    with torch.no_grad():
+        m = likelihood.moments(outputs, point, method == "linearised")
+    return Prediction(
+        m.mean, outputs, point, m.variance, m.total, m.aleatoric, m.epistemic, method
+    )
+
+
+def check_choice(value: str, allowed: tuple[str, ...], name: str) -> str:
+    """``value`` if it is one of ``allowed``, an :class:`InputError` otherwise."""
+    if value not in allowed:
+        raise InputError(f"`{name}` is {value!r}; expected one of {', '.join(map(repr, allowed))}.")
+    return value
+
+
+def per_example(values: Tensor) -> Tensor:
+    """Sum over all axes but the first: ``(B, ...)`` -> ``(B,)``."""
+    return values.reshape(len(values), -1).sum(1)

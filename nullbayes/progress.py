@@ -1,0 +1,58 @@
+"""Progress of long work on the terminal, and nothing where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+Tick = Callable[[float], None]
+
+
+class Stages:
+    """Named stages with a bar each. Bars go to standard error and vanish when the work is done."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+
+    def track(self, items: Iterable[T], label: str) -> Iterator[T]:
+        """Yield ``items`` under a bar; the total is their ``len`` where they have one."""
+        if self._progress is None:
+            yield from items
+            return
+        try:
+            total: int | None = len(items)  # type: ignore[arg-type]
+        except TypeError:
+            total = None
+        task = self._progress.add_task(label, total=total)
+        for item in items:
+            yield item
+            self._progress.advance(task)
+        self._progress.update(task, total=self._progress.tasks[task].completed)
+
+    def fraction(self, label: str) -> Tick | None:
+        """A callback that takes the share done, from 0 to 1."""
+        if self._progress is None:
+            return None
+        bar, task = self._progress, self._progress.add_task(label, total=100)
+        return lambda share: bar.update(task, completed=round(100 * share))
+
+
+@contextmanager
+def stages(show: bool) -> Iterator[Stages]:
+    """Bars for the length of a ``with`` block; an interrupt or an error removes them."""
+    if not show:
+        yield Stages(None)
+        return
+    columns: list[Any] = [
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        yield Stages(progress)

@@ -1,0 +1,173 @@
+"""One safetensors file per posterior: samples, settings as JSON, a fingerprint of the model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from nullbayes.errors import NullBayesWarning, StorageError
+from nullbayes.jacobian.parameters import ParameterSpace
+from nullbayes.likelihood import Likelihood, likelihood_from_config
+
+FORMAT = "nullbayes-posterior"
+VERSION = 1
+
+
+def fingerprint(model: nn.Module) -> dict[str, str]:
+    """A digest of each parameter and buffer: shape and values, whatever the device or float dtype.
+
+    Values are hashed in float64, so a float32 model and the same model converted to float64 agree.
+    """
+    out = {}
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            continue
+        values = tensor.detach().cpu()
+        if values.is_floating_point():
+            values = values.to(torch.float64)
+        digest = hashlib.sha256(str(tuple(values.shape)).encode())
+        digest.update(values.contiguous().numpy().tobytes())
+        out[name] = digest.hexdigest()[:24]
+    return out
+
+
+def write(
+    path: str | os.PathLike[str],
+    *,
+    model: nn.Module,
+    space: ParameterSpace,
+    samples: Tensor,
+    settings: dict[str, Any],
+) -> None:
+    """Write under a temporary name in the same folder, then rename: never half a file."""
+    target = Path(path)
+    meta = {
+        "format": FORMAT,
+        "version": VERSION,
+        "names": list(space.names),
+        "shapes": [list(slot.shape) for slot in space.slots],
+        "dtype": str(space.dtype),
+        "fingerprint": fingerprint(model),
+        "settings": settings,
+    }
+    try:
+        text = json.dumps(meta)
+    except TypeError as error:
+        raise StorageError(
+            f"the posterior's settings cannot be written as JSON ({error}); a custom likelihood's "
+            "`config()` must return plain numbers, strings and lists."
+        ) from error
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    try:
+        tensors = {"samples": samples.detach().cpu().contiguous()}
+        save_file(tensors, name, metadata={"nullbayes": text})
+        # mkstemp makes files for the owner alone; give this one the usual permissions.
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(name).chmod(0o666 & ~mask)
+        Path(name).replace(target)
+    except OSError as error:
+        raise StorageError(f"could not write {target}: {error}.") from error
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The contents of a posterior file."""
+
+    path: Path
+    meta: dict[str, Any]
+    tensor: Tensor
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.meta["names"])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.meta["settings"])
+
+    def likelihood(self) -> Likelihood:
+        return likelihood_from_config(self.settings["likelihood"])
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise :class:`StorageError` unless ``model`` is the one that the file was written for."""
+        named = dict(model.named_parameters())
+        wanted = dict(zip(self.names, self.meta["shapes"], strict=True))
+        missing = sorted(set(wanted) - set(named))
+        if missing:
+            raise StorageError(
+                f"{self.path} belongs to a model with parameters {missing[:4]}, which this "
+                f"{type(model).__name__} does not have. Build the same architecture."
+            )
+        shapes = [n for n, shape in wanted.items() if list(named[n].shape) != shape]
+        if shapes:
+            n = shapes[0]
+            raise StorageError(
+                f"{self.path}: parameter {n!r} has shape {tuple(named[n].shape)} here and "
+                f"{tuple(wanted[n])} in the file. Build the same architecture."
+            )
+        ours, theirs = fingerprint(model), self.meta["fingerprint"]
+        other = sorted(n for n in set(ours) | set(theirs) if ours.get(n) != theirs.get(n))
+        if other:
+            raise StorageError(
+                f"{self.path} was fitted around other weights: {len(other)} tensors differ, first "
+                f"{other[:3]}. Load the checkpoint that the posterior was fitted for "
+                "(`model.load_state_dict`), or fit anew."
+            )
+
+    def samples(self, space: ParameterSpace) -> Tensor:
+        """Samples ``(S, P)`` on the model's device and in its dtype."""
+        if str(space.dtype) != self.meta["dtype"]:
+            warnings.warn(
+                f"{self.path} holds {self.meta['dtype']} samples, the model is {space.dtype}: they are "
+                "converted, and the certificate speaks of the original.",
+                NullBayesWarning,
+                stacklevel=3,
+            )
+        return self.tensor.to(device=space.device, dtype=space.dtype)
+
+
+def read(path: str | os.PathLike[str]) -> Stored:
+    """Read a posterior file whole.
+
+    Raises:
+        StorageError: missing, truncated, not a safetensors file, not ours, or of a newer version.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise StorageError(f"there is no file {source}; write one with `posterior.save(path)`.")
+    try:
+        with safe_open(str(source), framework="pt") as file:
+            metadata = file.metadata() or {}
+            text = metadata.get("nullbayes")
+            if text is None:
+                raise StorageError(
+                    f"{source} is a safetensors file, but not one that `posterior.save` wrote."
+                )
+            tensor = file.get_tensor("samples")
+        meta = json.loads(text)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise StorageError(
+            f"{source} cannot be read: {error}. It is truncated or not a posterior file; save it again."
+        ) from error
+    if meta.get("format") != FORMAT or meta.get("version", 0) > VERSION:
+        raise StorageError(
+            f"{source} has format {meta.get('format')!r} version {meta.get('version')}; this "
+            f"nullbayes reads {FORMAT!r} up to version {VERSION}. Upgrade nullbayes."
+        )
+    return Stored(source, meta, tensor)

@@ -16,9 +16,12 @@ from nullbayes.jacobian.capture import CapturePlan
 from nullbayes.jacobian.functional import FunctionalModel, Inputs, batch_size, take
 from nullbayes.likelihood import Likelihood
 from nullbayes.memory import format_bytes
+from nullbayes.solvers.base import Status
 
 SAMPLED_EXAMPLES = 128
 SAMPLED_DRAWS = 10
+# What the directions below `delta` may leave of the prior's effect on the training rows.
+NUMERICAL_RESIDUAL = 0.05
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Certificate:
         constraints, parameters: the shape ``(M, P)`` of the constraint matrix.
         rank, null_dim: its numerical rank, and ``P - rank``.
         prior_share: mean ``‖Δ‖² / ‖ε‖²``: what share of the prior's variance survived.
+        delta: where the null space ends, relative to the prior precision (0: exact; 1: Laplace).
         discarded_trace: share of the output Hessians' trace that ``directions`` left out.
         solver, reason, status, iterations: what solved it, why that, how it ended, how much work.
         seconds, peak_memory: of the fit, in seconds and bytes (the process's peak).
@@ -61,6 +65,7 @@ class Certificate:
     null_dim: int
     prior_share: float
     prior_precision: float
+    delta: float
     discarded_trace: float
     solver: str
     reason: str
@@ -87,13 +92,20 @@ class Certificate:
 
     @property
     def held(self) -> bool:
-        """Residual within tolerance, a null space to move in, and no training score lost.
+        """Residual within tolerance (or only below ``delta``), a null space, no training score lost.
 
         Regression: RMSE grown by less than 1e-3 of itself; classification: no accuracy lost.
         """
         allowed = 1e-3 * self.map_accuracy if self.score_name == "rmse" else 0.0
         kept = not math.isnan(self.score_loss) and self.score_loss <= allowed + 1e-12
-        return self.projects and self.residual <= self.tolerance and self.null_dim > 0 and kept
+        return self.projects and self.small_residual and self.null_dim > 0 and kept
+
+    @property
+    def small_residual(self) -> bool:
+        """Within tolerance, or left on purpose in directions below ``delta`` and small."""
+        if self.residual <= self.tolerance:
+            return True
+        return self.status == Status.NUMERICAL.value and self.residual <= NUMERICAL_RESIDUAL
 
     @property
     def verdict(self) -> str:
@@ -119,7 +131,7 @@ class Certificate:
                 "less of each example (`directions=`, `preserve='loss'`), fewer examples, or use "
                 "`LaplacePosterior`."
             )
-        if self.residual > self.tolerance:
+        if not self.small_residual:
             out.append(
                 f"the residual {self.residual:.1e} misses the tolerance {self.tolerance:.1e}; "
                 f"{self.status}."
@@ -159,12 +171,17 @@ class Certificate:
         kept = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
         return cls(**kept)
 
+    def _residual_note(self) -> str:
+        if self.residual <= self.tolerance or self.status != Status.NUMERICAL.value:
+            return f"tolerance {self.tolerance:.0e}"
+        return f"the share below delta = {self.delta:g}"
+
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the printed table."""
         score = "RMSE" if self.score_name == "rmse" else "accuracy"
         out = [
             ("method", f"{self.method} posterior, keeps {self.preserve}"),
-            ("residual ‖AΔ‖/‖Aε‖", f"{self.residual:.2e}  (tolerance {self.tolerance:.0e})"),
+            ("residual ‖AΔ‖/‖Aε‖", f"{self.residual:.2e}  ({self._residual_note()})"),
             (f"training {score}", f"{self.map_accuracy:.4f} → {self.posterior_accuracy:.4f}"),
             ("drift, linearised", f"{self.drift:.3g}  (raw outputs {self.output_drift:.3g})"),
             ("drift, sampled network", f"{self.sampled_drift:.3g}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,15 @@ from typing import Annotated, Any
 
 from .errors import InputError, NullBayesError
 
-try:
-    import typer
-except ImportError:  # an extra, not part of the default installation
-    typer = None  # type: ignore[assignment]
+
+def _optional(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+typer = _optional("typer")  # an extra, not part of the default installation
 
 MISSING = "The command line needs typer: pip install 'nullbayes[demo]'"
 

@@ -156,7 +156,9 @@ def digits(
     )
     return Dataset(
         "digits",
-        *parts,
+        parts[0],
+        parts[1],
+        parts[2],
         classes=tuple(str(c) for c in range(10) if c not in held_out),
         held_out=outside if held_out else None,
         held_out_classes=tuple(str(c) for c in sorted(held_out)),
@@ -341,31 +343,24 @@ def _table(loader: str, classes: tuple[str, ...], seed: int, dtype: Any) -> Data
         else torch.as_tensor(labels, dtype=torch.float64)[:, None]
     )
     n = len(inputs)
-    train, *others = partition(
+    parts = partition(
         Split(inputs, targets),
         (int(0.6 * n), int(0.2 * n), None),
         seed=seed,
         names=("train", "validation", "test"),
     )
-    scale_inputs = _standardiser(train.inputs)
-    scale_targets: Callable[[Tensor], Tensor] = (
-        (lambda y: y) if classes else _standardiser(train.targets)
-    )
-    parts = [
-        replace(
-            part,
-            inputs=scale_inputs(part.inputs).to(dtype),
-            targets=scale_targets(part.targets)
-            if classes
-            else scale_targets(part.targets).to(dtype),
-        )
-        for part in (train, *others)
-    ]
-    return Dataset(loader.removeprefix("load_").replace("_", "-"), *parts, classes=classes)
+    scale_inputs, scale_targets = _standardiser(parts[0].inputs), _standardiser(parts[0].targets)
+
+    def scaled(part: Split) -> Split:
+        y = part.targets if classes else scale_targets(part.targets).to(dtype)
+        return replace(part, inputs=scale_inputs(part.inputs).to(dtype), targets=y)
+
+    name = loader.removeprefix("load_").replace("_", "-")
+    return Dataset(name, scaled(parts[0]), scaled(parts[1]), scaled(parts[2]), classes)
 
 
 def _standardiser(values: Tensor) -> Callable[[Tensor], Tensor]:
-    mean, sd = values.mean(0), values.std(0)
+    mean, sd = values.double().mean(0), values.double().std(0)
     sd = torch.where(sd > 0, sd, torch.ones_like(sd))  # a constant column stays zero instead of NaN
     return lambda x: (x - mean) / sd
 

@@ -15,15 +15,15 @@ from nullbayes.errors import InputError, NullBayesWarning
 from nullbayes.solvers.base import Spectrum
 
 
-def null_space_precision(rank: int, parameters: int, weights: Tensor) -> float:
-    """Stationary point for the null-space posterior, where ``γ = P - tr Π`` is the rank of ``A``.
+def null_space_precision(gamma: float, parameters: int, weights: Tensor) -> float:
+    """Stationary point for the null-space posterior, where ``γ = P - tr Π``.
 
     Args:
-        rank: directions that the data determine.
+        gamma: directions that the data determine: the rank, or measured with the samples.
         parameters: ``P``; stands in for ``γ`` (with a warning) where the data determine nothing.
         weights: trained weights ``(P,)``.
     """
-    if rank == 0:
+    if gamma <= 0:
         warnings.warn(
             "the training rows determine no direction at all (every row is zero), so the evidence "
             "has no maximum; the prior precision is set to P / ‖θ̂‖². Check the labels "
@@ -31,21 +31,21 @@ def null_space_precision(rank: int, parameters: int, weights: Tensor) -> float:
             NullBayesWarning,
             stacklevel=3,
         )
-    return (rank or parameters) / _squared_norm(weights)
+    return (gamma if gamma > 0 else parameters) / _squared_norm(weights)
 
 
-def laplace_precision(spectrum: Spectrum, weights: Tensor) -> float:
-    """Fixed point ``α ‖θ̂‖² = γ(α) = Σ λ/(λ + α)`` for the full linearised Laplace posterior.
+def fixed_point(spectrum: Spectrum, weights: Tensor, delta: float = 1.0) -> float:
+    """Solution of ``α ‖θ̂‖² = γ(δα) = Σ λ/(λ + δα)``; ``δ = 1``: the full linearised Laplace posterior.
 
     ``γ`` falls and the left side grows with ``α``: there is one solution, found by bisection.
     """
     norm = _squared_norm(weights)
     low, high = 1e-12, max(1.0, float(spectrum.weights.sum()) / norm)
-    if spectrum.effective_rank(low) <= low * norm:
+    if spectrum.effective_rank(delta * low) <= low * norm:
         return high
     for _ in range(200):
         middle = math.sqrt(low * high)
-        if spectrum.effective_rank(middle) > middle * norm:
+        if spectrum.effective_rank(delta * middle) > middle * norm:
             low = middle
         else:
             high = middle

@@ -173,7 +173,7 @@ def test_lanczos_quadrature_matches_eigenvalues(monkeypatch: pytest.MonkeyPatch)
     estimate = spectrum.gram_spectrum(a @ a.T)
     assert exact.exact and not estimate.exact
     for shift in (0.01, 1.0, 100.0):
-        assert estimate.effective_rank(shift) == pytest.approx(exact.effective_rank(shift), rel=0.05)
+        assert estimate.effective_rank(shift) == pytest.approx(exact.effective_rank(shift), rel=0.15)
 
 
 def test_rank_of_many_rows_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
@@ -19,6 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from ..report import headline
 from .evaluation import Advance
 from .training import Tick
 
@@ -42,7 +44,7 @@ def bar(console: Console, title: str, total: int) -> Iterator[Advance]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(f"{escape(title):<34}", total=total)
+        task = progress.add_task(f"{escape(title):<36}", total=total)
         yield lambda n: progress.advance(task, n)
 
 
@@ -51,6 +53,25 @@ def ticking(console: Console, title: str, total: int) -> Iterator[Tick]:
     """A progress bar for :func:`nullbayes.demo.training.train`."""
     with bar(console, title, total) as advance:
         yield lambda words: advance(1)
+
+
+def line(console: Console, text: str) -> None:
+    """Print ``text`` as it is: no markup, no colours by guess."""
+    console.print(text, markup=False, highlight=False)
+
+
+def summary(
+    console: Console, results: dict[str, Any], certificate: str, files: tuple[Path, ...]
+) -> None:
+    """The end of a run: table, certificate, notes, the result in a sentence, and where to look."""
+    console.print()
+    console.print(comparison(results))
+    line(console, certificate)
+    for note in results["notes"]:
+        line(console, f"\nNote. {note}")
+    line(console, f"\n{headline(results)}")
+    names = " and ".join(str(file) for file in files)
+    line(console, f"\n{results['seconds']['total']:.0f} s. Written: {names}")
 
 
 def comparison(results: dict[str, Any]) -> Table:

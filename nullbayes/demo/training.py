@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from ..datasets import Split
 
+SMALL = 2**17  # numbers in a batch
 Tick = Callable[[str], None]  # called once an epoch with a few words
 
 
@@ -30,15 +32,27 @@ def train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
     order = torch.Generator().manual_seed(seed)
     model.train()
-    for epoch in range(epochs):
-        total = 0.0
-        # Indexed here instead of by a DataLoader: one by one, collating images takes longer than the steps themselves.
-        for index in torch.randperm(len(split), generator=order).split(batch_size):
-            optimiser.zero_grad()
-            value = loss(model(split.inputs[index]), split.targets[index])
-            value.backward()
-            optimiser.step()
-            total += float(value.detach()) * len(index)
-        schedule.step()
-        tick(f"epoch {epoch + 1}/{epochs}, loss {total / len(split):.3f}")
+    with threads(1 if batch_size * split.inputs[0].numel() < SMALL else torch.get_num_threads()):
+        for epoch in range(epochs):
+            total = 0.0
+            # Indexed, without a DataLoader: collating images one by one takes longer than the steps themselves.
+            for index in torch.randperm(len(split), generator=order).split(batch_size):
+                optimiser.zero_grad()
+                value = loss(model(split.inputs[index]), split.targets[index])
+                value.backward()
+                optimiser.step()
+                total += float(value.detach()) * len(index)
+            schedule.step()
+            tick(f"epoch {epoch + 1}/{epochs}, loss {total / len(split):.3f}")
     return model.eval()
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run with ``count`` threads: on small batches more only wait for each other, on a busy machine without end."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from .words import METHODS
@@ -24,7 +25,7 @@ _VARIABLES = {
     INK: "--ink", MUTED: "--muted", GRID: "--line", PAPER: "--card", INSIDE: "--inside",
     COLOURS["point"]: "--point", COLOURS["null_space"]: "--null-space", COLOURS["laplace"]: "--laplace",
 }  # fmt: skip
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
     "font.family": "DejaVu Sans",  # comes with matplotlib and is wide: what fits in it fits in the page's font
     "font.size": 8,
@@ -87,9 +88,8 @@ def all_figures(results: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def _svg(draw: Draw, name: str, size: tuple[float, float]) -> str:
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03))
     FigureCanvasSVG(figure)
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03)
     words = draw(figure)
     file = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):  # the same results give the same bytes

@@ -18,6 +18,9 @@ class Status(Enum):
     """How a projection ended; the value says what to do about it."""
 
     CONVERGED = "the tolerance was reached"
+    NUMERICAL = (
+        "what is left lies in directions that move the preserved quantity less than `delta` asks for"
+    )
     STAGNATED = (
         "rounding stopped the residual above the tolerance; use a float64 model "
         "(`model.double()`) or accept the residual by a larger `tolerance`"
@@ -88,10 +91,22 @@ class Solver(ABC):
 
 
 class State(ABC):
-    """A prepared solver for one operator. Use: ``factorise(shift)``, then ``project`` at will."""
+    """A prepared solver for one operator. Use: ``factorise(shift)``, then ``project`` at will.
+
+    Three things come from one factorisation, with ``λ`` the eigenvalues of ``AᵀA``:
+
+    - ``shift = 0``: the exact projection onto ``ker A``;
+    - ``shift > 0`` and noise: samples of ``shift (shift I + AᵀA)⁻¹`` (Laplace);
+    - ``shift > 0``, ``numerical=True``: the numerical null space. Each pass leaves
+      ``shift / (λ + shift)`` of a direction (iterated Tikhonov): what is far above the shift goes,
+      what is far below it stays, however smoothly the spectrum decays.
+    """
 
     operator: RowOperator
     shift: float = 0.0
+    numerical: bool = False
+    #: passes of the numerical null space; fixed by the first projection, so that later samples follow
+    passes: int | None = None
     #: numerical rank of ``A``, known after ``factorise``
     rank: int = 0
     notes: tuple[str, ...] = ()
@@ -101,8 +116,10 @@ class State(ABC):
         """Squared singular values; to be asked before ``factorise``."""
 
     @abstractmethod
-    def factorise(self, shift: float = 0.0, tick: Tick | None = None) -> None:
-        """Make ready to project (``shift = 0``) or to sample with ``shift > 0``."""
+    def factorise(
+        self, shift: float = 0.0, numerical: bool = False, tick: Tick | None = None
+    ) -> None:
+        """Make ready to project or to sample."""
 
     @abstractmethod
     def project(self, vectors: Tensor, noise: Tensor | None = None) -> Projection:
@@ -110,16 +127,17 @@ class State(ABC):
 
         Args:
             vectors: ``(S, P)`` standard normal, or anything to be projected.
-            noise: ``(S, M)`` standard normal; needed with a shift, unused without.
+            noise: ``(S, M)`` standard normal; needed for Laplace, otherwise unused.
 
         Returns:
             ``v - Aᵀ(AAᵀ + shift I)⁻¹(A v + √shift noise)``. For standard normal input its
-            covariance is ``I - A⁺A`` (no shift) or ``shift (shift I + AᵀA)⁻¹``.
+            covariance is ``I - A⁺A`` (no shift), ``shift (shift I + AᵀA)⁻¹`` (Laplace), or has
+            eigenvalues ``(shift / (λ + shift))^(2 passes)`` (numerical).
         """
 
     @abstractmethod
     def explained(self, rows: RowOperator) -> Tensor:
-        """What the data determine of other rows: ``diag(R Aᵀ(AAᵀ + shift I)⁻¹ A Rᵀ)``, ``(R,)``."""
+        """What the data determine of other rows: ``diag(R (I - cov) Rᵀ)``, ``(R,)`` float64."""
 
 
 def default_tolerance(dtype: torch.dtype) -> float:
@@ -140,6 +158,50 @@ def require_finite(values: Tensor, what: str) -> None:
             f"{what} holds NaN or infinity although its inputs were finite: the scale of the rows "
             "overflows this dtype. Use a float64 model (`model.double()`)."
         )
+
+
+# Passes of the numerical null space end when one reduces the residual by less than this: what is
+# left then lies below the shift and is meant to stay.
+GAP = 3.0
+MAX_PASSES = 20
+
+
+def iterate(
+    operator: RowOperator,
+    vectors: Tensor,
+    one_pass: Callable[[Tensor], Tensor],
+    passes: int | None,
+    tolerance: float,
+) -> Projection:
+    """Project onto the numerical null space: two passes, and more for as long as they pay.
+
+    Where the spectrum has a gap around the shift, each pass gains orders of magnitude and the
+    tolerance is reached. Where it has none, the second pass already works on directions that the
+    shift leaves free, and iteration ends there.
+    """
+    x = vectors
+    first = operator.matvec(x).double().norm(dim=1)
+    require_finite(first, "the product of the Jacobian rows with prior samples")
+    status, done, previous = Status.NUMERICAL, 0, 1.0
+    while True:
+        x, done = one_pass(x), done + 1
+        after = operator.matvec(x).double().norm(dim=1)
+        require_finite(after, "the residual of the projection")
+        residual = relative(after, first)
+        overall = float(relative(after.norm(), first.norm()))
+        if bool((residual <= tolerance).all()):
+            status = Status.CONVERGED
+        if passes is not None:
+            if done >= passes:
+                break
+        elif (
+            status is Status.CONVERGED
+            or (done >= 2 and overall > previous / GAP)
+            or done >= MAX_PASSES
+        ):
+            break
+        previous = overall
+    return Projection(x, residual, status, done)
 
 
 def conjugate_gradients(

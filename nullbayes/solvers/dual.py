@@ -15,6 +15,7 @@ from nullbayes.solvers.base import (
     State,
     conjugate_gradients,
     default_tolerance,
+    iterate,
     require_finite,
 )
 from nullbayes.solvers.spectrum import EXACT_UP_TO, gram_spectrum
@@ -71,11 +72,13 @@ class DualState(State):
             raise SolverError("the spectrum must be asked for before `factorise`.")
         return gram_spectrum(self._gram)
 
-    def factorise(self, shift: float = 0.0, tick: Tick | None = None) -> None:
+    def factorise(
+        self, shift: float = 0.0, numerical: bool = False, tick: Tick | None = None
+    ) -> None:
         if self._gram is None:
             raise SolverError("`factorise` was called twice; prepare the solver again.")
         gram, self._gram = self._gram, None
-        self.shift = shift
+        self.shift, self.numerical = shift, numerical
         m = len(gram)
         diagonal = gram.diagonal().clone() + shift
         live = diagonal > 0
@@ -128,6 +131,10 @@ class DualState(State):
 
     def project(self, vectors: Tensor, noise: Tensor | None = None) -> Projection:
         tolerance = self.solver.tolerance or default_tolerance(self.operator.dtype)
+        if self.numerical:
+            done = iterate(self.operator, vectors, self._pass, self.passes, tolerance)
+            self.passes = done.iterations
+            return done
         return conjugate_gradients(
             self.operator,
             vectors,
@@ -138,11 +145,28 @@ class DualState(State):
             self.solver.max_iterations,
         )
 
+    def _pass(self, x: Tensor) -> Tensor:
+        z = self._solve(self.operator.matvec(x).double())
+        return x - self.operator.rmatvec(z.to(x.dtype))
+
     def explained(self, rows: RowOperator) -> Tensor:
         if isinstance(rows, JacobianOperator) and isinstance(self.operator, JacobianOperator):
             cross = self.operator.cross_gram(rows)  # (M, R)
         else:
             parts = [rows.matvec(r).double() for r in self.operator.iter_rows(1024)]
             cross = torch.cat(parts)
-        half = torch.linalg.solve_triangular(self.chol, cross.mul_(self.scale[:, None]), upper=False)
-        return half.square().sum(0)
+        # (1 - f²)/λ with f = (s/(λ + s))^k is a sum of 2k powers of s/(λ + s) over λ + s: every half
+        # of a solve with L Lᵀ gives one.
+        terms = 2 * self.passes if self.numerical and self.passes else 1
+        half = cross.mul_(self.scale[:, None])
+        total = torch.zeros(half.shape[1], dtype=half.dtype, device=half.device)
+        for j in range(terms):
+            if j % 2 == 0:
+                half = torch.linalg.solve_triangular(self.chol, half, upper=False)
+                total += self.shift**j * half.square().sum(0)
+            else:
+                half = torch.linalg.solve_triangular(self.chol.T, half, upper=True)
+                half = half.mul_(self.scale[:, None])
+                total += self.shift**j * half.square().sum(0)
+                half = half.mul_(self.scale[:, None])
+        return total

@@ -14,6 +14,7 @@ from nullbayes.solvers.base import (
     State,
     Status,
     default_tolerance,
+    iterate,
     relative,
     require_finite,
 )
@@ -85,20 +86,33 @@ class PrimalState(State):
         self.sigma, self.basis = sigma[keep], basis[keep]
         self.rank = int(keep.sum())
         self.weights = torch.ones_like(self.sigma)
+        self.share = torch.zeros_like(self.sigma)
 
     def spectrum(self) -> Spectrum:
         return Spectrum(self.sigma.square(), torch.ones_like(self.sigma), exact=True)
 
-    def factorise(self, shift: float = 0.0, tick: Tick | None = None) -> None:
-        self.shift = shift
+    def factorise(
+        self, shift: float = 0.0, numerical: bool = False, tick: Tick | None = None
+    ) -> None:
+        self.shift, self.numerical = shift, numerical
         # What a direction with singular value σ loses: all of it without a shift; with one, its
         # standard deviation falls from 1 to √(shift / (shift + σ²)).
-        share = shift / (shift + self.sigma.square())
-        self.weights = 1.0 - share.sqrt()
-        self.variance = 1.0 - share
+        self.share = shift / (shift + self.sigma.square())
+        self.weights = 1.0 - (self.share if numerical else self.share.sqrt())
 
     def project(self, vectors: Tensor, noise: Tensor | None = None) -> Projection:
         """The symmetric square root of the covariance: no ``noise`` is needed with a shift."""
+        tolerance = self.solver.tolerance or default_tolerance(self.operator.dtype)
+        if self.numerical:
+            done = iterate(
+                self.operator,
+                vectors,
+                lambda x: self._remove(x.double()).to(x.dtype),
+                self.passes,
+                tolerance,
+            )
+            self.passes = done.iterations
+            return done
         before = self.operator.matvec(vectors).double().norm(dim=1)
         require_finite(before, "the product of the Jacobian rows with prior samples")
         x = self._remove(vectors.double())
@@ -108,7 +122,6 @@ class PrimalState(State):
             )
         value = self._remove(x).to(vectors.dtype)
         residual = relative(self.operator.matvec(value).double().norm(dim=1), before)
-        tolerance = self.solver.tolerance or default_tolerance(self.operator.dtype)
         ok = bool((residual <= tolerance).all())
         return Projection(value, residual, Status.CONVERGED if ok else Status.STAGNATED, 1)
 
@@ -117,4 +130,5 @@ class PrimalState(State):
 
     def explained(self, rows: RowOperator) -> Tensor:
         seen = rows.matvec(self.basis.to(rows.dtype)).double()  # (r, R)
-        return (seen.square() * self.variance[:, None]).sum(0)
+        power = 2 * self.passes if self.numerical and self.passes else 1
+        return (seen.square() * (1.0 - self.share**power)[:, None]).sum(0)

@@ -78,7 +78,7 @@ def test_the_guarantee_holds_here_too(demo):
     assert results["methods"]["null_space_evidence"]["train_accuracy"] == point["train_accuracy"]
     assert ours["train_nll"] == pytest.approx(point["train_nll"], abs=0.01)
     curve = results["regression"]["methods"]["null_space"]
-    assert curve["train_sd"] < 1e-3 * curve["gap_sd"]
+    assert curve["train_sd"] < 0.02 * curve["gap_sd"]
     assert curve["train_rmse"] == pytest.approx(
         results["regression"]["point"]["train_rmse"], rel=1e-3
     )

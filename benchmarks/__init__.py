@@ -1,0 +1,1 @@
+"""Speed and memory, always with the accuracy reached beside them."""

@@ -25,6 +25,7 @@ from nullbayes.likelihood import Likelihood
 from nullbayes.prediction import check_choice, per_example
 from nullbayes.progress import stages
 
+METRICS = ("nll", "ece")
 POINTS = 49
 DECADES = (-4.0, 8.0)
 BINS = 15
@@ -81,7 +82,7 @@ def calibration_path(
     Raises:
         InputError: an unknown metric, or one that this likelihood does not have.
     """
-    check_choice(metric, ("nll", "ece"), "metric")
+    check_choice(metric, METRICS, "metric")
     low, high = DECADES
     path = [start * 10 ** (low + (high - low) * i / (POINTS - 1)) for i in range(POINTS)]
     figures = [_Figures(likelihood) for _ in (*path, None)]
@@ -92,8 +93,9 @@ def calibration_path(
         for index, inputs, targets in stage.track(
             limited(functional, loader, "val_loader", None), "calibration"
         ):
-            point, unit = draws.linearised(functional, plan, samples, inputs)
-            likelihood.validate(point, targets, f"val_loader, batch {index}")
+            where = f"val_loader, batch {index}"
+            point, unit = draws.linearised(functional, plan, samples, inputs, where)
+            likelihood.validate(point, targets, where)
             targets = likelihood.prepare_targets(point, targets)
             examples += len(point)
             for precision, figure, kept in zip(path, figures, scores_in, strict=False):
@@ -101,10 +103,11 @@ def calibration_path(
                 kept.append(total)
             figures[-1].add(point, point[None], targets)
         if ood_loader is not None:
-            for _, inputs, _ in stage.track(
+            for index, inputs, _ in stage.track(
                 limited(functional, ood_loader, "ood_loader", None), "out of distribution"
             ):
-                point, unit = draws.linearised(functional, plan, samples, inputs)
+                where = f"ood_loader, batch {index}"
+                point, unit = draws.linearised(functional, plan, samples, inputs, where)
                 for precision, out in zip(path, scores_out, strict=True):
                     moments = likelihood.moments(point + unit / math.sqrt(precision), point, True)
                     out.append(per_example(moments.total))

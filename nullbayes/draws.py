@@ -35,10 +35,14 @@ def standard_normal(
 
 
 def linearised(
-    functional: FunctionalModel, plan: CapturePlan, samples: Tensor, inputs: Inputs
+    functional: FunctionalModel,
+    plan: CapturePlan,
+    samples: Tensor,
+    inputs: Inputs,
+    where: str = "the inputs",
 ) -> tuple[Tensor, Tensor]:
     """``f(θ̂, x) (B, *out)`` and ``J(x) Δ_s (S, B, *out)`` for ``samples (S, P)``."""
-    point = functional.outputs(inputs)
+    point = functional.outputs(inputs, where)
     outputs = point[0].numel()
     if outputs > REVERSE_OUTPUTS_PER_SAMPLE * len(samples):
         return point, forward_mode(functional, samples, inputs)
@@ -87,10 +91,11 @@ def _double_reverse(
 
 def sampled(functional: FunctionalModel, samples: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """``f(θ̂, x) (B, *out)`` and ``f(θ̂ + Δ_s, x) (S, B, *out)``: the network itself, re-weighted."""
+    point = functional.outputs(inputs)
     weights = functional.weights()
     out = []
     with torch.no_grad():
         for delta in samples:
             moved = {n: weights[n] + d for n, d in functional.space.unflatten(delta).items()}
             out.append(functional(moved, inputs))
-        return functional.outputs(inputs), torch.stack(out)
+    return point, torch.stack(out)

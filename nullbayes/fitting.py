@@ -70,6 +70,8 @@ def limited(
         seen += size
         if limit is not None and seen >= limit:
             return
+    if not seen:
+        raise InputError(f"`{name}` holds no examples: every batch is empty. Pass a filled loader.")
 
 
 def fit_noise(
@@ -86,8 +88,9 @@ def fit_noise(
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         tracked = limited(functional, loader, "train_loader", limit)
         for index, inputs, targets in stage.track(tracked, "observation noise"):
-            outputs = functional.outputs(inputs)
-            likelihood.validate(outputs, targets, f"train_loader, batch {index}")
+            where = f"train_loader, batch {index}"
+            outputs = functional.outputs(inputs, where)
+            likelihood.validate(outputs, targets, where)
             yield outputs, targets
 
     likelihood.fit_noise(pairs())
@@ -121,7 +124,7 @@ def capture_training(
     track = stage.track(_with_len(loader), "Jacobian rows")
     for index, inputs, targets in limited(functional, track, "train_loader", limit):
         where = f"train_loader, batch {index}"
-        outputs = functional.outputs(inputs)
+        outputs = functional.outputs(inputs, where)
         likelihood.validate(outputs, targets, where)
         targets = likelihood.prepare_targets(outputs, targets)
         if plan is None:

@@ -15,14 +15,14 @@ _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 def parse_bytes(value: int | float | str) -> int:
     """``"8GB"``, ``"500 MiB"`` or a number of bytes, as an integer (1 GB = 2**30 bytes here)."""
-    if isinstance(value, (int, float)) and value > 0:
-        return int(value)
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?)i?b?\s*", str(value).lower())
-    if not match or float(match[1]) <= 0:
+    number = r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+|[0-9.]+e\+[0-9]+"  # also as Python writes a large float
+    match = re.fullmatch(rf"\s*({number})\s*([kmgt]?)i?b?\s*", str(value).lower())
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if size < 1:
         raise InputError(
             f"`memory` is {value!r}; expected a positive number of bytes or text like '8GB'."
         )
-    return int(float(match[1]) * _UNITS[match[2]])
+    return size
 
 
 def format_bytes(count: float) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nullbayes.constraints import Directions, Preserve, resolve_directions, resolve_preserve
-from nullbayes.errors import MemoryBudgetError, NotFittedError
+from nullbayes.errors import InputError, MemoryBudgetError, NotFittedError
 from nullbayes.fitting import check_reusable, default_budget, limited
 from nullbayes.jacobian.build import capture_batch
 from nullbayes.jacobian.functional import (
@@ -105,6 +105,12 @@ def plan(
     Raises:
         InputError, ModelError, NonFiniteError: what ``fit`` would raise on the first batch.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"`model` is {type(model).__name__}, expected a torch.nn.Module.")
+    for name, count in (("num_samples", num_samples), ("max_examples", max_examples)):
+        if count is not None and count < 1:
+            raise InputError(f"`{name}` is {count!r}; expected a whole number, 1 or more.")
+    model = getattr(model, "_orig_mod", model)  # torch.compile wraps; hooks need the layers
     check_reusable(train_loader, "train_loader")
     check_mode(model)
     likelihood, preserve = resolve_likelihood(likelihood), resolve_preserve(preserve)
@@ -112,7 +118,9 @@ def plan(
     space = ParameterSpace.from_model(model, parameters)
     space.check_finite(model)
     functional = FunctionalModel(model, space, forward)
-    budget = parse_bytes(memory) if memory else default_budget(available_bytes(space.device))
+    budget = (
+        default_budget(available_bytes(space.device)) if memory is None else parse_bytes(memory)
+    )
 
     examples, first = 0, None
     for index, inputs, targets in limited(functional, train_loader, "train_loader", max_examples):
@@ -121,8 +129,9 @@ def plan(
             first = (take(inputs, 0, TRIED_EXAMPLES), targets[:TRIED_EXAMPLES], index)
     assert first is not None
     inputs, targets, index = first
-    outputs = functional.outputs(inputs)
-    likelihood.validate(outputs, targets, f"train_loader, batch {index}")
+    where = f"train_loader, batch {index}"
+    outputs = functional.outputs(inputs, where)
+    likelihood.validate(outputs, targets, where)
     targets = likelihood.prepare_targets(outputs, targets)
     try:
         rows = preserve.rows(likelihood, tuple(outputs.shape[1:]), directions)
@@ -190,7 +199,8 @@ def _solver_seconds(name: str, operator: JacobianOperator, m: int) -> float:
     # A block's product with itself is computed whole, so the trial did all of its M² pairs.
     pairs = (time.perf_counter() - started) / trial**2
     if name == "primal QR":
-        rows = torch.randn(2 * p + 16, p, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randn(2 * p + 16, p, dtype=torch.float64, generator=generator)
         started = time.perf_counter()
         torch.linalg.qr(rows, mode="r")
         return (time.perf_counter() - started) * max(1.0, m / max(1, p))

@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
+import operator
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from nullbayes import draws, storage
-from nullbayes.calibration import CalibrationPath, calibration_path
+from nullbayes.calibration import METRICS, CalibrationPath, calibration_path
 from nullbayes.certificate import Certificate, GuaranteeCheck
 from nullbayes.constraints import Directions, Preserve, resolve_directions, resolve_preserve
-from nullbayes.errors import InputError, NotFittedError
+from nullbayes.errors import InputError, NotFittedError, StorageError
 from nullbayes.evidence import fixed_point, null_space_precision
-from nullbayes.fitting import capture_training, check_reusable, default_budget, fit_noise
+from nullbayes.fitting import capture_training, check_reusable, default_budget, fit_noise, limited
 from nullbayes.jacobian.build import examples_per_capture, output_operator
 from nullbayes.jacobian.capture import CapturePlan
 from nullbayes.jacobian.functional import (
     Forward,
     FunctionalModel,
     Inputs,
-    batches,
+    batch_size,
     check_inputs,
     check_mode,
     take,
     to_device,
+    undisturbed,
 )
 from nullbayes.jacobian.parameters import ParameterChoice, ParameterSpace
 from nullbayes.jacobian.probe import prove
@@ -50,6 +54,7 @@ from nullbayes.solvers.base import default_tolerance, relative
 
 PriorPrecision = str | float | Mapping[str, float]
 Self = TypeVar("Self", bound="Posterior")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 # Edge of the numerical null space, relative to the prior precision. Measured on digits and
 # Fashion-MNIST: NLL and novelty are best between 1e-1 and 1e-3, and worse towards 0; the drift of the
@@ -58,6 +63,17 @@ DELTA = 1e-3
 
 # Floating-point operations per example up to which novelty is computed exactly by itself.
 EXACT_FLOPS = 3e8
+
+
+def _undisturbed(method: Method) -> Method:
+    """A method that runs the user's model: in any gradient mode, without touching random state."""
+
+    @functools.wraps(method)
+    def run(self: Posterior, *args: Any, **kwargs: Any) -> Any:
+        with undisturbed(self.functional.device):
+            return method(self, *args, **kwargs)
+
+    return cast(Method, run)
 
 
 class Posterior(ABC):
@@ -113,7 +129,12 @@ class Posterior(ABC):
         self._scales = self.space.scales(tensorwise)
         self.solver = solver
         choose(solver, 1, 1, 1 << 62)  # a wrong argument is said now, not after the capture
-        self.tolerance = _check_positive(tolerance, "tolerance")
+        if tolerance is not None and isinstance(solver, Solver):
+            raise InputError(
+                f"`tolerance` is {tolerance!r} beside a solver object, which has its own: say it there, "
+                f"`{type(solver).__name__}(tolerance=...)`."
+            )
+        self.tolerance = None if tolerance is None else _check_positive(tolerance, "tolerance")
         self.memory = None if memory is None else parse_bytes(memory)
         self.calibration: CalibrationPath | None = None
         self._plan: CapturePlan | None = None
@@ -126,6 +147,7 @@ class Posterior(ABC):
 
     # -- fit -------------------------------------------------------------------------------------
 
+    @_undisturbed
     def fit(
         self: Self,
         train_loader: Iterable[Any],
@@ -152,17 +174,18 @@ class Posterior(ABC):
         started = time.perf_counter()
         num_samples = _check_count(num_samples, "num_samples")
         max_examples = None if max_examples is None else _check_count(max_examples, "max_examples")
-        if not isinstance(seed, int) or seed < 0:
-            raise InputError(f"`seed` is {seed!r}; expected a whole number, 0 or more.")
+        seed = _check_count(seed, "seed", 0)
         check_reusable(train_loader, "train_loader")
         check_mode(self.model)
         self.space.check_finite(self.model)
         budget = self.memory or default_budget(available_bytes(self.functional.device))
+        # Noise is fitted on a copy: an error later on leaves the earlier fit as it was.
+        likelihood = copy.deepcopy(self.likelihood)
         with stages(progress) as stage:
-            fit_noise(self.functional, self.likelihood, train_loader, max_examples, stage)
+            fit_noise(self.functional, likelihood, train_loader, max_examples, stage)
             rows = capture_training(
                 self.functional,
-                self.likelihood,
+                likelihood,
                 self.preserve,
                 self.directions,
                 train_loader,
@@ -189,20 +212,18 @@ class Posterior(ABC):
             # Once more from the rows, outside the solver: what the certificate states.
             residual = _residual(rows.operator.matvec(done.value), rows.operator.matvec(v))
             check = GuaranteeCheck(
-                self.functional, rows.plan, self.likelihood, self.preserve, rows.kept, unit
+                self.functional, rows.plan, likelihood, self.preserve, rows.kept, unit
             )
-        self._plan, self._unit, self._alpha, self._seed = rows.plan, unit, alpha, seed
-        self._state, self._check, self.calibration = state, check, None
         solver = choice.solver
         tolerance = getattr(solver, "tolerance", None) or default_tolerance(self.space.dtype)
         device = self.functional.device
-        self._certificate = Certificate(
+        certificate = Certificate(
             method=self.kind,
             preserve=self.preserve.describe(),
             residual=float(residual.max()),
             tolerance=tolerance,
             **check.measure(alpha**-0.5),
-            score_name=self.likelihood.score_name,
+            score_name=likelihood.score_name,
             constraints=m,
             parameters=p,
             rank=rank,
@@ -223,6 +244,9 @@ class Posterior(ABC):
             generic=tuple(rows.plan.generic),
             notes=tuple(state.notes),
         )
+        self._plan, self._unit, self._alpha, self._seed = rows.plan, unit, alpha, seed
+        self._state, self._check, self.calibration = state, check, None
+        self._certificate, self.likelihood = certificate, likelihood
         return self
 
     def _prior_precision(self, state: State, theta: Tensor) -> float:
@@ -275,13 +299,16 @@ class Posterior(ABC):
 
     @prior_precision.setter
     def prior_precision(self, value: float) -> None:
+        self._set_prior_precision(value)
+
+    @_undisturbed
+    def _set_prior_precision(self, value: float) -> None:
         _, certificate = self._fitted()
-        self._alpha = _check_positive(value, "prior_precision") or math.nan
+        alpha = _check_positive(value, "prior_precision")
         if self._check is not None:
-            measured = self._check.measure(self._alpha**-0.5)
-            self._certificate = replace(
-                certificate, prior_precision=self._alpha, **measured
-            )
+            measured = self._check.measure(alpha**-0.5)
+            certificate = replace(certificate, prior_precision=alpha, **measured)
+        self._alpha, self._certificate = alpha, certificate
 
     def _samples(self) -> Tensor:
         """Weight changes ``Δ (S, P)`` at the current prior precision."""
@@ -294,6 +321,7 @@ class Posterior(ABC):
 
     # -- use -------------------------------------------------------------------------------------
 
+    @_undisturbed
     def calibrate(
         self,
         val_loader: Iterable[Any],
@@ -314,6 +342,12 @@ class Posterior(ABC):
             NullBayesWarning: the best value lies at an edge, or does not beat the trained network.
         """
         unit, _ = self._fitted()
+        check_choice(metric, METRICS, "metric")
+        if ood_loader is not None and not isinstance(ood_loader, Iterable):
+            raise InputError(
+                f"`ood_loader` is {type(ood_loader).__name__}, expected an iterable of (inputs, targets) "
+                "batches, e.g. a DataLoader."
+            )
         check_mode(self.model)
         first = _first_inputs(val_loader, self.functional)
         path = calibration_path(
@@ -331,6 +365,7 @@ class Posterior(ABC):
         self.calibration = path
         return path
 
+    @_undisturbed
     def predict(self, x: Inputs, method: str = "linearised") -> Prediction:
         """Predict a batch ``x`` (tensor, tuple or mapping of tensors).
 
@@ -348,6 +383,7 @@ class Posterior(ABC):
             outputs = point + change
         return make_prediction(self.likelihood, point, outputs, method)
 
+    @_undisturbed
     def novelty(self, x: Inputs, score: str = "variance", exact: bool | None = None) -> Tensor:
         """How much the training data leave open at ``x``: ``(B,)``, larger is less known.
 
@@ -364,8 +400,9 @@ class Posterior(ABC):
         if score in ("entropy", "mutual_information"):
             prediction = self.predict(x)
             return per_example(prediction.total if score == "entropy" else prediction.epistemic)
+        point = self.functional.outputs(x, "`x`")
         plan = self._capture_plan(x)
-        outputs = self.functional.outputs(take(x, 0, 1))[0].numel()
+        size, outputs = len(point), point[0].numel()
         if exact is None:
             exact = self._state is not None and self._exact_flops(outputs) <= EXACT_FLOPS
         if exact and self._state is None:
@@ -374,7 +411,6 @@ class Posterior(ABC):
                 "use `exact=False`."
             )
         values = []
-        size = len(self.functional.outputs(x))
         step = examples_per_capture(self.functional, plan, outputs)
         for start in range(0, size, step):
             piece = take(x, start, min(start + step, size))
@@ -410,8 +446,10 @@ class Posterior(ABC):
 
     def _inputs(self, x: Inputs) -> Inputs:
         x = to_device(x, self.functional.device)
-        check_inputs(x, "`x`")
         check_mode(self.model)
+        if not batch_size(x, "`x`"):
+            raise InputError("`x` holds no examples: its first axis has length 0. Pass at least one.")
+        check_inputs(x, "`x`")
         return x
 
     def sample(self, count: int | None = None) -> Iterator[dict[str, Tensor]]:
@@ -435,6 +473,7 @@ class Posterior(ABC):
                 out[key] = moved[name] if name in moved else value.detach().clone()
             yield out
 
+    @_undisturbed
     def draw(self, count: int) -> None:
         """Add ``count`` samples; they continue the stream of the fit's seed.
 
@@ -578,26 +617,39 @@ def load(
     kinds: dict[str, type[Posterior]] = {
         c.__name__: c for c in (NullSpacePosterior, LaplacePosterior)
     }
-    settings = stored.settings
+    if not isinstance(model, nn.Module):
+        raise InputError(f"`model` is {type(model).__name__}, expected a torch.nn.Module.")
     stored.check_model(getattr(model, "_orig_mod", model))
-    posterior = kinds[settings["class"]](
-        model,
-        likelihood or stored.likelihood(),
-        preserve=settings["preserve"],
-        directions=settings["directions"],
-        **settings["options"],
-        parameters=stored.names,
-        prior_precision=settings["prior"],
-        forward=forward,
-    )
-    posterior._restore(stored.samples(posterior.space), settings)
+    try:
+        settings = stored.settings
+        posterior = kinds[settings["class"]](
+            model,
+            likelihood or stored.likelihood(),
+            preserve=settings["preserve"],
+            directions=settings["directions"],
+            **settings["options"],
+            parameters=stored.names,
+            prior_precision=settings["prior"],
+            forward=forward,
+        )
+        posterior._restore(stored.samples(posterior.space), settings)
+    except InputError as error:  # a likelihood or a preserve mode that this process does not know
+        raise StorageError(
+            f"{stored.path} holds a setting that cannot be used here: {error} Import the module that "
+            "registers it (`@nb.register_likelihood`, `@nb.register_preserve`) before loading."
+        ) from error
+    except (KeyError, TypeError) as error:
+        raise StorageError(
+            f"{stored.path} lacks, or does not understand, a setting ({type(error).__name__}: {error}); "
+            "it was written by another version of nullbayes or changed since. Fit and save it again."
+        ) from error
     return posterior
 
 
 def _first_inputs(loader: Iterable[Any], functional: FunctionalModel) -> Inputs:
     """The inputs of the first batch, to prove rows on."""
     check_reusable(loader, "val_loader")
-    return next(iter(batches(loader, functional.device, "val_loader")))[1]
+    return next(limited(functional, loader, "val_loader", None))[1]
 
 
 def _residual(after: Tensor, before: Tensor) -> Tensor:
@@ -606,26 +658,32 @@ def _residual(after: Tensor, before: Tensor) -> Tensor:
 
 def _check_prior(value: PriorPrecision) -> str | float | dict[str, float]:
     if isinstance(value, Mapping):
-        return {str(k): float(v) for k, v in value.items()}
-    if value == "evidence":
-        return "evidence"
+        return {
+            str(name): _check_positive(number, f"prior_precision[{name!r}]")
+            for name, number in value.items()
+        }
     if isinstance(value, str):
+        if value == "evidence":
+            return value
         raise InputError(
             f"`prior_precision` is {value!r}; expected 'evidence', a positive number, or one per "
             "parameter tensor ({name: value})."
         )
-    return _check_positive(value, "prior_precision") or math.nan
+    return _check_positive(value, "prior_precision")
 
 
-def _check_positive(value: float | None, name: str) -> float | None:
-    if value is None:
-        return None
-    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+def _check_positive(value: float, name: str) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
         raise InputError(f"`{name}` is {value!r}; expected a positive, finite number.")
     return float(value)
 
 
-def _check_count(value: int, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"`{name}` is {value!r}; expected a whole number, 1 or more.")
-    return value
+def _check_count(value: int, name: str, least: int = 1) -> int:
+    try:
+        count = operator.index(value)  # NumPy's integers too
+    except TypeError:
+        count = least - 1
+    if isinstance(value, bool) or count < least:
+        raise InputError(f"`{name}` is {value!r}; expected a whole number, {least} or more.")
+    return count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 import warnings
@@ -27,7 +28,7 @@ VERSION = 1
 def fingerprint(model: nn.Module) -> dict[str, str]:
     """A digest of each parameter and buffer: shape and values, whatever the device or float dtype.
 
-    Values are hashed in float64, so a float32 model and the same model converted to float64 agree.
+    Values are hashed in float32, so a model agrees with its conversion to float64, and back.
     """
     out = {}
     for name, tensor in model.state_dict().items():
@@ -35,7 +36,7 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
             continue
         values = tensor.detach().cpu()
         if values.is_floating_point():
-            values = values.to(torch.float64)
+            values = values.to(torch.float32)
         digest = hashlib.sha256(str(tuple(values.shape)).encode())
         digest.update(values.contiguous().numpy().tobytes())
         out[name] = digest.hexdigest()[:24]
@@ -68,8 +69,11 @@ def write(
             f"the posterior's settings cannot be written as JSON ({error}); a custom likelihood's "
             "`config()` must return plain numbers, strings and lists."
         ) from error
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise StorageError(f"could not write {target}: {error}.") from error
     os.close(handle)
     try:
         tensors = {"samples": samples.detach().cpu().contiguous()}
@@ -79,7 +83,7 @@ def write(
         os.umask(mask)
         Path(name).chmod(0o666 & ~mask)
         Path(name).replace(target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise StorageError(f"could not write {target}: {error}.") from error
     finally:
         Path(name).unlink(missing_ok=True)
@@ -139,7 +143,12 @@ class Stored:
                 NullBayesWarning,
                 stacklevel=3,
             )
-        return self.tensor.to(device=space.device, dtype=space.dtype)
+        tensor = self.tensor
+        if self.names != list(space.names):  # the same tensors, registered in another order
+            sizes = [math.prod(shape) for shape in self.meta["shapes"]]
+            parts = dict(zip(self.names, tensor.split(sizes, dim=1), strict=True))
+            tensor = torch.cat([parts[name] for name in space.names], dim=1)
+        return tensor.to(device=space.device, dtype=space.dtype)
 
 
 def read(path: str | os.PathLike[str]) -> Stored:
@@ -165,6 +174,10 @@ def read(path: str | os.PathLike[str]) -> Stored:
         raise StorageError(
             f"{source} cannot be read: {error}. It is truncated or not a posterior file; save it again."
         ) from error
+    if not isinstance(meta, dict) or not {"names", "shapes", "dtype", "settings"} <= set(meta):
+        raise StorageError(
+            f"{source} is a safetensors file whose description `posterior.save` did not write."
+        )
     if meta.get("format") != FORMAT or meta.get("version", 0) > VERSION:
         raise StorageError(
             f"{source} has format {meta.get('format')!r} version {meta.get('version')}; this "

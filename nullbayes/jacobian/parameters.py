@@ -39,8 +39,9 @@ class ParameterSpace:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         if not tensors:
             raise InputError(
-                "`parameters` selects nothing: no parameter of the model requires a gradient. "
-                "Name some (`parameters=['head.weight', ...]`) or call `requires_grad_(True)`."
+                "`parameters` selects nothing: an empty list, a filter that says no to every name, or "
+                "a model without a parameter that requires a gradient. Name some "
+                "(`parameters=['head.weight', ...]`) or call `model.requires_grad_(True)`."
             )
         dtypes = sorted({str(t.dtype) for t in tensors.values()})
         devices = sorted({str(t.device) for t in tensors.values()})
@@ -53,6 +54,11 @@ class ParameterSpace:
         if not first.dtype.is_floating_point:
             raise ModelError(
                 f"parameters must be real floating-point numbers; found {first.dtype}."
+            )
+        if any(t.is_inference() for t in tensors.values()):
+            raise ModelError(
+                "the model's weights were made under `torch.inference_mode()`, which rules out "
+                "derivatives for good; build or load the model outside of it."
             )
         self.dtype, self.device = first.dtype, first.device
         slots, start = [], 0
@@ -72,7 +78,13 @@ class ParameterSpace:
         elif callable(choice):
             chosen = {n: p for n, p in named.items() if choice(n, p)}
         else:
-            wanted = [choice] if isinstance(choice, str) else list(choice)
+            several = not isinstance(choice, str) and isinstance(choice, Iterable)
+            wanted = list(choice) if several else [choice]
+            if not all(isinstance(name, str) for name in wanted):
+                raise InputError(
+                    f"`parameters` is {choice!r}; expected None, names such as 'head.weight', or a "
+                    "filter `(name, parameter) -> bool`."
+                )
             aliases = {n: p for n, p in model.named_parameters(remove_duplicate=False)}
             canonical = {id(p): n for n, p in named.items()}
             for name in wanted:
@@ -113,9 +125,12 @@ class ParameterSpace:
         return {slot.name: named[slot.name].detach() for slot in self.slots}
 
     def check_finite(self, model: nn.Module) -> None:
-        """Raise :class:`NonFiniteError` naming the tensors that hold NaN or infinity."""
-        tensors = [*model.named_parameters(), *model.named_buffers()]
-        bad = [n for n, t in tensors if t.is_floating_point() and not bool(t.isfinite().all())]
+        """Raise :class:`NonFiniteError` naming the tensors that hold NaN or infinity.
+
+        Infinity in a buffer is fine: attention masks keep it there.
+        """
+        bad = [n for n, t in model.named_parameters() if not bool(t.isfinite().all())]
+        bad += [n for n, t in model.named_buffers() if bool(t.isnan().any())]
         if bad:
             raise NonFiniteError(
                 f"the model holds NaN or infinity in {bad}; load a checkpoint whose weights are "

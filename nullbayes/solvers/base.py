@@ -213,7 +213,12 @@ def conjugate_gradients(
     tolerance: float,
     max_iterations: int,
 ) -> Projection:
-    """Project by preconditioned CG on ``(AAᵀ + shift I) z = A v + √shift ξ``, ``x = v - Aᵀz``.
+    """Project by refinement, then preconditioned CG, on ``(AAᵀ + shift I) z = A v + √shift ξ``.
+
+    Plain refinement (``z += precondition(r)``) comes first, for as long as it pays: it is exact where
+    the preconditioner is. CG takes over for what is left. On its own it would trade the directions
+    that the preconditioner gets right for those it does not, since it minimises the energy norm of
+    the error and not the residual.
 
     The residual is never trusted to its recurrence: when that says "converged", it is computed
     again from ``x`` itself, and iteration starts anew from there if it disagrees ("twice is
@@ -236,7 +241,7 @@ def conjugate_gradients(
     scale = r.norm(dim=1)
     reached = relative(r.norm(dim=1), scale)
     best, best_x = reached.max(), x
-    iterations, status = 0, Status.MAX_ITERATIONS
+    iterations, status, refining = 0, Status.MAX_ITERATIONS, True
     while True:
         if bool((reached <= tolerance).all()):
             status = Status.CONVERGED
@@ -244,6 +249,20 @@ def conjugate_gradients(
         if iterations >= max_iterations:
             break
         y = precondition(r)
+        if refining:
+            iterations += 1
+            new_x, new_z = x - operator.rmatvec(y.to(dtype)), z + y
+            x, z, before = new_x, new_z, (x, z)
+            r = residual()
+            require_finite(r, "the residual of the projection")
+            reached = relative(r.norm(dim=1), scale)
+            refining = bool(reached.max() <= best / GAP)
+            if reached.max() >= best:
+                x, z = before
+                r = residual()
+            else:
+                best, best_x = reached.max(), x
+            continue
         p, ry = y, (r * y).sum(1)
         while iterations < max_iterations:
             iterations += 1

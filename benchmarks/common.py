@@ -22,7 +22,9 @@ from nullbayes.memory import peak_bytes
 RESULTS = Path(__file__).parent / "results"
 
 
-def trained_lenet(examples: int, epochs: int = 2, seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
+def trained_lenet(
+    examples: int, epochs: int = 2, seed: int = 0
+) -> tuple[nn.Module, Tensor, Tensor]:
     """LeNet (61,706 weights) trained on all of Fashion-MNIST, and its first ``examples`` images."""
     data = datasets.fashion_mnist().train
     with torch.random.fork_rng(devices=[]):

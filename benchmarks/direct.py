@@ -36,7 +36,9 @@ def load(path: str) -> tuple[torch.nn.Module, Tensor, Tensor, Tensor]:
     return model.eval(), stored["x"], stored["y"], noise
 
 
-def independent_residual(model: torch.nn.Module, x: Tensor, samples: Tensor, noise: Tensor) -> float:
+def independent_residual(
+    model: torch.nn.Module, x: Tensor, samples: Tensor, noise: Tensor
+) -> float:
     """Largest ``‖AΔ‖ / ‖Aε‖``, in float64, by forward-mode products over the whole network."""
     model = model.double()
     function, theta = published.flat_function(model, x)
@@ -44,7 +46,9 @@ def independent_residual(model: torch.nn.Module, x: Tensor, samples: Tensor, noi
     for images in x.double().split(100):
         with torch.no_grad():
             root = published.softmax_root(model(images))
-        product = vmap(lambda v, i=images: jvp(lambda t: function(t, i), (theta,), (v,))[1], chunk_size=5)
+        product = vmap(
+            lambda v, i=images: jvp(lambda t: function(t, i), (theta,), (v,))[1], chunk_size=5
+        )
         for total, vectors in ((after, samples), (before, noise)):
             moved = product(vectors.double())
             total += (moved.unsqueeze(2) @ root).square().sum((1, 2, 3)).detach()
@@ -80,7 +84,9 @@ def alternating(path: str, cycles: int) -> dict[str, Any]:
     return record(clock, model, x, samples, noise)
 
 
-def record(clock: common.Clock, model: Any, x: Tensor, samples: Tensor, noise: Tensor) -> dict[str, Any]:
+def record(
+    clock: common.Clock, model: Any, x: Tensor, samples: Tensor, noise: Tensor
+) -> dict[str, Any]:
     return {
         "seconds": clock.total,
         "stages": clock.stages,
@@ -111,7 +117,10 @@ def main() -> None:
                 if turn < repeats:
                     result = common.fresh_process(function, path, *arguments)
                     runs[name].append(result)
-                    print(f"{name}: {result['seconds']:.1f} s, residual {result['residual']:.1e}", flush=True)
+                    print(
+                        f"{name}: {result['seconds']:.1f} s, residual {result['residual']:.1e}",
+                        flush=True,
+                    )
     report(runs, options)
 
 

@@ -5,6 +5,8 @@ They share nothing with the library but the trained network, so that they can be
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, jvp, vjp, vmap
@@ -45,7 +47,10 @@ def dense_rows(model: nn.Module, x: Tensor, vectorised: bool, batch: int = 25) -
             jacobian = per_example(images)
         else:
             jacobian = torch.stack(
-                [jacrev(lambda t, i=i: function(t, i[None])[0], chunk_size=1)(theta) for i in images]
+                [
+                    jacrev(lambda t, i=i: function(t, i[None])[0], chunk_size=1)(theta)
+                    for i in images
+                ]
             )
         rows.append((root.mT @ jacobian.detach()).flatten(0, 1))
     return torch.cat(rows)
@@ -73,6 +78,15 @@ def jacrev_cholesky(
     return samples, clock
 
 
+def _directional(f, theta: Tensor, v: Tensor) -> Tensor:
+    return jvp(f, (theta,), (v,))[1]
+
+
+def _pullback(f, theta: Tensor):
+    pull = vjp(f, theta)[1]
+    return lambda w: pull(w)[0]
+
+
 def alternating_projections(
     model: nn.Module, x: Tensor, noise: Tensor, cycles: int, batch: int = 16
 ) -> tuple[Tensor, Clock]:
@@ -92,18 +106,18 @@ def alternating_projections(
         rows = (root.mT @ jacobian).flatten(0, 1).double()
         values, vectors = torch.linalg.eigh(rows @ rows.T)
         keep = values > 1e-12 * values.max()  # relative: the published absolute 1e-3 drops rows
-        inverses.append(((vectors[:, keep] / values[keep]) @ vectors[:, keep].T))
+        inverses.append((vectors[:, keep] / values[keep]) @ vectors[:, keep].T)
         roots.append(root)
     clock.lap("precomputation")
 
     samples = noise
     for _ in range(cycles):
         for images, root, inverse in zip(pieces, roots, inverses, strict=True):
-            f = lambda t, i=images: function(t, i)  # noqa: E731
-            moved = vmap(lambda v: jvp(f, (theta,), (v,))[1])(samples)  # (S, B, O)
+            f = functools.partial(function, images=images)
+            along = functools.partial(_directional, f, theta)
+            moved = vmap(along)(samples)  # (S, B, O)
             u = (moved.unsqueeze(2) @ root).squeeze(2).flatten(1).double() @ inverse
             weights = (root @ u.to(root).reshape(len(u), *root.shape[::2], 1)).squeeze(3)
-            _, pull = vjp(f, theta)
-            samples = samples - vmap(lambda w: pull(w)[0])(weights)
+            samples = samples - vmap(_pullback(f, theta))(weights)
     clock.lap(f"{cycles} cycles")
     return samples.detach(), clock

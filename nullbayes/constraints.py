@@ -59,6 +59,8 @@ class Preserve(ABC):
 
     name: ClassVar[str]
     takes_directions: ClassVar[bool] = False
+    #: whether a row times a weight change is in nats (loss) or their square roots (Fisher units)
+    natural_units: ClassVar[bool] = False
 
     @abstractmethod
     def num_rows(self, likelihood: Likelihood, output_shape: tuple[int, ...]) -> int:
@@ -199,6 +201,7 @@ class Predictions(Preserve):
 
     name = "predictions"
     takes_directions = True
+    natural_units = True
 
     def num_rows(self, likelihood: Likelihood, output_shape: tuple[int, ...]) -> int:
         return likelihood.hessian_rank(output_shape)
@@ -270,6 +273,7 @@ class Loss(Preserve):
     """Rows ``∇_f ℓ_nᵀ J_n``, one an example: each example's loss is kept to first order."""
 
     name = "loss"
+    natural_units = True
 
     def num_rows(self, likelihood: Likelihood, output_shape: tuple[int, ...]) -> int:
         return 1

@@ -67,7 +67,7 @@ def forward_mode(functional: FunctionalModel, samples: Tensor, inputs: Inputs) -
     for delta in samples:
         tangent = functional.space.unflatten(delta)
         try:
-            _, change = torch.func.jvp(lambda w: functional(w, inputs), (weights,), (tangent,))
+            change = torch.func.jvp(lambda w: functional(w, inputs), (weights,), (tangent,))[1]
         except (NotImplementedError, RuntimeError):
             change = _double_reverse(functional, tangent, inputs)
         out.append(change.detach())
@@ -89,9 +89,11 @@ def _double_reverse(
         return torch.autograd.grad(along, dummy)[0]
 
 
-def sampled(functional: FunctionalModel, samples: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+def sampled(
+    functional: FunctionalModel, samples: Tensor, inputs: Inputs, where: str = "the inputs"
+) -> tuple[Tensor, Tensor]:
     """``f(θ̂, x) (B, *out)`` and ``f(θ̂ + Δ_s, x) (S, B, *out)``: the network itself, re-weighted."""
-    point = functional.outputs(inputs)
+    point = functional.outputs(inputs, where)
     weights = functional.weights()
     out = []
     with torch.no_grad():

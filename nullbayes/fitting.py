@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nullbayes.constraints import Directions, Preserve
+from nullbayes.constraints import Cotangents, Directions, Preserve
 from nullbayes.errors import InputError, MemoryBudgetError
 from nullbayes.jacobian.build import capture_batch
 from nullbayes.jacobian.capture import Block, CapturePlan
@@ -130,13 +130,15 @@ def capture_training(
         if plan is None:
             plan = prove(functional, inputs)
         rows = preserve.rows(likelihood, tuple(outputs.shape[1:]), directions)
+
+        def cotangents(out: Tensor, piece: slice, targets: Tensor = targets) -> Cotangents:
+            return preserve.cotangents(likelihood, out, targets[piece], directions)
+
         new, made = capture_batch(
             functional,
             plan,
             inputs,
-            lambda out, piece, t=targets: preserve.cotangents(
-                likelihood, out, t[piece], directions
-            ),
+            cotangents,
             rows,
             scales,
         )

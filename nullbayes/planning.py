@@ -78,7 +78,9 @@ class Plan:
             took = "" if seconds is None else f", about {seconds:.1f} s"
             lines.append(f"  {stage:<22} {format_bytes(size)}{took}")
         total = sum(self.bytes.values())
-        lines.append(f"  in all                 {format_bytes(total)} of {format_bytes(self.budget)}")
+        lines.append(
+            f"  in all                 {format_bytes(total)} of {format_bytes(self.budget)}"
+        )
         if self.seconds:
             lines.append(f"  time                   about {sum(self.seconds.values()):.1f} s")
         for name, why in self.unsupported.items():
@@ -107,9 +109,9 @@ def plan(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"`model` is {type(model).__name__}, expected a torch.nn.Module.")
-    for name, count in (("num_samples", num_samples), ("max_examples", max_examples)):
+    for what, count in (("num_samples", num_samples), ("max_examples", max_examples)):
         if count is not None and count < 1:
-            raise InputError(f"`{name}` is {count!r}; expected a whole number, 1 or more.")
+            raise InputError(f"`{what}` is {count!r}; expected a whole number, 1 or more.")
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps; hooks need the layers
     check_reusable(train_loader, "train_loader")
     check_mode(model)
@@ -151,21 +153,24 @@ def plan(
     operator = JacobianOperator(space, blocks)
     m = rows * examples
     factors = operator.nbytes // size * examples
-    nbytes = {"Jacobian rows": factors, "samples": 3 * num_samples * space.total * space.dtype.itemsize}
+    nbytes = {
+        "Jacobian rows": factors,
+        "samples": 3 * num_samples * space.total * space.dtype.itemsize,
+    }
     seconds = {"Jacobian rows": per_example * examples}
-    advice = []
+    advice: list[str] = []
+    chosen: str | None = None
     try:
         choice = choose(solver, m, space.total, budget - sum(nbytes.values()))
         cost = choice.solver.cost(m, space.total)
-        name: str | None = choice.solver.name
-        reason = choice.why
+        chosen, reason = choice.solver.name, choice.why
         nbytes["solver"] = cost.nbytes
         seconds["solver"] = _solver_seconds(choice.solver.name, operator, m)
     except MemoryBudgetError as error:
-        name, reason = None, "the memory budget is too small"
+        reason = "the memory budget is too small"
         advice.append(str(error))
     if factors > budget:
-        name = None
+        chosen = None
         advice.append(
             f"the rows alone take {format_bytes(factors)}: lower `max_examples=`, or use "
             "`preserve='loss'` or `directions='auto'`."
@@ -180,7 +185,7 @@ def plan(
             )
     reasons = {name: proven.reasons.get(name, "") for name in proven.generic}
     return Plan(
-        examples, rows, m, space.total, name, reason, nbytes, seconds, budget, reasons, advice
+        examples, rows, m, space.total, chosen, reason, nbytes, seconds, budget, reasons, advice
     )
 
 

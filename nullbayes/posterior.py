@@ -116,7 +116,9 @@ class Posterior(ABC):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise InputError(f"`model` is {type(model).__name__}, expected a torch.nn.Module.")
-        self.model = getattr(model, "_orig_mod", model)  # torch.compile wraps; hooks need the layers
+        self.model = getattr(
+            model, "_orig_mod", model
+        )  # torch.compile wraps; hooks need the layers
         self.likelihood = resolve_likelihood(likelihood)
         self.preserve = resolve_preserve(preserve)
         self.directions = resolve_directions(directions)
@@ -210,7 +212,9 @@ class Posterior(ABC):
             rank = min(max(round(gamma), 0), m, p)
             unit = done.value if self._scales is None else done.value * self._scales
             # Once more from the rows, outside the solver: what the certificate states.
-            residual = _residual(rows.operator.matvec(done.value), rows.operator.matvec(v))
+            after = rows.operator.matvec(done.value)
+            residual = _residual(after, rows.operator.matvec(v))
+            row_rms = float(after.double().square().sum() / (num_samples * rows.examples)) ** 0.5
             check = GuaranteeCheck(
                 self.functional, rows.plan, likelihood, self.preserve, rows.kept, unit
             )
@@ -222,13 +226,15 @@ class Posterior(ABC):
             preserve=self.preserve.describe(),
             residual=float(residual.max()),
             tolerance=tolerance,
+            row_drift=row_rms * alpha**-0.5,
+            natural_units=self.preserve.natural_units,
             **check.measure(alpha**-0.5),
             score_name=likelihood.score_name,
             constraints=m,
             parameters=p,
             rank=rank,
             null_dim=p - rank,
-            prior_share=float((done.value.double().square().sum() / v.double().square().sum())),
+            prior_share=float(done.value.double().square().sum() / v.double().square().sum()),
             prior_precision=alpha,
             delta=self.delta,
             discarded_trace=rows.discarded_trace,
@@ -307,7 +313,8 @@ class Posterior(ABC):
         alpha = _check_positive(value, "prior_precision")
         if self._check is not None:
             measured = self._check.measure(alpha**-0.5)
-            certificate = replace(certificate, prior_precision=alpha, **measured)
+            rows = certificate.row_drift * (self._alpha / alpha) ** 0.5
+            certificate = replace(certificate, prior_precision=alpha, row_drift=rows, **measured)
         self._alpha, self._certificate = alpha, certificate
 
     def _samples(self) -> Tensor:
@@ -316,6 +323,7 @@ class Posterior(ABC):
 
     def _capture_plan(self, inputs: Inputs) -> CapturePlan:
         if self._plan is None:  # a loaded posterior proves its rows on the first batch it sees
+            self.functional.outputs(inputs, "`x`")  # wrong inputs are said to be that
             self._plan = prove(self.functional, inputs)
         return self._plan
 
@@ -376,10 +384,10 @@ class Posterior(ABC):
         check_choice(method, METHODS, "method")
         samples, x = self._samples(), self._inputs(x)
         if method == "sampled":
-            point, outputs = draws.sampled(self.functional, samples, x)
+            point, outputs = draws.sampled(self.functional, samples, x, "`x`")
         else:
             plan = self._capture_plan(x)
-            point, change = draws.linearised(self.functional, plan, samples, x)
+            point, change = draws.linearised(self.functional, plan, samples, x, "`x`")
             outputs = point + change
         return make_prediction(self.likelihood, point, outputs, method)
 
@@ -448,7 +456,9 @@ class Posterior(ABC):
         x = to_device(x, self.functional.device)
         check_mode(self.model)
         if not batch_size(x, "`x`"):
-            raise InputError("`x` holds no examples: its first axis has length 0. Pass at least one.")
+            raise InputError(
+                "`x` holds no examples: its first axis has length 0. Pass at least one."
+            )
         check_inputs(x, "`x`")
         return x
 
@@ -571,7 +581,9 @@ class NullSpacePosterior(Posterior):
         return {"delta": self.delta}
 
     def _evidence_after(self, gamma: float, theta: Tensor, alpha: float) -> float:
-        return null_space_precision(gamma, len(theta), theta) if self._prior == "evidence" else alpha
+        return (
+            null_space_precision(gamma, len(theta), theta) if self._prior == "evidence" else alpha
+        )
 
 
 class LaplacePosterior(Posterior):

@@ -55,9 +55,7 @@ def make_prediction(
         )
     with torch.no_grad():
         m = likelihood.moments(outputs, point, method == "linearised")
-    return Prediction(
-        m.mean, outputs, point, m.variance, m.total, m.aleatoric, m.epistemic, method
-    )
+    return Prediction(m.mean, outputs, point, m.variance, m.total, m.aleatoric, m.epistemic, method)
 
 
 def check_choice(value: str, allowed: tuple[str, ...], name: str) -> str:

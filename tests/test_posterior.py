@@ -23,7 +23,9 @@ def problem(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor, Tens
     """A network with more weights (57) than constraints, and 7 labelled examples."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 3))
+        model = nn.Sequential(
+            nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 3)
+        )
         x, y = torch.randn(7, 3), torch.randint(0, 3, (7,))
     return model.to(dtype).eval(), x.to(dtype), y
 
@@ -35,7 +37,9 @@ def loader(x: Any, y: Tensor, size: int = 3) -> list[tuple[Any, Tensor]]:
 
 def dense_rows(model: nn.Module, x: Any, y: Tensor, preserve: str) -> Tensor:
     """The constraint matrix written out from its definition (float64)."""
-    jacobian = dense_jacobian(model, x).reshape(batch_size(x), -1, sum(p.numel() for p in model.parameters()))
+    jacobian = dense_jacobian(model, x).reshape(
+        batch_size(x), -1, sum(p.numel() for p in model.parameters())
+    )
     outputs = model(*x) if isinstance(x, tuple) else model(**x) if isinstance(x, dict) else model(x)
     outputs = outputs.detach().reshape(len(jacobian), -1)
     p = outputs.softmax(1)
@@ -67,10 +71,14 @@ def assert_covariance(samples: Tensor, wanted: Tensor) -> None:
 
 
 @pytest.mark.parametrize("preserve", ["predictions", "outputs", "loss"])
-@pytest.mark.parametrize("solver", [nb.solvers.DualCholesky(), nb.solvers.PrimalQR()], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "solver", [nb.solvers.DualCholesky(), nb.solvers.PrimalQR()], ids=lambda s: s.name
+)
 def test_covariance_of_the_null_space_posterior(preserve: str, solver: nb.solvers.Solver) -> None:
     model, x, y = problem()
-    posterior = nb.NullSpacePosterior(model, preserve=preserve, solver=solver, delta=0, prior_precision=4.0)
+    posterior = nb.NullSpacePosterior(
+        model, preserve=preserve, solver=solver, delta=0, prior_precision=4.0
+    )
     posterior.fit(loader(x, y), num_samples=20_000, **QUIET)
     wanted = projector(dense_rows(model, x, y, preserve)) / 4.0
     assert_covariance(posterior._samples(), wanted)
@@ -78,7 +86,9 @@ def test_covariance_of_the_null_space_posterior(preserve: str, solver: nb.solver
     assert posterior.certificate.held
 
 
-@pytest.mark.parametrize("solver", [nb.solvers.DualCholesky(), nb.solvers.PrimalQR()], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "solver", [nb.solvers.DualCholesky(), nb.solvers.PrimalQR()], ids=lambda s: s.name
+)
 def test_covariance_of_the_numerical_null_space(solver: nb.solvers.Solver) -> None:
     model, x, y = problem()
     posterior = nb.NullSpacePosterior(model, solver=solver, delta=0.05, prior_precision=4.0)
@@ -92,13 +102,17 @@ def test_covariance_of_the_numerical_null_space(solver: nb.solvers.Solver) -> No
     assert posterior.certificate.rank == pytest.approx(gamma, abs=1)
 
 
-@pytest.mark.parametrize("solver", [nb.solvers.DualCholesky(), nb.solvers.PrimalQR()], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "solver", [nb.solvers.DualCholesky(), nb.solvers.PrimalQR()], ids=lambda s: s.name
+)
 def test_covariance_of_the_laplace_posterior(solver: nb.solvers.Solver) -> None:
     model, x, y = problem()
     posterior = nb.LaplacePosterior(model, solver=solver, prior_precision=0.7)
     posterior.fit(loader(x, y), num_samples=20_000, **QUIET)
     rows = dense_rows(model, x, y, "predictions")
-    assert_covariance(posterior._samples(), torch.linalg.inv(0.7 * torch.eye(57).double() + rows.T @ rows))
+    assert_covariance(
+        posterior._samples(), torch.linalg.inv(0.7 * torch.eye(57).double() + rows.T @ rows)
+    )
 
 
 def test_a_precision_per_tensor() -> None:
@@ -106,10 +120,14 @@ def test_a_precision_per_tensor() -> None:
     prior = {name: 0.5 + i for i, (name, _) in enumerate(model.named_parameters())}
     posterior = nb.NullSpacePosterior(model, prior_precision=prior, delta=0)
     posterior.fit(loader(x, y), num_samples=20_000, **QUIET)
-    sd = torch.cat([torch.full((p.numel(),), prior[n] ** -0.5) for n, p in model.named_parameters()]).double()
+    sd = torch.cat(
+        [torch.full((p.numel(),), prior[n] ** -0.5) for n, p in model.named_parameters()]
+    ).double()
     inner = projector(dense_rows(model, x, y, "predictions") * sd)
     assert_covariance(posterior._samples(), sd[:, None] * inner * sd)
-    laplace = nb.LaplacePosterior(model, prior_precision=prior).fit(loader(x, y), num_samples=20_000, **QUIET)
+    laplace = nb.LaplacePosterior(model, prior_precision=prior).fit(
+        loader(x, y), num_samples=20_000, **QUIET
+    )
     rows = dense_rows(model, x, y, "predictions")
     assert_covariance(laplace._samples(), torch.linalg.inv(torch.diag(sd**-2) + rows.T @ rows))
 
@@ -124,10 +142,16 @@ def test_residual_on_every_layer_kind(case: Case, preserve: str, dtype: torch.dt
         model = nn.Sequential(model, nn.Flatten()).eval()
     size = batch_size(x)
     with torch.no_grad():
-        classes = (model(*x) if isinstance(x, tuple) else model(**x) if isinstance(x, dict) else model(x)).shape[1]
+        classes = (
+            model(*x) if isinstance(x, tuple) else model(**x) if isinstance(x, dict) else model(x)
+        ).shape[1]
     y = torch.arange(size) % classes
-    batch = (*x, y) if isinstance(x, tuple) else {**x, "labels": y} if isinstance(x, dict) else (x, y)
-    posterior = nb.NullSpacePosterior(model, preserve=preserve, **EXACT).fit([batch], num_samples=4, **QUIET)
+    batch = (
+        (*x, y) if isinstance(x, tuple) else {**x, "labels": y} if isinstance(x, dict) else (x, y)
+    )
+    posterior = nb.NullSpacePosterior(model, preserve=preserve, **EXACT).fit(
+        [batch], num_samples=4, **QUIET
+    )
     limit = 1e-5 if dtype == torch.float32 else 1e-9
     assert posterior.certificate.residual <= limit
     double = torch.utils._pytree.tree_map(
@@ -142,12 +166,16 @@ def test_residual_on_every_layer_kind(case: Case, preserve: str, dtype: torch.dt
     if dtype == torch.float64:
         # An error e in a direction of singular value s shows as s e only: compare where it shows.
         kept = projector(rows, 1e-4) @ delta.T
-        assert_close(rows @ kept, torch.zeros_like(rows @ kept), atol=1e-3 * float(rows.norm()), rtol=0)
+        assert_close(
+            rows @ kept, torch.zeros_like(rows @ kept), atol=1e-3 * float(rows.norm()), rtol=0
+        )
         assert_close(delta.T, projector(rows, 1e-7) @ v.T, atol=2e-2, rtol=0)
 
 
-def test_the_guarantee_on_a_trained_network(trained: tuple[nn.Module, list[Any], list[Any]]) -> None:
-    model, train, val = trained
+def test_the_guarantee_on_a_trained_network(
+    trained: tuple[nn.Module, list[Any], list[Any]],
+) -> None:
+    model, train, _ = trained
     posterior = nb.NullSpacePosterior(model).fit(train, num_samples=30, **QUIET)
     c = posterior.certificate
     assert c.posterior_accuracy == c.map_accuracy
@@ -166,7 +194,9 @@ def trained() -> tuple[nn.Module, list[Any], list[Any]]:
         centres = torch.tensor([[0.0, 2.0], [2.0, -1.0], [-2.0, -1.0]])
         y = torch.arange(180) % 3
         x = centres[y] + 1.2 * torch.randn(180, 2)
-        model = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 3))
+        model = nn.Sequential(
+            nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 3)
+        )
         optimiser = torch.optim.Adam(model.parameters(), 1e-2)
         for _ in range(150):
             optimiser.zero_grad()
@@ -210,7 +240,9 @@ def test_sampled_predictions_and_state_dicts(trained: Any) -> None:
     posterior = nb.NullSpacePosterior(model).fit(train, num_samples=4, **QUIET)
     x = val[0][0]
     prediction = posterior.predict(x, method="sampled")
-    clone = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 3))
+    clone = nn.Sequential(
+        nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 3)
+    )
     dicts = list(posterior.sample())
     assert len(dicts) == 4
     for weights, outputs in zip(dicts, prediction.outputs, strict=True):
@@ -221,7 +253,10 @@ def test_sampled_predictions_and_state_dicts(trained: Any) -> None:
 
 def test_one_seed_gives_one_posterior_and_draw_continues_it(trained: Any) -> None:
     model, train, _ = trained
-    make = lambda n, seed: nb.NullSpacePosterior(model, prior_precision=1.0).fit(train, n, seed, **QUIET)
+
+    def make(n: int, seed: int) -> nb.NullSpacePosterior:
+        return nb.NullSpacePosterior(model, prior_precision=1.0).fit(train, n, seed, **QUIET)
+
     long, short, other = make(6, 0), make(4, 0), make(4, 1)
     assert_close(long._samples()[:4], short._samples(), atol=1e-4, rtol=1e-3)
     assert float((other._samples() - short._samples()).abs().max()) > 0.1
@@ -248,7 +283,9 @@ def test_evidence_is_stationary(trained: Any) -> None:
     assert laplace.prior_precision == pytest.approx(gamma / norm, rel=1e-6)
     numerical = nb.NullSpacePosterior(model, delta=0.1).fit(double, num_samples=400, **QUIET)
     start = nb.evidence.fixed_point(
-        nb.solvers.Spectrum(squared, torch.ones_like(squared), True), torch.full((1,), norm**0.5), 0.1
+        nb.solvers.Spectrum(squared, torch.ones_like(squared), True),
+        torch.full((1,), norm**0.5),
+        0.1,
     )
     share = (0.1 * start / (squared + 0.1 * start)) ** numerical.certificate.iterations
     assert numerical.prior_precision == pytest.approx(float((1 - share**2).sum()) / norm, rel=0.05)
@@ -256,7 +293,9 @@ def test_evidence_is_stationary(trained: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", [nb.NullSpacePosterior, nb.LaplacePosterior])
-@pytest.mark.parametrize("solver", [nb.solvers.DualCholesky(), nb.solvers.PrimalQR()], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "solver", [nb.solvers.DualCholesky(), nb.solvers.PrimalQR()], ids=lambda s: s.name
+)
 def test_novelty_exact_and_from_samples(trained: Any, kind: Any, solver: nb.solvers.Solver) -> None:
     model, train, val = trained
     posterior = kind(model, solver=solver).fit(train, num_samples=600, **QUIET)
@@ -272,16 +311,22 @@ def test_novelty_exact_and_from_samples(trained: Any, kind: Any, solver: nb.solv
         assert bool(((share >= 0) & (share <= 1)).all())
     assert float(posterior.novelty(far).mean()) > float(posterior.novelty(near).mean())
     assert_close(posterior.novelty(near, score="entropy"), posterior.predict(near).total)
-    assert_close(posterior.novelty(near, score="mutual_information"), posterior.predict(near).epistemic)
+    assert_close(
+        posterior.novelty(near, score="mutual_information"), posterior.predict(near).epistemic
+    )
 
 
 def test_calibration_is_one_pass_over_the_whole_path(trained: Any) -> None:
     model, train, val = trained
     posterior = nb.NullSpacePosterior(model).fit(train, num_samples=20, **QUIET)
     before = posterior.prior_precision
-    ood = [(6 * torch.randn(40, 2, generator=torch.Generator().manual_seed(1)), torch.zeros(40).long())]
+    ood = [
+        (6 * torch.randn(40, 2, generator=torch.Generator().manual_seed(1)), torch.zeros(40).long())
+    ]
     path = posterior.calibrate(val, ood_loader=ood, **QUIET)
-    assert path.start == before and len(path.prior_precision) == len(path.nll) == len(path.auroc or [])
+    assert path.start == before and len(path.prior_precision) == len(path.nll) == len(
+        path.auroc or []
+    )
     assert path.nll[path.chosen] == min(path.nll) and not path.at_edge
     assert path.nll[path.chosen] <= (path.point["nll"] or 0)
     assert posterior.prior_precision == path.prior_precision[path.chosen]
@@ -298,7 +343,9 @@ def test_calibration_is_one_pass_over_the_whole_path(trained: Any) -> None:
 def test_calibration_warns_when_the_posterior_adds_nothing(trained: Any) -> None:
     model, train, val = trained
     posterior = nb.NullSpacePosterior(model).fit(train, num_samples=5, **QUIET)
-    sure = [(x, model(x).argmax(1)) for x, _ in val]  # labels that agree with the network everywhere
+    sure = [
+        (x, model(x).argmax(1)) for x, _ in val
+    ]  # labels that agree with the network everywhere
     with pytest.warns(nb.NullBayesWarning, match="trained network"):
         posterior.calibrate(sure, **QUIET)
     assert math.isfinite(posterior.prior_precision)
@@ -309,14 +356,18 @@ def test_regression_noise_and_intervals() -> None:
         torch.manual_seed(0)
         x = torch.cat([torch.rand(40, 1) - 2, torch.rand(40, 1) + 1])
         y = torch.sin(2 * x) + 0.1 * torch.randn_like(x)
-        model = nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1))
+        model = nn.Sequential(
+            nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1)
+        )
         optimiser = torch.optim.Adam(model.parameters(), 5e-3)
         for _ in range(400):
             optimiser.zero_grad()
             (model(x) - y).square().mean().backward()
             optimiser.step()
     model.eval()
-    posterior = nb.NullSpacePosterior(model, "regression").fit(loader(x, y, 30), num_samples=100, **QUIET)
+    posterior = nb.NullSpacePosterior(model, "regression").fit(
+        loader(x, y, 30), num_samples=100, **QUIET
+    )
     residual = (model(x) - y).detach().square().mean()
     prediction = posterior.predict(x)
     assert_close(prediction.aleatoric, residual.expand(80, 1), rtol=1e-3, atol=0)
@@ -324,7 +375,11 @@ def test_regression_noise_and_intervals() -> None:
     gap = posterior.predict(torch.zeros(1, 1))
     assert float(gap.epistemic) > 10 * float(prediction.epistemic.mean())
     c = posterior.certificate
-    assert c.score_name == "rmse" and c.held and c.map_accuracy == pytest.approx(float(residual.sqrt()), rel=1e-3)
+    assert (
+        c.score_name == "rmse"
+        and c.held
+        and c.map_accuracy == pytest.approx(float(residual.sqrt()), rel=1e-3)
+    )
 
 
 @pytest.mark.parametrize("shape", ["BTO", "BOHW", "multilabel"])
@@ -335,7 +390,10 @@ def test_outputs_of_any_shape(shape: str) -> None:
         y = torch.randint(0, 4, (5, 6))
         y[0, :3] = -100
     elif shape == "BOHW":
-        model, x = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 3, 1)), torch.randn(5, 1, 4, 4)
+        model, x = (
+            nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 3, 1)),
+            torch.randn(5, 1, 4, 4),
+        )
         y = torch.randint(0, 3, (5, 4, 4))
     else:
         model, x = nn.Sequential(nn.Linear(3, 30), nn.Tanh(), nn.Linear(30, 4)), torch.randn(5, 3)
@@ -350,7 +408,9 @@ def test_outputs_of_any_shape(shape: str) -> None:
     prediction = posterior.predict(x.double())
     assert prediction.mean.shape == prediction.point.shape
     assert posterior.novelty(x.double()).shape == (5,)
-    full = nb.NullSpacePosterior(model, kind, preserve="predictions").fit(loader(x.double(), y, 2), 4, **QUIET)
+    full = nb.NullSpacePosterior(model, kind, preserve="predictions").fit(
+        loader(x.double(), y, 2), 4, **QUIET
+    )
     per_example = {"BTO": 18, "BOHW": 32, "multilabel": 4}[shape]
     assert full.certificate.constraints == 5 * per_example
 

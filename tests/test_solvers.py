@@ -75,7 +75,7 @@ def true_rank(a: Tensor) -> int:
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_projector(solver: str, problem: Problem) -> None:
     a = problem.matrix()
-    m, p = a.shape
+    p = a.shape[1]
     # In the dense reference, too, rows are scaled: it changes no null space, and lets the singular
     # value decomposition see rows of all sizes.
     scaled = a / a.norm(dim=1, keepdim=True).clamp(min=1e-300)
@@ -97,7 +97,10 @@ def test_projector(solver: str, problem: Problem) -> None:
     before = a.norm(dim=0)
     after = (a @ ours).norm(dim=0)
     assert_close(
-        result.residual, torch.where(before > 0, after / before.clamp(min=1e-300), 0), atol=1e-13, rtol=0
+        result.residual,
+        torch.where(before > 0, after / before.clamp(min=1e-300), 0),
+        atol=1e-13,
+        rtol=0,
     )
 
 
@@ -138,7 +141,9 @@ def test_explained_variance_and_spectrum(solver: str, problem: Problem, shift: f
         inner = a.T @ torch.linalg.solve(a @ a.T + shift * torch.eye(len(a)).double(), a)
     else:
         inner = torch.linalg.pinv(a) @ a
-    assert_close(state.explained(DenseOperator(rows)), (rows @ inner * rows).sum(1), atol=1e-8, rtol=0)
+    assert_close(
+        state.explained(DenseOperator(rows)), (rows @ inner * rows).sum(1), atol=1e-8, rtol=0
+    )
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -286,9 +286,9 @@ def _() -> tuple[nn.Module, Any]:
 def _recurrent(kind: type[nn.RNNBase]) -> Build:
     def build() -> tuple[nn.Module, Any]:
         last = Lambda(lambda out: out[0][:, -1])
-        return nn.Sequential(
-            kind(3, 4, batch_first=True), last, nn.Linear(4, 3)
-        ), torch.randn(3, 5, 3)
+        return nn.Sequential(kind(3, 4, batch_first=True), last, nn.Linear(4, 3)), torch.randn(
+            3, 5, 3
+        )
 
     return build
 
@@ -349,9 +349,9 @@ def _() -> tuple[nn.Module, Any]:
 
 @case("dense-output")
 def _() -> tuple[nn.Module, Any]:
-    return nn.Sequential(
-        nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 2, 1)
-    ), torch.randn(3, 2, 3, 3)
+    return nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 2, 1)), torch.randn(
+        3, 2, 3, 3
+    )
 
 
 def dense_jacobian(model: nn.Module, inputs: Any) -> Tensor:

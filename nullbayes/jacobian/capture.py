@@ -114,7 +114,9 @@ def make_plan(functional: FunctionalModel) -> CapturePlan:
     model, space = functional.model, functional.space
     canonical = {id(p): n for n, p in model.named_parameters()}
     aliases = {n: canonical[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
-    sites, covered, seen = [], set(), set()
+    sites: list[Site] = []
+    covered: set[str] = set()
+    seen: set[int] = set()
     for path, module in model.named_modules():
         rule = rule_for(module)
         if rule is None or id(module) in seen:
@@ -175,9 +177,9 @@ def _recording(sites: Sequence[Site]) -> Iterator[list[_Record]]:
 
     try:
         for site in sites:
-            handles.append(
-                site.module.register_forward_hook(hook_for(site), with_kwargs=True, prepend=True)
-            )
+            hook = hook_for(site)
+            handle = site.module.register_forward_hook(hook, with_kwargs=True, prepend=True)
+            handles.append(handle)  # one by one: an error midway must find the earlier ones here
         yield records
     finally:
         for handle in handles:
@@ -197,9 +199,7 @@ def batched_grad(
         ]
         return [None if row[0] is None else torch.stack(row) for row in zip(*runs, strict=True)]
     return list(
-        torch.autograd.grad(
-            outputs, inputs, cotangents, is_grads_batched=True, allow_unused=True
-        )
+        torch.autograd.grad(outputs, inputs, cotangents, is_grads_batched=True, allow_unused=True)
     )
 
 
@@ -232,9 +232,7 @@ def capture(
     count, size = cotangents.shape[:2]
     contributions = _Contributions(functional, plan, size, scales or {})
     if records:
-        grads = batched_grad(
-            outputs, [r.edge for r in records], cotangents, plan.batched_backward
-        )
+        grads = batched_grad(outputs, [r.edge for r in records], cotangents, plan.batched_backward)
         with torch.no_grad():
             for record, g in zip(records, grads, strict=True):
                 if g is None:
@@ -372,8 +370,8 @@ class _Contributions:
                 dense[name] = self._zeros(cotangents, numel)
         if dense:
             order: list[Slot] = [s for s in self.functional.space.slots if s.name in dense]
-            values = torch.cat([dense[s.name] for s in order], dim=2)
-            out[tuple(s.name for s in order)] = DenseFactor(order, values)
+            joined = torch.cat([dense[s.name] for s in order], dim=2)
+            out[tuple(s.name for s in order)] = DenseFactor(order, joined)
         return out
 
     def _scale(self, name: str | None) -> float:

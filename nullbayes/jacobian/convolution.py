@@ -27,11 +27,11 @@ def patches(
     """
     taps = []
     for tap in itertools.product(*(range(k) for k in kernel)):
-        cut = tuple(
+        cut = [slice(None), slice(None)] + [
             slice(t * d, t * d + s * (n - 1) + 1, s)
             for t, d, s, n in zip(tap, dilation, stride, positions, strict=True)
-        )
-        taps.append(x[(slice(None), slice(None), *cut)])
+        ]
+        taps.append(x[tuple(cut)])
     return torch.stack(taps, dim=2)
 
 

@@ -150,9 +150,7 @@ class OuterFactor(Factor):
         step = max(1, CHUNK_ELEMENTS // max(1, per_example))
         if step >= self.examples:
             return [self]
-        return [
-            self.narrow(i, min(i + step, self.examples)) for i in range(0, self.examples, step)
-        ]
+        return [self.narrow(i, min(i + step, self.examples)) for i in range(0, self.examples, step)]
 
     def _joint(self, vectors: Tensor) -> Tensor:
         """The columns of this layer as matrices ``(G, S, O, I)``, the bias as the last input."""
@@ -280,7 +278,9 @@ class OuterFactor(Factor):
             block = out[start : start + part.num_rows].view(b, c, b2, c2)
             start += part.num_rows
             for k in range(self.groups):
-                inputs = part.a[:, :, k].reshape(b * t, -1) @ other.a[:, :, k].reshape(b2 * t2, -1).T
+                inputs = (
+                    part.a[:, :, k].reshape(b * t, -1) @ other.a[:, :, k].reshape(b2 * t2, -1).T
+                )
                 grads = part.g[:, :, :, k].reshape(-1, o) @ other.g[:, :, :, k].reshape(-1, o).T
                 inputs = inputs.view(b, 1, t, b2, 1, t2)
                 block += (grads.view(b, c, t, b2, c2, t2) * inputs).sum(dim=(2, 5))

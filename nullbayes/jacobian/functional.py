@@ -120,7 +120,9 @@ class FunctionalModel:
         """Why the model's own forward pass may have failed, and the mend."""
         leaves = tensor_leaves(inputs)
         found = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in leaves) or type(inputs).__name__
-        text = f"{where}: the model's forward pass failed on {found}: {type(error).__name__}: {error}"
+        text = (
+            f"{where}: the model's forward pass failed on {found}: {type(error).__name__}: {error}"
+        )
         other = sorted({str(t.dtype) for t in leaves if t.is_floating_point()} - {str(self.dtype)})
         if other:
             return (
@@ -234,6 +236,7 @@ def check_inputs(inputs: Inputs, where: str) -> None:
 
 
 def tensor_leaves(inputs: Inputs) -> list[Tensor]:
+    """All tensors of a nested input."""
     return [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor)]
 
 

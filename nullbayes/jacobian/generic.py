@@ -48,7 +48,7 @@ def _vmapped(
             )
             return functional({**weights, **w}, single).squeeze(0)
 
-        _, pull = torch.func.vjp(f, chosen)
+        pull = torch.func.vjp(f, chosen)[1]
         return torch.vmap(lambda c: pull(c)[0])(cots)
 
     size = cotangents.shape[1]

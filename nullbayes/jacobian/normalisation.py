@@ -35,16 +35,20 @@ class BatchNormRule(LayerRule):
 
 @register(nn.GroupNorm)
 class GroupNormRule(LayerRule):
+    """Statistics of each group of channels of one example."""
+
     def contributions(self, module: Any, x: Tensor, g: Tensor) -> Iterator[Contribution]:
         yield from _channel_rows(module, F.group_norm(x, module.num_groups, eps=module.eps), g)
 
 
 @register(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 class InstanceNormRule(LayerRule):
+    """Statistics of each channel of one example, or the running ones where they are tracked."""
+
     def contributions(self, module: Any, x: Tensor, g: Tensor) -> Iterator[Contribution]:
         own = module.training or module.running_mean is None
-        stats = (None, None) if own else (module.running_mean, module.running_var)
-        normed = F.instance_norm(x, *stats, use_input_stats=own, eps=module.eps)
+        mean, var = (None, None) if own else (module.running_mean, module.running_var)
+        normed = F.instance_norm(x, mean, var, use_input_stats=own, eps=module.eps)
         yield from _channel_rows(module, normed, g)
 
 
@@ -60,6 +64,8 @@ def _trailing_rows(module: Any, normed: Tensor, g: Tensor) -> Iterator[Contribut
 
 @register(nn.LayerNorm)
 class LayerNormRule(LayerRule):
+    """Statistics over the trailing axes."""
+
     def contributions(self, module: Any, x: Tensor, g: Tensor) -> Iterator[Contribution]:
         yield from _trailing_rows(
             module, F.layer_norm(x, module.normalized_shape, eps=module.eps), g
@@ -68,6 +74,8 @@ class LayerNormRule(LayerRule):
 
 @register(nn.RMSNorm)
 class RMSNormRule(LayerRule):
+    """Root mean square over the trailing axes; no bias."""
+
     parameters = ("weight",)
 
     def contributions(self, module: Any, x: Tensor, g: Tensor) -> Iterator[Contribution]:

@@ -135,9 +135,7 @@ class JacobianOperator(RowOperator):
 
     def cross_gram(self, other: JacobianOperator) -> Tensor:
         """``A A'ᵀ`` with the rows of another operator over the same parameters: ``(M, M')``."""
-        out = torch.zeros(
-            self.shape[0], other.shape[0], dtype=torch.float64, device=self.device
-        )
+        out = torch.zeros(self.shape[0], other.shape[0], dtype=torch.float64, device=self.device)
         for block, start in zip(self.blocks, self.starts, strict=False):
             for other_block, at in zip(other.blocks, other.starts, strict=False):
                 part = out[start : start + block.num_rows, at : at + other_block.num_rows]

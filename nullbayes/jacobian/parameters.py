@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,13 +80,14 @@ class ParameterSpace:
             chosen = {n: p for n, p in named.items() if choice(n, p)}
         else:
             several = not isinstance(choice, str) and isinstance(choice, Iterable)
-            wanted = list(choice) if several else [choice]
-            if not all(isinstance(name, str) for name in wanted):
+            given: list[Any] = list(choice) if several else [choice]
+            wanted = [name for name in given if isinstance(name, str)]
+            if len(wanted) < len(given):
                 raise InputError(
                     f"`parameters` is {choice!r}; expected None, names such as 'head.weight', or a "
                     "filter `(name, parameter) -> bool`."
                 )
-            aliases = {n: p for n, p in model.named_parameters(remove_duplicate=False)}
+            aliases = dict(model.named_parameters(remove_duplicate=False))
             canonical = {id(p): n for n, p in named.items()}
             for name in wanted:
                 if name not in aliases:

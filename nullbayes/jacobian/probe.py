@@ -56,9 +56,7 @@ def prove(functional: FunctionalModel, inputs: Inputs) -> CapturePlan:
         _repair(plan, bad)
 
 
-def _check_outputs(
-    functional: FunctionalModel, inputs: Inputs, outputs: Tensor, size: int
-) -> None:
+def _check_outputs(functional: FunctionalModel, inputs: Inputs, outputs: Tensor, size: int) -> None:
     if outputs.ndim == 0 or len(outputs) != size:
         raise ModelError(
             f"the model returned shape {tuple(outputs.shape)} for {size} examples; expected one "
@@ -72,7 +70,7 @@ def _check_outputs(
         )
     alone = torch.cat([functional.outputs(take(inputs, n, n + 1)) for n in range(size)])
     scale = outputs.abs().max()
-    if not bool(((alone - outputs).abs().max() <= _tolerance(outputs.dtype) * scale)):
+    if not bool((alone - outputs).abs().max() <= _tolerance(outputs.dtype) * scale):
         raise ModelError(
             "an example's output changes when it is evaluated alone "
             f"(by {float((alone - outputs).abs().max()):.2e}, outputs reach {float(scale):.2e}): "

@@ -91,7 +91,7 @@ def rule_for(module: nn.Module) -> LayerRule | None:
     for kind in type(module).__mro__:
         rule = _RULES.get(kind)
         if rule is not None:
-            same = type(module).forward is kind.forward
+            same = type(module).forward is getattr(kind, "forward", None)
             return rule if same and rule.supports(module) else None
     return None
 

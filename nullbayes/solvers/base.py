@@ -18,9 +18,7 @@ class Status(Enum):
     """How a projection ended; the value says what to do about it."""
 
     CONVERGED = "the tolerance was reached"
-    NUMERICAL = (
-        "what is left lies in directions that move the preserved quantity less than `delta` asks for"
-    )
+    NUMERICAL = "what is left lies in directions that move the preserved quantity less than `delta` asks for"
     STAGNATED = (
         "rounding stopped the residual above the tolerance; use a float64 model "
         "(`model.double()`) or accept the residual by a larger `tolerance`"

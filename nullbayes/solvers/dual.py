@@ -91,7 +91,7 @@ class DualState(State):
         jitter = self.solver.jitter or eps * m**0.5
         while True:
             # An example without a row (ignored, or fully certain) gets a unit diagonal: it is inert.
-            gram.diagonal().copy_(1.0 + jitter)
+            gram.diagonal().fill_(1.0 + jitter)
             self.chol, info = torch.linalg.cholesky_ex(gram)
             if int(info) == 0:
                 break

@@ -117,9 +117,7 @@ class PrimalState(State):
         require_finite(before, "the product of the Jacobian rows with prior samples")
         x = self._remove(vectors.double())
         if self.shift > 0:
-            return Projection(
-                x.to(vectors.dtype), torch.zeros_like(before), Status.CONVERGED, 1
-            )
+            return Projection(x.to(vectors.dtype), torch.zeros_like(before), Status.CONVERGED, 1)
         value = self._remove(x).to(vectors.dtype)
         residual = relative(self.operator.matvec(value).double().norm(dim=1), before)
         ok = bool((residual <= tolerance).all())

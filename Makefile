@@ -3,19 +3,21 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+PEERS  := $(VENV)/.peers
 # Tests: one worker a core (two is enough for them), and one thread a worker: more only wait for each other.
 WORKERS ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint format bench peers docs clean
+.PHONY: help install demo test lint format bench peers test-peers docs clean
 
 help:
 	@echo "make demo    train on scikit-learn's digits, write out/demo/report.html and results.json"
 	@echo "make test    all tests              make lint   ruff and mypy     make format  ruff format"
 	@echo "make bench   the benchmarks         make peers  packages that the benchmarks compare with"
 	@echo "make docs    the documentation      make clean  remove what these targets made"
+	@echo "make test-peers  the tests that compare with those packages"
 
 install: $(STAMP)
 
@@ -40,14 +42,20 @@ format: $(STAMP)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(STAMP)
+bench: $(PEERS)
 	@set -e; for file in benchmarks/[a-z]*.py; do \
 	    name=$$(basename $$file .py); echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name; done
 
 # laplace-torch and its relatives, without their requirements: those include torchvision.
-peers: $(STAMP)
+peers: $(PEERS)
+
+$(PEERS): $(STAMP)
 	@$(PIP) -e '.[bench]'
 	@$(PIP) --no-deps laplace-torch curvlinops-for-pytorch backpack-for-pytorch einconv unfoldnd asdfghjkl
+	@touch $@
+
+test-peers: $(PEERS)
+	@$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) tests_peers $(ARGS)
 
 docs: $(STAMP)
 	@$(PIP) -e '.[docs]'

@@ -188,7 +188,9 @@ class _Figures:
     def add(self, point: Tensor, moved: Tensor, targets: Tensor) -> Tensor:
         """Count one batch; returns the uncertainty of each example ``(B,)``."""
         with torch.no_grad():
-            moments = self.likelihood.moments(moved, point, True)
+            # Twice the same draw: a likelihood may ask for the variance of its draws.
+            several = moved if len(moved) > 1 else moved.expand(2, *point.shape)
+            moments = self.likelihood.moments(several, point, True)
             self.nll -= float(self.likelihood.log_predictive(moved, targets).double().sum())
             total, count = self.likelihood.score(moments.mean, targets)
             self.score, self.count = self.score + total, self.count + count

@@ -127,13 +127,13 @@ class Certificate:
         scores = f"training {name} {self.map_accuracy:.4f} → {self.posterior_accuracy:.4f}"
         if not self.projects:
             cost = f"it costs {self.score_loss:.4f} here" if self.score_loss > 0 else "it did here"
+            if math.isnan(self.score_loss):
+                cost = f"no training {name} could be measured"
             keep = f"A Laplace posterior does not promise to keep training predictions; {cost}"
             return f"{keep} ({scores})."
         if self.held:
-            text = (
-                f"The guarantee held: {scores}, every sample keeps {self.preserve} to a relative "
-            )
-            text += f"residual of {self.residual:.1e}."
+            text = f"The guarantee held: {scores}. Samples move {self.preserve} by "
+            text += f"{self.drift:.2g} (RMS), {self._left()} of what the prior would."
         else:
             text = " ".join(self._weaknesses(scores, name))
         return " ".join([text, *self._advice()])
@@ -187,6 +187,10 @@ class Certificate:
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known
         }
         return cls(**kept)
+
+    def _left(self) -> str:
+        percent = 100 * self.residual
+        return f"{percent:.1f} %" if percent >= 0.1 else f"{self.residual:.0e}"
 
     def _residual_note(self) -> str:
         if self.residual <= self.tolerance or self.status != Status.NUMERICAL.value:
@@ -269,7 +273,8 @@ class GuaranteeCheck:
                 change.add(self.preserve.change(likelihood, point, moved, targets, True))
                 outputs.add(likelihood.centre(scale * unit))
                 mean = likelihood.moments(moved, point, True).mean
-                map_mean = likelihood.moments(point[None], point, True).mean
+                # Twice the same draw: a likelihood may ask for the variance of its draws.
+                map_mean = likelihood.moments(torch.stack([point, point]), point, True).mean
                 for sums, value in ((before, map_mean), (after, mean)):
                     total, count = likelihood.score(value, targets)
                     sums[0] += total

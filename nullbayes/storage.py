@@ -143,7 +143,16 @@ class Stored:
                 NullBayesWarning,
                 stacklevel=3,
             )
-        tensor = self.tensor
+        tensor, shape = self.tensor, tuple(self.tensor.shape)
+        if len(shape) != 2 or shape[0] < 1 or shape[1] != space.total:
+            raise StorageError(
+                f"{self.path} holds samples of shape {shape}, expected (S, {space.total}) with at least "
+                "one sample. The file is damaged; save it again."
+            )
+        if not bool(tensor.isfinite().all()):
+            raise StorageError(
+                f"{self.path} holds NaN or infinity in its samples. The file is damaged; save it again."
+            )
         if self.names != list(space.names):  # the same tensors, registered in another order
             sizes = [math.prod(shape) for shape in self.meta["shapes"]]
             parts = dict(zip(self.names, tensor.split(sizes, dim=1), strict=True))

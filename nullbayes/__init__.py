@@ -27,12 +27,12 @@ from nullbayes.likelihood import Classification as Classification
 from nullbayes.likelihood import Likelihood as Likelihood
 from nullbayes.likelihood import Regression as Regression
 from nullbayes.likelihood import register_likelihood as register_likelihood
+from nullbayes.loading import load as load
 from nullbayes.planning import Plan as Plan
 from nullbayes.planning import plan as plan
 from nullbayes.posterior import LaplacePosterior as LaplacePosterior
 from nullbayes.posterior import NullSpacePosterior as NullSpacePosterior
 from nullbayes.posterior import Posterior as Posterior
-from nullbayes.posterior import load as load
 from nullbayes.prediction import Prediction as Prediction
 
 try:

@@ -17,12 +17,13 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
 
 from nullbayes import draws
+from nullbayes.arguments import check_choice
 from nullbayes.errors import InputError, NullBayesWarning
 from nullbayes.fitting import limited
 from nullbayes.jacobian.capture import CapturePlan
 from nullbayes.jacobian.functional import FunctionalModel
 from nullbayes.likelihood import Likelihood
-from nullbayes.prediction import check_choice, per_example
+from nullbayes.prediction import per_example
 from nullbayes.progress import stages
 
 METRICS = ("nll", "ece")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nullbayes.jacobian.build import examples_per_capture, output_operator
 from nullbayes.jacobian.capture import CapturePlan
 from nullbayes.jacobian.functional import FunctionalModel, Inputs, batch_size, take
+from nullbayes.jacobian.parameters import ParameterSpace
 
 # Up to this many outputs per sample, reverse mode (all rows at once) is cheaper than one
 # forward-mode pass for each sample.
@@ -101,3 +104,18 @@ def sampled(
             moved = {n: weights[n] + d for n, d in functional.space.unflatten(delta).items()}
             out.append(functional(moved, inputs))
     return point, torch.stack(out)
+
+
+def state_dicts(
+    model: nn.Module, space: ParameterSpace, samples: Tensor
+) -> Iterator[dict[str, Tensor]]:
+    """``θ̂ + Δ_s`` for each of ``samples (S, P)``, as a state dict of the whole model."""
+    canonical = {id(p): n for n, p in model.named_parameters()}
+    theta = space.current(model)
+    for delta in samples:
+        moved = {n: theta[n] + d for n, d in space.unflatten(delta).items()}
+        out = {}
+        for key, value in model.state_dict(keep_vars=True).items():
+            name = canonical.get(id(value), key)
+            out[key] = moved[name] if name in moved else value.detach().clone()
+        yield out

@@ -74,6 +74,12 @@ def limited(
         raise InputError(f"`{name}` holds no examples: every batch is empty. Pass a filled loader.")
 
 
+def first_inputs(functional: FunctionalModel, loader: Iterable[Any], name: str) -> Inputs:
+    """The inputs of the first batch, to prove rows on."""
+    check_reusable(loader, name)
+    return next(limited(functional, loader, name, None))[1]
+
+
 def fit_noise(
     functional: FunctionalModel,
     likelihood: Likelihood,

@@ -20,6 +20,7 @@ from nullbayes.jacobian.functional import (
     batch_size,
     check_mode,
     take,
+    undisturbed,
 )
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.jacobian.parameters import ParameterChoice, ParameterSpace
@@ -123,7 +124,33 @@ def plan(
     budget = (
         default_budget(available_bytes(space.device)) if memory is None else parse_bytes(memory)
     )
+    with undisturbed(space.device):
+        return _try(
+            functional,
+            train_loader,
+            likelihood,
+            preserve,
+            directions,
+            solver,
+            budget,
+            num_samples,
+            max_examples,
+        )
 
+
+def _try(
+    functional: FunctionalModel,
+    train_loader: Iterable[Any],
+    likelihood: Likelihood,
+    preserve: Preserve,
+    directions: Directions,
+    solver: str | Solver,
+    budget: int,
+    num_samples: int,
+    max_examples: int | None,
+) -> Plan:
+    """Count the loader, and capture and solve a few of its examples."""
+    space = functional.space
     examples, first = 0, None
     for index, inputs, targets in limited(functional, train_loader, "train_loader", max_examples):
         examples += batch_size(inputs)

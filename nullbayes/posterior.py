@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import math
-import operator
 import os
-import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
-from typing import Any, ClassVar, TypeVar, cast
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from nullbayes import draws, storage
+from nullbayes.arguments import (
+    PriorPrecision,
+    check_choice,
+    check_count,
+    check_positive,
+    check_prior,
+)
+from nullbayes.assembly import LAPLACE, NULL_SPACE, Fit, Settings, build, extended, rescaled
 from nullbayes.calibration import METRICS, CalibrationPath, calibration_path
-from nullbayes.certificate import Certificate, GuaranteeCheck
+from nullbayes.certificate import Certificate
 from nullbayes.constraints import Directions, Preserve, resolve_directions, resolve_preserve
-from nullbayes.errors import InputError, NotFittedError, StorageError
-from nullbayes.evidence import fixed_point, null_space_precision
-from nullbayes.fitting import capture_training, check_reusable, default_budget, fit_noise, limited
-from nullbayes.jacobian.build import examples_per_capture, output_operator
+from nullbayes.errors import InputError, ModelError, NotFittedError
+from nullbayes.fitting import check_reusable, first_inputs
 from nullbayes.jacobian.capture import CapturePlan
 from nullbayes.jacobian.functional import (
     Forward,
@@ -32,50 +31,25 @@ from nullbayes.jacobian.functional import (
     batch_size,
     check_inputs,
     check_mode,
-    take,
     to_device,
-    undisturbed,
+    undisturbed_method,
 )
 from nullbayes.jacobian.parameters import ParameterChoice, ParameterSpace
 from nullbayes.jacobian.probe import prove
 from nullbayes.likelihood import Likelihood, resolve_likelihood
-from nullbayes.memory import available_bytes, parse_bytes, peak_bytes
-from nullbayes.prediction import (
-    METHODS,
-    SCORES,
-    Prediction,
-    check_choice,
-    make_prediction,
-    per_example,
-)
-from nullbayes.progress import stages
-from nullbayes.solvers import Solver, State, choose
-from nullbayes.solvers.base import default_tolerance, relative
+from nullbayes.memory import parse_bytes
+from nullbayes.novelty import novelty_variance
+from nullbayes.prediction import METHODS, SCORES, Prediction, make_prediction, per_example
+from nullbayes.solvers import Solver, choose
 
-PriorPrecision = str | float | Mapping[str, float]
 Self = TypeVar("Self", bound="Posterior")
-Method = TypeVar("Method", bound=Callable[..., Any])
 
 # Edge of the numerical null space, relative to the prior precision. benchmarks/edge.py: NLL, ECE and
 # novelty are all best near 1e-4 on the digits; towards 0 novelty suffers, towards 1 everything does.
 DELTA = 1e-4
 
-# Floating-point operations per example up to which novelty is computed exactly by itself.
-EXACT_FLOPS = 3e8
 
-
-def _undisturbed(method: Method) -> Method:
-    """A method that runs the user's model: in any gradient mode, without touching random state."""
-
-    @functools.wraps(method)
-    def run(self: Posterior, *args: Any, **kwargs: Any) -> Any:
-        with undisturbed(self.functional.device):
-            return method(self, *args, **kwargs)
-
-    return cast(Method, run)
-
-
-class Posterior(ABC):
+class Posterior:
     """What the null-space and the Laplace posterior share. Use one of those two.
 
     Args:
@@ -97,7 +71,6 @@ class Posterior(ABC):
     """
 
     kind: ClassVar[str]
-    delta: float
 
     def __init__(
         self,
@@ -112,12 +85,12 @@ class Posterior(ABC):
         forward: Forward | None = None,
         tolerance: float | None = None,
         memory: str | int | None = None,
+        delta: float = DELTA,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise InputError(f"`model` is {type(model).__name__}, expected a torch.nn.Module.")
-        self.model = getattr(
-            model, "_orig_mod", model
-        )  # torch.compile wraps; hooks need the layers
+        # torch.compile wraps the model; hooks need its layers.
+        self.model = getattr(model, "_orig_mod", model)
         self.likelihood = resolve_likelihood(likelihood)
         self.preserve = resolve_preserve(preserve)
         self.directions = resolve_directions(directions)
@@ -125,30 +98,35 @@ class Posterior(ABC):
             self.preserve.rows(self.likelihood, (2,), self.directions)  # raises, saying why
         self.space = ParameterSpace.from_model(self.model, parameters)
         self.functional = FunctionalModel(self.model, self.space, forward)
-        self._prior = _check_prior(prior_precision)
-        tensorwise = self._prior if isinstance(self._prior, dict) else None
-        self._scales = self.space.scales(tensorwise)
-        self.solver = solver
+        prior = check_prior(prior_precision)
+        self.space.scales(prior if isinstance(prior, dict) else None)  # raises on wrong names
         choose(solver, 1, 1, 1 << 62)  # a wrong argument is said now, not after the capture
         if tolerance is not None and isinstance(solver, Solver):
             raise InputError(
                 f"`tolerance` is {tolerance!r} beside a solver object, which has its own: say it there, "
                 f"`{type(solver).__name__}(tolerance=...)`."
             )
-        self.tolerance = None if tolerance is None else _check_positive(tolerance, "tolerance")
-        self.memory = None if memory is None else parse_bytes(memory)
+        self._settings = Settings(
+            kind=self.kind,
+            preserve=self.preserve,
+            directions=self.directions,
+            prior=prior,
+            delta=delta,
+            solver=solver,
+            tolerance=None if tolerance is None else check_positive(tolerance, "tolerance"),
+            memory=None if memory is None else parse_bytes(memory),
+        )
         self.calibration: CalibrationPath | None = None
-        self._plan: CapturePlan | None = None
-        self._unit: Tensor | None = None  # (S, P) samples at prior precision one
-        self._alpha = math.nan
-        self._state: State | None = None
-        self._check: GuaranteeCheck | None = None
-        self._certificate: Certificate | None = None
-        self._seed = 0
+        self._fit: Fit | None = None
+        self._seen: list[
+            tuple[int, int]
+        ] = []  # identity and version of the parameters last checked
+        # A loaded posterior proves its rows on the first inputs that it sees.
+        self._proven: CapturePlan | None = None
 
     # -- fit -------------------------------------------------------------------------------------
 
-    @_undisturbed
+    @undisturbed_method
     def fit(
         self: Self,
         train_loader: Iterable[Any],
@@ -172,163 +150,78 @@ class Posterior(ABC):
             InputError, ModelError, NonFiniteError, MemoryBudgetError, SolverError: each names what
                 was found and the mend; the model and an earlier fit stay as they were.
         """
-        started = time.perf_counter()
-        num_samples = _check_count(num_samples, "num_samples")
-        max_examples = None if max_examples is None else _check_count(max_examples, "max_examples")
-        seed = _check_count(seed, "seed", 0)
+        num_samples = check_count(num_samples, "num_samples")
+        max_examples = None if max_examples is None else check_count(max_examples, "max_examples")
+        seed = check_count(seed, "seed", 0)
         check_reusable(train_loader, "train_loader")
         check_mode(self.model)
         self.space.check_finite(self.model)
-        budget = self.memory or default_budget(available_bytes(self.functional.device))
-        # Noise is fitted on a copy: an error later on leaves the earlier fit as it was.
-        likelihood = copy.deepcopy(self.likelihood)
-        with stages(progress) as stage:
-            fit_noise(self.functional, likelihood, train_loader, max_examples, stage)
-            rows = capture_training(
-                self.functional,
-                likelihood,
-                self.preserve,
-                self.directions,
-                train_loader,
-                max_examples,
-                self._scale_by_name(),
-                budget,
-                num_samples,
-                stage,
-            )
-            m, p = rows.operator.shape
-            choice = choose(self.solver, m, p, budget - rows.operator.nbytes, self.tolerance)
-            state = choice.solver.prepare(rows.operator, stage.fraction("Gram matrix, QR"))
-            theta = self.space.flatten(self.space.current(self.model))
-            alpha = self._prior_precision(state, theta)
-            numerical = self.delta > 0 and self.kind == NullSpacePosterior.kind
-            state.factorise(self.delta * alpha, numerical, stage.fraction("factorisation"))
-            v, noise = draws.standard_normal(seed, range(num_samples), p, m, theta)
-            done = state.project(v, noise)
-            gone = float(v.double().square().sum() - done.value.double().square().sum())
-            gamma = gone / num_samples if numerical else float(state.rank)
-            alpha = self._evidence_after(gamma, theta, alpha)
-            rank = min(max(round(gamma), 0), m, p)
-            unit = done.value if self._scales is None else done.value * self._scales
-            # Once more from the rows, outside the solver: what the certificate states.
-            after = rows.operator.matvec(done.value)
-            residual = _residual(after, rows.operator.matvec(v))
-            row_rms = float(after.double().square().sum() / (num_samples * rows.examples)) ** 0.5
-            check = GuaranteeCheck(
-                self.functional, rows.plan, likelihood, self.preserve, rows.kept, unit
-            )
-        solver = choice.solver
-        tolerance = getattr(solver, "tolerance", None) or default_tolerance(self.space.dtype)
-        device = self.functional.device
-        certificate = Certificate(
-            method=self.kind,
-            preserve=self.preserve.describe(),
-            residual=float(residual.max()),
-            tolerance=tolerance,
-            row_drift=row_rms * alpha**-0.5,
-            natural_units=self.preserve.natural_units,
-            **check.measure(alpha**-0.5),
-            score_name=likelihood.score_name,
-            constraints=m,
-            parameters=p,
-            rank=rank,
-            null_dim=p - rank,
-            prior_share=float(done.value.double().square().sum() / v.double().square().sum()),
-            prior_precision=alpha,
-            delta=self.delta,
-            discarded_trace=rows.discarded_trace,
-            solver=solver.name,
-            reason=choice.why,
-            status=done.status.value,
-            iterations=done.iterations,
-            seconds=time.perf_counter() - started,
-            peak_memory=peak_bytes(device),
-            examples=rows.examples,
-            checked_examples=check.examples,
-            num_samples=num_samples,
-            generic=tuple(rows.plan.generic),
-            notes=tuple(state.notes),
+        fit = build(
+            self.functional,
+            self.likelihood,
+            self._settings,
+            train_loader,
+            num_samples,
+            seed,
+            max_examples,
+            progress,
         )
-        self._plan, self._unit, self._alpha, self._seed = rows.plan, unit, alpha, seed
-        self._state, self._check, self.calibration = state, check, None
-        self._certificate, self.likelihood = certificate, likelihood
+        self._fit, self.likelihood, self.calibration = fit, fit.likelihood, None
         return self
 
-    def _prior_precision(self, state: State, theta: Tensor) -> float:
-        """Prior precision for the factorisation."""
-        if isinstance(self._prior, dict):
-            return 1.0
-        if self._prior == "evidence":
-            return fixed_point(state.spectrum(), theta, self.delta) if self.delta else 1.0
-        assert isinstance(self._prior, float)
-        return self._prior
-
-    @abstractmethod
-    def _evidence_after(self, gamma: float, theta: Tensor, alpha: float) -> float:
-        """Prior precision once ``gamma``, the number of directions that the data determine, is known."""
-
-    def _options(self) -> dict[str, Any]:
-        """Constructor arguments of this class alone, for storage."""
-        return {}
-
-    def _scale_by_name(self) -> dict[str, float] | None:
-        if not isinstance(self._prior, dict):
-            return None
-        return {name: value**-0.5 for name, value in self._prior.items()}
+    @property
+    def delta(self) -> float:
+        """Where the null space ends, relative to the prior precision; 1 for Laplace."""
+        return self._settings.delta
 
     # -- what was fitted -------------------------------------------------------------------------
 
-    def _fitted(self) -> tuple[Tensor, Certificate]:
-        if self._unit is None or self._certificate is None:
+    def _fitted(self) -> Fit:
+        if self._fit is None:
             raise NotFittedError(
                 f"this {type(self).__name__} has not been fitted; call `fit(train_loader)` first, or "
                 "`nb.load(path, model)`."
             )
-        return self._unit, self._certificate
+        return self._fit
 
     @property
     def certificate(self) -> Certificate:
         """The measured guarantee at the current prior precision."""
-        return self._fitted()[1]
+        return self._fitted().certificate
 
     @property
     def num_samples(self) -> int:
         """Weight samples held."""
-        return len(self._fitted()[0])
+        return len(self._fitted().unit)
 
     @property
     def prior_precision(self) -> float:
         """``α``. Setting it rescales samples and certificate; the projection does not depend on it."""
-        self._fitted()
-        return self._alpha
+        return self._fitted().alpha
 
     @prior_precision.setter
     def prior_precision(self, value: float) -> None:
         self._set_prior_precision(value)
 
-    @_undisturbed
+    @undisturbed_method
     def _set_prior_precision(self, value: float) -> None:
-        _, certificate = self._fitted()
-        alpha = _check_positive(value, "prior_precision")
-        if self._check is not None:
-            measured = self._check.measure(alpha**-0.5)
-            rows = certificate.row_drift * (self._alpha / alpha) ** 0.5
-            certificate = replace(certificate, prior_precision=alpha, row_drift=rows, **measured)
-        self._alpha, self._certificate = alpha, certificate
+        fit = self._fitted()
+        self._fit = rescaled(fit, check_positive(value, "prior_precision"))
 
     def _samples(self) -> Tensor:
         """Weight changes ``Δ (S, P)`` at the current prior precision."""
-        return self._fitted()[0] * self._alpha**-0.5
+        return self._fitted().samples
 
     def _capture_plan(self, inputs: Inputs) -> CapturePlan:
-        if self._plan is None:  # a loaded posterior proves its rows on the first batch it sees
+        plan = self._fitted().plan or self._proven
+        if plan is None:  # a loaded posterior proves its rows on the first batch it sees
             self.functional.outputs(inputs, "`x`")  # wrong inputs are said to be that
-            self._plan = prove(self.functional, inputs)
-        return self._plan
+            plan = self._proven = prove(self.functional, inputs)
+        return plan
 
     # -- use -------------------------------------------------------------------------------------
 
-    @_undisturbed
+    @undisturbed_method
     def calibrate(
         self,
         val_loader: Iterable[Any],
@@ -348,21 +241,21 @@ class Posterior(ABC):
         Warns:
             NullBayesWarning: the best value lies at an edge, or does not beat the trained network.
         """
-        unit, _ = self._fitted()
+        fit = self._fitted()
         check_choice(metric, METRICS, "metric")
         if ood_loader is not None and not isinstance(ood_loader, Iterable):
             raise InputError(
                 f"`ood_loader` is {type(ood_loader).__name__}, expected an iterable of (inputs, targets) "
                 "batches, e.g. a DataLoader."
             )
-        check_mode(self.model)
-        first = _first_inputs(val_loader, self.functional)
+        self._check_model()
+        first = first_inputs(self.functional, val_loader, "val_loader")
         path = calibration_path(
             self.functional,
             self._capture_plan(first),
             self.likelihood,
-            unit,
-            self._alpha,
+            fit.unit,
+            fit.alpha,
             val_loader,
             ood_loader,
             metric,
@@ -372,7 +265,7 @@ class Posterior(ABC):
         self.calibration = path
         return path
 
-    @_undisturbed
+    @undisturbed_method
     def predict(self, x: Inputs, method: str = "linearised") -> Prediction:
         """Predict a batch ``x`` (tensor, tuple or mapping of tensors).
 
@@ -390,7 +283,7 @@ class Posterior(ABC):
             outputs = point + change
         return make_prediction(self.likelihood, point, outputs, method)
 
-    @_undisturbed
+    @undisturbed_method
     def novelty(self, x: Inputs, score: str = "variance", exact: bool | None = None) -> Tensor:
         """How much the training data leave open at ``x``: ``(B,)``, larger is less known.
 
@@ -408,52 +301,36 @@ class Posterior(ABC):
             prediction = self.predict(x)
             return per_example(prediction.total if score == "entropy" else prediction.epistemic)
         point = self.functional.outputs(x, "`x`")
-        plan = self._capture_plan(x)
-        size, outputs = len(point), point[0].numel()
-        if exact is None:
-            exact = self._state is not None and self._exact_flops(outputs) <= EXACT_FLOPS
-        if exact and self._state is None:
-            raise NotFittedError(
-                "exact novelty needs the factorisation, which is not stored in files; fit here, or "
-                "use `exact=False`."
+        return novelty_variance(
+            self.functional,
+            self._capture_plan(x),
+            self._fitted(),
+            self._settings,
+            x,
+            point,
+            score == "share",
+            exact,
+        )
+
+    def _check_model(self) -> None:
+        """Refuse a model that is in training mode, or no longer the one that was fitted."""
+        check_mode(self.model)
+        fit = self._fitted()
+        versions = [(id(p), p._version) for p in self.model.parameters()]
+        if versions == self._seen:
+            return
+        now = storage.fingerprint(self.model)
+        changed = sorted(n for n in now if now[n] != fit.fingerprint.get(n))
+        if changed:
+            raise ModelError(
+                f"the model has changed since this posterior was fitted: {len(changed)} tensors differ, "
+                f"first {changed[:3]}. Restore the weights that it was fitted for, or fit anew."
             )
-        values = []
-        step = examples_per_capture(self.functional, plan, outputs)
-        for start in range(0, size, step):
-            piece = take(x, start, min(start + step, size))
-            values.append(self._variance(plan, piece, exact, score == "share", outputs))
-        return torch.cat(values)
-
-    def _exact_flops(self, outputs: int) -> float:
-        assert self._state is not None
-        m, p = self._state.operator.shape
-        return 2.0 * outputs * min(m, p) * (p + min(m, p))
-
-    def _variance(
-        self, plan: CapturePlan, x: Inputs, exact: bool, share: bool, outputs: int
-    ) -> Tensor:
-        operator = output_operator(self.functional, plan, x, self._scale_by_name())
-        prior: Tensor | None = None
-        if exact or share:
-            prior = operator.squared_norms()
-        if exact:
-            assert self._state is not None and prior is not None
-            value = (prior - self._state.explained(operator)).clamp(min=0)
-        else:
-            unit, _ = self._fitted()
-            unit = unit if self._scales is None else unit / self._scales
-            value = operator.matvec(unit).double().square().mean(0)
-        total = value.reshape(-1, outputs).sum(1)
-        if share:
-            assert prior is not None
-            total = relative(total, prior.reshape(-1, outputs).sum(1)).clamp(0, 1)
-        else:
-            total = total / self._alpha
-        return total.to(self.functional.dtype)
+        self._seen = versions
 
     def _inputs(self, x: Inputs) -> Inputs:
         x = to_device(x, self.functional.device)
-        check_mode(self.model)
+        self._check_model()
         if not batch_size(x, "`x`"):
             raise InputError(
                 "`x` holds no examples: its first axis has length 0. Pass at least one."
@@ -466,76 +343,58 @@ class Posterior(ABC):
 
         More than were fitted are drawn first, see :meth:`draw`.
         """
-        count = self.num_samples if count is None else _check_count(count, "count")
+        count = self.num_samples if count is None else check_count(count, "count")
         if count > self.num_samples:
             self.draw(count - self.num_samples)
-        return self._state_dicts(count)
+        return draws.state_dicts(self.model, self.space, self._samples()[:count])
 
-    def _state_dicts(self, count: int) -> Iterator[dict[str, Tensor]]:
-        canonical = {id(p): n for n, p in self.model.named_parameters()}
-        theta = self.space.current(self.model)
-        for delta in self._samples()[:count]:
-            moved = {n: theta[n] + d for n, d in self.space.unflatten(delta).items()}
-            out = {}
-            for key, value in self.model.state_dict(keep_vars=True).items():
-                name = canonical.get(id(value), key)
-                out[key] = moved[name] if name in moved else value.detach().clone()
-            yield out
-
-    @_undisturbed
+    @undisturbed_method
     def draw(self, count: int) -> None:
         """Add ``count`` samples; they continue the stream of the fit's seed.
 
         Raises:
             NotFittedError: not fitted, or loaded from a file (which holds no factorisation).
         """
-        unit, certificate = self._fitted()
-        if self._state is None or self._check is None:
+        fit = self._fitted()
+        if fit.state is None:
             raise NotFittedError(
-                f"this posterior was loaded from a file with {len(unit)} samples; more need the "
+                f"this posterior was loaded from a file with {len(fit.unit)} samples; more need the "
                 "factorisation, so call `fit` again with a larger `num_samples`."
             )
-        count = _check_count(count, "count")
-        indices = range(len(unit), len(unit) + count)
-        m, p = self._state.operator.shape
-        v, noise = draws.standard_normal(self._seed, indices, p, m, unit)
-        done = self._state.project(v, noise)
-        operator = self._state.operator
-        residual = _residual(operator.matvec(done.value), operator.matvec(v))
-        new = done.value if self._scales is None else done.value * self._scales
-        self._unit = torch.cat([unit, new])
-        self._certificate = replace(
-            certificate,
-            residual=max(certificate.residual, float(residual.max())),
-            num_samples=len(self._unit),
-        )
+        count = check_count(count, "count")
+        self._fit = extended(fit, self.functional, self._settings, count)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write samples, settings, certificate and a fingerprint of the model to one safetensors file."""
-        unit, certificate = self._fitted()
+        fit = self._fitted()
         storage.write(
             path,
             model=self.model,
             space=self.space,
-            samples=unit,
+            samples=fit.unit,
             settings={
                 "class": type(self).__name__,
                 "likelihood": self.likelihood.config(),
                 "preserve": self.preserve.name,
                 "directions": self.directions,
-                "options": self._options(),
-                "prior": self._prior,
-                "prior_precision": self._alpha,
-                "seed": self._seed,
-                "certificate": certificate.as_dict(),
+                "options": {"delta": self.delta} if self.kind == NULL_SPACE else {},
+                "prior": self._settings.prior,
+                "prior_precision": fit.alpha,
+                "seed": fit.seed,
+                "certificate": fit.certificate.as_dict(),
                 "calibration": None if self.calibration is None else self.calibration.as_dict(),
             },
         )
 
     def _restore(self, samples: Tensor, settings: dict[str, Any]) -> None:
-        self._unit, self._alpha = samples, float(settings["prior_precision"])
-        self._seed = int(settings["seed"])
-        self._certificate = Certificate.from_dict(settings["certificate"])
+        self._fit = Fit(
+            self.likelihood,
+            samples,
+            float(settings["prior_precision"]),
+            int(settings["seed"]),
+            Certificate.from_dict(settings["certificate"]),
+            storage.fingerprint(self.model),
+        )
         path = settings["calibration"]
         self.calibration = None if path is None else CalibrationPath(**path)
 
@@ -560,7 +419,7 @@ class NullSpacePosterior(Posterior):
         options: see :class:`Posterior`.
     """
 
-    kind = "null-space"
+    kind = NULL_SPACE
 
     def __init__(
         self,
@@ -571,18 +430,13 @@ class NullSpacePosterior(Posterior):
         delta: float = DELTA,
         **options: Any,
     ) -> None:
-        super().__init__(model, likelihood, preserve, **options)
-        if not isinstance(delta, (int, float)) or not 0 <= delta < math.inf:
+        if (
+            isinstance(delta, bool)
+            or not isinstance(delta, (int, float))
+            or not 0 <= delta < math.inf
+        ):
             raise InputError(f"`delta` is {delta!r}; expected a number, 0 (exact) or more.")
-        self.delta = float(delta)
-
-    def _options(self) -> dict[str, Any]:
-        return {"delta": self.delta}
-
-    def _evidence_after(self, gamma: float, theta: Tensor, alpha: float) -> float:
-        return (
-            null_space_precision(gamma, len(theta), theta) if self._prior == "evidence" else alpha
-        )
+        super().__init__(model, likelihood, preserve, delta=float(delta), **options)
 
 
 class LaplacePosterior(Posterior):
@@ -592,109 +446,13 @@ class LaplacePosterior(Posterior):
     rescale its covariance as a whole (a tempered posterior); fit anew for another prior.
     """
 
-    kind = "Laplace"
-
-    delta = 1.0
+    kind = LAPLACE
 
     def __init__(
         self, model: nn.Module, likelihood: str | Likelihood = "classification", **options: Any
     ) -> None:
-        options.setdefault("preserve", "predictions")
-        super().__init__(model, likelihood, **options)
-
-    def _evidence_after(self, gamma: float, theta: Tensor, alpha: float) -> float:
-        return alpha
-
-
-def load(
-    path: str | os.PathLike[str],
-    model: nn.Module,
-    *,
-    likelihood: Likelihood | None = None,
-    forward: Forward | None = None,
-) -> Posterior:
-    """A posterior from :meth:`Posterior.save`, around the same trained model.
-
-    Args:
-        model: the network that the posterior was fitted for; the file's fingerprint is checked.
-            Another device or floating-point dtype is fine, other weights are not.
-        likelihood: needed only for a likelihood class that this process does not know.
-        forward: as it was given to the posterior.
-
-    Raises:
-        StorageError: the file is missing, truncated, not ours, or for another model.
-    """
-    stored = storage.read(path)
-    kinds: dict[str, type[Posterior]] = {
-        c.__name__: c for c in (NullSpacePosterior, LaplacePosterior)
-    }
-    if not isinstance(model, nn.Module):
-        raise InputError(f"`model` is {type(model).__name__}, expected a torch.nn.Module.")
-    stored.check_model(getattr(model, "_orig_mod", model))
-    try:
-        settings = stored.settings
-        posterior = kinds[settings["class"]](
-            model,
-            likelihood or stored.likelihood(),
-            preserve=settings["preserve"],
-            directions=settings["directions"],
-            **settings["options"],
-            parameters=stored.names,
-            prior_precision=settings["prior"],
-            forward=forward,
-        )
-        posterior._restore(stored.samples(posterior.space), settings)
-    except InputError as error:  # a likelihood or a preserve mode that this process does not know
-        raise StorageError(
-            f"{stored.path} holds a setting that cannot be used here: {error} Import the module that "
-            "registers it (`@nb.register_likelihood`, `@nb.register_preserve`) before loading."
-        ) from error
-    except (KeyError, TypeError) as error:
-        raise StorageError(
-            f"{stored.path} lacks, or does not understand, a setting ({type(error).__name__}: {error}); "
-            "it was written by another version of nullbayes or changed since. Fit and save it again."
-        ) from error
-    return posterior
-
-
-def _first_inputs(loader: Iterable[Any], functional: FunctionalModel) -> Inputs:
-    """The inputs of the first batch, to prove rows on."""
-    check_reusable(loader, "val_loader")
-    return next(limited(functional, loader, "val_loader", None))[1]
-
-
-def _residual(after: Tensor, before: Tensor) -> Tensor:
-    return relative(after.double().norm(dim=1), before.double().norm(dim=1))
-
-
-def _check_prior(value: PriorPrecision) -> str | float | dict[str, float]:
-    if isinstance(value, Mapping):
-        return {
-            str(name): _check_positive(number, f"prior_precision[{name!r}]")
-            for name, number in value.items()
-        }
-    if isinstance(value, str):
-        if value == "evidence":
-            return value
-        raise InputError(
-            f"`prior_precision` is {value!r}; expected 'evidence', a positive number, or one per "
-            "parameter tensor ({name: value})."
-        )
-    return _check_positive(value, "prior_precision")
-
-
-def _check_positive(value: float, name: str) -> float:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
-        raise InputError(f"`{name}` is {value!r}; expected a positive, finite number.")
-    return float(value)
-
-
-def _check_count(value: int, name: str, least: int = 1) -> int:
-    try:
-        count = operator.index(value)  # NumPy's integers too
-    except TypeError:
-        count = least - 1
-    if isinstance(value, bool) or count < least:
-        raise InputError(f"`{name}` is {value!r}; expected a whole number, {least} or more.")
-    return count
+        if "delta" in options:
+            raise InputError(
+                "`delta` is 1 for a Laplace posterior; use NullSpacePosterior to set it."
+            )
+        super().__init__(model, likelihood, delta=1.0, **options)

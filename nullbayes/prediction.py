@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nullbayes.errors import InputError, NonFiniteError
+from nullbayes.errors import NonFiniteError
 from nullbayes.likelihood import Likelihood
 
 METHODS = ("linearised", "sampled")
@@ -56,13 +56,6 @@ def make_prediction(
     with torch.no_grad():
         m = likelihood.moments(outputs, point, method == "linearised")
     return Prediction(m.mean, outputs, point, m.variance, m.total, m.aleatoric, m.epistemic, method)
-
-
-def check_choice(value: str, allowed: tuple[str, ...], name: str) -> str:
-    """``value`` if it is one of ``allowed``, an :class:`InputError` otherwise."""
-    if value not in allowed:
-        raise InputError(f"`{name}` is {value!r}; expected one of {', '.join(map(repr, allowed))}.")
-    return value
 
 
 def per_example(values: Tensor) -> Tensor:

@@ -634,7 +634,7 @@ def assert_threads(count: int) -> None:
     deadline = time.monotonic() + 5
     while threading.active_count() > count and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert threading.active_count() == count
+    assert threading.active_count() <= count  # one of an earlier test may have ended since
 
 
 @contextmanager

@@ -448,3 +448,18 @@ def test_the_plan_agrees_with_the_fit(trained: Any) -> None:
     assert not small.fits and any("directions='auto'" in text for text in small.advice)
     with pytest.raises(nb.MemoryBudgetError):
         nb.NullSpacePosterior(model, memory="100 kB").fit(train, 4, **QUIET)
+
+
+def test_a_model_that_changed_after_the_fit_is_refused(trained: Any) -> None:
+    model, train, val = trained
+    posterior = nb.NullSpacePosterior(model).fit(train, 4, **QUIET)
+    x = val[0][0]
+    before = posterior.predict(x).mean
+    kept = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        model[0].bias.add_(0.1)
+    for ask in (posterior.predict, posterior.novelty, lambda _: posterior.calibrate(val, **QUIET)):
+        with pytest.raises(nb.ModelError, match=r"changed since .*0\.bias"):
+            ask(x)
+    model.load_state_dict(kept)  # the same values again, though written anew
+    assert_close(posterior.predict(x).mean, before, atol=0, rtol=0)

@@ -31,20 +31,24 @@ problem = functools.cache(peers.problem)
 
 @functools.cache
 def reference(name: str) -> Any:
+    """laplace-torch's posterior."""
     return peers.theirs(problem(name))
 
 
 @functools.cache
 def fitted(name: str, solver: str) -> Any:
+    """Ours, with 2,000 samples."""
     return peers.ours(problem(name), solver, peers.OUTPUT_SAMPLES)
 
 
 @functools.cache
 def changes(name: str, solver: str) -> Tensor:
+    """20,000 weight samples of ours."""
     return peers.weight_samples(peers.ours(problem(name), solver, peers.WEIGHT_SAMPLES))
 
 
 def variance_error(name: str, posterior: Any, laplace: Any) -> float:
+    """Exact output variances on the problem's test points."""
     x = problem(name).inputs
     return peers.variance_error(posterior, peers.output_moments(laplace, x)[1], x)
 

@@ -6,10 +6,11 @@ replaced by private copies, so even a layer that counts its own calls leaves no 
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -300,3 +301,17 @@ def check_mode(model: nn.Module) -> None:
             f"{renormed} rewrite their own weights during a forward pass (`max_norm`). Renormalise "
             "once, then set `max_norm=None`."
         )
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def undisturbed_method(method: Method) -> Method:
+    """Decorator: run a method of an object with a ``functional`` inside :func:`undisturbed`."""
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with undisturbed(self.functional.device):
+            return method(self, *args, **kwargs)
+
+    return cast(Method, run)

@@ -1,0 +1,55 @@
+"""Checks of arguments that several rooms share: each says what was found and what is expected."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+
+from nullbayes.errors import InputError
+
+PriorPrecision = str | float | Mapping[str, float]
+CheckedPrior = str | float | dict[str, float]
+
+
+def check_prior(value: PriorPrecision) -> CheckedPrior:
+    """``"evidence"``, a positive number, or one per parameter tensor."""
+    if isinstance(value, Mapping):
+        return {
+            str(name): check_positive(number, f"prior_precision[{name!r}]")
+            for name, number in value.items()
+        }
+    if isinstance(value, str):
+        if value == "evidence":
+            return value
+        raise InputError(
+            f"`prior_precision` is {value!r}; expected 'evidence', a positive number, or one per "
+            "parameter tensor ({name: value})."
+        )
+    return check_positive(value, "prior_precision")
+
+
+def check_positive(value: float, name: str) -> float:
+    """A positive, finite number."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise InputError(f"`{name}` is {value!r}; expected a positive, finite number.")
+    return float(value)
+
+
+def check_count(value: int, name: str, least: int = 1) -> int:
+    """A whole number, NumPy's included, of at least ``least``."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = least - 1
+    if isinstance(value, bool) or count < least:
+        raise InputError(f"`{name}` is {value!r}; expected a whole number, {least} or more.")
+    return count
+
+
+def check_choice(value: str, allowed: tuple[str, ...], name: str) -> str:
+    """``value`` if it is one of ``allowed``."""
+    if value not in allowed:
+        raise InputError(f"`{name}` is {value!r}; expected one of {', '.join(map(repr, allowed))}.")
+    return value

@@ -159,7 +159,14 @@ def _factorised(
     if isinstance(settings.prior, float):
         alpha = settings.prior
     elif settings.prior == "evidence" and settings.delta:
-        alpha = fixed_point(state.spectrum(), theta, settings.delta)
+        spectrum = state.spectrum()
+        alpha = fixed_point(spectrum, theta, settings.delta)
+        if settings.kind == LAPLACE and not spectrum.exact:
+            state.notes = (
+                *state.notes,
+                "The evidence's prior precision comes from an estimated spectrum (a few per cent off); "
+                "`solver=nb.solvers.PrimalQR()` computes it exactly.",
+            )
     state.factorise(settings.delta * alpha, settings.numerical, stage.fraction("factorisation"))
     return state, alpha
 

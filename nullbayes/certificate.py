@@ -44,7 +44,8 @@ class Certificate:
         map_accuracy, posterior_accuracy: accuracy of the trained network and of the posterior's mean
             prediction on the checked training examples; RMSE for regression (``score_name``).
         constraints, parameters: the shape ``(M, P)`` of the constraint matrix.
-        rank, null_dim: its numerical rank, and ``P - rank``.
+        rank, null_dim: how many directions the data determine (the numerical rank; for Laplace the
+            effective number of parameters ``γ``), and ``P - rank``.
         prior_share: mean ``‖Δ‖² / ‖ε‖²``: what share of the prior's variance survived.
         delta: where the null space ends, relative to the prior precision (0: exact; 1: Laplace).
         discarded_trace: share of the output Hessians' trace that ``directions`` left out.

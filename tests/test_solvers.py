@@ -122,6 +122,7 @@ def test_samples_with_a_shift_have_the_promised_covariance(
         covariance = covariance + from_noise.T @ from_noise
     _, sigma, vt = torch.linalg.svd(a, full_matrices=False)
     wanted = torch.eye(p).double() - (vt.T * (sigma**2 / (sigma**2 + shift))) @ vt
+    assert state.rank == pytest.approx(float((sigma**2 / (sigma**2 + shift)).sum()), abs=0.6)
     assert_close(covariance, wanted, atol=1e-9, rtol=0)
 
 

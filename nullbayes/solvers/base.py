@@ -105,7 +105,7 @@ class State(ABC):
     numerical: bool = False
     #: passes of the numerical null space; fixed by the first projection, so that later samples follow
     passes: int | None = None
-    #: numerical rank of ``A``, known after ``factorise``
+    #: numerical rank of ``A``, or ``Σ λ/(λ + shift)`` with a shift, rounded; known after ``factorise``
     rank: int = 0
     notes: tuple[str, ...] = ()
 

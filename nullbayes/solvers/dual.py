@@ -88,7 +88,7 @@ class DualState(State):
         # better, for refinement has to make up for it: 29 iterations at 4 eps √M, 5 at 0.1 eps √M
         # (LeNet, 9,000 rows). Where it is too little, the factorisation says so.
         eps = max(0.1 * torch.finfo(self.operator.dtype).eps, 64 * torch.finfo(gram.dtype).eps)
-        jitter = self.solver.jitter or eps * m**0.5
+        asked = jitter = self.solver.jitter or eps * m**0.5
         while True:
             # An example without a row (ignored, or fully certain) gets a unit diagonal: it is inert.
             gram.diagonal().fill_(1.0 + jitter)
@@ -101,30 +101,35 @@ class DualState(State):
                     f"the Gram matrix of {m} rows could not be factorised even with jitter "
                     f"{jitter / 10:.0e} of its diagonal; use a float64 model (`model.double()`)."
                 )
-            self.notes = (f"jitter raised to {jitter:.0e} of the diagonal to factorise",)
         del gram
+        if jitter > asked:
+            text = (
+                f"Jitter was raised to {jitter:.0e} of the diagonal to factorise the Gram matrix."
+            )
+            self.notes = (*self.notes, text)
         self.jitter = jitter
         self.rank = self._rank(int(live.sum()), jitter)
         if tick:
             tick(1.0)
 
     def _rank(self, live: int, jitter: float) -> int:
-        """``Σ λ/(λ + jitter)`` of the scaled Gram matrix: dependent rows count for nothing.
+        """``Σ λ/(λ + shift)``; without a shift, ``Σ λ/(λ + jitter)`` of the scaled Gram matrix.
 
-        Equal to ``live - jitter tr (K + jitter I)⁻¹``, exactly for small ``M``; otherwise with
-        Hutchinson's estimator of the trace, whose error is small because the trace is.
+        Dependent rows count for nothing. Equal to ``live`` minus a trace of the inverse, exactly for
+        small ``M``; otherwise with Hutchinson's estimator, whose error is small because the trace is.
         """
+        if self.numerical:
+            return 0  # measured with the samples, which pass more than once
         m = len(self.chol)
-        if self.shift > 0:
-            return live
+        weight = self.scale.square() * self.shift if self.shift > 0 else jitter * (self.scale > 0)
         if m <= EXACT_UP_TO:
-            lost = jitter * torch.cholesky_inverse(self.chol).diagonal()[self.scale > 0].sum()
+            lost = (weight * torch.cholesky_inverse(self.chol).diagonal()).sum()
         else:
             generator = torch.Generator().manual_seed(0)
             shape = (m, TRACE_PROBES)
             probes = torch.randint(0, 2, shape, generator=generator).double().mul_(2).sub_(1)
-            probes = probes.to(self.chol.device) * (self.scale > 0)[:, None]
-            lost = jitter * (probes * torch.cholesky_solve(probes, self.chol)).sum() / TRACE_PROBES
+            probes = probes.to(self.chol.device) * weight.sqrt()[:, None]
+            lost = (probes * torch.cholesky_solve(probes, self.chol)).sum() / TRACE_PROBES
         return max(0, min(round(live - float(lost)), *self.operator.shape))
 
     def _solve(self, r: Tensor) -> Tensor:

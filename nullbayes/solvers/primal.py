@@ -99,6 +99,7 @@ class PrimalState(State):
         # standard deviation falls from 1 to √(shift / (shift + σ²)).
         self.share = shift / (shift + self.sigma.square())
         self.weights = 1.0 - (self.share if numerical else self.share.sqrt())
+        self.rank = round(float((1.0 - self.share).sum()))
 
     def project(self, vectors: Tensor, noise: Tensor | None = None) -> Projection:
         """The symmetric square root of the covariance: no ``noise`` is needed with a shift."""

@@ -71,8 +71,13 @@ def true_rank(a: Tensor) -> int:
     return int(torch.linalg.matrix_rank(a / a.norm(dim=1, keepdim=True).clamp(min=1e-300)))
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-@pytest.mark.parametrize("solver", SOLVERS)
+# Singular values below 1e-12 of the largest are zero to a primal solver, by contract.
+PAIRS = [
+    (s, p) for s in SOLVERS for p in PROBLEMS if (s, p.name) != ("primal", "rows-of-all-sizes")
+]
+
+
+@pytest.mark.parametrize(("solver", "problem"), PAIRS, ids=str)
 def test_projector(solver: str, problem: Problem) -> None:
     a = problem.matrix()
     p = a.shape[1]
@@ -82,8 +87,6 @@ def test_projector(solver: str, problem: Problem) -> None:
     wanted = torch.eye(p).double() - torch.linalg.pinv(scaled, rtol=1e-13) @ scaled
     tolerance = 1e-14 if problem.condition > 1 else 1e-12
     kwargs = {"cutoff": 1e-13} if solver == "primal" else {}
-    if solver == "primal" and problem.name == "rows-of-all-sizes":
-        pytest.skip("singular values below 1e-12 of the largest are zero to a primal solver")
     state = prepared(solver, DenseOperator(a), tolerance=tolerance, **kwargs)
     result = state.project(torch.eye(p).double())
     ours = result.value.T

@@ -8,7 +8,7 @@ from torch import nn
 
 from nullbayes import storage
 from nullbayes.errors import InputError, StorageError
-from nullbayes.jacobian.functional import Forward
+from nullbayes.jacobian.functional import Forward, unwrapped
 from nullbayes.likelihood import Likelihood
 from nullbayes.posterior import LaplacePosterior, NullSpacePosterior, Posterior
 
@@ -35,9 +35,7 @@ def load(
     kinds: dict[str, type[Posterior]] = {
         c.__name__: c for c in (NullSpacePosterior, LaplacePosterior)
     }
-    if not isinstance(model, nn.Module):
-        raise InputError(f"`model` is {type(model).__name__}, expected a torch.nn.Module.")
-    stored.check_model(getattr(model, "_orig_mod", model))
+    stored.check_model(unwrapped(model))
     try:
         settings = stored.settings
         posterior = kinds[settings["class"]](

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nullbayes.arguments import check_count
 from nullbayes.constraints import Directions, Preserve, resolve_directions, resolve_preserve
-from nullbayes.errors import InputError, MemoryBudgetError, NotFittedError
+from nullbayes.errors import MemoryBudgetError, NotFittedError
 from nullbayes.fitting import check_reusable, default_budget, limited
 from nullbayes.jacobian.build import capture_batch
 from nullbayes.jacobian.functional import (
@@ -21,6 +22,7 @@ from nullbayes.jacobian.functional import (
     check_mode,
     take,
     undisturbed,
+    unwrapped,
 )
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.jacobian.parameters import ParameterChoice, ParameterSpace
@@ -108,12 +110,10 @@ def plan(
     Raises:
         InputError, ModelError, NonFiniteError: what ``fit`` would raise on the first batch.
     """
-    if not isinstance(model, nn.Module):
-        raise InputError(f"`model` is {type(model).__name__}, expected a torch.nn.Module.")
+    model = unwrapped(model)
     for what, count in (("num_samples", num_samples), ("max_examples", max_examples)):
-        if count is not None and count < 1:
-            raise InputError(f"`{what}` is {count!r}; expected a whole number, 1 or more.")
-    model = getattr(model, "_orig_mod", model)  # torch.compile wraps; hooks need the layers
+        if count is not None:
+            check_count(count, what)
     check_reusable(train_loader, "train_loader")
     check_mode(model)
     likelihood, preserve = resolve_likelihood(likelihood), resolve_preserve(preserve)

@@ -21,7 +21,7 @@ from nullbayes.assembly import LAPLACE, NULL_SPACE, Fit, Settings, build, extend
 from nullbayes.calibration import METRICS, CalibrationPath, calibration_path
 from nullbayes.certificate import Certificate
 from nullbayes.constraints import Directions, Preserve, resolve_directions, resolve_preserve
-from nullbayes.errors import InputError, ModelError, NotFittedError
+from nullbayes.errors import InputError, NotFittedError
 from nullbayes.fitting import check_reusable, first_inputs
 from nullbayes.jacobian.capture import CapturePlan
 from nullbayes.jacobian.functional import (
@@ -33,6 +33,7 @@ from nullbayes.jacobian.functional import (
     check_mode,
     to_device,
     undisturbed_method,
+    unwrapped,
 )
 from nullbayes.jacobian.parameters import ParameterChoice, ParameterSpace
 from nullbayes.jacobian.probe import prove
@@ -87,10 +88,7 @@ class Posterior:
         memory: str | int | None = None,
         delta: float = DELTA,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise InputError(f"`model` is {type(model).__name__}, expected a torch.nn.Module.")
-        # torch.compile wraps the model; hooks need its layers.
-        self.model = getattr(model, "_orig_mod", model)
+        self.model = unwrapped(model)
         self.likelihood = resolve_likelihood(likelihood)
         self.preserve = resolve_preserve(preserve)
         self.directions = resolve_directions(directions)
@@ -319,13 +317,7 @@ class Posterior:
         versions = [(id(p), p._version) for p in self.model.parameters()]
         if versions == self._seen:
             return
-        now = storage.fingerprint(self.model)
-        changed = sorted(n for n in now if now[n] != fit.fingerprint.get(n))
-        if changed:
-            raise ModelError(
-                f"the model has changed since this posterior was fitted: {len(changed)} tensors differ, "
-                f"first {changed[:3]}. Restore the weights that it was fitted for, or fit anew."
-            )
+        storage.check_unchanged(self.model, fit.fingerprint)
         self._seen = versions
 
     def _inputs(self, x: Inputs) -> Inputs:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nullbayes.errors import NullBayesWarning, StorageError
+from nullbayes.errors import ModelError, NullBayesWarning, StorageError
 from nullbayes.jacobian.parameters import ParameterSpace
 from nullbayes.likelihood import Likelihood, likelihood_from_config
 
@@ -41,6 +41,17 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
         digest.update(values.contiguous().numpy().tobytes())
         out[name] = digest.hexdigest()[:24]
     return out
+
+
+def check_unchanged(model: nn.Module, digest: dict[str, str]) -> None:
+    """Raise :class:`ModelError` if ``model`` no longer has the fingerprint ``digest``."""
+    now = fingerprint(model)
+    changed = sorted(n for n in now if now[n] != digest.get(n))
+    if changed:
+        raise ModelError(
+            f"the model has changed since this posterior was fitted: {len(changed)} tensors differ, "
+            f"first {changed[:3]}. Restore the weights that it was fitted for, or fit anew."
+        )
 
 
 def write(

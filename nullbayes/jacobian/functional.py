@@ -137,6 +137,13 @@ class FunctionalModel:
         )
 
 
+def unwrapped(model: Any) -> nn.Module:
+    """The module itself: ``torch.compile`` wraps it, and hooks need its layers."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"`model` is {type(model).__name__}, expected a torch.nn.Module.")
+    return getattr(model, "_orig_mod", model)
+
+
 def as_tensor_output(value: Any) -> Tensor:
     """The tensor in what a model returned: itself, or ``logits`` of a mapping or an object."""
     if isinstance(value, Tensor):

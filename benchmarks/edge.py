@@ -55,15 +55,18 @@ def measure(method: Any, task: Any, certificate: nb.Certificate | None) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--first", type=int, default=0, help="first seed")
+    parser.add_argument("--deltas", type=float, nargs="+", default=DELTAS)
+    parser.add_argument("--name", default="edge", help="of the files under benchmarks/results")
     options = parser.parse_args()
     runs: dict[str, list[dict[str, float]]] = {}
-    for seed in range(options.seeds):
+    for seed in range(options.first, options.first + options.seeds):
         for pair in HELD_OUT:
             task = make_task(Settings(seed=seed, held_out=pair))
             model = trained(task, seed)
             loader = task.measured.train.loader(64)
             runs.setdefault("point estimate", []).append(measure(point_method(model), task, None))
-            for delta in DELTAS:
+            for delta in options.deltas:
                 posterior = nb.NullSpacePosterior(model, delta=delta)
                 posterior.fit(loader, num_samples=30, seed=seed, progress=False)
                 row = measure(posterior_method("", posterior), task, posterior.certificate)
@@ -72,7 +75,7 @@ def main() -> None:
             row = measure(posterior_method("", laplace), task, laplace.certificate)
             runs.setdefault("full Laplace", []).append(row)
             print(f"seed {seed}, held out {pair}: done", flush=True)
-    report(runs)
+    report(runs, options.name)
 
 
 def trained(task: Any, seed: int) -> Any:
@@ -87,7 +90,7 @@ def trained(task: Any, seed: int) -> Any:
     return task.model.eval()
 
 
-def report(runs: dict[str, list[dict[str, float]]]) -> None:
+def report(runs: dict[str, list[dict[str, float]]], name: str) -> None:
     count = len(next(iter(runs.values())))
     mean = {
         name: {c: statistics.fmean(r[c] for r in rows) for c in COLUMNS}
@@ -115,18 +118,18 @@ def report(runs: dict[str, list[dict[str, float]]]) -> None:
         "| AUROC held-out | rotated | noise |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, m in mean.items():
-        lost = round(sum(r["lost"] for r in runs[name]))
-        cells = [f"{m[c]:.4f} ({wins[name][c]})" for c in ("NLL", "ECE")]
-        cells += [f"{m[c]:.3f} ({wins[name][c]})" for c in ("held", "rotated", "noise")]
+    for method, m in mean.items():
+        lost = round(sum(r["lost"] for r in runs[method]))
+        cells = [f"{m[c]:.4f} ({wins[method][c]})" for c in ("NLL", "ECE")]
+        cells += [f"{m[c]:.3f} ({wins[method][c]})" for c in ("held", "rotated", "noise")]
         lines.append(
-            f"| {name} | {m['residual']:.1e} | {m['drift']:.1e} | {100 * m['prior kept']:.0f} % | {lost} "
+            f"| {method} | {m['residual']:.1e} | {m['drift']:.1e} | {100 * m['prior kept']:.0f} % | {lost} "
             f"| {m['train']:.4f} | {m['test']:.4f} | {' | '.join(cells)} |"
         )
     table = "\n".join(lines) + "\n"
     print(table)
     common.write_results(
-        "edge", {"runs": runs, "mean": mean, "environment": common.environment()}, table
+        name, {"runs": runs, "mean": mean, "environment": common.environment()}, table
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
+from torchmetrics.functional.classification import binary_calibration_error
 
 from nullbayes import draws
 from nullbayes.arguments import check_choice
@@ -23,6 +23,7 @@ from nullbayes.fitting import limited
 from nullbayes.jacobian.capture import CapturePlan
 from nullbayes.jacobian.functional import FunctionalModel
 from nullbayes.likelihood import Likelihood
+from nullbayes.metrics import ood_metrics
 from nullbayes.prediction import per_example
 from nullbayes.progress import stages
 
@@ -122,7 +123,8 @@ def calibration_path(
     at_edge = chosen in (0, len(path) - 1)
     auroc = None
     if ood_loader is not None:
-        auroc = [_auroc(a, b) for a, b in zip(scores_in, scores_out, strict=True)]
+        pairs = zip(scores_in, scores_out, strict=True)
+        auroc = [ood_metrics(torch.cat(a), torch.cat(b))["auroc"] for a, b in pairs]
     result = CalibrationPath(
         path,
         [_number(row["nll"]) for row in rows[:-1]],
@@ -163,14 +165,6 @@ def _warn(path: CalibrationPath, values: list[float]) -> None:
     else:
         return
     warnings.warn(text, NullBayesWarning, stacklevel=4)
-
-
-def _auroc(inside: list[Tensor], outside: list[Tensor]) -> float:
-    a, b = torch.cat(inside), torch.cat(outside)
-    # Ranks, not values: torchmetrics would squash scores outside [0, 1] with a sigmoid.
-    ranks = torch.cat([a, b]).argsort().argsort().double() / max(1, len(a) + len(b))
-    labels = torch.cat([torch.zeros(len(a)), torch.ones(len(b))]).long().to(ranks.device)
-    return float(binary_auroc(ranks, labels))
 
 
 def _number(value: float | None) -> float:

@@ -202,6 +202,11 @@ def iterate(
     return Projection(x, residual, status, done)
 
 
+# Steps of CG between two looks at the true residual.
+FIRST_CYCLE = 10
+LAST_CYCLE = 40
+
+
 def conjugate_gradients(
     operator: RowOperator,
     vectors: Tensor,
@@ -238,8 +243,8 @@ def conjugate_gradients(
     require_finite(r, "the product of the Jacobian rows with prior samples")
     scale = r.norm(dim=1)
     reached = relative(r.norm(dim=1), scale)
-    best, best_x = reached.max(), x
-    iterations, status, refining = 0, Status.MAX_ITERATIONS, True
+    best = (reached, x, z, r)
+    iterations, status, refining, cycle = 0, Status.MAX_ITERATIONS, True, FIRST_CYCLE
     while True:
         if bool((reached <= tolerance).all()):
             status = Status.CONVERGED
@@ -249,20 +254,17 @@ def conjugate_gradients(
         y = precondition(r)
         if refining:
             iterations += 1
-            new_x, new_z = x - operator.rmatvec(y.to(dtype)), z + y
-            x, z, before = new_x, new_z, (x, z)
+            x, z = x - operator.rmatvec(y.to(dtype)), z + y
             r = residual()
             require_finite(r, "the residual of the projection")
             reached = relative(r.norm(dim=1), scale)
-            refining = bool(reached.max() <= best / GAP)
-            if reached.max() >= best:
-                x, z = before
-                r = residual()
-            else:
-                best, best_x = reached.max(), x
+            refining = bool(reached.max() <= best[0].max() / GAP)
+            if reached.max() < best[0].max():
+                best = (reached, x, z, r)
+            reached, x, z, r = best
             continue
         p, ry = y, (r * y).sum(1)
-        while iterations < max_iterations:
+        for _ in range(min(cycle, max_iterations - iterations)):
             iterations += 1
             q = operator.rmatvec(p.to(dtype))
             w = operator.matvec(q).double() + shift * p
@@ -276,16 +278,20 @@ def conjugate_gradients(
             y = precondition(r)
             ry, previous = (r * y).sum(1), ry
             p = y + relative(ry, previous)[:, None] * p
-            if iterations % 10 == 0:
-                break  # restart from the true residual before float32 drifts away from it
+        # Restart from the true residual before float32 drifts away from it. A cycle that gained little
+        # may have been too short, since the residual of CG does not fall at every step: try longer ones.
         r = residual()
         require_finite(r, "the residual of the projection")
         reached = relative(r.norm(dim=1), scale)
-        if reached.max() > 0.7 * best:
-            status = Status.STAGNATED if reached.max() > tolerance else Status.CONVERGED
-            if reached.max() > best:
-                x = best_x
-            break
-        best, best_x = reached.max(), x
-    final = relative(operator.matvec(x).double().norm(dim=1), scale) if shift == 0 else reached
-    return Projection(x, final, status, iterations)
+        gained = bool(reached.max() <= 0.7 * best[0].max())
+        if reached.max() < best[0].max():
+            best = (reached, x, z, r)
+        reached, x, z, r = best
+        if not gained:
+            cycle *= 2
+            if cycle > LAST_CYCLE:
+                status = Status.STAGNATED
+                break
+    if bool((reached <= tolerance).all()):
+        status = Status.CONVERGED
+    return Projection(x, reached, status, iterations)

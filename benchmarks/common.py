@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,23 +57,6 @@ def fresh_process(function: Callable[..., dict[str, Any]], *args: Any) -> dict[s
     if "error" in result:
         raise RuntimeError(f"{function.__name__} failed in its own process: {result['error']}")
     return result
-
-
-class Clock:
-    """Wall seconds of named stages."""
-
-    def __init__(self) -> None:
-        self.stages: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.stages[name] = self.stages.get(name, 0.0) + now - self._last
-        self._last = now
-
-    @property
-    def total(self) -> float:
-        return sum(self.stages.values())
 
 
 def environment() -> dict[str, Any]:

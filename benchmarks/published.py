@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, jvp, vjp, vmap
 
-from benchmarks.common import Clock
+from nullbayes.demo.running import Clock
 
 
 def softmax_root(logits: Tensor) -> Tensor:

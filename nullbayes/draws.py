@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nullbayes.jacobian.build import examples_per_capture, output_operator
+from nullbayes.jacobian.build import output_operators
 from nullbayes.jacobian.capture import CapturePlan
-from nullbayes.jacobian.functional import FunctionalModel, Inputs, batch_size, take
+from nullbayes.jacobian.functional import FunctionalModel, Inputs
 from nullbayes.jacobian.parameters import ParameterSpace
 
 # Up to this many outputs per sample, reverse mode (all rows at once) is cheaper than one
@@ -49,13 +49,10 @@ def linearised(
     outputs = point[0].numel()
     if outputs > REVERSE_OUTPUTS_PER_SAMPLE * len(samples):
         return point, forward_mode(functional, samples, inputs)
-    step = examples_per_capture(functional, plan, outputs)
-    parts = []
-    for start in range(0, len(point), step):
-        piece = take(inputs, start, min(start + step, len(point)))
-        operator = output_operator(functional, plan, piece)
-        product = operator.matvec(samples)
-        parts.append(product.reshape(len(samples), batch_size(piece), *point.shape[1:]))
+    parts = [
+        operator.matvec(samples).reshape(len(samples), -1, *point.shape[1:])
+        for operator in output_operators(functional, plan, inputs, outputs)
+    ]
     return point, torch.cat(parts, dim=1)
 
 
@@ -65,16 +62,24 @@ def forward_mode(functional: FunctionalModel, samples: Tensor, inputs: Inputs) -
     Forward-mode differentiation where every operation of the model has it; otherwise two reverse
     passes (the derivative of ``wᵀJ`` by ``w``), which every differentiable model has.
     """
-    weights = functional.weights()
-    out = []
+    product, out = _forward, []
     for delta in samples:
         tangent = functional.space.unflatten(delta)
         try:
-            change = torch.func.jvp(lambda w: functional(w, inputs), (weights,), (tangent,))[1]
+            change = product(functional, tangent, inputs)
         except (NotImplementedError, RuntimeError):
-            change = _double_reverse(functional, tangent, inputs)
+            if product is _double_reverse:
+                raise
+            product = _double_reverse  # for all samples: what the first one lacks, they all lack
+            change = product(functional, tangent, inputs)
         out.append(change.detach())
     return torch.stack(out)
+
+
+def _forward(functional: FunctionalModel, tangent: dict[str, Tensor], inputs: Inputs) -> Tensor:
+    weights = functional.weights()
+    change: Tensor = torch.func.jvp(lambda w: functional(w, inputs), (weights,), (tangent,))[1]
+    return change
 
 
 def _double_reverse(

@@ -76,7 +76,6 @@ def limited(
 
 def first_inputs(functional: FunctionalModel, loader: Iterable[Any], name: str) -> Inputs:
     """The inputs of the first batch, to prove rows on."""
-    check_reusable(loader, name)
     return next(limited(functional, loader, name, None))[1]
 
 
@@ -127,7 +126,7 @@ def capture_training(
     examples, trace, discarded, nbytes = 0, 0.0, 0.0, 0
     kept: list[tuple[Inputs, Tensor]] = []
     room = CHECK_BYTES
-    track = stage.track(_with_len(loader), "Jacobian rows")
+    track = stage.track(loader, "Jacobian rows")
     for index, inputs, targets in limited(functional, track, "train_loader", limit):
         where = f"train_loader, batch {index}"
         outputs = functional.outputs(inputs, where)
@@ -172,19 +171,6 @@ def capture_training(
     operator.check_finite()
     share = discarded / trace if trace > 0 else 0.0
     return TrainingRows(operator, plan, examples, share, kept)
-
-
-class _with_len:
-    """A loader whose length is asked for only where it has one."""
-
-    def __init__(self, loader: Iterable[Any]) -> None:
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.loader)
-
-    def __len__(self) -> int:
-        return len(self.loader)  # type: ignore[arg-type]
 
 
 def default_budget(available: int) -> int:

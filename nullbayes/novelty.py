@@ -7,9 +7,9 @@ from torch import Tensor
 
 from nullbayes.assembly import Fit, Settings
 from nullbayes.errors import NotFittedError
-from nullbayes.jacobian.build import examples_per_capture, output_operator
+from nullbayes.jacobian.build import output_operators
 from nullbayes.jacobian.capture import CapturePlan
-from nullbayes.jacobian.functional import FunctionalModel, Inputs, take
+from nullbayes.jacobian.functional import FunctionalModel, Inputs
 from nullbayes.solvers.base import relative
 
 # Floating-point operations per example up to which novelty is computed exactly by itself.
@@ -39,13 +39,10 @@ def novelty_variance(
             "exact novelty needs the factorisation, which is not stored in files; fit here, or "
             "use `exact=False`."
         )
-    scales = functional.space.scales(settings.prior if isinstance(settings.prior, dict) else None)
+    scales = functional.space.scales(settings.precision_by_name)
     unit = fit.unit if scales is None else fit.unit / scales
     values = []
-    step = examples_per_capture(functional, plan, outputs)
-    for start in range(0, len(point), step):
-        piece = take(x, start, min(start + step, len(point)))
-        operator = output_operator(functional, plan, piece, settings.scale_by_name)
+    for operator in output_operators(functional, plan, x, outputs, settings.scale_by_name):
         prior = operator.squared_norms() if exact or share else None
         if exact:
             assert fit.state is not None and prior is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -172,7 +173,10 @@ def _try(
 
     proven = prove(functional, inputs)
     size = batch_size(inputs)
-    make = lambda _, piece: _Piece(cotangents.values[:, piece])  # noqa: E731
+
+    def make(_: Tensor, piece: slice) -> SimpleNamespace:
+        return SimpleNamespace(values=cotangents.values[:, piece])
+
     capture_batch(functional, proven, inputs, make, rows)  # once to warm up
     started = time.perf_counter()
     blocks, _ = capture_batch(functional, proven, inputs, make, rows)
@@ -214,11 +218,6 @@ def _try(
     return Plan(
         examples, rows, m, space.total, chosen, reason, nbytes, seconds, budget, reasons, advice
     )
-
-
-@dataclass(frozen=True)
-class _Piece:
-    values: Tensor
 
 
 def _solver_seconds(name: str, operator: JacobianOperator, m: int) -> float:

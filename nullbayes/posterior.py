@@ -17,7 +17,7 @@ from nullbayes.arguments import (
     check_positive,
     check_prior,
 )
-from nullbayes.assembly import LAPLACE, NULL_SPACE, Fit, Settings, build, extended, rescaled
+from nullbayes.assembly import DELTA, LAPLACE, NULL_SPACE, Fit, Settings, build, extended, rescaled
 from nullbayes.calibration import METRICS, CalibrationPath, calibration_path
 from nullbayes.certificate import Certificate
 from nullbayes.constraints import Directions, Preserve, resolve_directions, resolve_preserve
@@ -44,10 +44,6 @@ from nullbayes.prediction import METHODS, SCORES, Prediction, make_prediction, p
 from nullbayes.solvers import Solver, choose
 
 Self = TypeVar("Self", bound="Posterior")
-
-# Edge of the numerical null space, relative to the prior precision. benchmarks/edge.py: NLL, ECE and
-# novelty are all best near 1e-4 on the digits; towards 0 novelty suffers, towards 1 everything does.
-DELTA = 1e-4
 
 
 class Posterior:
@@ -116,9 +112,8 @@ class Posterior:
         )
         self.calibration: CalibrationPath | None = None
         self._fit: Fit | None = None
-        self._seen: list[
-            tuple[int, int]
-        ] = []  # identity and version of the parameters last checked
+        # Identity and version of the model's tensors when they were last found unchanged.
+        self._seen: list[tuple[int, int]] = []
         # A loaded posterior proves its rows on the first inputs that it sees.
         self._proven: CapturePlan | None = None
 
@@ -247,10 +242,13 @@ class Posterior:
                 "batches, e.g. a DataLoader."
             )
         self._check_model()
-        first = first_inputs(self.functional, val_loader, "val_loader")
+        check_reusable(val_loader, "val_loader")
+        plan = fit.plan or self._proven
+        if plan is None:
+            plan = self._capture_plan(first_inputs(self.functional, val_loader, "val_loader"))
         path = calibration_path(
             self.functional,
-            self._capture_plan(first),
+            plan,
             self.likelihood,
             fit.unit,
             fit.alpha,
@@ -314,7 +312,8 @@ class Posterior:
         """Refuse a model that is in training mode, or no longer the one that was fitted."""
         check_mode(self.model)
         fit = self._fitted()
-        versions = [(id(p), p._version) for p in self.model.parameters()]
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        versions = [(id(t), t._version) for t in tensors]
         if versions == self._seen:
             return
         storage.check_unchanged(self.model, fit.fingerprint)

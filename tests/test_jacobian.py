@@ -14,16 +14,23 @@ from zoo import ZOO, Case, dense_jacobian
 
 from nullbayes import jacobian
 from nullbayes.errors import ModelError
-from nullbayes.jacobian.build import capture_batch, output_operator
+from nullbayes.jacobian.build import capture_batch, output_operators
+from nullbayes.jacobian.capture import CapturePlan
 from nullbayes.jacobian.functional import FunctionalModel, batch_size
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.jacobian.probe import prove
 
 
+def all_rows(functional: FunctionalModel, plan: CapturePlan, inputs: object) -> JacobianOperator:
+    outputs = functional.outputs(inputs)[0].numel()
+    parts = output_operators(functional, plan, inputs, outputs)
+    return JacobianOperator(functional.space, [block for part in parts for block in part.blocks])
+
+
 def operator_for(model: nn.Module, inputs: object) -> tuple[JacobianOperator, object]:
     functional = FunctionalModel(model, jacobian.ParameterSpace.from_model(model))
     plan = prove(functional, inputs)
-    return output_operator(functional, plan, inputs), plan
+    return all_rows(functional, plan, inputs), plan
 
 
 @pytest.mark.parametrize("case", ZOO, ids=str)
@@ -68,7 +75,7 @@ def test_blocks_of_several_batches_multiply(case: Case) -> None:
     blocks = []
     for n in range(size):
         part = torch.utils._pytree.tree_map(lambda t, n=n: t[n : n + 1], inputs)
-        blocks += output_operator(functional, plan, part).blocks
+        blocks += all_rows(functional, plan, part).blocks
     operator = JacobianOperator(functional.space, blocks)
     assert operator.shape[0] == size * numel
     assert_close(operator.gram(), dense @ dense.T)
@@ -118,7 +125,7 @@ def test_chosen_parameters_only() -> None:
     model, inputs = ZOO[0].make()
     space = jacobian.ParameterSpace.from_model(model, ["2.weight"])
     functional = FunctionalModel(model, space)
-    operator = output_operator(functional, prove(functional, inputs), inputs)
+    operator = all_rows(functional, prove(functional, inputs), inputs)
     dense = dense_jacobian(model, inputs)
     assert_close(torch.cat(list(operator.iter_rows(99))), dense[:, 30:48])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,18 +54,20 @@ def capture_batch(
     return blocks, made
 
 
-def output_operator(
+def output_operators(
     functional: FunctionalModel,
     plan: CapturePlan,
     inputs: Inputs,
+    outputs: int,
     scales: dict[str, float] | None = None,
-) -> JacobianOperator:
-    """All rows ``J_n`` of the outputs themselves: for predictions."""
-    outputs = functional.outputs(take(inputs, 0, 1))
-    blocks, _ = capture_batch(
-        functional, plan, inputs, lambda out, _: _identity(out), outputs[0].numel(), scales
-    )
-    return JacobianOperator(functional.space, blocks)
+) -> Iterator[JacobianOperator]:
+    """All rows ``J_n`` of the ``outputs`` numbers of each example, a piece of the batch at a time."""
+    size = batch_size(inputs)
+    step = examples_per_capture(functional, plan, outputs)
+    for start in range(0, size, step):
+        piece = take(inputs, start, min(start + step, size))
+        block, _ = capture(functional, plan, piece, _identity, scales)
+        yield JacobianOperator(functional.space, [block])
 
 
 def _identity(outputs: Tensor) -> SimpleNamespace:

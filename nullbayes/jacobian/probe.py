@@ -57,12 +57,6 @@ def prove(functional: FunctionalModel, inputs: Inputs) -> CapturePlan:
 
 
 def _check_outputs(functional: FunctionalModel, inputs: Inputs, outputs: Tensor, size: int) -> None:
-    if outputs.ndim == 0 or len(outputs) != size:
-        raise ModelError(
-            f"the model returned shape {tuple(outputs.shape)} for {size} examples; expected one "
-            "entry per example on the first axis. A loss already reduced over the batch has no "
-            "per-example rows: return the outputs themselves, or pass `forward=`."
-        )
     if not bool(outputs.isfinite().all()):
         raise NonFiniteError(
             "the model's outputs on the first batch hold NaN or infinity; check the inputs' "

@@ -6,12 +6,21 @@ They share nothing with the library but the trained network, so that they can be
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, jvp, vjp, vmap
 
 from nullbayes.demo.running import Clock
+
+#: eigenvalues of a mini-batch's Gram matrix below this share of the largest are taken for zero
+CUTOFF = 1e-12
+
+#: told cycle, seconds on the clock and samples; says whether to stop
+Watch = Callable[[int, float, Tensor], bool | None]
 
 
 def softmax_root(logits: Tensor) -> Tensor:
@@ -87,37 +96,107 @@ def _pullback(f, theta: Tensor):
     return lambda w: pull(w)[0]
 
 
+def _worth_watching(cycle: int) -> bool:
+    """Every cycle up to the tenth, then 12, 15, 20, 25, 30, 40, 50, 60, 80, 100, 120, ..."""
+    scale = 10 ** max(0, len(str(cycle)) - 2)
+    return cycle < 10 or (
+        cycle % scale == 0 and cycle // scale in (10, 12, 15, 20, 25, 30, 40, 50, 60, 80)
+    )
+
+
+def run_cycles(
+    advance: Callable[[Any], Any],
+    samples: Any,
+    to_torch: Callable[[Any], Tensor],
+    clock: Clock,
+    cycles: int,
+    watch: Watch | None,
+    max_seconds: float,
+) -> Tensor:
+    """Repeat ``advance`` on a running clock that stands still while ``watch`` looks at the samples."""
+    for cycle in range(1, cycles + 1):
+        samples = advance(samples)
+        clock.lap("cycles")
+        seconds = clock.seconds["precomputation"] + clock.seconds["cycles"]
+        last = cycle == cycles or seconds >= max_seconds
+        if watch is not None and (last or _worth_watching(cycle)):
+            last = bool(watch(cycle, seconds, to_torch(samples))) or last
+            clock.lap("watching")
+        if last:
+            break
+    clock.seconds.pop("watching", None)
+    return to_torch(samples)
+
+
 def alternating_projections(
-    model: nn.Module, x: Tensor, noise: Tensor, cycles: int, batch: int = 16
+    model: nn.Module,
+    x: Tensor,
+    noise: Tensor,
+    cycles: int,
+    batch: int = 16,
+    *,
+    accelerated: bool = False,
+    watch: Watch | None = None,
+    max_seconds: float = math.inf,
 ) -> tuple[Tensor, Clock]:
     """Miani, Roy & Hauberg (2025), algorithm 1: cyclic projections onto each mini-batch's null space.
 
     The inverse of each mini-batch's Gram matrix is computed once; a projection is then one
     Jacobian-vector and one vector-Jacobian product for each sample.
+
+    Args:
+        model: the trained network.
+        x: ``(N, ...)``, all training images.
+        noise: ``(S, P)``, the samples to project.
+        cycles: passes over all mini-batches, at most.
+        batch: images in a mini-batch.
+        accelerated: after each cycle, the exact line search of Gearhart & Koshy (1989), which the
+            authors' code has as an option.
+        watch: told cycle, seconds so far and samples after the first cycles, and then ever more
+            rarely; its own time is not on the clock. What it returns says whether to stop.
+        max_seconds: no cycle begins after so many.
     """
     clock = Clock()
     function, theta = flat_function(model, x)
     pieces = list(x.split(batch))
     inverses, roots = [], []
+
+    def rows_of(t: Tensor, image: Tensor, factor: Tensor) -> Tensor:
+        return function(t, image[None])[0] @ factor
+
     for images in pieces:
         with torch.no_grad():
             root = softmax_root(model(images))
-        jacobian = jacrev(lambda t, i=images: function(t, i))(theta).detach()
-        rows = (root.mT @ jacobian).flatten(0, 1).double()
+        # Each row sees one image only: far less work than all rows of all images.
+        rows = vmap(jacrev(rows_of), in_dims=(None, 0, 0))(theta, images, root)
+        rows = rows.detach().flatten(0, 1).double()
         values, vectors = torch.linalg.eigh(rows @ rows.T)
-        keep = values > 1e-12 * values.max()  # relative: the published absolute 1e-3 drops rows
+        keep = values > CUTOFF * values.max()  # relative: the published absolute 1e-3 drops rows
         inverses.append((vectors[:, keep] / values[keep]) @ vectors[:, keep].T)
         roots.append(root)
     clock.lap("precomputation")
 
-    samples = noise
-    for _ in range(cycles):
+    def advance(samples: Tensor) -> Tensor:
+        projected = samples
         for images, root, inverse in zip(pieces, roots, inverses, strict=True):
             f = functools.partial(function, images=images)
             along = functools.partial(_directional, f, theta)
-            moved = vmap(along)(samples)  # (S, B, O)
+            moved = vmap(along)(projected)  # (S, B, O)
             u = (moved.unsqueeze(2) @ root).squeeze(2).flatten(1).double() @ inverse
             weights = (root @ u.to(root).reshape(len(u), *root.shape[::2], 1)).squeeze(3)
-            samples = samples - vmap(_pullback(f, theta))(weights)
-    clock.lap(f"{cycles} cycles")
-    return samples.detach(), clock
+            projected = (projected - vmap(_pullback(f, theta))(weights)).detach()
+        return line_search(samples, projected) if accelerated else projected
+
+    return run_cycles(advance, noise, lambda t: t, clock, cycles, watch, max_seconds), clock
+
+
+def line_search(before: Tensor, after: Tensor) -> Tensor:
+    """The point nearest to the null space on the line through ``before`` and ``after (S, P)``.
+
+    ``x + t (Qx - x)`` with ``t = <x, x - Qx> / ‖x - Qx‖²``, for ``Qx - x`` is orthogonal to the null
+    space (Gearhart & Koshy 1989).
+    """
+    x, change = before.double(), after.double() - before.double()
+    length = change.square().sum(1)
+    t = torch.where(length > 0, -(x * change).sum(1) / length, 1.0)
+    return (x + t[:, None] * change).to(before)

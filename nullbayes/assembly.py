@@ -7,6 +7,7 @@ interrupt on the way leaves what was there before.
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -19,16 +20,25 @@ from nullbayes import draws
 from nullbayes.arguments import CheckedPrior
 from nullbayes.certificate import Certificate, GuaranteeCheck
 from nullbayes.constraints import Directions, Preserve
+from nullbayes.errors import MemoryBudgetError
 from nullbayes.evidence import fixed_point, null_space_precision
-from nullbayes.fitting import TrainingRows, capture_training, default_budget, fit_noise
+from nullbayes.fitting import (
+    FitMemory,
+    TrainingRows,
+    capture_training,
+    default_budget,
+    fit_noise,
+)
 from nullbayes.jacobian.capture import CapturePlan
 from nullbayes.jacobian.functional import FunctionalModel
-from nullbayes.jacobian.operator import RowOperator
+from nullbayes.jacobian.keeping import fits_on_disk
+from nullbayes.jacobian.operator import JacobianOperator, RowOperator
 from nullbayes.likelihood import Likelihood
-from nullbayes.memory import available_bytes, peak_bytes
+from nullbayes.memory import available_bytes, format_bytes, out_of_memory, peak_bytes
 from nullbayes.progress import Stages, stages
-from nullbayes.solvers import Projection, Solver, State, choose
-from nullbayes.solvers.base import default_tolerance, relative
+from nullbayes.solvers import Choice, Projection, Size, Solver, State, Status, choose
+from nullbayes.solvers.base import relative
+from nullbayes.solvers.watch import QUIET, Report, Watch, describe_problem, probe_of
 from nullbayes.storage import fingerprint
 
 NULL_SPACE, LAPLACE = "null-space", "Laplace"
@@ -50,6 +60,7 @@ class Settings:
     solver: str | Solver
     tolerance: float | None
     memory: int | None
+    drift: float | None = None
 
     @property
     def numerical(self) -> bool:
@@ -66,6 +77,14 @@ class Settings:
         """Prior standard deviations where there is one precision per tensor."""
         by_name = self.precision_by_name
         return by_name and {name: value**-0.5 for name, value in by_name.items()}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a long fit leaves its state, and how often (seconds)."""
+
+    path: str | os.PathLike[str]
+    every: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -100,10 +119,49 @@ def build(
     seed: int,
     max_examples: int | None,
     show: bool,
+    checkpoint: Checkpoint | None = None,
 ) -> Fit:
-    """Capture rows, factorise, draw samples, measure."""
-    started = time.perf_counter()
+    """Capture rows, factorise, draw samples, measure.
+
+    Raises:
+        MemoryBudgetError: the plan does not fit the budget, or the machine ran out of memory.
+    """
     budget = settings.memory or default_budget(available_bytes(functional.device))
+    try:
+        return _build(
+            functional,
+            likelihood,
+            settings,
+            loader,
+            num_samples,
+            seed,
+            max_examples,
+            show,
+            checkpoint,
+            budget,
+        )
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryBudgetError) or not out_of_memory(error):
+            raise
+        raise MemoryBudgetError(
+            f"the machine ran out of memory although the fit was planned within {format_bytes(budget)}: "
+            "lower `memory=` (rows then go to disk), or `num_samples=` (more can be drawn later)."
+        ) from error
+
+
+def _build(
+    functional: FunctionalModel,
+    likelihood: Likelihood,
+    settings: Settings,
+    loader: Iterable[Any],
+    num_samples: int,
+    seed: int,
+    max_examples: int | None,
+    show: bool,
+    checkpoint: Checkpoint | None,
+    budget: int,
+) -> Fit:
+    started = time.perf_counter()
     # Noise is fitted on a copy: an error later on leaves the earlier fit as it was.
     likelihood = copy.deepcopy(likelihood)
     with stages(show) as stage:
@@ -116,18 +174,25 @@ def build(
             loader,
             max_examples,
             settings.scale_by_name,
-            budget,
+            FitMemory.of(budget, num_samples, functional.space.total, functional.dtype),
             num_samples,
             stage,
         )
         m, p = rows.operator.shape
-        choice = choose(settings.solver, m, p, budget - rows.operator.nbytes, settings.tolerance)
         theta = functional.space.flatten(functional.weights())
-        state, alpha = _factorised(choice.solver, rows.operator, theta, settings, stage)
-        v, noise = draws.standard_normal(seed, range(num_samples), p, m, theta)
-        done = state.project(v, noise)
+        choice = _chosen(settings, rows.operator, num_samples, budget)
+        state, alpha = _factorised(choice.solver, rows, theta, settings, stage)
+        noisy = m if settings.kind == LAPLACE else 0
+        v, noise = draws.standard_normal(seed, range(num_samples), p, noisy, theta)
+        report = stage.towards("projection") if choice.solver.iterative else None
+        state.watch = _watch(checkpoint, settings, state, rows.operator, theta, seed, v, report)
+        done = state.project(v, noise if noisy else None)
+        if done.status is not Status.INTERRUPTED:
+            state.watch.finish()
+        state.watch = QUIET
         gone = float(v.double().square().sum() - done.value.double().square().sum())
-        gamma = gone / num_samples if settings.numerical else float(state.rank)
+        measured = settings.numerical or state.rank is None
+        gamma = gone / num_samples if measured else float(state.rank or 0)
         if settings.kind == NULL_SPACE and settings.prior == "evidence":
             alpha = null_space_precision(gamma, p, theta)
         rank = min(max(round(gamma), 0), m, p)
@@ -141,7 +206,7 @@ def build(
         delta=settings.delta,
         solver=choice.solver.name,
         reason=choice.why,
-        tolerance=getattr(choice.solver, "tolerance", None) or default_tolerance(theta.dtype),
+        tolerance=choice.solver.tolerance_for(theta.dtype),
         rank=rank,
         null_dim=p - rank,
         prior_precision=alpha,
@@ -151,7 +216,7 @@ def build(
         score_name=likelihood.score_name,
         checked_examples=check.examples,
         num_samples=num_samples,
-        notes=tuple(state.notes),
+        notes=(*state.notes, *_where_kept(rows.operator)),
         seconds=time.perf_counter() - started,
         peak_memory=peak_bytes(functional.device),
     )
@@ -159,11 +224,63 @@ def build(
     return Fit(likelihood, unit, alpha, seed, certificate, digest, rows.plan, state, check)
 
 
+def _chosen(
+    settings: Settings, operator: JacobianOperator, num_samples: int, budget: int
+) -> Choice:
+    """A solver that fits beside the rows; rows go to disk where that makes room for it."""
+    m, p = operator.shape
+    size = Size(
+        m, p, num_samples, operator.product_flops, operator.gram_flops, operator.dtype.itemsize
+    )
+    held = operator.resident
+    movable = held if fits_on_disk(held, operator.device) else 0
+    choice = choose(settings.solver, size, budget - held + movable, settings.tolerance)
+    if choice.nbytes > budget - held + movable:
+        raise MemoryBudgetError(
+            f"{choice.solver.name} needs {format_bytes(choice.nbytes)} for {m} rows, {p} weights and "
+            f"{num_samples} samples, more than the {format_bytes(budget)} of `memory=`. Raise it, draw fewer "
+            "samples at a time, or leave the choice to solver='auto'."
+        )
+    operator.move_out(budget - choice.nbytes)
+    return choice
+
+
+def _where_kept(operator: JacobianOperator) -> list[str]:
+    kept = operator.kept()
+    if set(kept) <= {"memory"}:
+        return []
+    text = ", ".join(
+        f"{format_bytes(n)} {'in memory' if w == 'memory' else 'on disk' if w == 'disk' else w}"
+        for w, n in kept.items()
+    )
+    return [f"Rows: {text}."]
+
+
+def _watch(
+    checkpoint: Checkpoint | None,
+    settings: Settings,
+    state: State,
+    operator: RowOperator,
+    theta: Tensor,
+    seed: int,
+    v: Tensor,
+    report: Report | None,
+) -> Watch:
+    """Progress, and a checkpoint that only the same equations may resume from."""
+    if checkpoint is None:
+        return Watch(report)
+    probe = operator.matvec(probe_of(operator.shape[1], theta)).double().norm()
+    problem = describe_problem(
+        settings.kind, operator.shape, len(v), seed, f"{state.shift:.4e}", theta.norm(), probe
+    )
+    return Watch(report, checkpoint.path, checkpoint.every, problem)
+
+
 def _factorised(
-    solver: Solver, operator: RowOperator, theta: Tensor, settings: Settings, stage: Stages
+    solver: Solver, rows: TrainingRows, theta: Tensor, settings: Settings, stage: Stages
 ) -> tuple[State, float]:
     """A solver ready to project, and the prior precision that it was made ready for."""
-    state = solver.prepare(operator, stage.fraction("Gram matrix, QR"))
+    state = solver.prepare(rows.operator, stage.fraction("Gram matrix, QR"))
     alpha = 1.0
     if isinstance(settings.prior, float):
         alpha = settings.prior
@@ -176,6 +293,12 @@ def _factorised(
                 "The evidence's prior precision comes from an estimated spectrum (a few per cent off); "
                 "`solver=nb.solvers.PrimalQR()` computes it exactly.",
             )
+    if settings.drift is not None:
+        expected = alpha
+        if settings.prior == "evidence" and not settings.delta:
+            expected = fixed_point(state.spectrum(), theta, DELTA)
+        # drift² = mean_n ‖A_n Δ‖² with Δ = x / √α
+        state.enough = settings.drift * (rows.examples * expected) ** 0.5
     state.factorise(settings.delta * alpha, settings.numerical, stage.fraction("factorisation"))
     return state, alpha
 
@@ -207,8 +330,9 @@ def extended(fit: Fit, functional: FunctionalModel, settings: Settings, count: i
     indices = range(len(fit.unit), len(fit.unit) + count)
     operator = fit.state.operator
     m, p = operator.shape
-    v, noise = draws.standard_normal(fit.seed, indices, p, m, fit.unit)
-    done = fit.state.project(v, noise)
+    noisy = m if settings.kind == LAPLACE else 0
+    v, noise = draws.standard_normal(fit.seed, indices, p, noisy, fit.unit)
+    done = fit.state.project(v, noise if noisy else None)
     residual = _residual(operator.matvec(done.value), operator.matvec(v))
     unit = torch.cat([fit.unit, _unscaled(done.value, functional, settings)])
     certificate = replace(

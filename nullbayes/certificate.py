@@ -166,6 +166,18 @@ class Certificate:
                 f"Only {share:.1f} % of the weight directions are free, so uncertainty off the data "
                 "will be small; constrain less (`directions='auto'`, `preserve='loss'`)."
             )
+        if self.projects and self.constraints > self.parameters:
+            kept = 100 * self.prior_share
+            out.append(
+                f"There are more constraints ({self.constraints:,}) than weights ({self.parameters:,}): the null "
+                f"space is numerical. {kept:.0f} % of the prior's variance survived; a sample moves an example's "
+                f"row by {self.row_drift:.2g} (RMS)."
+            )
+            if kept < 50:
+                out.append(
+                    "To keep more of it, accept a larger residual (`tolerance=`, `drift=`) or `delta`, or "
+                    "constrain less (`max_examples=`, `directions='auto'`, `preserve='loss'`)."
+                )
         if self.drift > 0 and self.sampled_drift > max(0.02, 10 * self.drift):
             out.append(
                 f"The sampled network drifts at second order ({self.sampled_drift:.3g} against "

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nullbayes.constraints import Cotangents, Directions, Preserve
-from nullbayes.errors import InputError, MemoryBudgetError
-from nullbayes.jacobian.build import capture_batch
-from nullbayes.jacobian.capture import Block, CapturePlan
+from nullbayes.errors import InputError
+from nullbayes.jacobian.build import CAPTURE_BYTES, capture_batch
+from nullbayes.jacobian.capture import CapturePlan
 from nullbayes.jacobian.functional import (
     FunctionalModel,
     Inputs,
     batch_size,
     batches,
+    select,
     take,
     tensor_leaves,
 )
-from nullbayes.jacobian.operator import JacobianOperator
+from nullbayes.jacobian.keeping import BLOCK_BYTES, Keeper
+from nullbayes.jacobian.operator import JacobianOperator, check_block
 from nullbayes.jacobian.probe import prove
 from nullbayes.likelihood import Likelihood
-from nullbayes.memory import format_bytes
 from nullbayes.progress import Stages
 
+# Vectors of P numbers that the most demanding solver holds for a sample, and the share of what is left
+# beside them that rows may take.
+SOLVER_VECTORS = 9
+ROWS_SHARE = 0.6
 # Bytes of inputs and function draws that the certificate may hold on to.
 CHECK_BYTES = 2**29
 
@@ -109,68 +115,121 @@ def capture_training(
     loader: Iterable[Any],
     limit: int | None,
     scales: dict[str, float] | None,
-    budget: int,
+    memory: FitMemory,
     draws: int,
     stage: Stages,
 ) -> TrainingRows:
     """Rows of all training examples, in the order of the loader.
 
+    With ``directions="auto"`` examples need different numbers of rows: those of a batch that need as
+    many are captured together, so no row is stored in vain.
+
     The first examples are kept aside for the certificate, as many as ``draws`` function draws can be
     held for: a second pass over a shuffled or augmented loader would not see the same ones.
 
+    Args:
+        memory: what rows may take (more goes elsewhere, see ``keeping.py``), and temporaries.
+
     Raises:
-        MemoryBudgetError: the factors of the rows outgrow ``budget`` bytes.
+        MemoryBudgetError: what has to stay in memory outgrows ``memory.rows``.
     """
     plan: CapturePlan | None = None
-    blocks: list[Block] = []
-    examples, trace, discarded, nbytes = 0, 0.0, 0.0, 0
+    keeper: Keeper | None = None
+    examples, trace, discarded, captured = 0, 0.0, 0.0, 0
     kept: list[tuple[Inputs, Tensor]] = []
-    room = CHECK_BYTES
+    left = memory.check
     track = stage.track(loader, "Jacobian rows")
     for index, inputs, targets in limited(functional, track, "train_loader", limit):
         where = f"train_loader, batch {index}"
         outputs = functional.outputs(inputs, where)
         likelihood.validate(outputs, targets, where)
         targets = likelihood.prepare_targets(outputs, targets)
-        if plan is None:
+        if plan is None or keeper is None:
             plan = prove(functional, inputs)
+            keeper = Keeper(functional, plan, scales, memory.rows, memory.block)
         rows = preserve.rows(likelihood, tuple(outputs.shape[1:]), directions)
-
-        def cotangents(out: Tensor, piece: slice, targets: Tensor = targets) -> Cotangents:
-            return preserve.cotangents(likelihood, out, targets[piece], directions)
-
-        new, made = capture_batch(
-            functional,
-            plan,
-            inputs,
-            cotangents,
-            rows,
-            scales,
-        )
-        blocks += new
-        examples += batch_size(inputs)
-        for m in made:
-            trace += float(m.trace.double().sum())
-            discarded += float(m.discarded.double().sum())
+        for some, make, count in _groups(
+            likelihood, preserve, directions, inputs, outputs, targets, rows
+        ):
+            pieces = capture_batch(functional, plan, some, make, count, scales, memory.temporaries)
+            for block, piece, made in pieces:
+                check_block(block, captured)
+                keeper.add(block, piece, made.values)
+                captured += 1
+                trace += float(made.trace.double().sum())
+                discarded += float(made.discarded.double().sum())
         size = batch_size(inputs)
+        examples += size
         each = draws * outputs[0].nbytes + sum(t.nbytes for t in tensor_leaves(inputs)) // size
-        fits = min(size, room // max(1, each))
+        fits = min(size, left // max(1, each))
         if fits:
             kept.append((take(inputs, 0, fits), targets[:fits]))
-        room = room - fits * each if fits == size else 0
-        nbytes += sum(block.nbytes for block in new)
-        if nbytes > budget:
-            raise MemoryBudgetError(
-                f"the Jacobian rows of {examples} examples take {format_bytes(nbytes)}, more than "
-                f"the budget of {format_bytes(budget)}. Fit fewer examples (`max_examples=`), keep "
-                "fewer directions (`directions='auto'`), preserve each example's loss only "
-                "(`preserve='loss'`), or raise `memory=`."
-            )
-    assert plan is not None
-    operator = JacobianOperator(functional.space, blocks)
-    operator.check_finite()
+        left = left - fits * each if fits == size else 0
+    assert plan is not None and keeper is not None
+    operator = JacobianOperator(functional.space, keeper.finish())
     share = discarded / trace if trace > 0 else 0.0
     return TrainingRows(operator, plan, examples, share, kept)
+
+
+Make = Callable[[Tensor, slice], Cotangents]
+
+
+def _groups(
+    likelihood: Likelihood,
+    preserve: Preserve,
+    directions: Directions,
+    inputs: Inputs,
+    outputs: Tensor,
+    targets: Tensor,
+    rows: int,
+) -> Iterator[tuple[Inputs, Make, int]]:
+    """Examples of a batch that have the same number of rows, with what makes their cotangents."""
+    if directions != "auto":
+
+        def computed(out: Tensor, piece: slice) -> Cotangents:
+            return preserve.cotangents(likelihood, out, targets[piece], directions)
+
+        yield inputs, computed, rows
+        return
+    made = preserve.cotangents(likelihood, outputs, targets, directions)
+    used = (made.values.flatten(2) != 0).any(2).sum(0).clamp(min=1)  # (B,)
+    for count in used.unique().tolist():
+        index = (used == count).nonzero()[:, 0]
+        values = made.values[:count, index]
+        discarded, trace = made.discarded[index], made.trace[index]
+
+        def stored(
+            _: Tensor,
+            piece: slice,
+            values: Tensor = values,
+            discarded: Tensor = discarded,
+            trace: Tensor = trace,
+        ) -> Cotangents:
+            return Cotangents(values[:, piece], discarded[piece], trace[piece])
+
+        yield select(inputs, index), stored, count
+
+
+@dataclass(frozen=True)
+class FitMemory:
+    """How a budget is divided. Bytes: rows in memory, one block of them, temporaries of a capture, and
+    examples with their function draws for the certificate."""
+
+    rows: int
+    block: int = BLOCK_BYTES
+    temporaries: int = CAPTURE_BYTES
+    check: int = CHECK_BYTES
+
+    @staticmethod
+    def of(budget: int, samples: int, columns: int, dtype: torch.dtype) -> FitMemory:
+        """Rows take most of it at first; a solver that needs more sends some of them to disk later."""
+        vectors = SOLVER_VECTORS * samples * columns * dtype.itemsize
+        return FitMemory(
+            rows=max(budget // 8, int(ROWS_SHARE * (budget - vectors))),
+            block=min(BLOCK_BYTES, budget // 16),
+            temporaries=min(CAPTURE_BYTES, budget // 8),
+            check=min(CHECK_BYTES, budget // 16),
+        )
 
 
 def default_budget(available: int) -> int:

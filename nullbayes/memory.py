@@ -52,6 +52,14 @@ def available_bytes(device: torch.device) -> int:
         return 8 * 2**30
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python or torch says that there is no memory left."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return "can't allocate memory" in text or "out of memory" in text
+
+
 def peak_bytes(device: torch.device) -> int:
     """The most memory this process (or, on an accelerator, its tensors) has held so far."""
     if device.type == "cuda":

@@ -61,5 +61,4 @@ def novelty_variance(
 
 def _exact_flops(fit: Fit, outputs: int) -> float:
     assert fit.state is not None
-    m, p = fit.state.operator.shape
-    return 2.0 * outputs * min(m, p) * (p + min(m, p))
+    return fit.state.explained_flops(outputs)

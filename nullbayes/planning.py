@@ -25,12 +25,13 @@ from nullbayes.jacobian.functional import (
     undisturbed,
     unwrapped,
 )
+from nullbayes.jacobian.keeping import merge_blocks
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.jacobian.parameters import ParameterChoice, ParameterSpace
 from nullbayes.jacobian.probe import prove
 from nullbayes.likelihood import Likelihood, Regression, resolve_likelihood
 from nullbayes.memory import available_bytes, format_bytes, parse_bytes
-from nullbayes.solvers import Solver, choose
+from nullbayes.solvers import Size, Solver, choose
 
 TRIED_EXAMPLES = 48
 
@@ -177,11 +178,11 @@ def _try(
     def make(_: Tensor, piece: slice) -> SimpleNamespace:
         return SimpleNamespace(values=cotangents.values[:, piece])
 
-    capture_batch(functional, proven, inputs, make, rows)  # once to warm up
+    list(capture_batch(functional, proven, inputs, make, rows))  # once to warm up
     started = time.perf_counter()
-    blocks, _ = capture_batch(functional, proven, inputs, make, rows)
+    blocks = [block for block, _, _ in capture_batch(functional, proven, inputs, make, rows)]
     per_example = (time.perf_counter() - started) / size
-    operator = JacobianOperator(space, blocks)
+    operator = JacobianOperator(space, merge_blocks(blocks))
     m = rows * examples
     factors = operator.nbytes // size * examples
     nbytes = {
@@ -192,8 +193,17 @@ def _try(
     advice: list[str] = []
     chosen: str | None = None
     try:
-        choice = choose(solver, m, space.total, budget - sum(nbytes.values()))
-        cost = choice.solver.cost(m, space.total)
+        trial = operator.shape[0]
+        sized = Size(
+            m,
+            space.total,
+            num_samples,
+            operator.product_flops * m / trial,
+            operator.gram_flops * (m / trial) ** 2,
+            space.dtype.itemsize,
+        )
+        choice = choose(solver, sized, budget - sum(nbytes.values()))
+        cost = choice.solver.cost(sized)
         chosen, reason = choice.solver.name, choice.why
         nbytes["solver"] = cost.nbytes
         seconds["solver"] = _solver_seconds(choice.solver.name, operator, m)

@@ -17,7 +17,17 @@ from nullbayes.arguments import (
     check_positive,
     check_prior,
 )
-from nullbayes.assembly import DELTA, LAPLACE, NULL_SPACE, Fit, Settings, build, extended, rescaled
+from nullbayes.assembly import (
+    DELTA,
+    LAPLACE,
+    NULL_SPACE,
+    Checkpoint,
+    Fit,
+    Settings,
+    build,
+    extended,
+    rescaled,
+)
 from nullbayes.calibration import METRICS, CalibrationPath, calibration_path
 from nullbayes.certificate import Certificate
 from nullbayes.constraints import Directions, Preserve, resolve_directions, resolve_preserve
@@ -41,7 +51,7 @@ from nullbayes.likelihood import Likelihood, resolve_likelihood
 from nullbayes.memory import parse_bytes
 from nullbayes.novelty import novelty_variance
 from nullbayes.prediction import METHODS, SCORES, Prediction, make_prediction, per_example
-from nullbayes.solvers import Solver, choose
+from nullbayes.solvers import Size, Solver, choose
 
 Self = TypeVar("Self", bound="Posterior")
 
@@ -59,8 +69,12 @@ class Posterior:
         directions: None (all), a number or ``"auto"``: how many of the leading eigen-directions of
             each example's output Hessian are constrained.
         forward: ``forward(model, inputs) -> outputs`` where ``model(inputs)`` does not do.
-        tolerance: relative residual asked for; None: 1e-5 (float32), 1e-10 (float64).
-        memory: what a fit may take, e.g. ``"8GB"``; None: 70 % of what is free.
+        tolerance: relative residual asked for; None: 1e-5 (float32), 1e-10 (float64), and 1e-2 for
+            data sets that only an iterative solver can take.
+        drift: stop at this RMS change of an example's preserved quantity (``certificate.row_drift``)
+            even if the tolerance is not reached by then; for iterative solvers.
+        memory: what a fit may take beside what the process holds already, e.g. ``"8GB"``; None: 70 % of
+            what is free. Rows that do not fit go to disk, or are computed anew for each pass.
 
     Raises:
         InputError: an argument that cannot be used.
@@ -81,6 +95,7 @@ class Posterior:
         directions: Directions = None,
         forward: Forward | None = None,
         tolerance: float | None = None,
+        drift: float | None = None,
         memory: str | int | None = None,
         delta: float = DELTA,
     ) -> None:
@@ -94,7 +109,7 @@ class Posterior:
         self.functional = FunctionalModel(self.model, self.space, forward)
         prior = check_prior(prior_precision)
         self.space.scales(prior if isinstance(prior, dict) else None)  # raises on wrong names
-        choose(solver, 1, 1, 1 << 62)  # a wrong argument is said now, not after the capture
+        choose(solver, Size(1, 1), 1 << 62)  # a wrong argument is said now, not after the capture
         if tolerance is not None and isinstance(solver, Solver):
             raise InputError(
                 f"`tolerance` is {tolerance!r} beside a solver object, which has its own: say it there, "
@@ -108,6 +123,7 @@ class Posterior:
             delta=delta,
             solver=solver,
             tolerance=None if tolerance is None else check_positive(tolerance, "tolerance"),
+            drift=None if drift is None else check_positive(drift, "drift"),
             memory=None if memory is None else parse_bytes(memory),
         )
         self.calibration: CalibrationPath | None = None
@@ -128,6 +144,8 @@ class Posterior:
         *,
         max_examples: int | None = None,
         progress: bool = True,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: float = 60.0,
     ) -> Self:
         """Build the posterior from the training data; nothing of an earlier fit is kept until it is done.
 
@@ -138,9 +156,14 @@ class Posterior:
             seed: sample ``s`` depends on ``(seed, s)`` alone. Global random state is not touched.
             max_examples: constrain the first so many examples only.
             progress: bars on standard error.
+            checkpoint: file for the state of an iterative solver, written every ``checkpoint_every``
+                seconds; after a kill, the same call goes on from there. Removed when the fit is done.
+
+        Ctrl-C while the solver iterates ends it early: the best samples so far are kept, with a
+        certificate that says what they reached. At any other time it leaves the earlier fit as it was.
 
         Raises:
-            InputError, ModelError, NonFiniteError, MemoryBudgetError, SolverError: each names what
+            InputError, ModelError, NonFiniteError, MemoryBudgetError, SolverError, StorageError: each names what
                 was found and the mend; the model and an earlier fit stay as they were.
         """
         num_samples = check_count(num_samples, "num_samples")
@@ -158,6 +181,9 @@ class Posterior:
             seed,
             max_examples,
             progress,
+            None
+            if checkpoint is None
+            else Checkpoint(checkpoint, check_positive(checkpoint_every, "checkpoint_every")),
         )
         self._fit, self.likelihood, self.calibration = fit, fit.likelihood, None
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -40,6 +41,24 @@ class Stages:
             return None
         bar, task = self._progress, self._progress.add_task(label, total=100)
         return lambda share: bar.update(task, completed=round(100 * share))
+
+    def towards(self, label: str) -> Callable[[int, float], None] | None:
+        """A callback that takes iterations done and how far above the goal (at 1) the residual is."""
+        if self._progress is None:
+            return None
+        bar, task = self._progress, self._progress.add_task(label, total=100)
+        first: list[float] = []
+
+        def report(done: int, ratio: float) -> None:
+            ratio = min(max(ratio, 1.0), 1e300)
+            if not first or ratio > first[0]:
+                first[:] = [ratio]
+            # Residuals fall geometrically: the share done is one of logarithms.
+            share = 1 - math.log(ratio) / math.log(first[0]) if first[0] > 1 else 1.0
+            text = f"{label} {done}: {ratio:.3g} × goal"
+            bar.update(task, completed=round(100 * share), description=f"{text:<28}")
+
+        return report
 
 
 @contextmanager

@@ -188,7 +188,9 @@ def read(path: str | os.PathLike[str]) -> Stored:
                 raise StorageError(
                     f"{source} is a safetensors file, but not one that `posterior.save` wrote."
                 )
-            tensor = file.get_tensor("samples")
+            # Where a file's bytes happen to begin changes the rounding of products: copy them to a
+            # place of their own, aligned as those of a fit are.
+            tensor = file.get_tensor("samples").clone()
         meta = json.loads(text)
     except (SafetensorError, ValueError, KeyError) as error:
         raise StorageError(

@@ -577,7 +577,7 @@ def test_memory_budget() -> None:
         nb.MemoryBudgetError, "memory=", "max_examples=", "directions='auto'", "preserve='loss'"
     ):
         fit(network(), memory="1 kB")
-    with says(nb.MemoryBudgetError, "no direct solver fits", "memory=", "max_examples="):
+    with says(nb.MemoryBudgetError, "no solver fits", "memory=", "max_examples="):
         fit(network(), memory="3 kB")
 
 

@@ -144,9 +144,10 @@ def test_column_scales_are_folded_in() -> None:
     plan = prove(functional, inputs)
     scales = {name: 0.5 + i for i, name in enumerate(functional.space.names)}
     eye = torch.eye(7, dtype=torch.float64)[:, None].expand(7, 4, 7)
-    blocks, _ = capture_batch(
+    made = capture_batch(
         functional, plan, inputs, lambda o, s: SimpleNamespace(values=eye[:, s]), 7, scales
     )
+    blocks = [block for block, _, _ in made]
     precision = {name: value**-2 for name, value in scales.items()}
     dense = dense_jacobian(model, inputs) * functional.space.scales(precision)
     operator = JacobianOperator(functional.space, blocks)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nullbayes.jacobian.capture import Block, CapturePlan, capture
 from nullbayes.jacobian.functional import FunctionalModel, Inputs, batch_size, take
-from nullbayes.jacobian.operator import BLOCK_ROWS, JacobianOperator
+from nullbayes.jacobian.keeping import BLOCK_ROWS
+from nullbayes.jacobian.operator import JacobianOperator
 
 # Bytes of temporaries that one capture may take.
 CAPTURE_BYTES = 2**29
@@ -19,12 +20,17 @@ CAPTURE_BYTES = 2**29
 MakeCotangents = Callable[[Tensor], Any]
 
 
-def examples_per_capture(functional: FunctionalModel, plan: CapturePlan, cotangents: int) -> int:
-    """How many examples one backward pass may carry."""
+def examples_per_capture(
+    functional: FunctionalModel,
+    plan: CapturePlan,
+    cotangents: int,
+    temporaries: int | None = None,
+) -> int:
+    """How many examples one backward pass may carry, with so many bytes of ``temporaries``."""
     per_example = plan.activations * (cotangents + 2)
     per_example += cotangents * sum(functional.space.by_name[n].numel for n in plan.generic)
     item = functional.dtype.itemsize
-    fits = CAPTURE_BYTES // max(1, 2 * item * per_example)
+    fits = (temporaries or CAPTURE_BYTES) // max(1, 2 * item * per_example)
     return max(1, min(fits, BLOCK_ROWS // max(1, cotangents)))
 
 
@@ -35,23 +41,22 @@ def capture_batch(
     make: Callable[[Tensor, slice], Any],
     cotangents: int,
     scales: dict[str, float] | None = None,
-) -> tuple[list[Block], list[Any]]:
-    """Blocks of one batch, cut into pieces; ``make(outputs, piece)`` gives a piece's cotangents."""
+    temporaries: int | None = None,
+) -> Iterator[tuple[Block, Inputs, Any]]:
+    """One batch, cut into pieces: the block of each, its inputs, and its cotangents.
+
+    Args:
+        make: ``(outputs, piece) -> `` the cotangents of a piece.
+    """
     size = batch_size(inputs)
-    step = examples_per_capture(functional, plan, cotangents)
-    blocks, made = [], []
+    step = examples_per_capture(functional, plan, cotangents, temporaries)
     for start in range(0, size, step):
         piece = slice(start, min(start + step, size))
-        block, result = capture(
-            functional,
-            plan,
-            take(inputs, piece.start, piece.stop),
-            lambda outputs, piece=piece: make(outputs, piece),
-            scales,
+        some = take(inputs, piece.start, piece.stop)
+        block, made = capture(
+            functional, plan, some, lambda outputs, piece=piece: make(outputs, piece), scales
         )
-        blocks.append(block)
-        made.append(result)
-    return blocks, made
+        yield block, some, made
 
 
 def output_operators(

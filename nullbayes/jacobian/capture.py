@@ -98,6 +98,29 @@ class Block:
     def nbytes(self) -> int:
         return sum(factor.nbytes for factor in self.factors.values())
 
+    @property
+    def resident(self) -> int:
+        """Bytes of memory held between uses: all of them, unlike blocks that are kept elsewhere."""
+        return self.nbytes
+
+    @property
+    def where(self) -> str:
+        return "memory"
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.factors.values())).tensors()[0].device
+
+    @contextmanager
+    def opened(self) -> Iterator[Block]:
+        """Itself; see ``keeping.py`` for blocks that are not in memory."""
+        yield self
+
+    def narrow(self, start: int, stop: int) -> Block:
+        """The examples ``start:stop``, as views."""
+        factors = {names: f.narrow(start, stop) for names, f in self.factors.items()}
+        return Block(factors, stop - start, self.cotangents)
+
     @staticmethod
     def merge(blocks: Sequence[Block]) -> Block:
         """One block from several with the same number of cotangents."""

@@ -9,7 +9,7 @@ everything: rows written out (:class:`DenseFactor`), sums of outer products over
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,16 @@ from nullbayes.jacobian.parameters import Slot
 
 # Elements of the largest temporary that one product may create (256 MB of float32).
 CHUNK_ELEMENTS = 64 * 2**20
+# Elements of a temporary that is read again at once: small enough to come from the cache (16 MB of
+# float32), and from memory that the allocator keeps instead of asking the system for new pages.
+NEAR_ELEMENTS = 4 * 2**20
+# Multiplications of one sample with one layer up to which the weights of all samples are copied
+# side by side, for one product of all of them. Above, each is multiplied where it lies: the copy
+# would be as large as the samples.
+COPIED_PRODUCT = 4 * 2**20
+# What a multiplication by way of written-out rows costs in those of a large product: they are
+# shaped less well, and every row is written and read once (measured 1.1 to 1.4).
+ROWS_PENALTY = 1.25
 
 
 class Factor(ABC):
@@ -119,13 +129,19 @@ class OuterFactor(Factor):
         if bias is not None:
             # A bias is the weight of an input that is always one: it shares every product with g.
             a = torch.cat([a, a.new_full((*a.shape[:-1], 1), bias_scale)], dim=-1)
-        self._init(weight, bias, a.contiguous(), g.contiguous(), transposed)
+        self._init(weight, bias, a.contiguous(), g.contiguous(), transposed, bias_scale)
 
     def _init(
-        self, weight: Slot, bias: Slot | None, a: Tensor, g: Tensor, transposed: bool
+        self,
+        weight: Slot,
+        bias: Slot | None,
+        a: Tensor,
+        g: Tensor,
+        transposed: bool,
+        bias_scale: float,
     ) -> None:
         self.weight, self.bias, self.a, self.g = weight, bias, a, g
-        self.transposed = transposed
+        self.transposed, self.bias_scale = transposed, bias_scale
         self.slots = (weight,) if bias is None else (weight, bias)
         self.examples, self.cotangents = g.shape[:2]
         self.tokens, self.groups = a.shape[1:3]
@@ -133,7 +149,7 @@ class OuterFactor(Factor):
 
     def _like(self, a: Tensor, g: Tensor) -> OuterFactor:
         new = OuterFactor.__new__(OuterFactor)
-        new._init(self.weight, self.bias, a, g, self.transposed)
+        new._init(self.weight, self.bias, a, g, self.transposed, self.bias_scale)
         return new
 
     @property
@@ -152,52 +168,165 @@ class OuterFactor(Factor):
             return [self]
         return [self.narrow(i, min(i + step, self.examples)) for i in range(0, self.examples, step)]
 
-    def _joint(self, vectors: Tensor) -> Tensor:
-        """The columns of this layer as matrices ``(G, S, O, I)``, the bias as the last input."""
-        s, (g, o) = len(vectors), (self.groups, self.width_out)
-        w = vectors[:, self.weight.start : self.weight.stop]
-        if self.transposed:
-            return w.reshape(s, g, self.width_in, o).permute(1, 0, 3, 2)
-        w = w.reshape(s, g, o, -1)
-        if self.bias is not None:
-            b = vectors[:, self.bias.start : self.bias.stop].reshape(s, g, o, 1)
-            w = torch.cat([w, b], dim=-1)
-        return w.transpose(0, 1)
+    # -- products with vectors: through the rows, or layer by layer as the network itself does -----
+
+    @property
+    def _inputs(self) -> Tensor:
+        """``a`` without the constant input of the bias: ``(B, T, G, I)``."""
+        return self.a if self.bias is None else self.a[..., :-1]
+
+    def _bias_rows(self) -> Tensor:
+        """``(B*C, G*O)``: rows of the bias."""
+        return self.g.sum(2).reshape(self.num_rows, -1) * self.bias_scale
+
+    def products_by_rows(self, vectors: int) -> bool:
+        """Whether products with so many vectors are cheaper from written-out rows.
+
+        Multiplications per weight and example: ``C T`` to write the rows and ``C S`` to use them,
+        against ``T S`` for ``a W_s`` and ``T S C / I`` to contract it with ``g``. Rows win where
+        there are more positions than outputs: in the early layers of a convolutional network.
+        """
+        c, t, s = self.cotangents, self.tokens, vectors
+        inputs = self.width_in - (self.bias is not None)
+        return t > 1 and ROWS_PENALTY * c * (t + s) < t * s * (1 + c / inputs)
 
     def matvec(self, vectors: Tensor) -> Tensor:
-        s = len(vectors)
-        joint = self._joint(vectors)
-        matrix = joint.reshape(self.groups, s * self.width_out, self.width_in).transpose(1, 2)
-        per_example = s * self.tokens * self.groups * self.width_out
+        if self.products_by_rows(len(vectors)):
+            out = self._matvec_rows(vectors)
+        elif self._copies:
+            out = self._matvec_copied(vectors)
+        else:
+            out = self._matvec_in_place(vectors)
+        if self.bias is not None:
+            out.addmm_(vectors[:, self.bias.start : self.bias.stop], self._bias_rows().T)
+        return out
+
+    def rmatvec(self, weights: Tensor, out: Tensor) -> None:
+        if self.products_by_rows(len(weights)):
+            self._rmatvec_rows(weights, out)
+        elif self._copies:
+            self._rmatvec_copied(weights, out)
+        else:
+            self._rmatvec_in_place(weights, out)
+        if self.bias is not None:
+            out[:, self.bias.start : self.bias.stop].addmm_(weights, self._bias_rows())
+
+    def _row_blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Rows of the weight a piece at a time: which of the ``B*C`` rows, which columns, values.
+
+        A piece holds the weights of some outputs (of some inputs if ``transposed``), or of some
+        groups: neighbours in memory, so that a product reads vectors and writes results in place.
+        """
+        c, t, o, i = self.cotangents, self.tokens, self.width_out, self._inputs.shape[3]
+        lead, trail = (i, o) if self.transposed else (o, i)
+        wide = -(-64 // c)  # rows of the products that write them: fewer would be slow
+        at_once = NEAR_ELEMENTS // max(1, self.num_rows * trail)
+        if self.groups == 1:
+            groups, span = 1, min(lead, max(wide, at_once))
+        else:
+            groups, span = min(self.groups, max(1, at_once // lead)), lead
+        step = max(1, NEAR_ELEMENTS // (c * groups * span * trail))
+        for n in range(0, self.examples, step):
+            a, g = self._inputs[n : n + step].transpose(1, 2), self.g[n : n + step]
+            b = len(g)
+            for k in range(0, self.groups, groups):
+                for j in range(0, lead, span):
+                    if self.transposed:
+                        left = a[:, k : k + groups, :, j : j + span].mT  # (b, groups, span, T)
+                        right = g[:, :, :, k : k + groups].permute(0, 3, 2, 1, 4)
+                        rows = left @ right.reshape(b, -1, t, c * o)
+                        rows = rows.unflatten(3, (c, o)).permute(0, 3, 1, 2, 4)
+                    else:
+                        cut = g[:, :, :, k : k + groups, j : j + span].permute(0, 3, 1, 4, 2)
+                        left = cut.reshape(b, cut.shape[1], -1, t)  # (b, groups, C*span, T)
+                        rows = (left @ a[:, k : k + groups]).unflatten(2, (c, -1)).transpose(1, 2)
+                    rows = rows.reshape(b * c, -1)
+                    start = self.weight.start + (k * lead + j) * trail
+                    yield slice(n * c, (n + b) * c), slice(start, start + rows.shape[1]), rows
+
+    def _matvec_rows(self, vectors: Tensor) -> Tensor:
+        out = vectors.new_zeros(len(vectors), self.num_rows)
+        for at, columns, rows in self._row_blocks():
+            out[:, at].addmm_(vectors[:, columns], rows.T)
+        return out
+
+    def _rmatvec_rows(self, weights: Tensor, out: Tensor) -> None:
+        for at, columns, rows in self._row_blocks():
+            out[:, columns].addmm_(weights[:, at], rows)
+
+    @property
+    def _copies(self) -> bool:
+        """Whether the weights of all samples are worth a copy, or come in no layout without one."""
+        size = self.examples * self.tokens * self.width_out * self.width_in
+        return self.groups > 1 or self.transposed or size <= COPIED_PRODUCT
+
+    def _matvec_copied(self, vectors: Tensor) -> Tensor:
+        s, o = len(vectors), self.width_out
+        w = vectors[:, self.weight.start : self.weight.stop]
+        if self.transposed:
+            w = w.reshape(s, self.groups, -1, o).permute(1, 2, 0, 3)
+        else:
+            w = w.reshape(s, self.groups, o, -1).permute(1, 3, 0, 2)
+        matrix = w.reshape(self.groups, -1, s * o)  # (G, I, S*O)
         out = []
-        for part in self._chunks(per_example):
-            b, t, g, i = part.a.shape
-            u = part.a.permute(2, 0, 1, 3).reshape(g, b * t, i) @ matrix  # (G, B*T, S*O)
-            u = u.reshape(g, b, t, s, self.width_out).permute(1, 2, 0, 4, 3)
+        for part in self._chunks(s * self.tokens * self.groups * o):
+            a = part._inputs
+            b, t, g, i = a.shape
+            u = a.permute(2, 0, 1, 3).reshape(g, b * t, i) @ matrix  # (G, B*T, S*O)
+            u = u.reshape(g, b, t, s, o).permute(1, 2, 0, 4, 3)
             y = part.g.reshape(b, self.cotangents, -1) @ u.reshape(b, -1, s)  # (B, C, S)
             out.append(y.permute(2, 0, 1).reshape(s, -1))
         return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
-    def rmatvec(self, weights: Tensor, out: Tensor) -> None:
+    def _rmatvec_copied(self, weights: Tensor, out: Tensor) -> None:
         s, o = len(weights), self.width_out
         total: Tensor | None = None
         start = 0
         for part in self._chunks(s * self.tokens * self.groups * o):
-            b, t, g, i = part.a.shape
+            a = part._inputs
+            b, t, g, i = a.shape
             w = weights[:, start : start + part.num_rows].reshape(s, b, self.cotangents)
             start += part.num_rows
             h = w.permute(1, 0, 2) @ part.g.reshape(b, self.cotangents, -1)  # (B, S, T*G*O)
             h = h.reshape(b, s, t, g, o).permute(3, 1, 4, 0, 2).reshape(g, s * o, b * t)
-            y = h @ part.a.permute(2, 0, 1, 3).reshape(g, b * t, i)  # (G, S*O, I)
+            y = h @ a.permute(2, 0, 1, 3).reshape(g, b * t, i)  # (G, S*O, I)
             total = y if total is None else total.add_(y)
         assert total is not None
-        joint = total.reshape(self.groups, s, o, self.width_in).transpose(0, 1)  # (S, G, O, I)
+        joint = total.reshape(self.groups, s, o, -1).transpose(0, 1)  # (S, G, O, I)
         if self.transposed:
             joint = joint.transpose(2, 3)
-        elif self.bias is not None:
-            out[:, self.bias.start : self.bias.stop] += joint[..., -1].reshape(s, -1)
-            joint = joint[..., :-1]
         out[:, self.weight.start : self.weight.stop] += joint.reshape(s, -1)
+
+    def _matvec_in_place(self, vectors: Tensor) -> Tensor:
+        o, c = self.width_out, self.cotangents
+        w = vectors[:, self.weight.start : self.weight.stop].unflatten(1, (o, -1))  # (S, O, I)
+        out = vectors.new_empty(len(vectors), self.num_rows)
+        start = 0
+        for part in self._chunks(self.tokens * o):
+            b = part.examples
+            a, g = part._inputs.flatten(0, 2), part.g.reshape(b, c, -1)
+            step = max(1, NEAR_ELEMENTS // (len(a) * o))
+            for k, some in zip(range(0, len(w), step), w.split(step), strict=True):
+                u = torch.bmm(a.expand(len(some), -1, -1), some.mT)  # (s, B*T, O)
+                y = torch.bmm(g, u.view(len(some), b, -1).permute(1, 2, 0))  # (B, C, s)
+                out[k : k + step, start : start + b * c] = y.permute(2, 0, 1).flatten(1)
+            start += b * c
+        return out
+
+    def _rmatvec_in_place(self, weights: Tensor, out: Tensor) -> None:
+        o, c = self.width_out, self.cotangents
+        to = out[:, self.weight.start : self.weight.stop].unflatten(1, (o, -1))  # (S, O, I)
+        start = 0
+        for part in self._chunks(self.tokens * o):
+            b = part.examples
+            a, g = part._inputs.flatten(0, 2), part.g.reshape(b, c, -1)
+            w = weights[:, start : start + b * c].unflatten(1, (b, c)).transpose(0, 1)  # (B, S, C)
+            step = max(1, NEAR_ELEMENTS // (len(a) * o))
+            for k in range(0, len(weights), step):
+                h = torch.bmm(w[:, k : k + step], g).transpose(0, 1)  # (s, B, T*O)
+                h = h.reshape(len(h), -1, o)
+                to[k : k + step].baddbmm_(h.mT, a.expand(len(h), -1, -1))
+            start += b * c
 
     def matrices(self) -> Tensor:
         """Rows as ``(B*C, G*O*I)`` in the joint layout (bias as last input): for Gram blocks."""
@@ -357,18 +486,28 @@ def renumber(index: Tensor, entries: Tensor) -> Tensor:
 
 
 def gather(vectors: Tensor, slots: Sequence[Slot]) -> Tensor:
-    """The columns of ``slots`` side by side: ``(S, P)`` -> ``(S, columns)``."""
-    if len(slots) == 1:
-        return vectors[:, slots[0].start : slots[0].stop]
-    return torch.cat([vectors[:, s.start : s.stop] for s in slots], dim=1)
+    """The columns of ``slots`` side by side: ``(S, P)`` -> ``(S, columns)``; a view if they are so."""
+    parts = [vectors[:, start:stop] for start, stop in runs(slots)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def scatter_add(out: Tensor, slots: Sequence[Slot], values: Tensor) -> None:
     """Add ``values (S, columns)`` into the columns of ``slots`` of ``out (S, P)``."""
-    start = 0
+    at = 0
+    for start, stop in runs(slots):
+        out[:, start:stop] += values[:, at : at + stop - start]
+        at += stop - start
+
+
+def runs(slots: Sequence[Slot]) -> list[tuple[int, int]]:
+    """Columns ``start:stop`` of ``slots``, those of neighbours as one."""
+    out: list[tuple[int, int]] = []
     for slot in slots:
-        out[:, slot.start : slot.stop] += values[:, start : start + slot.numel]
-        start += slot.numel
+        if out and out[-1][1] == slot.start:
+            out[-1] = out[-1][0], slot.stop
+        else:
+            out.append((slot.start, slot.stop))
+    return out
 
 
 def concatenate(parts: Sequence[Factor]) -> Factor:

@@ -268,6 +268,14 @@ def take(inputs: Inputs, start: int, stop: int) -> Inputs:
     )
 
 
+def select(inputs: Inputs, index: Tensor) -> Inputs:
+    """The examples at ``index (k,)``: every tensor that has the batch axis is indexed, the rest is kept."""
+    size = batch_size(inputs)
+    return tree_map(
+        lambda t: t[index] if isinstance(t, Tensor) and t.ndim and len(t) == size else t, inputs
+    )
+
+
 def check_mode(model: nn.Module) -> None:
     """Refuse modules whose training mode makes outputs random or ties examples together."""
     modes = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -10,14 +11,11 @@ from torch import Tensor
 
 from nullbayes.errors import NonFiniteError
 from nullbayes.jacobian.capture import Block
-from nullbayes.jacobian.factors import Factor, OuterFactor
+from nullbayes.jacobian.counting import gram_flops_per_pair, product_flops
+from nullbayes.jacobian.factors import CHUNK_ELEMENTS, Factor, OuterFactor
+from nullbayes.jacobian.gram import gram_matrix
+from nullbayes.jacobian.keeping import BLOCK_ROWS, Openable, Part, moved_out
 from nullbayes.jacobian.parameters import ParameterSpace
-
-# Rows that blocks of small batches are merged to: large enough for matrix products to run at full
-# speed, small enough that the lower triangle of blocks is close to half the Gram matrix.
-BLOCK_ROWS = 1024
-# Bytes of written-out rows that a Gram build may hold for one layer.
-GRAM_ROWS_BYTES = 2**30
 
 Tick = Callable[[float], None]
 
@@ -36,6 +34,11 @@ class RowOperator(ABC):
     @abstractmethod
     def rmatvec(self, weights: Tensor) -> Tensor:
         """``Aᵀ w`` for ``S`` vectors at once: ``(S, M)`` -> ``(S, P)``."""
+
+    def normal(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """``AᵀA v (S, P)`` and ``‖A v‖² (S,)`` float64, in one pass over the rows."""
+        image = self.matvec(vectors)
+        return self.rmatvec(image), image.double().square().sum(1)
 
     def gram(self, tick: Tick | None = None) -> Tensor:
         """``A Aᵀ``: ``(M, M)`` float64, accumulated from products in the operator's dtype."""
@@ -57,6 +60,28 @@ class RowOperator(ABC):
             unit[torch.arange(len(unit)), torch.arange(start, start + len(unit))] = 1
             yield self.rmatvec(unit)
 
+    def pieces(self, rows: int) -> Iterator[RowOperator]:
+        """The same matrix as consecutive operators of about ``rows`` rows each, none divided further."""
+        for values in self.iter_rows(max(1, rows)):
+            yield DenseOperator(values)
+
+    def subset(self, rows: int, generator: torch.Generator) -> RowOperator:
+        """About ``rows`` of the rows, drawn at random without replacement."""
+        keep = torch.randperm(self.shape[0], generator=generator)[:rows].sort().values
+        unit = torch.zeros(len(keep), self.shape[0], dtype=self.dtype)
+        unit[torch.arange(len(keep)), keep] = 1
+        return DenseOperator(self.rmatvec(unit.to(self.device)))
+
+    @property
+    def product_flops(self) -> float:
+        """Floating-point operations of ``A v`` for one vector."""
+        return 2.0 * self.shape[0] * self.shape[1]
+
+    @property
+    def gram_flops(self) -> float:
+        """Floating-point operations of ``A Aᵀ``, half of it by symmetry."""
+        return float(self.shape[0] ** 2 * self.shape[1])
+
 
 class DenseOperator(RowOperator):
     """A matrix held as it is: ``matrix (M, P)``. For small problems and for checking solvers."""
@@ -75,18 +100,22 @@ class DenseOperator(RowOperator):
     def iter_rows(self, at_most: int) -> Iterator[Tensor]:
         yield from self.matrix.split(at_most)
 
+    def subset(self, rows: int, generator: torch.Generator) -> DenseOperator:
+        keep = torch.randperm(self.shape[0], generator=generator)[:rows].sort().values
+        return DenseOperator(self.matrix[keep.to(self.device)])
+
 
 class JacobianOperator(RowOperator):
     """``A`` from captured blocks; nothing of size ``M × P`` is ever formed.
 
     Args:
         space: the parameters (columns).
-        blocks: captured rows, in the order of the data.
+        blocks: captured rows in the order of the data, in memory or elsewhere (``keeping.py``).
     """
 
-    def __init__(self, space: ParameterSpace, blocks: Sequence[Block]) -> None:
+    def __init__(self, space: ParameterSpace, blocks: Sequence[Openable]) -> None:
         self.space = space
-        self.blocks = merge_blocks(blocks)
+        self.blocks = list(blocks)
         self.starts = [0]
         for block in self.blocks:
             self.starts.append(self.starts[-1] + block.num_rows)
@@ -99,137 +128,178 @@ class JacobianOperator(RowOperator):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the factors take."""
+        """Bytes that the factors take, wherever they are."""
         return sum(block.nbytes for block in self.blocks)
+
+    @property
+    def resident(self) -> int:
+        """Bytes of memory that the factors take between passes."""
+        return sum(block.resident for block in self.blocks)
+
+    def kept(self) -> dict[str, int]:
+        """Bytes by where they are kept: ``{"memory": ..., "disk": ..., "recomputed": ...}``."""
+        out: dict[str, int] = {}
+        for block in self.blocks:
+            out[block.where] = out.get(block.where, 0) + block.nbytes
+        return out
+
+    def move_out(self, room: int) -> None:
+        """Keep no more than ``room`` bytes in memory, where the disk can take the rest."""
+        self.blocks = moved_out(self.blocks, room)
 
     def matvec(self, vectors: Tensor) -> Tensor:
         out = vectors.new_zeros(len(vectors), self.shape[0])
-        for block, start in zip(self.blocks, self.starts, strict=False):
-            part = out[:, start : start + block.num_rows]
-            for factor in block.factors.values():
-                part += factor.matvec(vectors)
+        for kept, start in zip(self.blocks, self.starts, strict=False):
+            part = out[:, start : start + kept.num_rows]
+            with kept.opened() as block:
+                for factor in block.factors.values():
+                    part += factor.matvec(vectors)
         return out
 
     def rmatvec(self, weights: Tensor) -> Tensor:
         out = weights.new_zeros(len(weights), self.shape[1])
-        for block, start in zip(self.blocks, self.starts, strict=False):
-            part = weights[:, start : start + block.num_rows]
-            for factor in block.factors.values():
-                factor.rmatvec(part, out)
+        for kept, start in zip(self.blocks, self.starts, strict=False):
+            part = weights[:, start : start + kept.num_rows]
+            with kept.opened() as block:
+                for factor in block.factors.values():
+                    factor.rmatvec(part, out)
         return out
 
+    def normal(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        out = torch.zeros_like(vectors)
+        square = torch.zeros(len(vectors), dtype=torch.float64, device=self.device)
+        for kept in self.blocks:
+            with kept.opened() as block:
+                image = vectors.new_zeros(len(vectors), kept.num_rows)
+                for factor in block.factors.values():
+                    image += factor.matvec(vectors)
+                square += image.double().square().sum(1)
+                for factor in block.factors.values():
+                    factor.rmatvec(image, out)
+        return out, square
+
     def gram(self, tick: Tick | None = None) -> Tensor:
-        m = self.shape[0]
-        out = torch.zeros(m, m, dtype=torch.float64, device=self.device)
-        keys = list(self.blocks[0].factors) if self.blocks else []
-        for k, key in enumerate(keys):
-            factors = _ready([block.factors[key] for block in self.blocks])
-            for i, left in enumerate(factors):
-                rows = slice(self.starts[i], self.starts[i + 1])
-                for j, right in enumerate(factors[: i + 1]):
-                    out[rows, self.starts[j] : self.starts[j + 1]] += _product(left, right)
-                if tick:
-                    tick((k + ((i + 1) / len(factors)) ** 2) / len(keys))
-        _mirror(out)
-        return out
+        return gram_matrix(self.blocks, self.starts, self.device, tick)
+
+    def pieces(self, rows: int) -> Iterator[JacobianOperator]:
+        """Consecutive examples with about ``rows`` rows together; views, nothing is copied."""
+        for block in self.blocks:
+            step = max(1, rows // block.cotangents)
+            for start in range(0, block.examples, step):
+                part = Part(block, start, min(start + step, block.examples))
+                yield JacobianOperator(self.space, [part])
+
+    def subset(self, rows: int, generator: torch.Generator) -> JacobianOperator:
+        """Whole examples, some consecutive ones from each of many blocks."""
+        if rows >= self.shape[0]:
+            return self
+        order = torch.randperm(len(self.blocks), generator=generator)
+        # A few neighbours from every block: views are slices, and data come shuffled or by class.
+        take = rows / self.shape[0]
+        parts, due = [], 0.0
+        for i in sorted(order.tolist()):
+            block = self.blocks[i]
+            due += take * block.examples
+            count = min(int(due), block.examples)
+            if count:
+                due -= count
+                start = int(torch.randint(block.examples - count + 1, (), generator=generator))
+                parts.append(Part(block, start, start + count))
+        return JacobianOperator(self.space, parts or [Part(self.blocks[0], 0, 1)])
 
     def cross_gram(self, other: JacobianOperator) -> Tensor:
         """``A A'ᵀ`` with the rows of another operator over the same parameters: ``(M, M')``."""
         out = torch.zeros(self.shape[0], other.shape[0], dtype=torch.float64, device=self.device)
-        for block, start in zip(self.blocks, self.starts, strict=False):
-            for other_block, at in zip(other.blocks, other.starts, strict=False):
-                part = out[start : start + block.num_rows, at : at + other_block.num_rows]
-                for key, factor in block.factors.items():
-                    part += factor.gram(other_block.factors[key])
+        for kept, start in zip(self.blocks, self.starts, strict=False):
+            with kept.opened() as block:
+                for kept_other, at in zip(other.blocks, other.starts, strict=False):
+                    part = out[start : start + block.num_rows, at : at + kept_other.num_rows]
+                    with kept_other.opened() as other_block:
+                        for key, factor in block.factors.items():
+                            part += factor.gram(other_block.factors[key])
         return out
 
     def squared_norms(self) -> Tensor:
         """``‖A_m‖²`` of every row: ``(M,)`` float64."""
         parts = []
-        for block in self.blocks:
-            total = torch.zeros(block.num_rows, dtype=torch.float64, device=self.device)
-            for factor in block.factors.values():
-                for n in range(block.examples):
-                    at = slice(n * block.cotangents, (n + 1) * block.cotangents)
-                    one = factor.narrow(n, n + 1)
-                    total[at] += one.gram(one).diagonal()
-            parts.append(total)
+        for kept in self.blocks:
+            with kept.opened() as block:
+                total = torch.zeros(block.num_rows, dtype=torch.float64, device=self.device)
+                for factor in block.factors.values():
+                    total += factor_norms(factor)
+                parts.append(total)
         return torch.cat(parts)
 
     def iter_rows(self, at_most: int) -> Iterator[Tensor]:
-        for block in self.blocks:
-            step = max(1, at_most // block.cotangents)
-            for start in range(0, block.examples, step):
-                stop = min(start + step, block.examples)
-                rows = torch.zeros(
-                    (stop - start) * block.cotangents,
-                    self.shape[1],
-                    dtype=self.dtype,
-                    device=self.device,
-                )
-                for factor in block.factors.values():
-                    at, values = 0, factor.narrow(start, stop).rows()
-                    for slot in factor.slots:
-                        rows[:, slot.start : slot.stop] = values[:, at : at + slot.numel]
-                        at += slot.numel
-                yield rows
+        for kept in self.blocks:
+            step = max(1, at_most // kept.cotangents)
+            with kept.opened() as block:
+                for start in range(0, block.examples, step):
+                    yield self._written(block, start, min(start + step, block.examples))
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Some rows written out: ``index (k,)`` -> ``(k, P)``."""
+        out = torch.empty(len(index), self.shape[1], dtype=self.dtype, device=self.device)
+        for at, m in enumerate(index.tolist()):
+            b = bisect_right(self.starts, m) - 1
+            n, c = divmod(m - self.starts[b], self.blocks[b].cotangents)
+            with Part(self.blocks[b], n, n + 1).opened() as block:
+                out[at] = self._written(block, 0, 1)[c]
+        return out
+
+    def _written(self, block: Block, start: int, stop: int) -> Tensor:
+        count = (stop - start) * block.cotangents
+        rows = torch.zeros(count, self.shape[1], dtype=self.dtype, device=self.device)
+        for factor in block.factors.values():
+            at, values = 0, factor.narrow(start, stop).rows()
+            for slot in factor.slots:
+                rows[:, slot.start : slot.stop] = values[:, at : at + slot.numel]
+                at += slot.numel
+        return rows
+
+    @property
+    def product_flops(self) -> float:
+        if not self.blocks:
+            return 0.0
+        with self.blocks[0].opened() as block:
+            each = sum(product_flops(f) for f in block.factors.values()) / block.num_rows
+        return each * self.shape[0]
+
+    @property
+    def gram_flops(self) -> float:
+        if not self.blocks:
+            return 0.0
+        with self.blocks[0].opened() as block:
+            per_pair = sum(gram_flops_per_pair(f) for f in block.factors.values())
+        return per_pair * self.shape[0] ** 2 / 2
 
     def check_finite(self) -> None:
         """Raise :class:`NonFiniteError` naming the parameters whose rows are not finite."""
-        for i, block in enumerate(self.blocks):
-            for names, factor in block.factors.items():
-                if not all(bool(t.isfinite().all()) for t in factor.tensors()):
-                    raise NonFiniteError(
-                        f"the Jacobian rows of {list(names)} hold NaN or infinity (block {i}). "
-                        "The outputs were finite, so a derivative overflowed: use float64 "
-                        "(`model.double()`) or look for sqrt, log or division near zero."
-                    )
+        for i, kept in enumerate(self.blocks):
+            with kept.opened() as block:
+                check_block(block, i)
 
 
-def merge_blocks(blocks: Sequence[Block], rows: int = BLOCK_ROWS) -> list[Block]:
-    """Join consecutive small blocks with the same number of cotangents and the same factors."""
-    out: list[Block] = []
-    group: list[Block] = []
-
-    def flush() -> None:
-        if group:
-            out.append(Block.merge(group))
-            group.clear()
-
-    for block in blocks:
-        fits = sum(b.num_rows for b in group) + block.num_rows <= max(rows, block.num_rows)
-        if group and not (fits and group[0].cotangents == block.cotangents):
-            flush()
-        group.append(block)
-    flush()
-    return out
+def factor_norms(factor: Factor) -> Tensor:
+    """Squared length of each of the ``B*C`` rows, float64."""
+    if isinstance(factor, OuterFactor) and factor.tokens == 1:
+        a = factor.a[:, 0].double().square().sum(2)  # (B, G)
+        g = factor.g[:, :, 0].double().square().sum(3)  # (B, C, G)
+        return (a[:, None] * g).sum(2).reshape(-1)
+    step = max(1, CHUNK_ELEMENTS // (4 * max(1, factor.columns * factor.cotangents)))
+    starts = range(0, factor.examples, step)
+    pieces = (factor.narrow(i, min(i + step, factor.examples)).rows() for i in starts)
+    return torch.cat(
+        [torch.linalg.vector_norm(p, dim=1, dtype=torch.float64) for p in pieces]
+    ).square()
 
 
-def _ready(factors: list[Factor]) -> list[Factor | Tensor]:
-    """Outer factors whose Gram blocks want written-out rows, written out once if they fit."""
-    first = factors[0]
-    if not isinstance(first, OuterFactor) or not first.gram_by_rows:
-        return list(factors)
-    width = first.groups * first.width_out * first.width_in
-    total = sum(f.num_rows for f in factors) * width * first.g.element_size()
-    if total > GRAM_ROWS_BYTES:
-        return list(factors)
-    return [f.matrices() for f in factors if isinstance(f, OuterFactor)]
-
-
-def _product(left: Factor | Tensor, right: Factor | Tensor) -> Tensor:
-    if isinstance(left, Tensor):
-        assert isinstance(right, Tensor)
-        return left @ right.T
-    assert isinstance(right, Factor)
-    return left.gram(right)
-
-
-def _mirror(matrix: Tensor, step: int = 2048) -> None:
-    """Copy the lower triangle of blocks to the upper one, without a second full matrix."""
-    m = len(matrix)
-    for i in range(0, m, step):
-        stop = min(i + step, m)
-        square = matrix[i:stop, i:stop]
-        square.copy_(square.tril() + square.tril(-1).T)
-        matrix[i:stop, stop:] = matrix[stop:, i:stop].T
+def check_block(block: Block, index: int) -> None:
+    """Raise :class:`NonFiniteError` naming the parameters whose rows are not finite."""
+    for names, factor in block.factors.items():
+        if not all(bool(t.isfinite().all()) for t in factor.tensors()):
+            raise NonFiniteError(
+                f"the Jacobian rows of {list(names)} hold NaN or infinity (block {index}). "
+                "The outputs were finite, so a derivative overflowed: use float64 "
+                "(`model.double()`) or look for sqrt, log or division near zero."
+            )

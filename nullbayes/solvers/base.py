@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nullbayes.errors import NonFiniteError
 from nullbayes.jacobian.operator import RowOperator, Tick
+from nullbayes.solvers.watch import QUIET, Watch
 
 
 class Status(Enum):
@@ -23,6 +24,7 @@ class Status(Enum):
         "rounding stopped the residual above the tolerance; use a float64 model "
         "(`model.double()`) or accept the residual by a larger `tolerance`"
     )
+    INTERRUPTED = "it was interrupted; the samples are the best that had been reached by then"
     MAX_ITERATIONS = (
         "the iteration limit came before the tolerance; raise `max_iterations` of the solver"
     )
@@ -70,18 +72,54 @@ class Cost:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class Size:
+    """What the work depends on; ``flops`` count multiplications and additions.
+
+    Attributes:
+        rows, columns: the shape ``(M, P)``.
+        samples: vectors to be projected.
+        product: flops of ``A v`` for one vector; ``gram``: of ``A Aᵀ``. None: as for a dense matrix.
+        itemsize: bytes of one number of the rows.
+    """
+
+    rows: int
+    columns: int
+    samples: int = 30
+    product: float | None = None
+    gram: float | None = None
+    itemsize: int = 4
+
+    @property
+    def product_flops(self) -> float:
+        return 2.0 * self.rows * self.columns if self.product is None else self.product
+
+    @property
+    def gram_flops(self) -> float:
+        return float(self.rows) ** 2 * self.columns if self.gram is None else self.gram
+
+
 class Solver(ABC):
     """A way to project onto ``ker A``, or to sample ``(shift I + AᵀA)⁻¹``. Holds settings only.
 
     Args of every solver: ``tolerance`` on the relative residual (None: 1e-5 for float32, 1e-10 for
-    float64) and ``max_iterations``.
+    float64; 1e-2 for iterative solvers) and ``max_iterations``.
     """
 
     name: str
+    tolerance: float | None
+    #: whether it only multiplies with the rows: linear in their size, and not exact
+    iterative: bool = False
 
     @abstractmethod
-    def cost(self, rows: int, columns: int) -> Cost:
-        """Counted work and memory for ``A (rows, columns)``."""
+    def cost(self, size: Size) -> Cost:
+        """Counted work and memory."""
+
+    def tolerance_for(self, dtype: torch.dtype) -> float:
+        """The tolerance on the relative residual that holds for rows of ``dtype``."""
+        return self.tolerance or (
+            ITERATIVE_TOLERANCE if self.iterative else default_tolerance(dtype)
+        )
 
     @abstractmethod
     def prepare(self, operator: RowOperator, tick: Tick | None = None) -> State:
@@ -105,9 +143,13 @@ class State(ABC):
     numerical: bool = False
     #: passes of the numerical null space; fixed by the first projection, so that later samples follow
     passes: int | None = None
-    #: numerical rank of ``A``, or ``Σ λ/(λ + shift)`` with a shift, rounded; known after ``factorise``
-    rank: int = 0
+    #: numerical rank of ``A``, or ``Σ λ/(λ + shift)`` with a shift, rounded; known after ``factorise``.
+    #: None: it is to be measured with the samples.
+    rank: int | None = None
     notes: tuple[str, ...] = ()
+    #: a norm ``‖A x‖`` that is small enough whatever the relative tolerance says (``drift=``)
+    enough: float = 0.0
+    watch: Watch = QUIET
 
     @abstractmethod
     def spectrum(self) -> Spectrum:
@@ -136,6 +178,16 @@ class State(ABC):
     @abstractmethod
     def explained(self, rows: RowOperator) -> Tensor:
         """What the data determine of other rows: ``diag(R (I - cov) Rᵀ)``, ``(R,)`` float64."""
+
+    def explained_flops(self, rows: int) -> float:
+        """What :meth:`explained` costs for so many rows."""
+        m, p = self.operator.shape
+        return 2.0 * rows * min(m, p) * (p + min(m, p))
+
+
+# Iterative solvers are for problems where 1e-5 is out of reach; below this, novelty and calibration
+# no longer change (benchmarks/whole.py).
+ITERATIVE_TOLERANCE = 1e-2
 
 
 def default_tolerance(dtype: torch.dtype) -> float:
@@ -170,6 +222,7 @@ def iterate(
     one_pass: Callable[[Tensor], Tensor],
     passes: int | None,
     tolerance: float,
+    enough: float = 0.0,
 ) -> Projection:
     """Project onto the numerical null space: two passes, and more for as long as they pay.
 
@@ -187,7 +240,7 @@ def iterate(
         require_finite(after, "the residual of the projection")
         residual = relative(after, first)
         overall = float(relative(after.norm(), first.norm()))
-        if bool((residual <= tolerance).all()):
+        if bool((residual <= tolerance).all()) or bool((after <= enough).all()):
             status = Status.CONVERGED
         if passes is not None:
             if done >= passes:

@@ -10,11 +10,11 @@ from nullbayes.jacobian.operator import JacobianOperator, RowOperator, Tick
 from nullbayes.solvers.base import (
     Cost,
     Projection,
+    Size,
     Solver,
     Spectrum,
     State,
     conjugate_gradients,
-    default_tolerance,
     iterate,
     require_finite,
 )
@@ -48,9 +48,11 @@ class DualCholesky(Solver):
     ) -> None:
         self.tolerance, self.max_iterations, self.jitter = tolerance, max_iterations, jitter
 
-    def cost(self, rows: int, columns: int) -> Cost:
+    def cost(self, size: Size) -> Cost:
         # Gram in the rows' dtype, half of it by symmetry; Cholesky in float64 counts twice.
-        return Cost(rows**2 * columns + 2 * rows**3 / 3, 2 * 8 * rows**2)
+        vectors = 4 * size.samples * size.columns * size.itemsize
+        flops = size.gram_flops + 2 * size.rows**3 / 3 + 8 * size.samples * size.product_flops
+        return Cost(flops, 2 * 8 * size.rows**2 + vectors)
 
     def prepare(self, operator: RowOperator, tick: Tick | None = None) -> DualState:
         gram = operator.gram(tick)
@@ -112,14 +114,14 @@ class DualState(State):
         if tick:
             tick(1.0)
 
-    def _rank(self, live: int, jitter: float) -> int:
+    def _rank(self, live: int, jitter: float) -> int | None:
         """``Σ λ/(λ + shift)``; without a shift, ``Σ λ/(λ + jitter)`` of the scaled Gram matrix.
 
         Dependent rows count for nothing. Equal to ``live`` minus a trace of the inverse, exactly for
         small ``M``; otherwise with Hutchinson's estimator, whose error is small because the trace is.
         """
         if self.numerical:
-            return 0  # measured with the samples, which pass more than once
+            return None  # measured with the samples, which pass more than once
         m = len(self.chol)
         weight = self.scale.square() * self.shift if self.shift > 0 else jitter * (self.scale > 0)
         if m <= EXACT_UP_TO:
@@ -137,9 +139,9 @@ class DualState(State):
         return torch.cholesky_solve((r * self.scale).T, self.chol).T * self.scale
 
     def project(self, vectors: Tensor, noise: Tensor | None = None) -> Projection:
-        tolerance = self.solver.tolerance or default_tolerance(self.operator.dtype)
+        tolerance = self.solver.tolerance_for(self.operator.dtype)
         if self.numerical:
-            done = iterate(self.operator, vectors, self._pass, self.passes, tolerance)
+            done = iterate(self.operator, vectors, self._pass, self.passes, tolerance, self.enough)
             self.passes = done.iterations
             return done
         return conjugate_gradients(

@@ -9,11 +9,11 @@ from nullbayes.jacobian.operator import RowOperator, Tick
 from nullbayes.solvers.base import (
     Cost,
     Projection,
+    Size,
     Solver,
     Spectrum,
     State,
     Status,
-    default_tolerance,
     iterate,
     relative,
     require_finite,
@@ -38,11 +38,12 @@ class PrimalQR(Solver):
     def __init__(self, tolerance: float | None = None, cutoff: float | None = None) -> None:
         self.tolerance, self.cutoff = tolerance, cutoff
 
-    def cost(self, rows: int, columns: int) -> Cost:
+    def cost(self, size: Size) -> Cost:
         # QR of stacked chunks costs about 2.5 P² a row, the SVD about 20 P³; float64 counts twice.
-        small = min(rows, columns)
-        flops = 2 * (2.5 * rows * columns * small + 20 * columns * small**2)
-        return Cost(flops, 8 * columns * (6 * small + 1024))
+        small = min(size.rows, size.columns)
+        flops = 2 * (2.5 * size.rows * size.columns * small + 20 * size.columns * small**2)
+        vectors = 6 * size.samples * size.columns * 8
+        return Cost(flops, 8 * size.columns * (6 * small + 1024) + vectors)
 
     def prepare(self, operator: RowOperator, tick: Tick | None = None) -> PrimalState:
         m, p = operator.shape
@@ -103,7 +104,7 @@ class PrimalState(State):
 
     def project(self, vectors: Tensor, noise: Tensor | None = None) -> Projection:
         """The symmetric square root of the covariance: no ``noise`` is needed with a shift."""
-        tolerance = self.solver.tolerance or default_tolerance(self.operator.dtype)
+        tolerance = self.solver.tolerance_for(self.operator.dtype)
         if self.numerical:
             done = iterate(
                 self.operator,
@@ -111,6 +112,7 @@ class PrimalState(State):
                 lambda x: self._remove(x.double()).to(x.dtype),
                 self.passes,
                 tolerance,
+                self.enough,
             )
             self.passes = done.iterations
             return done

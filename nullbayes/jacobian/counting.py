@@ -1,0 +1,32 @@
+"""Floating-point operations of products with captured rows, counted and not timed."""
+
+from __future__ import annotations
+
+from nullbayes.jacobian.factors import Factor, LookupFactor, OuterFactor
+
+
+def product_flops(factor: Factor) -> float:
+    """Of ``A v`` for one of many vectors; ``Aᵀ w`` costs the same."""
+    b, c = factor.examples, factor.cotangents
+    if isinstance(factor, OuterFactor):
+        t, o = factor.tokens, factor.groups * factor.width_out
+        layerwise = 2.0 * b * t * o * (factor.width_in + c)
+        rows = 2.0 * b * c * o * factor.width_in
+        return min(layerwise, rows) if t > 1 else layerwise
+    if isinstance(factor, LookupFactor):
+        return 2.0 * b * c * factor.tokens * factor.dim
+    return 2.0 * b * c * factor.columns
+
+
+def gram_flops_per_pair(factor: Factor) -> float:
+    """Of one entry of ``A Aᵀ``, as :meth:`Factor.gram` forms it."""
+    if isinstance(factor, OuterFactor):
+        g, i, o = factor.groups, factor.width_in, factor.width_out
+        if factor.tokens == 1:
+            return 2.0 * g * (o + i / factor.cotangents**2 + 1)
+        if factor.gram_by_rows:
+            return 2.0 * g * i * o
+        return 2.0 * g * factor.tokens**2 * (o + i / factor.cotangents**2 + 1)
+    if isinstance(factor, LookupFactor):
+        return 2.0 * factor.tokens**2 * factor.dim
+    return 2.0 * factor.columns

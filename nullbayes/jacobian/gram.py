@@ -1,0 +1,113 @@
+"""The Gram matrix ``A Aᵀ`` from captured blocks, wherever they are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from nullbayes.jacobian.capture import Block
+from nullbayes.jacobian.factors import Factor, OuterFactor
+from nullbayes.jacobian.keeping import Openable
+
+# Bytes of written-out rows that a Gram build may hold for one layer.
+GRAM_ROWS_BYTES = 2**30
+# Bytes of recomputed rows held at a time, while the others are captured anew beside them.
+PANEL_BYTES = 2**30
+
+Tick = Callable[[float], None]
+
+
+def gram_matrix(
+    blocks: Sequence[Openable], starts: Sequence[int], device: torch.device, tick: Tick | None
+) -> Tensor:
+    """``(M, M)`` float64, accumulated from products in the dtype of the rows."""
+    out = torch.zeros(starts[-1], starts[-1], dtype=torch.float64, device=device)
+    if any(block.where == "recomputed" for block in blocks):
+        _by_panels(blocks, starts, out, tick)
+    elif blocks:
+        _by_layers(blocks, starts, out, tick)
+    _mirror(out)
+    return out
+
+
+def _by_layers(
+    blocks: Sequence[Openable], starts: Sequence[int], out: Tensor, tick: Tick | None
+) -> None:
+    """One layer of all blocks at a time: rows on disk are read once."""
+    with blocks[0].opened() as first:
+        keys = list(first.factors)
+    for k, key in enumerate(keys):
+        with ExitStack() as stack:
+            opened = [stack.enter_context(block.opened()) for block in blocks]
+            factors = _ready([block.factors[key] for block in opened])
+            for i, left in enumerate(factors):
+                rows = slice(starts[i], starts[i + 1])
+                for j, right in enumerate(factors[: i + 1]):
+                    out[rows, starts[j] : starts[j + 1]] += _product(left, right)
+                if tick:
+                    tick((k + ((i + 1) / len(factors)) ** 2) / len(keys))
+
+
+def _by_panels(
+    blocks: Sequence[Openable], starts: Sequence[int], out: Tensor, tick: Tick | None
+) -> None:
+    """Some blocks held, all earlier ones opened beside them: each is captured once a panel."""
+    first = 0
+    while first < len(blocks):
+        last, held = first, 0
+        with ExitStack() as stack:
+            panel: list[Block] = []
+            while last < len(blocks) and (not panel or held + blocks[last].nbytes <= PANEL_BYTES):
+                panel.append(stack.enter_context(blocks[last].opened()))
+                held, last = held + blocks[last].nbytes, last + 1
+            for j in range(last):
+                if j >= first:
+                    _add_pairs(panel[j - first :], panel[j - first], starts, j, j, out)
+                    continue
+                with blocks[j].opened() as right:
+                    _add_pairs(panel, right, starts, first, j, out)
+        first = last
+        if tick:
+            tick((last / len(blocks)) ** 2)
+
+
+def _add_pairs(
+    panel: Sequence[Block], right: Block, starts: Sequence[int], first: int, j: int, out: Tensor
+) -> None:
+    for i, left in enumerate(panel, first):
+        part = out[starts[i] : starts[i + 1], starts[j] : starts[j + 1]]
+        for key, factor in left.factors.items():
+            part += factor.gram(right.factors[key])
+
+
+def _ready(factors: list[Factor]) -> list[Factor | Tensor]:
+    """Outer factors whose Gram blocks want written-out rows, written out once if they fit."""
+    first = factors[0]
+    if not isinstance(first, OuterFactor) or not first.gram_by_rows:
+        return list(factors)
+    width = first.groups * first.width_out * first.width_in
+    total = sum(f.num_rows for f in factors) * width * first.g.element_size()
+    if total > GRAM_ROWS_BYTES:
+        return list(factors)
+    return [f.matrices() for f in factors if isinstance(f, OuterFactor)]
+
+
+def _product(left: Factor | Tensor, right: Factor | Tensor) -> Tensor:
+    if isinstance(left, Tensor):
+        assert isinstance(right, Tensor)
+        return left @ right.T
+    assert isinstance(right, Factor)
+    return left.gram(right)
+
+
+def _mirror(matrix: Tensor, step: int = 2048) -> None:
+    """Copy the lower triangle of blocks to the upper one, without a second full matrix."""
+    m = len(matrix)
+    for i in range(0, m, step):
+        stop = min(i + step, m)
+        square = matrix[i:stop, i:stop]
+        square.copy_(square.tril() + square.tril(-1).T)
+        matrix[i:stop, stop:] = matrix[stop:, i:stop].T

@@ -1,0 +1,241 @@
+"""Conjugate gradients: nothing but products with the rows, linear in weights and examples."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nullbayes.errors import InputError
+from nullbayes.jacobian.operator import JacobianOperator, RowOperator, Tick
+from nullbayes.solvers.base import (
+    ITERATIVE_TOLERANCE,
+    MAX_PASSES,
+    Cost,
+    Projection,
+    Size,
+    Solver,
+    Spectrum,
+    State,
+    Status,
+    conjugate_gradients,
+    relative,
+)
+from nullbayes.solvers.krylov import Solved, block_cg, row_norms
+from nullbayes.solvers.preconditioners import Preconditioner, resolve
+from nullbayes.solvers.spectrum import operator_spectrum
+
+# How exactly one pass of the numerical null space solves its equations, relative to the tolerance.
+PASS_ACCURACY = 0.1
+# Passes over the rows that a fit takes, for counting its cost beforehand (benchmarks/whole.py).
+EXPECTED_ITERATIONS = 50
+
+
+class ConjugateGradient(Solver):
+    """Block conjugate gradients, preconditioned; the one solver for data sets of any size.
+
+    Memory: about eight vectors of ``P`` numbers a sample, and the preconditioner.
+
+    Args:
+        tolerance: on the relative residual; None: 1e-2.
+        max_iterations: passes over all rows at most.
+        preconditioner: ``"auto"`` (Kronecker factors for a numerical null space or a Laplace posterior
+            of a network, none otherwise), ``"none"``, ``"kronecker"``, ``"subset"``, ``"sketch"``,
+            ``"pivoted"`` or an object from ``nb.solvers``.
+    """
+
+    name = "conjugate gradients"
+    iterative = True
+
+    def __init__(
+        self,
+        tolerance: float | None = None,
+        max_iterations: int = 300,
+        preconditioner: str | Preconditioner = "auto",
+    ) -> None:
+        self.tolerance, self.max_iterations = tolerance, max_iterations
+        if preconditioner != "auto":
+            resolve(preconditioner)  # raises now, not after the capture
+        self.preconditioner = preconditioner
+
+    def cost(self, size: Size) -> Cost:
+        flops = EXPECTED_ITERATIONS * 2.2 * size.samples * size.product_flops
+        return Cost(flops, 9 * size.samples * size.columns * size.itemsize)
+
+    def prepare(self, operator: RowOperator, tick: Tick | None = None) -> ConjugateGradientState:
+        return ConjugateGradientState(self, operator)
+
+
+class IterativeState(State):
+    """What iterative solvers share: spectrum, novelty and rank without a factorisation."""
+
+    solver: Solver
+
+    def spectrum(self) -> Spectrum:
+        return operator_spectrum(self.operator)
+
+    def explained(self, rows: RowOperator) -> Tensor:
+        """By projecting the rows themselves: as exact as the solver is."""
+        parts = []
+        for values in rows.iter_rows(64):
+            done = self._mean(values)
+            if self.shift and not self.numerical:  # Laplace: the covariance is the filter itself
+                parts.append((values.double() * (values - done).double()).sum(1))
+            else:
+                parts.append(row_norms(values).square() - row_norms(done).square())
+        return torch.cat(parts)
+
+    def explained_flops(self, rows: int) -> float:
+        return float("inf")
+
+    def _mean(self, vectors: Tensor) -> Tensor:
+        return self.project(vectors).value
+
+
+class ConjugateGradientState(IterativeState):
+    """Holds the preconditioner. Each pass of the numerical null space is one Tikhonov problem."""
+
+    def __init__(self, solver: ConjugateGradient, operator: RowOperator) -> None:
+        self.solver: ConjugateGradient = solver
+        self.operator = operator
+        self._preconditioner: Preconditioner | None = None
+
+    def factorise(
+        self, shift: float = 0.0, numerical: bool = False, tick: Tick | None = None
+    ) -> None:
+        self.shift, self.numerical = shift, numerical
+        asked = self.solver.preconditioner
+        if asked == "auto":
+            asked = "kronecker" if shift and isinstance(self.operator, JacobianOperator) else "none"
+        chosen = resolve(asked)
+        if chosen is not None and not chosen.keeps_range and not shift:
+            raise InputError(
+                f"preconditioner={chosen.name!r} needs an edge of the null space (`delta` above 0): it would "
+                "end in the null space, but not at the projection. Use 'subset' or 'none' with `delta=0`."
+            )
+        if chosen is not None:
+            chosen.prepare(self.operator, shift, tick)
+            self.notes = (*self.notes, f"Preconditioner: {'; '.join(chosen.notes)}.")
+        self._preconditioner = chosen
+        if tick:
+            tick(1.0)
+
+    def project(self, vectors: Tensor, noise: Tensor | None = None) -> Projection:
+        if self.numerical:
+            return self._numerical(vectors)
+        if self._preconditioner is not None and self._preconditioner.dual:
+            return self._dual(vectors, noise, self.solver.max_iterations)
+        linear = None
+        if self.shift and noise is not None:
+            linear = -self.operator.rmatvec((self.shift**0.5 * noise).to(vectors.dtype))
+        before, scale = self._image(vectors), self._scale(vectors, linear)
+        tolerance = self.solver.tolerance_for(vectors.dtype)
+
+        def goal(image: Tensor, gradient: Tensor) -> Tensor:
+            if self.shift:
+                return relative(gradient, tolerance * scale)
+            return relative(image, (tolerance * before).clamp(min=self.enough))
+
+        solved = self._block(vectors, linear, goal, self.solver.max_iterations)
+        residual = solved.reached * tolerance
+        if not self.shift:
+            residual = relative(self._image(solved.value), before)
+        return Projection(solved.value, residual, solved.status, solved.iterations)
+
+    def _numerical(self, vectors: Tensor) -> Projection:
+        """Passes until the tolerance, or until two of them stand and a third would gain little."""
+        tolerance = self.solver.tolerance_for(vectors.dtype)
+        before = self._image(vectors)
+        target = (tolerance * before).clamp(min=self.enough)
+        x, done, iterations = vectors, 0, 0
+        resumed = self.watch.resume()
+        if resumed is not None:
+            x, done = resumed["anchor"].to(vectors), int(resumed["passes"])
+        after, status = before, Status.NUMERICAL
+        while True:
+            previous, anchor = after, x
+            solved = self._pass(anchor, target, tolerance, done, iterations, resumed)
+            resumed = None
+            x, done, iterations = solved.value, done + 1, iterations + solved.iterations
+            after = self._image(x)
+            if bool((after <= target).all()):
+                status = Status.CONVERGED
+                break
+            if solved.status is not Status.CONVERGED:
+                status = solved.status
+                break
+            if self.passes is not None:
+                if done >= self.passes:
+                    break
+            elif (done >= 2 and float(after.norm()) > float(previous.norm()) / 3) or (
+                done >= MAX_PASSES
+            ):
+                break
+        self.passes = done if self.passes is None else self.passes
+        return Projection(x, relative(after, before), status, iterations)
+
+    def _pass(
+        self,
+        anchor: Tensor,
+        target: Tensor,
+        tolerance: float,
+        done: int,
+        iterations: int,
+        resumed: dict[str, Tensor] | None,
+    ) -> Solved:
+        left = max(1, self.solver.max_iterations - iterations)
+        accuracy = min(PASS_ACCURACY * tolerance, ITERATIVE_TOLERANCE)
+        if self._preconditioner is not None and self._preconditioner.dual:
+            dual = self._dual(anchor, None, left, accuracy)
+            ratio = dual.residual / accuracy
+            return Solved(dual.value, ratio, dual.status, dual.iterations)
+        scale = self._scale(anchor, None)
+        # The first pass may end at the tolerance itself; whatever is left by then is small enough.
+        free = self.passes is None or done + 1 < self.passes
+
+        def goal(image: Tensor, gradient: Tensor) -> Tensor:
+            solved = relative(gradient, accuracy * scale)
+            return torch.minimum(solved, relative(image, target)) if free else solved
+
+        carried = {"anchor": anchor, "passes": torch.tensor(done)}
+        return self._block(anchor, None, goal, left, resumed, carried)
+
+    def _block(
+        self,
+        anchor: Tensor,
+        linear: Tensor | None,
+        goal: object,
+        limit: int,
+        resumed: dict[str, Tensor] | None = None,
+        carried: dict[str, Tensor] | None = None,
+    ) -> Solved:
+        if resumed is None and carried is None:
+            resumed = self.watch.resume()
+        apply = None if self._preconditioner is None else self._preconditioner.apply
+        return block_cg(
+            self.operator,
+            anchor,
+            self.shift,
+            linear,
+            apply,
+            goal,  # type: ignore[arg-type]
+            limit,
+            self.watch,
+            resumed,
+            carried,
+        )
+
+    def _dual(
+        self, vectors: Tensor, noise: Tensor | None, limit: int, tolerance: float | None = None
+    ) -> Projection:
+        assert self._preconditioner is not None
+        tolerance = tolerance or self.solver.tolerance_for(vectors.dtype)
+        return conjugate_gradients(
+            self.operator, vectors, noise, self.shift, self._preconditioner.apply, tolerance, limit
+        )
+
+    def _image(self, x: Tensor) -> Tensor:
+        return self.operator.matvec(x).double().norm(dim=1)
+
+    def _scale(self, anchor: Tensor, linear: Tensor | None) -> Tensor:
+        gradient = self.operator.normal(anchor)[0]
+        return row_norms(gradient if linear is None else gradient - linear)

@@ -1,0 +1,168 @@
+"""Per-layer curvature from captured factors: a Kronecker product, a full block or a diagonal."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from nullbayes.jacobian.factors import Factor, OuterFactor, gather, scatter_add
+from nullbayes.jacobian.operator import JacobianOperator, Tick
+
+# A side of a layer wider than this is not decomposed: its diagonal stands for it.
+WIDEST = 2048
+
+
+class Curvature(ABC):
+    """Approximates the block of ``AᵀA`` that belongs to the columns of one factor."""
+
+    values: Tensor
+
+    @abstractmethod
+    def add(self, factor: Factor) -> None:
+        """Take in the rows of one block."""
+
+    @abstractmethod
+    def finish(self, examples: int) -> None:
+        """All rows are in: decompose."""
+
+    @abstractmethod
+    def damp(self, r: Tensor, out: Tensor, mu: float) -> None:
+        """``out[columns] = mu (C + mu I)⁻¹ r[columns]``."""
+
+
+def layer_curvatures(operator: JacobianOperator, tick: Tick | None = None) -> list[Curvature]:
+    """One pass over the rows; a decomposition for each layer."""
+    layers: dict[tuple[str, ...], Curvature] = {}
+    for i, kept in enumerate(operator.blocks):
+        with kept.opened() as block:
+            for key, factor in block.factors.items():
+                if key not in layers:
+                    layers[key] = _curvature(factor)
+                layers[key].add(factor)
+        if tick:
+            tick(0.8 * (i + 1) / len(operator.blocks))
+    for layer in layers.values():
+        layer.finish(operator.examples)
+    if tick:
+        tick(1.0)
+    return list(layers.values())
+
+
+def _curvature(factor: Factor) -> Curvature:
+    if isinstance(factor, OuterFactor):
+        return _Product(factor)
+    return _Full(factor) if factor.columns <= WIDEST else _Diagonal(factor)
+
+
+class _Full(Curvature):
+    def __init__(self, factor: Factor) -> None:
+        self.slots, self.sum = factor.slots, torch.zeros(())
+
+    def add(self, factor: Factor) -> None:
+        rows = factor.rows()
+        self.sum = self.sum.to(rows) + rows.T @ rows
+
+    def finish(self, examples: int) -> None:
+        self.values, self.basis = _decomposed(self.sum)
+        self.sum = torch.zeros(())
+
+    def damp(self, r: Tensor, out: Tensor, mu: float) -> None:
+        change = gather(r, self.slots) @ self.basis
+        change = (change * _gain(self.values, mu)) @ self.basis.T
+        for slot in self.slots:
+            out[:, slot.start : slot.stop] = 0
+        scatter_add(out, self.slots, change)
+
+
+class _Diagonal(Curvature):
+    def __init__(self, factor: Factor) -> None:
+        self.slots, self.values = factor.slots, torch.zeros(())
+
+    def add(self, factor: Factor) -> None:
+        step = max(1, 2**26 // max(1, factor.columns * factor.cotangents))
+        for start in range(0, factor.examples, step):
+            part = factor.narrow(start, min(start + step, factor.examples))
+            self.values = self.values.to(part.tensors()[-1]) + part.rows().square().sum(0)
+
+    def finish(self, examples: int) -> None:
+        pass
+
+    def damp(self, r: Tensor, out: Tensor, mu: float) -> None:
+        for slot in self.slots:
+            out[:, slot.start : slot.stop] = 0
+        scatter_add(out, self.slots, gather(r, self.slots) * _gain(self.values, mu))
+
+
+class _Product(Curvature):
+    """``E[a aᵀ] ⊗ Σ g gᵀ`` for each group; the bias is the last input."""
+
+    def __init__(self, factor: OuterFactor) -> None:
+        self.weight, self.bias, self.transposed = factor.weight, factor.bias, factor.transposed
+        self.shape = (factor.groups, factor.width_out, factor.width_in)
+        self.inputs = self.outputs = torch.zeros(())
+        self.tokens = 0
+
+    def add(self, factor: Factor) -> None:
+        assert isinstance(factor, OuterFactor)
+        self.inputs = self.inputs.to(factor.a) + _moment(factor.a.movedim(-2, 0))
+        self.outputs = self.outputs.to(factor.g) + _moment(factor.g.movedim(-2, 0))
+        self.tokens += factor.examples * factor.tokens
+
+    def finish(self, examples: int) -> None:
+        # Tokens of one example add up in a row; their cross terms are what is left out.
+        sides = [_side(self.inputs / max(1, self.tokens)), _side(self.outputs)]
+        (in_values, self.in_basis), (out_values, self.out_basis) = sides
+        self.values = out_values[:, :, None] * in_values[:, None, :]  # (G, O, I)
+        self.inputs = self.outputs = torch.zeros(())
+
+    def damp(self, r: Tensor, out: Tensor, mu: float) -> None:
+        s, (g, o, i) = len(r), self.shape
+        w = r[:, self.weight.start : self.weight.stop]
+        if self.transposed:
+            joint = w.reshape(s, g, i, o).transpose(2, 3)
+        else:
+            joint = w.reshape(s, g, o, -1)
+            if self.bias is not None:
+                bias = r[:, self.bias.start : self.bias.stop].reshape(s, g, o, 1)
+                joint = torch.cat([joint, bias], dim=-1)
+        joint = _rotate(joint, self.out_basis, self.in_basis, forward=True)
+        joint = joint * _gain(self.values, mu)
+        joint = _rotate(joint, self.out_basis, self.in_basis, forward=False)
+        if self.transposed:
+            joint = joint.transpose(2, 3)
+        elif self.bias is not None:
+            out[:, self.bias.start : self.bias.stop] = joint[..., -1].reshape(s, -1)
+            joint = joint[..., :-1]
+        out[:, self.weight.start : self.weight.stop] = joint.reshape(s, -1)
+
+
+def _gain(values: Tensor, mu: float) -> Tensor:
+    return mu / (values + mu)
+
+
+def _moment(x: Tensor) -> Tensor:
+    """``(G, ..., d)`` -> ``Σ x xᵀ (G, d, d)``, or its diagonal ``(G, d)`` where d is too wide."""
+    flat = x.reshape(x.shape[0], -1, x.shape[-1])
+    return flat.square().sum(1) if x.shape[-1] > WIDEST else flat.transpose(1, 2) @ flat
+
+
+def _side(moment: Tensor) -> tuple[Tensor, Tensor | None]:
+    if moment.ndim == 2:
+        return moment, None
+    parts = [_decomposed(m) for m in moment]
+    return torch.stack([v for v, _ in parts]), torch.stack([b for _, b in parts])
+
+
+def _decomposed(moment: Tensor) -> tuple[Tensor, Tensor]:
+    values, basis = torch.linalg.eigh(moment)
+    return values.clamp(min=0), basis
+
+
+def _rotate(x: Tensor, left: Tensor | None, right: Tensor | None, forward: bool) -> Tensor:
+    if left is not None:
+        x = (left.mT if forward else left) @ x
+    if right is not None:
+        x = x @ (right if forward else right.mT)
+    return x

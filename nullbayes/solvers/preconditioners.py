@@ -1,0 +1,297 @@
+"""Cheap approximations of ``(AᵀA + μ I)⁻¹`` (primal) and ``(A Aᵀ + shift I)⁻¹`` (dual).
+
+A primal preconditioner acts on weights ``(S, P)``, a dual one on rows ``(S, M)``. New ones: a subclass
+under ``@register``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from nullbayes.errors import InputError, SolverError
+from nullbayes.jacobian.operator import JacobianOperator, RowOperator, Tick
+from nullbayes.solvers.base import require_finite
+
+# Bytes of the Gram matrix that a subset or a low-rank factor may take.
+GRAM_BYTES = 2**30
+# Columns of the sketch per row of A (its error falls with the root of this), and columns at most.
+SKETCH_PER_ROW = 4
+SKETCH_COLUMNS = 32768
+# Rows that randomly pivoted Cholesky picks at most, and at a time.
+PIVOTS = 2048
+PIVOT_BLOCK = 128
+
+
+class Preconditioner(ABC):
+    """Prepared once for an operator and a shift, then applied in each iteration.
+
+    Attributes:
+        dual: acts on rows, not on weights.
+        keeps_range: maps the row space of ``A`` to itself, so that an exact projection stays one.
+    """
+
+    name: ClassVar[str]
+    dual: ClassVar[bool] = False
+    keeps_range: ClassVar[bool] = True
+    notes: tuple[str, ...] = ()
+
+    @abstractmethod
+    def prepare(self, operator: RowOperator, shift: float, tick: Tick | None = None) -> None:
+        """What needs ``A`` and the shift alone."""
+
+    @abstractmethod
+    def apply(self, r: Tensor) -> Tensor:
+        """Symmetric positive definite; same shape and dtype."""
+
+
+PRECONDITIONERS: dict[str, type[Preconditioner]] = {}
+_Class = TypeVar("_Class", bound=type[Preconditioner])
+
+
+def register(cls: _Class) -> _Class:
+    """Class decorator: make ``ConjugateGradient(preconditioner=cls.name)`` work."""
+    PRECONDITIONERS[cls.name] = cls
+    return cls
+
+
+def resolve(value: str | Preconditioner) -> Preconditioner | None:
+    """The preconditioner of that name, or the object itself; None for ``"none"``."""
+    if isinstance(value, Preconditioner):
+        return value
+    if value == "none":
+        return None
+    if isinstance(value, str) and value in PRECONDITIONERS:
+        return PRECONDITIONERS[value]()
+    names = ", ".join(repr(n) for n in ("auto", "none", *sorted(PRECONDITIONERS)))
+    raise InputError(
+        f"`preconditioner` is {value!r}; expected {names} or a Preconditioner object. Leave it at 'auto' "
+        "when in doubt."
+    )
+
+
+@register
+class Subset(Preconditioner):
+    """``(c A_sᵀ A_s + μ I)⁻¹`` with the rows of some examples, through the dual Cholesky factor of these.
+
+    ``c = M / M_s`` stands in for the rows left out, ``μ`` for the curvature that the subset does not see.
+    It is measured: the largest eigenvalue of ``AᵀA`` on the null space of the subset's rows.
+
+    Args:
+        rows: how many; None: what 1 GB of Gram matrix allows, and no more than a tenth of all.
+    """
+
+    name = "subset"
+
+    def __init__(self, rows: int | None = None, seed: int = 0) -> None:
+        self.rows, self.seed = rows, seed
+
+    def prepare(self, operator: RowOperator, shift: float, tick: Tick | None = None) -> None:
+        m = operator.shape[0]
+        rows = self.rows or min(int((GRAM_BYTES / 8) ** 0.5), max(256, m // 10))
+        generator = torch.Generator().manual_seed(self.seed)
+        self._some = operator.subset(min(rows, m), generator)
+        gram = self._some.gram(tick)
+        require_finite(gram, "the Gram matrix of the preconditioner's subset")
+        share = self._some.shape[0] / m
+        self._factorise(gram, 1e-6 * float(gram.diagonal().mean()))
+        self.mu = self._tail(operator, generator) if share < 1 else 0.0
+        # Relative to the largest row as a floor: all rows may be in the subset, or the rest zero.
+        self.mu = max(self.mu + shift, 1e-4 * float(gram.diagonal().max()), 1e-300)
+        self._factorise(gram, self.mu * share)
+        self.notes = (f"subset of {self._some.shape[0]} rows, tail curvature {self.mu:.2g}",)
+
+    def _factorise(self, gram: Tensor, shift: float) -> None:
+        shifted = gram.clone()
+        shifted.diagonal().add_(max(shift, 1e-300))
+        diagonal = shifted.diagonal().clone()
+        self._scale = diagonal.clamp(min=1e-300).rsqrt()
+        shifted.mul_(self._scale[:, None]).mul_(self._scale)
+        shifted.diagonal().fill_(1 + 1e-7)
+        factor, info = torch.linalg.cholesky_ex(shifted)
+        if int(info):
+            raise SolverError("the Gram matrix of the preconditioner's subset is not positive.")
+        self._factor = factor
+
+    def apply(self, r: Tensor) -> Tensor:
+        image = self._some.matvec(r).double() * self._scale
+        z = torch.cholesky_solve(image.T, self._factor).T * self._scale
+        return r - self._some.rmatvec(z.to(r.dtype))
+
+    def _tail(self, operator: RowOperator, generator: torch.Generator, steps: int = 4) -> float:
+        """Largest eigenvalue outside the subset's rows: a few steps of block power iteration."""
+        v = torch.randn(4, operator.shape[1], generator=generator, dtype=operator.dtype)
+        v = self.apply(v.to(operator.device))
+        value = 0.0
+        for _ in range(steps):
+            v = v / v.norm(dim=1, keepdim=True).clamp(min=1e-30)
+            g, square = operator.normal(v)
+            value = max(value, float(square.max()))
+            v = self.apply(g)
+        return value
+
+
+@register
+class Kronecker(Preconditioner):
+    """A block for each layer: ``(Σ a aᵀ) ⊗ (Σ g gᵀ) / N``, from all examples (Martens & Grosse 2015).
+
+    The strongest per second where many rows have a smooth spectrum (benchmarks/whole.py), but it does
+    not map the row space to itself: an exact projection needs one of the others. ``μ`` is the shift at
+    which a Tikhonov filter on its own spectrum leaves ``left`` of the residual.
+    """
+
+    name = "kronecker"
+    keeps_range = False
+
+    def __init__(self, left: float = 0.2) -> None:
+        self.left = left
+
+    def prepare(self, operator: RowOperator, shift: float, tick: Tick | None = None) -> None:
+        from nullbayes.solvers.kronecker import layer_curvatures
+
+        if not isinstance(operator, JacobianOperator):
+            raise InputError(
+                "preconditioner='kronecker' needs the layers of a network; for a general operator use "
+                "'subset' or 'none'."
+            )
+        self._layers = layer_curvatures(operator, tick)
+        values = torch.cat([layer.values.flatten().double() for layer in self._layers])
+        self.mu = max(_filter_shift(values, self.left), shift, 1e-300)
+        self.notes = (f"Kronecker factors, tail curvature {self.mu:.2g}",)
+
+    def apply(self, r: Tensor) -> Tensor:
+        out = torch.empty_like(r)
+        for layer in self._layers:
+            layer.damp(r, out, self.mu)
+        return out
+
+
+def _filter_shift(values: Tensor, left: float) -> float:
+    """The shift ``s`` with ``Σ λ (s / (λ + s))² = left² Σ λ``, by bisection in the logarithm."""
+    values = values.clamp(min=0)
+    total = float(values.sum())
+    if total <= 0:
+        return 1.0
+    low, high = 1e-12 * float(values.max()), float(values.max()) * 1e3
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        got = float((values * (middle / (values + middle)).square()).sum())
+        low, high = (middle, high) if got < left**2 * total else (low, middle)
+    return (low * high) ** 0.5
+
+
+@register
+class Sketch(Preconditioner):
+    """``(ÂÂᵀ + shift I)⁻¹`` with ``Â = A Ω``: rows compressed by a random projection.
+
+    The Gram matrix then costs ``M²`` times the sketch's columns, however many weights there are.
+    """
+
+    name = "sketch"
+    dual = True
+
+    def __init__(self, columns: int | None = None, seed: int = 0) -> None:
+        self.columns, self.seed = columns, seed
+
+    def prepare(self, operator: RowOperator, shift: float, tick: Tick | None = None) -> None:
+        m, p = operator.shape
+        if 16 * m**2 > 4 * GRAM_BYTES:
+            raise SolverError(
+                f"preconditioner='sketch' holds an {m} × {m} matrix; use 'kronecker' or 'subset' for so "
+                "many rows."
+            )
+        columns = self.columns or min(SKETCH_PER_ROW * m, SKETCH_COLUMNS)
+        generator = torch.Generator().manual_seed(self.seed)
+        gram = torch.zeros(m, m, dtype=torch.float64, device=operator.device)
+        step, done = max(1, min(256, 2**26 // max(1, p))), 0
+        while done < columns:
+            count = min(step, columns - done)
+            omega = torch.randn(count, p, generator=generator, dtype=operator.dtype)
+            image = operator.matvec(omega.to(operator.device))  # (count, M)
+            gram += (image.T @ image).double()
+            done += count
+            if tick:
+                tick(done / columns)
+        gram /= columns
+        require_finite(gram, "the Gram matrix of the sketched rows")
+        self._scale = (gram.diagonal() + shift).clamp(min=1e-300).rsqrt()
+        gram.mul_(self._scale[:, None]).mul_(self._scale)
+        gram.diagonal().fill_(1 + 1e-6)
+        self._factor, info = torch.linalg.cholesky_ex(gram)
+        if int(info):
+            raise SolverError(
+                "the sketched Gram matrix is not positive; raise the sketch's `columns`."
+            )
+        self.notes = (f"Gram matrix of {columns} random projections of the rows",)
+
+    def apply(self, r: Tensor) -> Tensor:
+        return torch.cholesky_solve((r * self._scale).T, self._factor).T * self._scale
+
+
+@register
+class Pivoted(Preconditioner):
+    """``(F Fᵀ + μ I)⁻¹`` with ``F`` from randomly pivoted Cholesky (Díaz, Epperly, Frangella, Tropp &
+    Webber 2023), in blocks of pivots. ``μ`` is the mean of the diagonal that ``F`` leaves.
+    """
+
+    name = "pivoted"
+    dual = True
+
+    def __init__(self, rank: int | None = None, seed: int = 0) -> None:
+        self.rank, self.seed = rank, seed
+
+    def prepare(self, operator: RowOperator, shift: float, tick: Tick | None = None) -> None:
+        m = operator.shape[0]
+        rank = self.rank or min(PIVOTS, m, max(1, GRAM_BYTES // (8 * m)))
+        generator = torch.Generator().manual_seed(self.seed)
+        diagonal = _diagonal(operator)
+        require_finite(diagonal, "the diagonal of the Gram matrix")
+        start = float(diagonal.sum())
+        factor = torch.zeros(m, 0, dtype=torch.float64, device=operator.device)
+        while factor.shape[1] < rank and float(diagonal.sum()) > 1e-10 * start:
+            count = min(PIVOT_BLOCK, rank - factor.shape[1])
+            weights = diagonal.cpu()
+            picked = torch.multinomial(
+                weights, min(count, int((weights > 0).sum())), generator=generator
+            )
+            picked = picked.unique().to(operator.device)
+            columns = operator.matvec(_rows(operator, picked)).double().T  # K[:, picked]
+            columns = columns - factor @ factor[picked].T
+            core = columns[picked]
+            core.diagonal().add_(1e-12 * float(core.diagonal().sum()) + 1e-300)
+            root, info = torch.linalg.cholesky_ex((core + core.T) / 2)
+            if int(info):
+                break  # what is left of these pivots is rounding
+            new = torch.linalg.solve_triangular(root, columns.T, upper=False).T
+            factor = torch.cat([factor, new], dim=1)
+            diagonal = (diagonal - new.square().sum(1)).clamp(min=0)
+            diagonal[picked] = 0
+            if tick:
+                tick(factor.shape[1] / rank)
+        self.mu = max(float(diagonal.mean()) + shift, 1e-9 * start / m, 1e-300)
+        self._factor = factor
+        small = factor.T @ factor
+        small.diagonal().add_(self.mu)
+        self._small = torch.linalg.cholesky(small)
+        self.notes = (f"{factor.shape[1]} random pivots, tail curvature {self.mu:.2g}",)
+
+    def apply(self, r: Tensor) -> Tensor:
+        inner = torch.cholesky_solve((r @ self._factor).T, self._small).T
+        return (r - inner @ self._factor.T) / self.mu
+
+
+def _diagonal(operator: RowOperator) -> Tensor:
+    if isinstance(operator, JacobianOperator):
+        return operator.squared_norms()
+    return torch.cat([rows.double().square().sum(1) for rows in operator.iter_rows(1024)])
+
+
+def _rows(operator: RowOperator, index: Tensor) -> Tensor:
+    if isinstance(operator, JacobianOperator):
+        return operator.rows(index)
+    unit = torch.zeros(len(index), operator.shape[0], dtype=operator.dtype, device=operator.device)
+    unit[torch.arange(len(index)), index] = 1
+    return operator.rmatvec(unit)

@@ -319,6 +319,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--loss-examples", type=int, default=512)
     parser.add_argument("--prediction-examples", type=int, default=256)
+    parser.add_argument(
+        "--directions", choices=("auto", "all"), default="auto", help="of each prediction"
+    )
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--memory", default="11GB", help="beside the process itself, 0.6 GB")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="residual asked for")
@@ -332,13 +335,19 @@ def main() -> None:
     parser.add_argument("--out", default="swin", help="of the files under benchmarks/results")
     options = parser.parse_args()
     weights = trained_swin(options.train_images, options.epochs, options.seed)
+    directions = "auto" if options.directions == "auto" else None
     kinds = (
         ("loss", "loss", None, options.loss_examples),
-        ("predictions, auto", "predictions", "auto", options.prediction_examples),
+        (
+            f"predictions, {options.directions}",
+            "predictions",
+            directions,
+            options.prediction_examples,
+        ),
     )
     settings = [
-        Setting(name, preserve, directions, n, delta, delta > 0 and not options.no_quality)
-        for name, preserve, directions, n in kinds
+        Setting(name, preserve, rows, n, delta, delta > 0 and not options.no_quality)
+        for name, preserve, rows, n in kinds
         for delta in (0.0, DELTA)
         if options.only in (None, preserve)
     ]

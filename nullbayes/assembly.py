@@ -38,6 +38,7 @@ from nullbayes.memory import available_bytes, format_bytes, out_of_memory, peak_
 from nullbayes.progress import Stages, stages
 from nullbayes.solvers import Choice, Projection, Size, Solver, State, Status, choose
 from nullbayes.solvers.base import relative
+from nullbayes.solvers.krylov import row_norms
 from nullbayes.solvers.watch import QUIET, Report, Watch, describe_problem, probe_of
 from nullbayes.storage import fingerprint
 
@@ -190,7 +191,7 @@ def _build(
         if done.status is not Status.INTERRUPTED:
             state.watch.finish()
         state.watch = QUIET
-        gone = float(v.double().square().sum() - done.value.double().square().sum())
+        gone = float(row_norms(v).square().sum() - row_norms(done.value).square().sum())
         measured = settings.numerical or state.rank is None
         gamma = gone / num_samples if measured else float(state.rank or 0)
         if settings.kind == NULL_SPACE and settings.prior == "evidence":
@@ -312,8 +313,10 @@ def _measured_rows(
     count = len(prior) * rows.examples
     return {
         "residual": _residual(after, rows.operator.matvec(prior)),
-        "row_drift": (float(after.double().square().sum()) / count / alpha) ** 0.5,
-        "prior_share": float(done.value.double().square().sum() / prior.double().square().sum()),
+        "row_drift": (float(row_norms(after).square().sum()) / count / alpha) ** 0.5,
+        "prior_share": float(
+            row_norms(done.value).square().sum() / row_norms(prior).square().sum()
+        ),
         "constraints": m,
         "parameters": p,
         "discarded_trace": rows.discarded_trace,
@@ -363,4 +366,4 @@ def _unscaled(value: Tensor, functional: FunctionalModel, settings: Settings) ->
 
 
 def _residual(after: Tensor, before: Tensor) -> float:
-    return float(relative(after.double().norm(dim=1), before.double().norm(dim=1)).max())
+    return float(relative(row_norms(after), row_norms(before)).max())

@@ -148,7 +148,7 @@ def capture_training(
             plan = prove(functional, inputs)
             keeper = Keeper(functional, plan, scales, memory.rows, memory.block)
         rows = preserve.rows(likelihood, tuple(outputs.shape[1:]), directions)
-        for some, make, count in _groups(
+        for some, make, count in row_groups(
             likelihood, preserve, directions, inputs, outputs, targets, rows
         ):
             pieces = capture_batch(functional, plan, some, make, count, scales, memory.temporaries)
@@ -174,7 +174,7 @@ def capture_training(
 Make = Callable[[Tensor, slice], Cotangents]
 
 
-def _groups(
+def row_groups(
     likelihood: Likelihood,
     preserve: Preserve,
     directions: Directions,

@@ -64,6 +64,13 @@ def peak_bytes(device: torch.device) -> int:
     """The most memory this process (or, on an accelerator, its tensors) has held so far."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    try:  # the kernel's other figure, ru_maxrss, begins at what the parent process had reached
+        with Path("/proc/self/status").open() as lines:
+            for line in lines:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
     try:
         import resource
     except ImportError:  # not on Windows

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nullbayes.arguments import check_count
 from nullbayes.constraints import Directions, Preserve, resolve_directions, resolve_preserve
 from nullbayes.errors import MemoryBudgetError, NotFittedError
-from nullbayes.fitting import check_reusable, default_budget, limited
+from nullbayes.fitting import FitMemory, check_reusable, default_budget, limited, row_groups
 from nullbayes.jacobian.build import capture_batch
+from nullbayes.jacobian.capture import Block
 from nullbayes.jacobian.functional import (
     Forward,
     FunctionalModel,
@@ -25,13 +25,14 @@ from nullbayes.jacobian.functional import (
     undisturbed,
     unwrapped,
 )
-from nullbayes.jacobian.keeping import merge_blocks
+from nullbayes.jacobian.keeping import BLOCK_ROWS, fits_on_disk, merge_blocks
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.jacobian.parameters import ParameterChoice, ParameterSpace
 from nullbayes.jacobian.probe import prove
 from nullbayes.likelihood import Likelihood, Regression, resolve_likelihood
 from nullbayes.memory import available_bytes, format_bytes, parse_bytes
 from nullbayes.solvers import Size, Solver, choose
+from nullbayes.solvers.iterative import EXPECTED_ITERATIONS
 
 TRIED_EXAMPLES = 48
 
@@ -166,56 +167,66 @@ def _try(
     targets = likelihood.prepare_targets(outputs, targets)
     try:
         rows = preserve.rows(likelihood, tuple(outputs.shape[1:]), directions)
-        cotangents = preserve.cotangents(likelihood, outputs, targets, directions)
+        preserve.cotangents(likelihood, outputs, targets, directions)
     except NotFittedError:  # noise that only a fit estimates: its value changes no cost
         likelihood = Regression(1.0)
-        cotangents = preserve.cotangents(likelihood, outputs, targets, directions)
-    rows = min(rows, len(cotangents.values))
 
     proven = prove(functional, inputs)
     size = batch_size(inputs)
+    room = FitMemory.of(budget, num_samples, space.total, space.dtype)
 
-    def make(_: Tensor, piece: slice) -> SimpleNamespace:
-        return SimpleNamespace(values=cotangents.values[:, piece])
+    def captured() -> list[Block]:
+        groups = row_groups(likelihood, preserve, directions, inputs, outputs, targets, rows)
+        return [
+            block
+            for some, make, count in groups
+            for block, _, _ in capture_batch(
+                functional, proven, some, make, count, None, room.temporaries
+            )
+        ]
 
-    list(capture_batch(functional, proven, inputs, make, rows))  # once to warm up
+    captured()  # once to warm up
     started = time.perf_counter()
-    blocks = [block for block, _, _ in capture_batch(functional, proven, inputs, make, rows)]
+    blocks = captured()
     per_example = (time.perf_counter() - started) / size
     operator = JacobianOperator(space, merge_blocks(blocks))
-    m = rows * examples
-    factors = operator.nbytes // size * examples
+    trial = operator.shape[0]
+    m = -(-trial * examples // size)
+    factors = operator.nbytes * examples // size
+    sized = Size(
+        m,
+        space.total,
+        num_samples,
+        operator.product_flops * m / trial,
+        operator.gram_flops * (m / trial) ** 2,
+        space.dtype.itemsize,
+    )
     nbytes = {
-        "Jacobian rows": factors,
-        "samples": 3 * num_samples * space.total * space.dtype.itemsize,
+        "Jacobian rows": min(factors, room.rows),
+        "temporaries": room.temporaries + room.check,
     }
     seconds = {"Jacobian rows": per_example * examples}
     advice: list[str] = []
     chosen: str | None = None
     try:
-        trial = operator.shape[0]
-        sized = Size(
-            m,
-            space.total,
-            num_samples,
-            operator.product_flops * m / trial,
-            operator.gram_flops * (m / trial) ** 2,
-            space.dtype.itemsize,
-        )
-        choice = choose(solver, sized, budget - sum(nbytes.values()))
-        cost = choice.solver.cost(sized)
+        held = min(factors, room.rows)
+        movable = held if fits_on_disk(factors, space.device) else 0
+        choice = choose(solver, sized, budget - held + movable)
+        needed = choice.solver.cost(sized).nbytes
         chosen, reason = choice.solver.name, choice.why
-        nbytes["solver"] = cost.nbytes
-        seconds["solver"] = _solver_seconds(choice.solver.name, operator, m)
+        nbytes["Jacobian rows"] = max(0, min(held, budget - needed))
+        nbytes["solver"] = needed
+        seconds |= _solver_seconds(choice.solver, operator, m, num_samples)
+        elsewhere = factors - nbytes["Jacobian rows"]
+        if elsewhere > 0:
+            where = "go to disk" if fits_on_disk(elsewhere, space.device) else "are recomputed"
+            advice.append(
+                f"{format_bytes(elsewhere)} of rows {where}, which makes each pass slower; raise `memory=`, or "
+                "keep less of each example (`directions='auto'`, `preserve='loss'`)."
+            )
     except MemoryBudgetError as error:
         reason = "the memory budget is too small"
         advice.append(str(error))
-    if factors > budget:
-        chosen = None
-        advice.append(
-            f"the rows alone take {format_bytes(factors)}: lower `max_examples=`, or use "
-            "`preserve='loss'` or `directions='auto'`."
-        )
     if proven.generic and space.total:
         numel = sum(space.by_name[n].numel for n in proven.generic)
         if numel > 0.05 * space.total:
@@ -226,29 +237,49 @@ def _try(
             )
     reasons = {name: proven.reasons.get(name, "") for name in proven.generic}
     return Plan(
-        examples, rows, m, space.total, chosen, reason, nbytes, seconds, budget, reasons, advice
+        examples,
+        -(-m // examples),
+        m,
+        space.total,
+        chosen,
+        reason,
+        nbytes,
+        seconds,
+        budget,
+        reasons,
+        advice,
     )
 
 
-def _solver_seconds(name: str, operator: JacobianOperator, m: int) -> float:
-    """Seconds for the Gram matrix and its factorisation, or the QR, from small trials."""
-    p = operator.shape[1]
-    trial = operator.shape[0]
+def _solver_seconds(
+    solver: Solver, operator: JacobianOperator, m: int, samples: int
+) -> dict[str, float]:
+    """Seconds by stage, each extrapolated from a small trial by the law that it follows."""
+    trial, p = operator.shape
+    v = torch.randn(samples, p, dtype=operator.dtype, device=operator.device)
+    operator.normal(v)
+    one_pass = _timed(lambda: operator.normal(v)) * m / trial
+    if solver.iterative:
+        return {"projection": EXPECTED_ITERATIONS * one_pass}
+    out = {"projection and certificate": 4 * one_pass}
+    if solver.name == "primal QR":
+        rows = torch.randn(2 * p + 16, p, dtype=torch.float64)
+        qr = _timed(lambda: torch.linalg.qr(rows, mode="r"))
+        return {"QR": qr * max(1.0, m / max(1, p)), **out}
     operator.gram()
-    started = time.perf_counter()
-    gram = operator.gram()
     # A block's product with itself is computed whole, so the trial did all of its M² pairs.
-    pairs = (time.perf_counter() - started) / trial**2
-    if name == "primal QR":
-        generator = torch.Generator().manual_seed(0)
-        rows = torch.randn(2 * p + 16, p, dtype=torch.float64, generator=generator)
-        started = time.perf_counter()
-        torch.linalg.qr(rows, mode="r")
-        return (time.perf_counter() - started) * max(1.0, m / max(1, p))
-    n = 1500
-    matrix = torch.eye(n, dtype=torch.float64, device=gram.device).mul_(n).add_(1.0)
+    pairs = _timed(operator.gram) / trial**2
+    n = min(3000, max(m, 2))
+    matrix = torch.eye(n, dtype=torch.float64, device=operator.device).mul_(n).add_(1.0)
     torch.linalg.cholesky(matrix)
+    cholesky = _timed(lambda: torch.linalg.cholesky(matrix)) / n**3
+    blocks = max(1.0, m / BLOCK_ROWS)
+    computed = 0.5 + 0.5 / blocks  # the lower triangle of blocks, the diagonal ones whole
+    out["projection and certificate"] += 4e-11 * samples * m**2
+    return {"Gram matrix": computed * pairs * m**2, "factorisation": cholesky * m**3, **out}
+
+
+def _timed(run: Callable[[], Any]) -> float:
     started = time.perf_counter()
-    torch.linalg.cholesky(matrix)
-    cholesky = (time.perf_counter() - started) / n**3
-    return float(0.55 * pairs * m**2 + cholesky * m**3)
+    run()
+    return time.perf_counter() - started

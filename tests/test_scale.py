@@ -24,6 +24,7 @@ from nullbayes.jacobian import keeping
 from nullbayes.jacobian.capture import Block
 from nullbayes.jacobian.keeping import Keeper, OnDisk
 from nullbayes.jacobian.operator import DenseOperator, JacobianOperator
+from nullbayes.memory import peak_bytes
 from nullbayes.solvers import krylov
 from nullbayes.solvers.kronecker import layer_curvatures
 from nullbayes.solvers.watch import Watch
@@ -149,17 +150,15 @@ def test_a_small_budget_gives_the_same_posterior(preserve: str) -> None:
 
 
 def _peak_of_a_fit(queue: Any, memory: str | None) -> None:
-    import resource
-
     torch.set_num_threads(1)
     model = network(width=1024)
     x = torch.randn(1536, 8)
     train = [(x[i : i + 64], torch.zeros(64).long()) for i in range(0, len(x), 64)]
     nb.NullSpacePosterior(model, preserve="loss").fit(train[:1], 1, progress=False)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak_bytes(torch.device("cpu"))
     posterior = nb.NullSpacePosterior(model, preserve="outputs", memory=memory, tolerance=0.5)
     posterior.fit(train, 2, progress=False)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    after = peak_bytes(torch.device("cpu"))
     queue.put((after - before, posterior.certificate.notes))
 
 

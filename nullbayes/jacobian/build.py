@@ -11,11 +11,12 @@ from torch import Tensor
 
 from nullbayes.jacobian.capture import Block, CapturePlan, capture
 from nullbayes.jacobian.functional import FunctionalModel, Inputs, batch_size, take
-from nullbayes.jacobian.keeping import BLOCK_ROWS
 from nullbayes.jacobian.operator import JacobianOperator
 
 # Bytes of temporaries that one capture may take.
 CAPTURE_BYTES = 2**29
+# Rows of one capture.
+CAPTURE_ROWS = 1024
 
 MakeCotangents = Callable[[Tensor], Any]
 
@@ -31,7 +32,7 @@ def examples_per_capture(
     per_example += cotangents * sum(functional.space.by_name[n].numel for n in plan.generic)
     item = functional.dtype.itemsize
     fits = (temporaries or CAPTURE_BYTES) // max(1, 2 * item * per_example)
-    return max(1, min(fits, BLOCK_ROWS // max(1, cotangents)))
+    return max(1, min(fits, CAPTURE_ROWS // max(1, cotangents)))
 
 
 def capture_batch(

@@ -28,9 +28,10 @@ from nullbayes.jacobian.factors import Factor
 from nullbayes.jacobian.functional import FunctionalModel, Inputs, tensor_leaves
 from nullbayes.memory import format_bytes
 
-# Rows that blocks of small batches are merged to: large enough for matrix products to run at full
-# speed, small enough that the lower triangle of blocks is close to half the Gram matrix.
-BLOCK_ROWS = 1024
+# Rows that captured pieces are merged to: large enough for products to run at full speed and for memory
+# to come in pieces of their own (small ones between freed temporaries cost as much again in holes), small
+# enough that the lower triangle of blocks is not far from half the Gram matrix.
+BLOCK_ROWS = 4096
 BLOCK_BYTES = 2**28
 # Share of the free disk that rows may take.
 DISK_SHARE = 0.8

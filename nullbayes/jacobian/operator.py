@@ -14,7 +14,7 @@ from nullbayes.jacobian.capture import Block
 from nullbayes.jacobian.counting import gram_flops_per_pair, product_flops
 from nullbayes.jacobian.factors import CHUNK_ELEMENTS, Factor, OuterFactor
 from nullbayes.jacobian.gram import gram_matrix
-from nullbayes.jacobian.keeping import BLOCK_ROWS, Openable, Part, moved_out
+from nullbayes.jacobian.keeping import Openable, Part, moved_out
 from nullbayes.jacobian.parameters import ParameterSpace
 
 Tick = Callable[[float], None]
@@ -45,7 +45,7 @@ class RowOperator(ABC):
         m = self.shape[0]
         out = torch.empty(m, m, dtype=torch.float64, device=self.device)
         done = 0
-        for rows in self.iter_rows(BLOCK_ROWS):
+        for rows in self.iter_rows(1024):
             out[done : done + len(rows)] = self.matvec(rows).double()
             done += len(rows)
             if tick:

@@ -20,7 +20,7 @@ from nullbayes.solvers.base import (
     conjugate_gradients,
     relative,
 )
-from nullbayes.solvers.krylov import Solved, block_cg, row_norms
+from nullbayes.solvers.krylov import Goal, Solved, block_cg, row_norms
 from nullbayes.solvers.preconditioners import Preconditioner, resolve
 from nullbayes.solvers.spectrum import operator_spectrum
 
@@ -127,18 +127,21 @@ class ConjugateGradientState(IterativeState):
         linear = None
         if self.shift and noise is not None:
             linear = -self.operator.rmatvec((self.shift**0.5 * noise).to(vectors.dtype))
-        before, scale = self._image(vectors), self._scale(vectors, linear)
         tolerance = self.solver.tolerance_for(vectors.dtype)
+        resumed = self.watch.resume()
+        start = _Start(resumed)
 
         def goal(image: Tensor, gradient: Tensor) -> Tensor:
+            start.see(image, gradient)
             if self.shift:
-                return relative(gradient, tolerance * scale)
-            return relative(image, (tolerance * before).clamp(min=self.enough))
+                return relative(gradient, tolerance * start.gradient)
+            return relative(image, (tolerance * start.image).clamp(min=self.enough))
 
-        solved = self._block(vectors, linear, goal, self.solver.max_iterations)
+        limit = self.solver.max_iterations
+        solved = self._block(vectors, linear, goal, limit, resumed, start.carried)
         residual = solved.reached * tolerance
         if not self.shift:
-            residual = relative(self._image(solved.value), before)
+            residual = relative(self._image(solved.value), start.image)
         return Projection(solved.value, residual, solved.status, solved.iterations)
 
     def _numerical(self, vectors: Tensor) -> Projection:
@@ -188,28 +191,27 @@ class ConjugateGradientState(IterativeState):
             dual = self._dual(anchor, None, left, accuracy)
             ratio = dual.residual / accuracy
             return Solved(dual.value, ratio, dual.status, dual.iterations)
-        scale = self._scale(anchor, None)
+        start = _Start(resumed)
         # The first pass may end at the tolerance itself; whatever is left by then is small enough.
         free = self.passes is None or done + 1 < self.passes
 
         def goal(image: Tensor, gradient: Tensor) -> Tensor:
-            solved = relative(gradient, accuracy * scale)
+            start.see(image, gradient)
+            solved = relative(gradient, accuracy * start.gradient)
             return torch.minimum(solved, relative(image, target)) if free else solved
 
-        carried = {"anchor": anchor, "passes": torch.tensor(done)}
-        return self._block(anchor, None, goal, left, resumed, carried)
+        start.carried |= {"anchor": anchor, "passes": torch.tensor(done)}
+        return self._block(anchor, None, goal, left, resumed, start.carried)
 
     def _block(
         self,
         anchor: Tensor,
         linear: Tensor | None,
-        goal: object,
+        goal: Goal,
         limit: int,
-        resumed: dict[str, Tensor] | None = None,
-        carried: dict[str, Tensor] | None = None,
+        resumed: dict[str, Tensor] | None,
+        carried: dict[str, Tensor],
     ) -> Solved:
-        if resumed is None and carried is None:
-            resumed = self.watch.resume()
         apply = None if self._preconditioner is None else self._preconditioner.apply
         return block_cg(
             self.operator,
@@ -217,7 +219,7 @@ class ConjugateGradientState(IterativeState):
             self.shift,
             linear,
             apply,
-            goal,  # type: ignore[arg-type]
+            goal,
             limit,
             self.watch,
             resumed,
@@ -236,6 +238,25 @@ class ConjugateGradientState(IterativeState):
     def _image(self, x: Tensor) -> Tensor:
         return self.operator.matvec(x).double().norm(dim=1)
 
-    def _scale(self, anchor: Tensor, linear: Tensor | None) -> Tensor:
-        gradient = self.operator.normal(anchor)[0]
-        return row_norms(gradient if linear is None else gradient - linear)
+
+class _Start:
+    """Norms where a search began: what its goals are relative to. They travel with its checkpoints."""
+
+    def __init__(self, resumed: dict[str, Tensor] | None) -> None:
+        #: one dictionary for the whole search: it is handed over before the first measurement
+        self.carried: dict[str, Tensor] = {}
+        if resumed is not None:
+            self.carried.update({name: resumed[name] for name in ("image", "gradient")})
+
+    def see(self, image: Tensor, gradient: Tensor) -> None:
+        """The first measurement is the one that counts."""
+        if "image" not in self.carried:
+            self.carried.update({"image": image, "gradient": gradient})
+
+    @property
+    def image(self) -> Tensor:
+        return self.carried["image"]
+
+    @property
+    def gradient(self) -> Tensor:
+        return self.carried["gradient"]

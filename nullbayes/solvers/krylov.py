@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -97,13 +98,15 @@ def block_cg(
         return r, square.sqrt(), goal(square.sqrt(), row_norms(r))
 
     r, image, reached = measured(x)
+    energy = image.square() + shift * row_norms(x - anchor).square()
+    infinite = torch.full_like(image, math.inf)
     best = (reached, x)
+    watch.report(done, float(reached.max()))
     history = [(done, float(reached.max()))]
     status = Status.MAX_ITERATIONS
     unchecked, gained = 0, torch.zeros_like(image)
     try:
         while True:
-            watch.report(done, float(reached.max()))
             if search is None:  # samples retire only where a search begins
                 active = reached > 1
             if not bool((reached > 1).any()):
@@ -125,12 +128,16 @@ def block_cg(
             done, unchecked = done + 1, unchecked + 1
             x = x.index_put((active,), x[active] + step)
             gained[active] += along
-            # ‖A x‖² falls by what each step gains (without a shift): a free hint when to measure.
-            hint = (image.square() - gained).clamp(min=0).sqrt()
-            hoped = bool((goal(hint, row_norms(r))[active] <= 1).all()) and shift == 0
+            # Each step says by how much it lowers what is minimised: a free bound on ‖A x‖, which
+            # shows progress and tells when to measure.
+            hint = torch.where(active, (energy - gained).clamp(min=0).sqrt(), image)
+            hinted = reached if linear is not None else torch.minimum(reached, goal(hint, infinite))
+            watch.report(done, float(hinted.max()))
+            hoped = bool((hinted <= 1).all())
             if not (hoped or unchecked >= CHECK_EVERY or done >= max_iterations):
                 continue
             r, image, reached = measured(x)
+            energy = image.square() + shift * row_norms(x - anchor).square()
             unchecked, gained = 0, torch.zeros_like(image)
             history.append((done, float(reached.max())))
             if float(reached.max()) <= float(best[0].max()):
@@ -243,4 +250,7 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 def row_norms(a: Tensor) -> Tensor:
     """``(S, P)`` -> ``(S,)`` float64, without a float64 copy of all of it."""
-    return torch.stack([torch.linalg.vector_norm(row, dtype=torch.float64) for row in a])
+    out = torch.zeros(len(a), dtype=torch.float64, device=a.device)
+    for part in a.split(_COLUMNS, dim=1):
+        out += part.double().square().sum(1)
+    return out.sqrt()

@@ -24,8 +24,9 @@ from nullbayes.solvers.krylov import Goal, Solved, block_cg, row_norms
 from nullbayes.solvers.preconditioners import Preconditioner, resolve
 from nullbayes.solvers.spectrum import operator_spectrum
 
-# How exactly one pass of the numerical null space solves its equations, relative to the tolerance.
-PASS_ACCURACY = 0.1
+# How exactly one pass of the numerical null space solves its equations, relative to the tolerance. The
+# gradient falls long before the residual does: it weighs directions by the squares of the rows.
+PASS_ACCURACY = 1e-3
 # Passes over the rows that a fit takes, for counting its cost beforehand (benchmarks/whole.py).
 EXPECTED_ITERATIONS = 50
 
@@ -186,7 +187,8 @@ class ConjugateGradientState(IterativeState):
         resumed: dict[str, Tensor] | None,
     ) -> Solved:
         left = max(1, self.solver.max_iterations - iterations)
-        accuracy = min(PASS_ACCURACY * tolerance, ITERATIVE_TOLERANCE)
+        rounding = 30 * torch.finfo(anchor.dtype).eps
+        accuracy = max(PASS_ACCURACY * min(tolerance, ITERATIVE_TOLERANCE), rounding)
         if self._preconditioner is not None and self._preconditioner.dual:
             dual = self._dual(anchor, None, left, accuracy)
             ratio = dual.residual / accuracy

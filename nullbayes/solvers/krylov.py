@@ -107,8 +107,6 @@ def block_cg(
     unchecked, gained = 0, torch.zeros_like(image)
     try:
         while True:
-            if search is None:  # samples retire only where a search begins
-                active = reached > 1
             if not bool((reached > 1).any()):
                 status = Status.CONVERGED
                 break
@@ -120,6 +118,7 @@ def block_cg(
                     break
                 history = [h for h in history if done - h[0] < PATIENCE]
             if search is None:
+                active = reached > 1
                 search = _begin(r[active], precondition)
                 if search is None:  # nothing left but rounding
                     status = Status.STAGNATED
@@ -142,7 +141,12 @@ def block_cg(
             history.append((done, float(reached.max())))
             if float(reached.max()) <= float(best[0].max()):
                 best = (reached, x)
-            search = _kept(search, r, reached, active)
+            search = _kept(search, r[active])
+            # Samples that are done retire from the block; the space that they helped to find stays.
+            left = active & (reached > 1)
+            if search is not None:
+                search.coefficients = search.coefficients[left[active]]
+            active = left
             state = {"x": x, "done": torch.tensor(done), "active": active, **(carried or {})}
             watch.offer({**state, **(search.tensors() if search else {})})
     except KeyboardInterrupt:
@@ -229,15 +233,10 @@ def _orthonormal(
     return q, (q if precondition is None else to.to(r.dtype) @ w), change
 
 
-def _kept(search: _Search, r: Tensor, reached: Tensor, active: Tensor) -> _Search | None:
-    """The search, unless it has to begin anew: rounding took it away from the true residual, or many
-    samples are done and need no more work."""
-    left = active & (reached > 1)
-    if int(left.sum()) <= 0.75 * int(active.sum()):
-        return None
-    believed = search.coefficients.to(r.dtype) @ search.q
-    error, size = row_norms(believed - r[active]), row_norms(r[active])
-    return None if bool((error > 0.1 * size).any()) else search
+def _kept(search: _Search, r: Tensor) -> _Search | None:
+    """The search, unless rounding took it away from the true residual and it has to begin anew."""
+    error = row_norms(search.coefficients.to(r.dtype) @ search.q - r)
+    return None if bool((error > 0.1 * row_norms(r)).any()) else search
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nullbayes.jacobian.build import output_operators
-from nullbayes.jacobian.capture import CapturePlan
-from nullbayes.jacobian.functional import FunctionalModel, Inputs
+from nullbayes.jacobian.build import CAPTURE_BYTES, examples_per_capture
+from nullbayes.jacobian.capture import CapturePlan, capture
+from nullbayes.jacobian.functional import FunctionalModel, Inputs, batch_size, take
+from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.jacobian.parameters import ParameterSpace
 
 # Up to this many outputs per sample, reverse mode (all rows at once) is cheaper than one
@@ -37,6 +39,50 @@ def standard_normal(
     return v.to(like.device), noise.to(like.device)
 
 
+def first_output(functional: FunctionalModel, inputs: Inputs, where: str = "the inputs") -> Tensor:
+    """``f(θ̂, x) (1, *out)`` of the first example alone, for its shape; errors speak of the batch."""
+    try:
+        return functional.outputs(take(inputs, 0, 1), where)
+    except Exception:
+        functional.outputs(inputs, where)
+        raise
+
+
+def output_rows(
+    functional: FunctionalModel,
+    plan: CapturePlan,
+    inputs: Inputs,
+    outputs: int,
+    vectors: Tensor,
+    scales: dict[str, float] | None = None,
+    where: str = "the inputs",
+) -> Iterator[tuple[Tensor, JacobianOperator]]:
+    """``f(θ̂, x) (b, *out)`` and all rows ``J(x)`` of its ``outputs`` numbers, a piece at a time.
+
+    Args:
+        vectors: ``(S, P)``, what the rows are to be multiplied with. A product reads all of it, so
+            pieces may take as much memory as it does.
+    """
+    room = max(CAPTURE_BYTES, vectors.nbytes)
+    size, step = batch_size(inputs), examples_per_capture(functional, plan, outputs, room)
+    for start in range(0, size, step):
+        piece = take(inputs, start, min(start + step, size))
+        try:
+            block, made = capture(functional, plan, piece, _every_output, scales)
+        except Exception:
+            functional.outputs(inputs, where)  # says so where the inputs are to blame
+            raise
+        yield made.point, JacobianOperator(functional.space, [block])
+
+
+def _every_output(point: Tensor) -> SimpleNamespace:
+    """One cotangent per output number: ``(O, B, *out)``."""
+    size = point[0].numel()
+    eye = torch.eye(size, dtype=point.dtype, device=point.device)
+    values = eye[:, None].expand(size, len(point), size)
+    return SimpleNamespace(values=values.reshape(size, *point.shape), point=point)
+
+
 def linearised(
     functional: FunctionalModel,
     plan: CapturePlan,
@@ -45,15 +91,15 @@ def linearised(
     where: str = "the inputs",
 ) -> tuple[Tensor, Tensor]:
     """``f(θ̂, x) (B, *out)`` and ``J(x) Δ_s (S, B, *out)`` for ``samples (S, P)``."""
-    point = functional.outputs(inputs, where)
-    outputs = point[0].numel()
-    if outputs > REVERSE_OUTPUTS_PER_SAMPLE * len(samples):
-        return point, forward_mode(functional, samples, inputs)
-    parts = [
-        operator.matvec(samples).reshape(len(samples), -1, *point.shape[1:])
-        for operator in output_operators(functional, plan, inputs, outputs)
-    ]
-    return point, torch.cat(parts, dim=1)
+    shape = first_output(functional, inputs, where)[0].shape
+    if shape.numel() > REVERSE_OUTPUTS_PER_SAMPLE * len(samples):
+        return functional.outputs(inputs, where), forward_mode(functional, samples, inputs)
+    points, changes = [], []
+    pieces = output_rows(functional, plan, inputs, shape.numel(), samples, where=where)
+    for point, rows in pieces:
+        points.append(point)
+        changes.append(rows.matvec(samples).reshape(len(samples), -1, *shape))
+    return torch.cat(points), torch.cat(changes, dim=1)
 
 
 def forward_mode(functional: FunctionalModel, samples: Tensor, inputs: Inputs) -> Tensor:

@@ -34,6 +34,8 @@ SOLVER_VECTORS = 9
 ROWS_SHARE = 0.6
 # Bytes of inputs and function draws that the certificate may hold on to.
 CHECK_BYTES = 2**29
+# Examples at most: predicting them linearised costs as much as capturing their rows.
+CHECK_EXAMPLES = 10_000
 
 
 @dataclass
@@ -137,7 +139,7 @@ def capture_training(
     keeper: Keeper | None = None
     examples, trace, discarded, captured = 0, 0.0, 0.0, 0
     kept: list[tuple[Inputs, Tensor]] = []
-    left = memory.check
+    left, checked = memory.check, 0
     track = stage.track(loader, "Jacobian rows")
     for index, inputs, targets in limited(functional, track, "train_loader", limit):
         where = f"train_loader, batch {index}"
@@ -161,9 +163,10 @@ def capture_training(
         size = batch_size(inputs)
         examples += size
         each = draws * outputs[0].nbytes + sum(t.nbytes for t in tensor_leaves(inputs)) // size
-        fits = min(size, left // max(1, each))
+        fits = min(size, left // max(1, each), CHECK_EXAMPLES - checked)
         if fits:
             kept.append((take(inputs, 0, fits), targets[:fits]))
+            checked += fits
         left = left - fits * each if fits == size else 0
     assert plan is not None and keeper is not None
     operator = JacobianOperator(functional.space, keeper.finish())

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from nullbayes.assembly import Fit, Settings
+from nullbayes.draws import output_rows
 from nullbayes.errors import NotFittedError
-from nullbayes.jacobian.build import output_operators
 from nullbayes.jacobian.capture import CapturePlan
 from nullbayes.jacobian.functional import FunctionalModel, Inputs
 from nullbayes.solvers.base import relative
@@ -42,7 +42,8 @@ def novelty_variance(
     scales = functional.space.scales(settings.precision_by_name)
     unit = fit.unit if scales is None else fit.unit / scales
     values = []
-    for operator in output_operators(functional, plan, x, outputs, settings.scale_by_name):
+    scale_by_name = settings.scale_by_name
+    for _, operator in output_rows(functional, plan, x, outputs, unit, scale_by_name, "`x`"):
         prior = operator.squared_norms() if exact or share else None
         if exact:
             assert fit.state is not None and prior is not None

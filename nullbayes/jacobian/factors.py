@@ -8,6 +8,7 @@ everything: rows written out (:class:`DenseFactor`), sums of outer products over
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
@@ -29,6 +30,8 @@ COPIED_PRODUCT = 4 * 2**20
 # What a multiplication by way of written-out rows costs in those of a large product: they are
 # shaped less well, and every row is written and read once (measured 1.1 to 1.4).
 ROWS_PENALTY = 1.25
+# Multiplications from which a matrix product is given to oneDNN, see `product`.
+ONEDNN_PRODUCT = 2**20
 
 
 class Factor(ABC):
@@ -128,8 +131,13 @@ class OuterFactor(Factor):
     ) -> None:
         if bias is not None:
             # A bias is the weight of an input that is always one: it shares every product with g.
-            a = torch.cat([a, a.new_full((*a.shape[:-1], 1), bias_scale)], dim=-1)
-        self._init(weight, bias, a.contiguous(), g.contiguous(), transposed, bias_scale)
+            one = a.new_full((*a.shape[:-1], 1), bias_scale)
+            if a.is_contiguous():
+                a = torch.cat([a, one], dim=-1)
+            else:  # positions last in memory, as convolutions have them
+                order = (0, 2, 3, 1)
+                a = torch.cat([a.permute(order), one.permute(order)], dim=2).permute(0, 3, 1, 2)
+        self._init(weight, bias, a, g, transposed, bias_scale)
 
     def _init(
         self,
@@ -168,6 +176,13 @@ class OuterFactor(Factor):
             return [self]
         return [self.narrow(i, min(i + step, self.examples)) for i in range(0, self.examples, step)]
 
+    def _settle(self) -> None:
+        """Bring ``a`` and ``g`` into the order of their axes.
+
+        Rows are written from any order at the same speed, so it is not done before it is needed.
+        """
+        self.a, self.g = self.a.contiguous(), self.g.contiguous()
+
     # -- products with vectors: through the rows, or layer by layer as the network itself does -----
 
     @property
@@ -177,7 +192,8 @@ class OuterFactor(Factor):
 
     def _bias_rows(self) -> Tensor:
         """``(B*C, G*O)``: rows of the bias."""
-        return self.g.sum(2).reshape(self.num_rows, -1) * self.bias_scale
+        g = self.g if self.tokens == 1 else self.g.sum(2)
+        return g.reshape(self.num_rows, -1) * self.bias_scale
 
     def products_by_rows(self, vectors: int) -> bool:
         """Whether products with so many vectors are cheaper from written-out rows.
@@ -191,31 +207,31 @@ class OuterFactor(Factor):
         return t > 1 and ROWS_PENALTY * c * (t + s) < t * s * (1 + c / inputs)
 
     def matvec(self, vectors: Tensor) -> Tensor:
-        if self.products_by_rows(len(vectors)):
-            out = self._matvec_rows(vectors)
-        elif self._copies:
-            out = self._matvec_copied(vectors)
-        else:
-            out = self._matvec_in_place(vectors)
+        by_rows = self.products_by_rows(len(vectors))
+        if self._copies and not by_rows:
+            return self._matvec_copied(vectors)
+        out = (self._matvec_rows if by_rows else self._matvec_in_place)(vectors)
         if self.bias is not None:
             out.addmm_(vectors[:, self.bias.start : self.bias.stop], self._bias_rows().T)
         return out
 
     def rmatvec(self, weights: Tensor, out: Tensor) -> None:
-        if self.products_by_rows(len(weights)):
-            self._rmatvec_rows(weights, out)
-        elif self._copies:
+        by_rows = self.products_by_rows(len(weights))
+        if self._copies and not by_rows:
             self._rmatvec_copied(weights, out)
-        else:
-            self._rmatvec_in_place(weights, out)
+            return
+        (self._rmatvec_rows if by_rows else self._rmatvec_in_place)(weights, out)
         if self.bias is not None:
             out[:, self.bias.start : self.bias.stop].addmm_(weights, self._bias_rows())
 
-    def _row_blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
+    def _row_blocks(self, single: bool) -> Iterator[tuple[slice, slice, Tensor]]:
         """Rows of the weight a piece at a time: which of the ``B*C`` rows, which columns, values.
 
         A piece holds the weights of some outputs (of some inputs if ``transposed``), or of some
         groups: neighbours in memory, so that a product reads vectors and writes results in place.
+
+        Args:
+            single: pieces may be of one example each, where these are large enough.
         """
         c, t, o, i = self.cotangents, self.tokens, self.width_out, self._inputs.shape[3]
         lead, trail = (i, o) if self.transposed else (o, i)
@@ -225,34 +241,47 @@ class OuterFactor(Factor):
             groups, span = 1, min(lead, max(wide, at_once))
         else:
             groups, span = min(self.groups, max(1, at_once // lead)), lead
-        step = max(1, NEAR_ELEMENTS // (c * groups * span * trail))
-        for n in range(0, self.examples, step):
-            a, g = self._inputs[n : n + step].transpose(1, 2), self.g[n : n + step]
-            b = len(g)
-            for k in range(0, self.groups, groups):
-                for j in range(0, lead, span):
+        large = self.groups == 1 and c * span * t * i >= ONEDNN_PRODUCT
+        single = single and large
+        step = 1 if single else max(1, NEAR_ELEMENTS // (c * groups * span * trail))
+        inputs = self._inputs.transpose(1, 2)  # (B, G, T, I)
+        if large and not (inputs.is_contiguous() or inputs.mT.is_contiguous()):
+            inputs = inputs.contiguous()
+        for k in range(0, self.groups, groups):
+            for j in range(0, lead, span):
+                start = self.weight.start + (k * lead + j) * trail
+                columns = slice(start, start + groups * min(span, lead - j) * trail)
+                for n in range(0, self.examples, step):
+                    a, g = inputs[n : n + step, k : k + groups], self.g[n : n + step]
+                    b, g = len(g), g[:, :, :, k : k + groups]
                     if self.transposed:
-                        left = a[:, k : k + groups, :, j : j + span].mT  # (b, groups, span, T)
-                        right = g[:, :, :, k : k + groups].permute(0, 3, 2, 1, 4)
-                        rows = left @ right.reshape(b, -1, t, c * o)
-                        rows = rows.unflatten(3, (c, o)).permute(0, 3, 1, 2, 4)
+                        left = a[..., j : j + span].mT  # (b, groups, span, T)
+                        right = g.permute(0, 3, 2, 1, 4).reshape(b, -1, t, c * o)
+                        rows = (left @ right).unflatten(3, (c, o)).permute(0, 3, 1, 2, 4)
                     else:
-                        cut = g[:, :, :, k : k + groups, j : j + span].permute(0, 3, 1, 4, 2)
-                        left = cut.reshape(b, cut.shape[1], -1, t)  # (b, groups, C*span, T)
-                        rows = (left @ a[:, k : k + groups]).unflatten(2, (c, -1)).transpose(1, 2)
+                        cut = g[..., j : j + span].permute(0, 3, 1, 4, 2)
+                        left = cut.reshape(b, len(cut[0]), -1, t)  # (b, groups, C*span, T)
+                        if large:
+                            each = [product(left[m, 0], a[m, 0].mT) for m in range(b)]
+                            rows = torch.stack(each)[:, None] if b > 1 else each[0][None, None]
+                        else:
+                            rows = left @ a
+                        rows = rows.unflatten(2, (c, -1)).transpose(1, 2)
                     rows = rows.reshape(b * c, -1)
-                    start = self.weight.start + (k * lead + j) * trail
-                    yield slice(n * c, (n + b) * c), slice(start, start + rows.shape[1]), rows
+                    yield slice(n * c, (n + b) * c), columns, rows
 
     def _matvec_rows(self, vectors: Tensor) -> Tensor:
         out = vectors.new_zeros(len(vectors), self.num_rows)
-        for at, columns, rows in self._row_blocks():
-            out[:, at].addmm_(vectors[:, columns], rows.T)
+        part, of = vectors, slice(0, 0)
+        for at, columns, rows in self._row_blocks(single=True):
+            if columns != of:
+                part, of = vectors[:, columns].contiguous(), columns
+            out[:, at] += product(part, rows)
         return out
 
     def _rmatvec_rows(self, weights: Tensor, out: Tensor) -> None:
-        for at, columns, rows in self._row_blocks():
-            out[:, columns].addmm_(weights[:, at], rows)
+        for at, columns, rows in self._row_blocks(single=False):
+            out[:, columns] += product(weights[:, at].contiguous(), rows.mT)
 
     @property
     def _copies(self) -> bool:
@@ -260,90 +289,106 @@ class OuterFactor(Factor):
         size = self.examples * self.tokens * self.width_out * self.width_in
         return self.groups > 1 or self.transposed or size <= COPIED_PRODUCT
 
-    def _matvec_copied(self, vectors: Tensor) -> Tensor:
-        s, o = len(vectors), self.width_out
+    def _joint(self, vectors: Tensor) -> Tensor:
+        """The columns of this layer as matrices ``(G, S, O, I)``, the bias as the last input."""
+        s, (g, o) = len(vectors), (self.groups, self.width_out)
         w = vectors[:, self.weight.start : self.weight.stop]
         if self.transposed:
-            w = w.reshape(s, self.groups, -1, o).permute(1, 2, 0, 3)
-        else:
-            w = w.reshape(s, self.groups, o, -1).permute(1, 3, 0, 2)
-        matrix = w.reshape(self.groups, -1, s * o)  # (G, I, S*O)
+            return w.reshape(s, g, self.width_in, o).permute(1, 0, 3, 2)
+        w = w.reshape(s, g, o, -1)
+        if self.bias is not None:
+            b = vectors[:, self.bias.start : self.bias.stop].reshape(s, g, o, 1)
+            w = torch.cat([w, b], dim=-1)
+        return w.transpose(0, 1)
+
+    def _matvec_copied(self, vectors: Tensor) -> Tensor:
+        self._settle()
+        s, o = len(vectors), self.width_out
+        joint = self._joint(vectors)
+        matrix = joint.reshape(self.groups, s * o, self.width_in)
         out = []
         for part in self._chunks(s * self.tokens * self.groups * o):
-            a = part._inputs
-            b, t, g, i = a.shape
-            u = a.permute(2, 0, 1, 3).reshape(g, b * t, i) @ matrix  # (G, B*T, S*O)
-            u = u.reshape(g, b, t, s, o).permute(1, 2, 0, 4, 3)
-            y = part.g.reshape(b, self.cotangents, -1) @ u.reshape(b, -1, s)  # (B, C, S)
+            b, t, g, i = part.a.shape
+            a = part.a.permute(2, 0, 1, 3).reshape(g, b * t, i)
+            u = product(a[0], matrix[0]) if g == 1 else a @ matrix.mT  # (G, B*T, S*O)
+            if g == t == 1:
+                u = u.view(b, s, o).mT
+            else:
+                u = u.reshape(g, b, t, s, o).permute(1, 2, 0, 4, 3).reshape(b, -1, s)
+            y = part.g.reshape(b, self.cotangents, -1) @ u  # (B, C, S)
             out.append(y.permute(2, 0, 1).reshape(s, -1))
         return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
     def _rmatvec_copied(self, weights: Tensor, out: Tensor) -> None:
+        self._settle()
         s, o = len(weights), self.width_out
         total: Tensor | None = None
         start = 0
         for part in self._chunks(s * self.tokens * self.groups * o):
-            a = part._inputs
-            b, t, g, i = a.shape
+            b, t, g, i = part.a.shape
             w = weights[:, start : start + part.num_rows].reshape(s, b, self.cotangents)
             start += part.num_rows
             h = w.permute(1, 0, 2) @ part.g.reshape(b, self.cotangents, -1)  # (B, S, T*G*O)
-            h = h.reshape(b, s, t, g, o).permute(3, 1, 4, 0, 2).reshape(g, s * o, b * t)
-            y = h @ a.permute(2, 0, 1, 3).reshape(g, b * t, i)  # (G, S*O, I)
+            if g == t == 1:
+                h = h.view(1, b, s * o).mT
+            else:
+                h = h.reshape(b, s, t, g, o).permute(3, 1, 4, 0, 2).reshape(g, s * o, b * t)
+            y = h @ part.a.permute(2, 0, 1, 3).reshape(g, b * t, i)  # (G, S*O, I)
             total = y if total is None else total.add_(y)
         assert total is not None
-        joint = total.reshape(self.groups, s, o, -1).transpose(0, 1)  # (S, G, O, I)
+        joint = total.reshape(self.groups, s, o, self.width_in).transpose(0, 1)  # (S, G, O, I)
         if self.transposed:
             joint = joint.transpose(2, 3)
+        elif self.bias is not None:
+            out[:, self.bias.start : self.bias.stop] += joint[..., -1].reshape(s, -1)
+            joint = joint[..., :-1]
         out[:, self.weight.start : self.weight.stop] += joint.reshape(s, -1)
 
     def _matvec_in_place(self, vectors: Tensor) -> Tensor:
+        self._settle()
         o, c = self.width_out, self.cotangents
         w = vectors[:, self.weight.start : self.weight.stop].unflatten(1, (o, -1))  # (S, O, I)
         out = vectors.new_empty(len(vectors), self.num_rows)
         start = 0
         for part in self._chunks(self.tokens * o):
             b = part.examples
-            a, g = part._inputs.flatten(0, 2), part.g.reshape(b, c, -1)
+            a, g = part._inputs.flatten(0, 2).contiguous(), part.g.reshape(b, c, -1)
             step = max(1, NEAR_ELEMENTS // (len(a) * o))
             for k, some in zip(range(0, len(w), step), w.split(step), strict=True):
-                u = torch.bmm(a.expand(len(some), -1, -1), some.mT)  # (s, B*T, O)
+                u = torch.stack([product(a, one) for one in some])  # (s, B*T, O)
                 y = torch.bmm(g, u.view(len(some), b, -1).permute(1, 2, 0))  # (B, C, s)
                 out[k : k + step, start : start + b * c] = y.permute(2, 0, 1).flatten(1)
             start += b * c
         return out
 
     def _rmatvec_in_place(self, weights: Tensor, out: Tensor) -> None:
+        self._settle()
         o, c = self.width_out, self.cotangents
         to = out[:, self.weight.start : self.weight.stop].unflatten(1, (o, -1))  # (S, O, I)
         start = 0
         for part in self._chunks(self.tokens * o):
             b = part.examples
-            a, g = part._inputs.flatten(0, 2), part.g.reshape(b, c, -1)
+            a, g = part._inputs.flatten(0, 2).contiguous(), part.g.reshape(b, c, -1)
             w = weights[:, start : start + b * c].unflatten(1, (b, c)).transpose(0, 1)  # (B, S, C)
             step = max(1, NEAR_ELEMENTS // (len(a) * o))
             for k in range(0, len(weights), step):
                 h = torch.bmm(w[:, k : k + step], g).transpose(0, 1)  # (s, B, T*O)
-                h = h.reshape(len(h), -1, o)
-                to[k : k + step].baddbmm_(h.mT, a.expand(len(h), -1, -1))
+                h = h.reshape(len(h), -1, o).contiguous()
+                for into, one in zip(to[k : k + step], h, strict=True):
+                    into += product(one.mT, a.mT)
             start += b * c
 
     def matrices(self) -> Tensor:
-        """Rows as ``(B*C, G*O*I)`` in the joint layout (bias as last input): for Gram blocks."""
-        b, c, t, g, o = self.g.shape
-        left = self.g.permute(0, 3, 1, 4, 2).reshape(b, g, c * o, t)
-        joint = left @ self.a.transpose(1, 2)  # (B, G, C*O, I)
-        joint = joint.reshape(b, g, c, o, self.width_in).transpose(1, 2)
-        return joint.reshape(b * c, -1)
+        """Rows ``(B*C, columns)`` in an order of columns that all factors of this layer share."""
+        return self.rows()
 
     def rows(self) -> Tensor:
-        joint = self.matrices().reshape(self.num_rows, self.groups, self.width_out, -1)
-        if self.transposed:
-            return joint.transpose(2, 3).reshape(self.num_rows, -1)
-        if self.bias is None:
-            return joint.reshape(self.num_rows, -1)
-        weight = joint[..., :-1].reshape(self.num_rows, -1)
-        return torch.cat([weight, joint[..., -1].reshape(self.num_rows, -1)], dim=1)
+        out = self.a.new_empty(self.num_rows, self.columns)
+        for at, columns, rows in self._row_blocks(single=True):
+            out[at, columns.start - self.weight.start : columns.stop - self.weight.start] = rows
+        if self.bias is not None:
+            out[:, self.weight.numel :] = self._bias_rows()
+        return out
 
     def dense(self) -> DenseFactor:
         values = self.rows().reshape(self.examples, self.cotangents, -1)
@@ -398,6 +443,8 @@ class OuterFactor(Factor):
         )
 
     def _gram_tokens(self, other: OuterFactor) -> Tensor:
+        self._settle()
+        other._settle()
         out = self.g.new_zeros(self.num_rows, other.num_rows)
         per_example = self.tokens * self.cotangents * other.num_rows * other.tokens
         start = 0
@@ -477,6 +524,35 @@ class LookupFactor(Factor):
             left = self._compact(renumber(self.index, part), len(part))
             out += left @ other._compact(renumber(other.index, part), len(part)).T
         return out
+
+
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """``x yᵀ`` for matrices ``(m, k)`` and ``(n, k)``.
+
+    PyTorch leaves its matrix products in single precision to MKL, which on processors that are not
+    Intel's uses half the width of their vector units; its convolutions go to oneDNN, which uses all
+    of it. So do large products here (measured: 105 against 240 GFLOP/s on one Zen 5 core).
+    """
+    large = len(x) * len(y) * x.shape[1] >= ONEDNN_PRODUCT
+    # In other layouts oneDNN may fall back to its reference code, a thousand times slower.
+    dense = all(z.is_contiguous() or z.mT.is_contiguous() for z in (x, y))
+    if large and dense and x.device.type == "cpu" and x.dtype == torch.float32 and _onednn():
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
+        return out
+    return x @ y.T
+
+
+@functools.cache
+def _onednn() -> bool:
+    """Whether this build of PyTorch has oneDNN, in the form in which its compiler calls it."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    x, y = torch.ones(2, 3), torch.ones(4, 3)
+    try:
+        out = torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return bool((out == 3).all())
 
 
 def renumber(index: Tensor, entries: Tensor) -> Tensor:

@@ -34,7 +34,12 @@ from nullbayes.jacobian.functional import FunctionalModel
 from nullbayes.jacobian.keeping import fits_on_disk
 from nullbayes.jacobian.operator import JacobianOperator, RowOperator
 from nullbayes.likelihood import Likelihood
-from nullbayes.memory import available_bytes, format_bytes, out_of_memory, peak_bytes
+from nullbayes.memory import (
+    available_bytes,
+    explained_out_of_memory,
+    format_bytes,
+    peak_bytes,
+)
 from nullbayes.progress import Stages, stages
 from nullbayes.solvers import Choice, Projection, Size, Solver, State, Status, choose
 from nullbayes.solvers.base import relative
@@ -127,45 +132,11 @@ def build(
     Raises:
         MemoryBudgetError: the plan does not fit the budget, or the machine ran out of memory.
     """
-    budget = settings.memory or default_budget(available_bytes(functional.device))
-    try:
-        return _build(
-            functional,
-            likelihood,
-            settings,
-            loader,
-            num_samples,
-            seed,
-            max_examples,
-            show,
-            checkpoint,
-            budget,
-        )
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryBudgetError) or not out_of_memory(error):
-            raise
-        raise MemoryBudgetError(
-            f"the machine ran out of memory although the fit was planned within {format_bytes(budget)}: "
-            "lower `memory=` (rows then go to disk), or `num_samples=` (more can be drawn later)."
-        ) from error
-
-
-def _build(
-    functional: FunctionalModel,
-    likelihood: Likelihood,
-    settings: Settings,
-    loader: Iterable[Any],
-    num_samples: int,
-    seed: int,
-    max_examples: int | None,
-    show: bool,
-    checkpoint: Checkpoint | None,
-    budget: int,
-) -> Fit:
     started = time.perf_counter()
+    budget = settings.memory or default_budget(available_bytes(functional.device))
     # Noise is fitted on a copy: an error later on leaves the earlier fit as it was.
     likelihood = copy.deepcopy(likelihood)
-    with stages(show) as stage:
+    with explained_out_of_memory(budget), stages(show) as stage:
         fit_noise(functional, likelihood, loader, max_examples, stage)
         rows = capture_training(
             functional,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from nullbayes.errors import InputError
+from nullbayes.errors import InputError, MemoryBudgetError
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
@@ -52,12 +54,26 @@ def available_bytes(device: torch.device) -> int:
         return 8 * 2**30
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error of Python or torch says that there is no memory left."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error).lower()
-    return "can't allocate memory" in text or "out of memory" in text
+@contextmanager
+def explained_out_of_memory(budget: int) -> Iterator[None]:
+    """Turn an error of Python or torch that says there is no memory left into one that names the knob.
+
+    Raises:
+        MemoryBudgetError: in place of such an error; any other passes through.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error).lower()
+        lacking = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+            "can't allocate memory" in text or "out of memory" in text
+        )
+        if isinstance(error, MemoryBudgetError) or not lacking:
+            raise
+        raise MemoryBudgetError(
+            f"the machine ran out of memory although the fit was planned within {format_bytes(budget)}: "
+            "lower `memory=` (rows then go to disk), or `num_samples=` (more can be drawn later)."
+        ) from error
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -175,6 +175,25 @@ def test_peak_memory_stays_inside_the_budget(memory: str) -> None:
     assert memory != "160MB" or any("on disk" in note for note in notes)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("no"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_running_out_of_memory_names_the_knob(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("nullbayes.assembly.capture_training", fails)
+    with pytest.raises(nb.MemoryBudgetError, match="lower `memory=`"):
+        nb.NullSpacePosterior(network()).fit(data(), 2, **QUIET)
+
+
 # -- directions="auto" ----------------------------------------------------------------------------
 
 

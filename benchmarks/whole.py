@@ -92,7 +92,9 @@ def load(path: str, examples: int) -> tuple[torch.nn.Module, Any, list[Any]]:
 
 
 def fitted(model: torch.nn.Module, batches: Any, tolerance: float, options: Any) -> Any:
-    solver = nb.solvers.ConjugateGradient(tolerance, options.iterations, options.preconditioner)
+    solver = nb.solvers.ConjugateGradient(
+        tolerance, options.iterations, options.preconditioner, options.equilibrate
+    )
     posterior = nb.NullSpacePosterior(model, solver=solver, memory=options.memory)
     return posterior.fit(batches, options.samples, progress=False)
 
@@ -193,7 +195,8 @@ def main() -> None:
     parser.add_argument("--tolerance", type=float, default=0.05)
     parser.add_argument("--curve-to", type=float, default=0.01)
     parser.add_argument("--iterations", type=int, default=150)
-    parser.add_argument("--preconditioner", default="auto")
+    parser.add_argument("--preconditioner", default="none")
+    parser.add_argument("--equilibrate", type=float, default=0.5)
     parser.add_argument("--memory", default="10GB")
     options = parser.parse_args()
     model, _, _ = common.trained_lenet(1, epochs=10)

@@ -259,6 +259,30 @@ def test_all_samples_together_need_fewer_steps() -> None:
     assert 2 * iterations(v) <= iterations(v[:1])
 
 
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_equilibrated_rows_have_the_same_null_space(power: float) -> None:
+    g = torch.Generator().manual_seed(5)
+    a = torch.randn(40, 90, generator=g, dtype=torch.float64) * torch.logspace(1, 0, 40)[:, None]
+    state = solvers.ConjugateGradient(1e-11, 2000, equilibrate=power).prepare(DenseOperator(a))
+    state.factorise()
+    done = state.project(torch.eye(90, dtype=torch.float64))
+    assert_close(done.value, torch.eye(90).double() - torch.linalg.pinv(a) @ a, atol=1e-6, rtol=0)
+    image = (done.value @ a.T).norm(dim=1) / (a.norm(dim=0))
+    assert_close(done.residual, image, atol=1e-12, rtol=0)
+
+
+def test_equilibration_keeps_short_rows_better_in_as_many_steps() -> None:
+    model, train = network(), data(120)
+    model[-1].weight.data.mul_(12)  # confident of most examples: their rows are short
+    moved = {}
+    for power in (0.0, 1.0):
+        solver = solvers.ConjugateGradient(1e-9, 10, equilibrate=power)
+        posterior = nb.NullSpacePosterior(model, solver=solver, prior_precision=1.0)
+        posterior.fit(train, 20, **QUIET)
+        moved[power] = posterior.certificate.output_drift
+    assert moved[1.0] < 0.7 * moved[0.0]
+
+
 def test_kronecker_curvature_of_one_example_is_exact() -> None:
     model = nn.Linear(6, 4).double().eval()
     x = torch.randn(1, 6, dtype=torch.float64)

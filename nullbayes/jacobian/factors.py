@@ -28,8 +28,8 @@ NEAR_ELEMENTS = 4 * 2**20
 # would be as large as the samples.
 COPIED_PRODUCT = 4 * 2**20
 # What a multiplication by way of written-out rows costs in those of a large product: they are
-# shaped less well, and every row is written and read once (measured 1.1 to 1.4).
-ROWS_PENALTY = 1.25
+# shaped less well, and every row is written and read once (measured 1.2 to 2).
+ROWS_PENALTY = 1.4
 # Multiplications from which a matrix product is given to oneDNN, see `product`.
 ONEDNN_PRODUCT = 2**20
 
@@ -97,13 +97,13 @@ class DenseFactor(Factor):
         return self.values.reshape(self.num_rows, -1)
 
     def matvec(self, vectors: Tensor) -> Tensor:
-        return gather(vectors, self.slots) @ self.rows().T
+        return product(gather(vectors, self.slots).contiguous(), self.rows())
 
     def rmatvec(self, weights: Tensor, out: Tensor) -> None:
-        scatter_add(out, self.slots, weights @ self.rows())
+        scatter_add(out, self.slots, product(weights.contiguous(), self.rows().mT))
 
     def gram(self, other: Factor) -> Tensor:
-        return self.rows() @ other.rows().T
+        return product(self.rows(), other.rows())
 
     def narrow(self, start: int, stop: int) -> DenseFactor:
         return DenseFactor(self.slots, self.values[start:stop])
@@ -333,7 +333,8 @@ class OuterFactor(Factor):
                 h = h.view(1, b, s * o).mT
             else:
                 h = h.reshape(b, s, t, g, o).permute(3, 1, 4, 0, 2).reshape(g, s * o, b * t)
-            y = h @ part.a.permute(2, 0, 1, 3).reshape(g, b * t, i)  # (G, S*O, I)
+            a = part.a.permute(2, 0, 1, 3).reshape(g, b * t, i)
+            y = product(h[0], a[0].mT)[None] if g == 1 else h @ a  # (G, S*O, I)
             total = y if total is None else total.add_(y)
         assert total is not None
         joint = total.reshape(self.groups, s, o, self.width_in).transpose(0, 1)  # (S, G, O, I)
@@ -423,9 +424,9 @@ class OuterFactor(Factor):
     def _gram_single(self, other: OuterFactor) -> Tensor:
         out: Tensor | None = None
         for k in range(self.groups):
-            inputs = self.a[:, 0, k] @ other.a[:, 0, k].T  # (B, B')
+            inputs = product(self.a[:, 0, k], other.a[:, 0, k])  # (B, B')
             g = self.g[:, :, 0, k].reshape(self.num_rows, -1)
-            grads = g @ other.g[:, :, 0, k].reshape(other.num_rows, -1).T
+            grads = product(g, other.g[:, :, 0, k].reshape(other.num_rows, -1))
             shaped = grads.view(self.examples, self.cotangents, other.examples, other.cotangents)
             shaped.mul_(inputs[:, None, :, None])
             out = grads if out is None else out.add_(grads)
@@ -437,7 +438,7 @@ class OuterFactor(Factor):
         right = other._chunks(width)
         return torch.cat(
             [
-                torch.cat([rows @ part.matrices().T for part in right], dim=1)
+                torch.cat([product(rows, part.matrices()) for part in right], dim=1)
                 for rows in (part.matrices() for part in self._chunks(width))
             ]
         )

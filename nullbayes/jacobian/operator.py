@@ -165,15 +165,20 @@ class JacobianOperator(RowOperator):
                     factor.rmatvec(part, out)
         return out
 
-    def normal(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    def normal(self, vectors: Tensor, row_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As for every operator; ``row_scale (M,)`` multiplies the rows first."""
         out = torch.zeros_like(vectors)
         square = torch.zeros(len(vectors), dtype=torch.float64, device=self.device)
-        for kept in self.blocks:
+        for kept, start in zip(self.blocks, self.starts, strict=False):
             with kept.opened() as block:
                 image = vectors.new_zeros(len(vectors), kept.num_rows)
                 for factor in block.factors.values():
                     image += factor.matvec(vectors)
+                if row_scale is not None:
+                    image *= row_scale[start : start + kept.num_rows]
                 square += image.double().square().sum(1)
+                if row_scale is not None:
+                    image *= row_scale[start : start + kept.num_rows]
                 for factor in block.factors.values():
                     factor.rmatvec(image, out)
         return out, square

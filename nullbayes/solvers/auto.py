@@ -13,6 +13,9 @@ from nullbayes.solvers.primal import PrimalQR
 
 # An exact solution is worth so many times the work of an approximate one.
 EXACT_IS_WORTH = 3.0
+# How far rows are brought to one length before iterating. On 6,000 Fashion-MNIST images, 30 iterations: 0 leaves
+# residual .052, logit drift 1.5 and AUROC .93/.92/.96 (digits, rotated, noise); 0.5 leaves .043, 0.6, .96/.94/.98.
+EQUILIBRATE = 0.5
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def choose(solver: str | Solver, size: Size, budget: int, tolerance: float | Non
             "DualCholesky(), PrimalQR(), ConjugateGradient(), AlternatingProjections()."
         )
     direct: list[Solver] = [DualCholesky(tolerance), PrimalQR(tolerance)]
-    iterative = ConjugateGradient(tolerance)
+    iterative = ConjugateGradient(tolerance, equilibrate=EQUILIBRATE)
     costs = {s.name: s.cost(size) for s in (*direct, iterative)}
     listed = "; ".join(
         f"{name}: {cost.flops:.1e} flop, {format_bytes(cost.nbytes)}"

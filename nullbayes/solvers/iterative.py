@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.errors import InputError
-from nullbayes.jacobian.operator import JacobianOperator, RowOperator, Tick
+from nullbayes.jacobian.operator import RowOperator, Tick
 from nullbayes.solvers.base import (
     ITERATIVE_TOLERANCE,
     MAX_PASSES,
@@ -20,6 +20,7 @@ from nullbayes.solvers.base import (
     conjugate_gradients,
     relative,
 )
+from nullbayes.solvers.equilibrate import RowScaled
 from nullbayes.solvers.krylov import Goal, Solved, block_cg, row_norms
 from nullbayes.solvers.preconditioners import Preconditioner, resolve
 from nullbayes.solvers.spectrum import operator_spectrum
@@ -39,9 +40,11 @@ class ConjugateGradient(Solver):
     Args:
         tolerance: on the relative residual; None: 1e-2.
         max_iterations: passes over all rows at most.
-        preconditioner: ``"auto"`` (Kronecker factors for a numerical null space or a Laplace posterior
-            of a network, none otherwise), ``"none"``, ``"kronecker"``, ``"subset"``, ``"sketch"``,
-            ``"pivoted"`` or an object from ``nb.solvers``.
+        preconditioner: ``"none"``, ``"kronecker"``, ``"subset"``, ``"sketch"``, ``"pivoted"`` or an object
+            from ``nb.solvers``.
+        equilibrate: power of its length by which a row is shortened, 0 to 1 (not for Laplace, nor with
+            a preconditioner). It leaves the null space as it is; what ends early keeps the outputs of
+            confident examples better. With an edge of the null space, that too is one of scaled rows.
     """
 
     name = "conjugate gradients"
@@ -51,12 +54,15 @@ class ConjugateGradient(Solver):
         self,
         tolerance: float | None = None,
         max_iterations: int = 300,
-        preconditioner: str | Preconditioner = "auto",
+        preconditioner: str | Preconditioner = "none",
+        equilibrate: float = 0.0,
     ) -> None:
         self.tolerance, self.max_iterations = tolerance, max_iterations
-        if preconditioner != "auto":
-            resolve(preconditioner)  # raises now, not after the capture
+        resolve(preconditioner)  # raises now, not after the capture
         self.preconditioner = preconditioner
+        if not 0 <= equilibrate <= 1:
+            raise InputError(f"`equilibrate` is {equilibrate!r}; expected a number from 0 to 1.")
+        self.equilibrate = equilibrate
 
     def cost(self, size: Size) -> Cost:
         flops = EXPECTED_ITERATIONS * 2.2 * size.samples * size.product_flops
@@ -99,15 +105,16 @@ class ConjugateGradientState(IterativeState):
         self.solver: ConjugateGradient = solver
         self.operator = operator
         self._preconditioner: Preconditioner | None = None
+        #: the rows that the search works on; residuals are always those of ``operator``
+        self._rows = operator
 
     def factorise(
         self, shift: float = 0.0, numerical: bool = False, tick: Tick | None = None
     ) -> None:
         self.shift, self.numerical = shift, numerical
-        asked = self.solver.preconditioner
-        if asked == "auto":
-            asked = "kronecker" if shift and isinstance(self.operator, JacobianOperator) else "none"
-        chosen = resolve(asked)
+        chosen = resolve(self.solver.preconditioner)
+        if self.solver.equilibrate and chosen is None and (numerical or not shift):
+            self._rows = RowScaled(self.operator, self.solver.equilibrate)
         if chosen is not None and not chosen.keeps_range and not shift:
             raise InputError(
                 f"preconditioner={chosen.name!r} needs an edge of the null space (`delta` above 0): it would "
@@ -142,7 +149,7 @@ class ConjugateGradientState(IterativeState):
         solved = self._block(vectors, linear, goal, limit, resumed, start.carried)
         residual = solved.reached * tolerance
         if not self.shift:
-            residual = relative(self._image(solved.value), start.image)
+            residual = relative(self._image(solved.value), self._image(vectors))
         return Projection(solved.value, residual, solved.status, solved.iterations)
 
     def _numerical(self, vectors: Tensor) -> Projection:
@@ -157,7 +164,7 @@ class ConjugateGradientState(IterativeState):
         after, status = before, Status.NUMERICAL
         while True:
             previous, anchor = after, x
-            solved = self._pass(anchor, target, tolerance, done, iterations, resumed)
+            solved = self._pass(anchor, after, target, tolerance, done, iterations, resumed)
             resumed = None
             x, done, iterations = solved.value, done + 1, iterations + solved.iterations
             after = self._image(x)
@@ -180,6 +187,7 @@ class ConjugateGradientState(IterativeState):
     def _pass(
         self,
         anchor: Tensor,
+        before: Tensor,
         target: Tensor,
         tolerance: float,
         done: int,
@@ -200,7 +208,8 @@ class ConjugateGradientState(IterativeState):
         def goal(image: Tensor, gradient: Tensor) -> Tensor:
             start.see(image, gradient)
             solved = relative(gradient, accuracy * start.gradient)
-            return torch.minimum(solved, relative(image, target)) if free else solved
+            allowed = target * relative(start.image, before)  # in the units of the scaled rows
+            return torch.minimum(solved, relative(image, allowed)) if free else solved
 
         start.carried |= {"anchor": anchor, "passes": torch.tensor(done)}
         return self._block(anchor, None, goal, left, resumed, start.carried)
@@ -216,7 +225,7 @@ class ConjugateGradientState(IterativeState):
     ) -> Solved:
         apply = None if self._preconditioner is None else self._preconditioner.apply
         return block_cg(
-            self.operator,
+            self._rows,
             anchor,
             self.shift,
             linear,

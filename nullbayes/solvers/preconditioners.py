@@ -247,7 +247,7 @@ class Pivoted(Preconditioner):
         m = operator.shape[0]
         rank = self.rank or min(PIVOTS, m, max(1, GRAM_BYTES // (8 * m)))
         generator = torch.Generator().manual_seed(self.seed)
-        diagonal = _diagonal(operator)
+        diagonal = row_square_norms(operator)
         require_finite(diagonal, "the diagonal of the Gram matrix")
         start = float(diagonal.sum())
         factor = torch.zeros(m, 0, dtype=torch.float64, device=operator.device)
@@ -283,7 +283,8 @@ class Pivoted(Preconditioner):
         return (r - inner @ self._factor.T) / self.mu
 
 
-def _diagonal(operator: RowOperator) -> Tensor:
+def row_square_norms(operator: RowOperator) -> Tensor:
+    """``‖A_m‖²`` of every row: ``(M,)`` float64."""
     if isinstance(operator, JacobianOperator):
         return operator.squared_norms()
     return torch.cat([rows.double().square().sum(1) for rows in operator.iter_rows(1024)])

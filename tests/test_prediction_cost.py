@@ -14,10 +14,11 @@ from zoo import Lambda, dense_jacobian
 import nullbayes as nb
 from nullbayes import draws
 from nullbayes.errors import InputError
-from nullbayes.jacobian import factors
-from nullbayes.jacobian.factors import OuterFactor, gather, product, scatter_add
+from nullbayes.jacobian import columns, outer
+from nullbayes.jacobian.columns import gather, product, scatter_add
 from nullbayes.jacobian.functional import FunctionalModel
 from nullbayes.jacobian.operator import JacobianOperator
+from nullbayes.jacobian.outer import OuterFactor
 from nullbayes.jacobian.parameters import ParameterSpace, Slot
 from nullbayes.jacobian.probe import prove
 
@@ -40,7 +41,7 @@ def force(monkeypatch: pytest.MonkeyPatch, order: str) -> set[str]:
     taken: set[str] = set()
     monkeypatch.setattr(OuterFactor, "prefers_dense", False)
     monkeypatch.setattr(OuterFactor, "products_by_rows", lambda self, vectors: order == "rows")
-    monkeypatch.setattr(factors, "COPIED_PRODUCT", 0 if order == "in place" else 2**62)
+    monkeypatch.setattr(outer, "COPIED_PRODUCT", 0 if order == "in place" else 2**62)
     for kind in ("_matvec_", "_rmatvec_"):
         for way in ORDERS:
             name = kind + way.replace(" ", "_")
@@ -72,7 +73,7 @@ def rows_of(
     return operator, dense
 
 
-@pytest.mark.parametrize("near", [factors.NEAR_ELEMENTS, 40], ids=["whole", "pieces"])
+@pytest.mark.parametrize("near", [outer.NEAR_ELEMENTS, 40], ids=["whole", "pieces"])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_every_order_of_a_product(
@@ -80,8 +81,8 @@ def test_every_order_of_a_product(
 ) -> None:
     make, shape = LAYERS[kind]
     taken = force(monkeypatch, order)
-    monkeypatch.setattr(factors, "NEAR_ELEMENTS", near)
-    monkeypatch.setattr(factors, "CHUNK_ELEMENTS", 100 * near)
+    monkeypatch.setattr(outer, "NEAR_ELEMENTS", near)
+    monkeypatch.setattr(columns, "CHUNK_ELEMENTS", 100 * near)
     operator, dense = rows_of(make(), shape)
     vectors = torch.randn(5, dense.shape[1], dtype=torch.float64)
     weights = torch.randn(5, dense.shape[0], dtype=torch.float64)
@@ -103,7 +104,7 @@ def test_every_order_in_single_precision(
     """With every product through oneDNN, where this build has it."""
     make, shape = LAYERS[kind]
     force(monkeypatch, order)
-    monkeypatch.setattr(factors, "ONEDNN_PRODUCT", 0)
+    monkeypatch.setattr(columns, "ONEDNN_PRODUCT", 0)
     operator, dense = rows_of(make(), shape, torch.float32)
     vectors = torch.randn(5, dense.shape[1])
     expected = (vectors.double() @ dense.T).float()
@@ -118,7 +119,7 @@ def test_every_order_in_single_precision(
 def test_a_product_in_any_layout(
     layout: str, dtype: torch.dtype, large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(factors, "ONEDNN_PRODUCT", 0 if large else 2**62)
+    monkeypatch.setattr(columns, "ONEDNN_PRODUCT", 0 if large else 2**62)
     torch.manual_seed(0)
     x, y = torch.randn(17, 33, dtype=dtype), torch.randn(9, 33, dtype=dtype)
     if layout == "transposed":

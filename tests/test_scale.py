@@ -262,7 +262,7 @@ def test_all_samples_together_need_fewer_steps() -> None:
 @pytest.mark.parametrize("power", [0.5, 1.0])
 def test_equilibrated_rows_have_the_same_null_space(power: float) -> None:
     g = torch.Generator().manual_seed(5)
-    a = torch.randn(40, 90, generator=g, dtype=torch.float64) * torch.logspace(1, 0, 40)[:, None]
+    a = torch.randn(40, 90, generator=g).double() * torch.logspace(3, 0, 40).double()[:, None]
     state = solvers.ConjugateGradient(1e-11, 2000, equilibrate=power).prepare(DenseOperator(a))
     state.factorise()
     done = state.project(torch.eye(90, dtype=torch.float64))

@@ -18,15 +18,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from nullbayes.errors import ModelError
-from nullbayes.jacobian.factors import (
-    DenseFactor,
-    Factor,
-    LookupFactor,
-    OuterFactor,
-    concatenate,
-)
+from nullbayes.jacobian.factors import DenseFactor, Factor, LookupFactor, concatenate
 from nullbayes.jacobian.functional import FunctionalModel, Inputs
 from nullbayes.jacobian.generic import generic_rows
+from nullbayes.jacobian.outer import OuterFactor
 from nullbayes.jacobian.parameters import Slot
 from nullbayes.jacobian.registry import LayerRule, Lookup, Outer, Rows, rule_for
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from nullbayes.jacobian.factors import Factor, LookupFactor, OuterFactor
+from nullbayes.jacobian.factors import Factor, LookupFactor
+from nullbayes.jacobian.outer import OuterFactor
 
 
 def product_flops(factor: Factor) -> float:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from nullbayes.jacobian.capture import Block
-from nullbayes.jacobian.factors import Factor, OuterFactor
+from nullbayes.jacobian.factors import Factor
 from nullbayes.jacobian.keeping import Openable
+from nullbayes.jacobian.outer import OuterFactor
 
 # Bytes of written-out rows that a Gram build may hold for one layer.
 GRAM_ROWS_BYTES = 2**30

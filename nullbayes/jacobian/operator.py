@@ -11,10 +11,12 @@ from torch import Tensor
 
 from nullbayes.errors import NonFiniteError
 from nullbayes.jacobian.capture import Block
+from nullbayes.jacobian.columns import CHUNK_ELEMENTS
 from nullbayes.jacobian.counting import gram_flops_per_pair, product_flops
-from nullbayes.jacobian.factors import CHUNK_ELEMENTS, Factor, OuterFactor
+from nullbayes.jacobian.factors import Factor
 from nullbayes.jacobian.gram import gram_matrix
 from nullbayes.jacobian.keeping import Openable, Part, moved_out
+from nullbayes.jacobian.outer import OuterFactor
 from nullbayes.jacobian.parameters import ParameterSpace
 
 Tick = Callable[[float], None]

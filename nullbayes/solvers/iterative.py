@@ -143,14 +143,25 @@ class ConjugateGradientState(IterativeState):
             start.see(image, gradient)
             if self.shift:
                 return relative(gradient, tolerance * start.gradient)
-            return relative(image, (tolerance * start.image).clamp(min=self.enough))
+            return relative(image, (asked * start.image).clamp(min=self.enough))
 
-        limit = self.solver.max_iterations
+        limit, asked, iterations = self.solver.max_iterations, tolerance, 0
         solved = self._block(vectors, linear, goal, limit, resumed, start.carried)
-        residual = solved.reached * tolerance
-        if not self.shift:
-            residual = relative(self._image(solved.value), self._image(vectors))
-        return Projection(solved.value, residual, solved.status, solved.iterations)
+        if self.shift:
+            residual = solved.reached * tolerance
+            return Projection(solved.value, residual, solved.status, solved.iterations)
+        before = self._image(vectors)
+        while True:
+            iterations += solved.iterations
+            image = self._image(solved.value)
+            excess = float(relative(image, (tolerance * before).clamp(min=self.enough)).max())
+            if excess <= 1 or solved.status is not Status.CONVERGED or iterations >= limit:
+                break
+            # Scaled rows were small enough, the rows themselves are not yet.
+            asked *= 0.5 / excess
+            left = limit - iterations
+            solved = self._block(solved.value, linear, goal, left, None, start.carried)
+        return Projection(solved.value, relative(image, before), solved.status, iterations)
 
     def _numerical(self, vectors: Tensor) -> Projection:
         """Passes until the tolerance, or until two of them stand and a third would gain little."""

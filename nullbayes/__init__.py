@@ -22,6 +22,7 @@ from nullbayes.errors import NullBayesError as NullBayesError
 from nullbayes.errors import NullBayesWarning as NullBayesWarning
 from nullbayes.errors import SolverError as SolverError
 from nullbayes.errors import StorageError as StorageError
+from nullbayes.jacobian.randomness import FrozenRandomness as FrozenRandomness
 from nullbayes.likelihood import Binary as Binary
 from nullbayes.likelihood import Classification as Classification
 from nullbayes.likelihood import Likelihood as Likelihood

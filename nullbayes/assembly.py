@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nullbayes import draws
 from nullbayes.arguments import CheckedPrior
-from nullbayes.certificate import Certificate, GuaranteeCheck
+from nullbayes.certificate import ALLOWED_DIVERGENCE, Certificate, GuaranteeCheck
 from nullbayes.constraints import Directions, Preserve
 from nullbayes.errors import MemoryBudgetError
 from nullbayes.evidence import fixed_point, null_space_precision
@@ -172,6 +172,11 @@ def build(
         check = GuaranteeCheck(
             functional, rows.plan, likelihood, settings.preserve, rows.kept, unit
         )
+        notes = [*state.notes, *_where_kept(rows.operator)]
+        if settings.kind == NULL_SPACE and settings.prior == "evidence":
+            evidence, alpha = alpha, check.keeping(alpha)
+            if alpha > evidence:
+                notes.append(_raised(evidence, alpha))
     certificate = Certificate(
         method=settings.kind,
         preserve=settings.preserve.describe(),
@@ -188,7 +193,7 @@ def build(
         score_name=likelihood.score_name,
         checked_examples=check.examples,
         num_samples=num_samples,
-        notes=(*state.notes, *_where_kept(rows.operator)),
+        notes=tuple(notes),
         seconds=time.perf_counter() - started,
         peak_memory=peak_bytes(functional.device),
     )
@@ -215,6 +220,14 @@ def _chosen(
         )
     operator.move_out(budget - choice.nbytes)
     return choice
+
+
+def _raised(evidence: float, alpha: float) -> str:
+    return (
+        f"The evidence alone would set the prior precision to {evidence:.3g}; it was raised to {alpha:.3g}, where what "
+        f"the rows do not constrain moves training predictions by {ALLOWED_DIVERGENCE:g} nats. `calibrate` on "
+        "validation data decides better."
+    )
 
 
 def _where_kept(operator: JacobianOperator) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nullbayes import draws
 from nullbayes.constraints import Preserve
+from nullbayes.errors import NonFiniteError
 from nullbayes.jacobian.capture import CapturePlan
 from nullbayes.jacobian.functional import FunctionalModel, Inputs, batch_size, take
 from nullbayes.likelihood import Likelihood
@@ -24,6 +25,11 @@ SAMPLED_DRAWS = 10
 NUMERICAL_RESIDUAL = 0.05
 # The same as an absolute change: half the square is a hundredth of a nat for each example.
 NUMERICAL_DRIFT = 0.1
+# The same as a Kullback-Leibler divergence from the trained network's prediction, per observation, in nats.
+ALLOWED_DIVERGENCE = NUMERICAL_DRIFT**2 / 2
+
+# Growth of the training score, relative to itself, that a held guarantee may show.
+_ALLOWED_GROWTH = {"rmse": 1e-3, "loss": 1e-2}
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,8 @@ class Certificate:
         natural_units: whether ``row_drift`` has such units (not for raw outputs).
         output_drift: RMS change of the raw outputs (softmax: up to a constant), linearised.
         map_accuracy, posterior_accuracy: accuracy of the trained network and of the posterior's mean
-            prediction on the checked training examples; RMSE for regression (``score_name``).
+            prediction on the checked training examples; RMSE for regression; for a callable loss its mean at
+            the trained network's outputs, and at those of the samples (``score_name``).
         constraints, parameters: the shape ``(M, P)`` of the constraint matrix.
         rank, null_dim: how many directions the data determine (the numerical rank; for Laplace the
             effective number of parameters ``γ``), and ``P - rank``.
@@ -94,18 +101,23 @@ class Certificate:
         return self.method == "null-space"
 
     @property
+    def _score(self) -> str:
+        return "RMSE" if self.score_name == "rmse" else self.score_name
+
+    @property
     def score_loss(self) -> float:
         """How much worse the posterior scores on training data than the trained network."""
         change = self.posterior_accuracy - self.map_accuracy
-        return change if self.score_name == "rmse" else -change
+        return -change if self.score_name == "accuracy" else change
 
     @property
     def held(self) -> bool:
         """Residual within tolerance (or only below ``delta``), a null space, no training score lost.
 
-        Regression: RMSE grown by less than 1e-3 of itself; classification: no accuracy lost.
+        Regression: RMSE grown by less than 1e-3 of itself; classification: no accuracy lost; a callable loss:
+        its mean over the samples, which is second order, grown by less than 1e-2 of itself.
         """
-        allowed = 1e-3 * self.map_accuracy if self.score_name == "rmse" else 0.0
+        allowed = _ALLOWED_GROWTH.get(self.score_name, 0.0) * abs(self.map_accuracy)
         kept = not math.isnan(self.score_loss) and self.score_loss <= allowed + 1e-12
         return self.projects and self.small_residual and self.null_dim > 0 and kept
 
@@ -124,7 +136,7 @@ class Certificate:
     @property
     def verdict(self) -> str:
         """The certificate in words."""
-        name = "RMSE" if self.score_name == "rmse" else "accuracy"
+        name = self._score
         scores = f"training {name} {self.map_accuracy:.4f} → {self.posterior_accuracy:.4f}"
         if not self.projects:
             cost = f"it costs {self.score_loss:.4f} here" if self.score_loss > 0 else "it did here"
@@ -212,7 +224,7 @@ class Certificate:
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the printed table."""
-        score = "RMSE" if self.score_name == "rmse" else "accuracy"
+        score = self._score
         out = [
             ("method", f"{self.method} posterior, keeps {self.preserve}"),
             ("residual ‖AΔ‖/‖Aε‖", f"{self.residual:.2e}  ({self._residual_note()})"),
@@ -254,7 +266,7 @@ class GuaranteeCheck:
         plan: CapturePlan,
         likelihood: Likelihood,
         preserve: Preserve,
-        kept: Sequence[tuple[Inputs, Tensor]],
+        kept: Sequence[tuple[Inputs, Any]],
         samples: Tensor,
     ) -> None:
         self.functional, self.likelihood, self.preserve = functional, likelihood, preserve
@@ -263,46 +275,99 @@ class GuaranteeCheck:
             (*draws.linearised(functional, plan, samples, inputs), targets)
             for inputs, targets in kept
         ]
-        self.few: list[tuple[Inputs, Tensor]] = []
+        self.few: list[tuple[Inputs, Any]] = []
         room = SAMPLED_EXAMPLES
         for inputs, targets in kept:
-            size = min(room, batch_size(inputs))
+            whole = batch_size(inputs)
+            size = min(room, whole)
             if size:
-                self.few.append((take(inputs, 0, size), targets[:size]))
+                self.few.append((take(inputs, 0, size), take(targets, 0, size, whole)))
             room -= size
 
     @property
     def examples(self) -> int:
         return sum(len(point) for point, _, _ in self.batches)
 
+    def divergence(self, scale: float) -> float:
+        """Mean divergence of a sample's training predictions, linearised, in nats per observation."""
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for point, unit, targets in self.batches:
+                values = self.likelihood.divergence(point, point + scale * unit, targets)
+                total += float(values.double().sum())
+                count += values.numel()
+        return total / max(count, 1)
+
+    def keeping(self, alpha: float, allowed: float = ALLOWED_DIVERGENCE) -> float:
+        """``alpha``, or the least larger prior precision (to a few per cent) at which predictions stand.
+
+        A callable loss may also not grow by more than half of what a held guarantee may show.
+        """
+        low = high = alpha
+        value = self._excess(high**-0.5, allowed)
+        while not value <= 1:  # not a number: out of range so far
+            if high > 1e30:
+                raise NonFiniteError(
+                    "the linearised training outputs of the samples are NaN or infinite at any prior precision."
+                )
+            # Where the divergence is of second order, this is where it reaches what is allowed.
+            low, high = high, high * max(1.1, 1.01 * value if value < 1e4 else 1e4)
+            value = self._excess(high**-0.5, allowed)
+        while high / low > 1.05 and value < 0.95:
+            middle = math.sqrt(low * high)
+            found = self._excess(middle**-0.5, allowed)
+            if found <= 1:
+                high, value = middle, found
+            else:
+                low = middle
+        return high
+
+    def _excess(self, scale: float, allowed: float) -> float:
+        excess = self.divergence(scale) / allowed
+        if self.likelihood.score_name != "loss":
+            return excess
+        before, after = self._scores(scale)
+        return max(
+            excess, (after - before) / (0.5 * _ALLOWED_GROWTH["loss"] * abs(before) + 1e-300)
+        )
+
+    def _scores(self, scale: float) -> tuple[float, float]:
+        """Training score of the trained network, and of the samples times ``scale``."""
+        likelihood = self.likelihood
+        before, after = [0.0, 0], [0.0, 0]
+        with torch.no_grad():
+            for point, unit, targets in self.batches:
+                # Twice the same draw: a likelihood may ask for the variance of its draws.
+                unmoved = torch.stack([point, point])
+                for sums, values in ((before, unmoved), (after, point + scale * unit)):
+                    total, count = likelihood.score_draws(values, point, True, targets)
+                    sums[0] += total
+                    sums[1] += count
+        return (
+            likelihood.final_score(before[0], int(before[1])),
+            likelihood.final_score(after[0], int(after[1])),
+        )
+
     def measure(self, scale: float) -> dict[str, Any]:
         """Drifts and training scores when the unit samples are multiplied by ``scale``."""
-        change, outputs = _Rms(), _Rms()
-        before, after = [0.0, 0], [0.0, 0]
-        likelihood = self.likelihood
+        change, outputs, likelihood = _Rms(), _Rms(), self.likelihood
         with torch.no_grad():
             for point, unit, targets in self.batches:
                 moved = point + scale * unit
                 change.add(self.preserve.change(likelihood, point, moved, targets, True))
                 outputs.add(likelihood.centre(scale * unit))
-                mean = likelihood.moments(moved, point, True).mean
-                # Twice the same draw: a likelihood may ask for the variance of its draws.
-                map_mean = likelihood.moments(torch.stack([point, point]), point, True).mean
-                for sums, value in ((before, map_mean), (after, mean)):
-                    total, count = likelihood.score(value, targets)
-                    sums[0] += total
-                    sums[1] += count
             sampled = _Rms()
             for inputs, targets in self.few:
                 some = scale * self.samples[:SAMPLED_DRAWS]
                 point, moved = draws.sampled(self.functional, some, inputs)
                 sampled.add(self.preserve.change(likelihood, point, moved, targets, False))
+        before, after = self._scores(scale)
         return {
             "drift": change.value,
             "output_drift": outputs.value,
             "sampled_drift": sampled.value,
-            "map_accuracy": likelihood.final_score(before[0], int(before[1])),
-            "posterior_accuracy": likelihood.final_score(after[0], int(after[1])),
+            "map_accuracy": before,
+            "posterior_accuracy": after,
         }
 
 

@@ -109,7 +109,8 @@ class Preserve(ABC):
         Raises `InputError` as `rows` does, and `NonFiniteError` if a cotangent is NaN or infinite.
         """
         limit = self._check_directions(directions)
-        outputs, targets = outputs.detach(), targets.detach()
+        outputs = outputs.detach()
+        targets = targets.detach() if isinstance(targets, Tensor) else targets
         shortcut = None if limit is None else self.shortcut(likelihood, outputs, targets, limit)
         values = self.build(likelihood, outputs, targets) if shortcut is None else shortcut.values
         values = values.detach()

@@ -93,7 +93,7 @@ def linearised(
     """``f(θ̂, x) (B, *out)`` and ``J(x) Δ_s (S, B, *out)`` for ``samples (S, P)``."""
     shape = first_output(functional, inputs, where)[0].shape
     if shape.numel() > REVERSE_OUTPUTS_PER_SAMPLE * len(samples):
-        return functional.outputs(inputs, where), forward_mode(functional, samples, inputs)
+        return functional.outputs(inputs, where), forward_mode(functional, plan, samples, inputs)
     points, changes = [], []
     pieces = output_rows(functional, plan, inputs, shape.numel(), samples, where=where)
     for point, rows in pieces:
@@ -102,24 +102,31 @@ def linearised(
     return torch.cat(points), torch.cat(changes, dim=1)
 
 
-def forward_mode(functional: FunctionalModel, samples: Tensor, inputs: Inputs) -> Tensor:
+def forward_mode(
+    functional: FunctionalModel, plan: CapturePlan, samples: Tensor, inputs: Inputs
+) -> Tensor:
     """``J(x) Δ_s (S, B, *out)`` one sample at a time, whatever the number of outputs.
 
     Forward-mode differentiation where every operation of the model has it; otherwise two reverse
-    passes (the derivative of ``wᵀJ`` by ``w``), which every differentiable model has.
+    passes (the derivative of ``wᵀJ`` by ``w``), which every differentiable model has. A batch is taken
+    in pieces: a pass holds a multiple of the model's own activations.
     """
-    product, out = _forward, []
-    for delta in samples:
-        tangent = functional.space.unflatten(delta)
-        try:
-            change = product(functional, tangent, inputs)
-        except (NotImplementedError, RuntimeError):
-            if product is _double_reverse:
-                raise
-            product = _double_reverse  # for all samples: what the first one lacks, they all lack
-            change = product(functional, tangent, inputs)
-        out.append(change.detach())
-    return torch.stack(out)
+    product, pieces = _forward, []
+    size, step = batch_size(inputs), examples_per_capture(functional, plan, 1)
+    for start in range(0, size, step):
+        piece, out = take(inputs, start, min(start + step, size)), []
+        for delta in samples:
+            tangent = functional.space.unflatten(delta)
+            try:
+                change = product(functional, tangent, piece)
+            except (NotImplementedError, RuntimeError):
+                if product is _double_reverse:
+                    raise
+                product = _double_reverse  # from now on: what one sample lacks, they all lack
+                change = product(functional, tangent, piece)
+            out.append(change.detach())
+        pieces.append(torch.stack(out))
+    return torch.cat(pieces, dim=1)
 
 
 def _forward(functional: FunctionalModel, tangent: dict[str, Tensor], inputs: Inputs) -> Tensor:

@@ -46,7 +46,7 @@ class TrainingRows:
     plan: CapturePlan
     examples: int
     discarded_trace: float
-    kept: list[tuple[Inputs, Tensor]] = field(default_factory=list)  # examples for the certificate
+    kept: list[tuple[Inputs, Any]] = field(default_factory=list)  # examples for the certificate
 
 
 def check_reusable(loader: Iterable[Any], name: str) -> None:
@@ -65,16 +65,17 @@ def check_reusable(loader: Iterable[Any], name: str) -> None:
 
 def limited(
     functional: FunctionalModel, loader: Iterable[Any], name: str, limit: int | None
-) -> Iterator[tuple[int, Inputs, Tensor]]:
-    """Batches on the model's device, cut off after ``limit`` examples."""
+) -> Iterator[tuple[int, Inputs, Any]]:
+    """Batches on the model's device, cut off after ``limit`` examples; with all draws of each."""
     seen = 0
-    for index, inputs, targets in batches(loader, functional.device, name):
+    free = functional.layouts is not None
+    for index, inputs, targets in batches(loader, functional.device, name, free):
         size = batch_size(inputs, f"{name}, batch {index}")
         if limit is not None and seen + size > limit:
-            inputs, targets = take(inputs, 0, limit - seen), targets[: limit - seen]
-            size = limit - seen
+            targets = take(targets, 0, limit - seen, size)
+            inputs, size = take(inputs, 0, limit - seen), limit - seen
         if size:
-            yield index, inputs, targets
+            yield index, *functional.stacked(inputs, targets)
         seen += size
         if limit is not None and seen >= limit:
             return
@@ -138,7 +139,7 @@ def capture_training(
     plan: CapturePlan | None = None
     keeper: Keeper | None = None
     examples, trace, discarded, captured = 0, 0.0, 0.0, 0
-    kept: list[tuple[Inputs, Tensor]] = []
+    kept: list[tuple[Inputs, Any]] = []
     left, checked = memory.check, 0
     track = stage.track(loader, "Jacobian rows")
     for index, inputs, targets in limited(functional, track, "train_loader", limit):
@@ -148,6 +149,7 @@ def capture_training(
         targets = likelihood.prepare_targets(outputs, targets)
         if plan is None or keeper is None:
             plan = prove(functional, inputs)
+            likelihood.check_reach(outputs, targets)
             keeper = Keeper(functional, plan, scales, memory.rows, memory.block)
         rows = preserve.rows(likelihood, tuple(outputs.shape[1:]), directions)
         for some, make, count in row_groups(
@@ -165,7 +167,7 @@ def capture_training(
         each = draws * outputs[0].nbytes + sum(t.nbytes for t in tensor_leaves(inputs)) // size
         fits = min(size, left // max(1, each), CHECK_EXAMPLES - checked)
         if fits:
-            kept.append((take(inputs, 0, fits), targets[:fits]))
+            kept.append((take(inputs, 0, fits), take(targets, 0, fits, size)))
             checked += fits
         left = left - fits * each if fits == size else 0
     assert plan is not None and keeper is not None
@@ -183,14 +185,15 @@ def row_groups(
     directions: Directions,
     inputs: Inputs,
     outputs: Tensor,
-    targets: Tensor,
+    targets: Any,
     rows: int,
 ) -> Iterator[tuple[Inputs, Make, int]]:
     """Examples of a batch that have the same number of rows, with what makes their cotangents."""
     if directions != "auto":
 
         def computed(out: Tensor, piece: slice) -> Cotangents:
-            return preserve.cotangents(likelihood, out, targets[piece], directions)
+            some = take(targets, piece.start, piece.stop, len(outputs))
+            return preserve.cotangents(likelihood, out, some, directions)
 
         yield inputs, computed, rows
         return

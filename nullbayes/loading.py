@@ -9,7 +9,8 @@ from torch import nn
 from nullbayes import storage
 from nullbayes.errors import InputError, StorageError
 from nullbayes.jacobian.functional import Forward, unwrapped
-from nullbayes.likelihood import Likelihood
+from nullbayes.jacobian.randomness import FrozenRandomness
+from nullbayes.likelihood import Likelihood, LossFunction
 from nullbayes.posterior import LaplacePosterior, NullSpacePosterior, Posterior
 
 
@@ -17,7 +18,8 @@ def load(
     path: str | os.PathLike[str],
     model: nn.Module,
     *,
-    likelihood: Likelihood | None = None,
+    likelihood: Likelihood | LossFunction | None = None,
+    loss: LossFunction | None = None,
     forward: Forward | None = None,
 ) -> Posterior:
     """A posterior from :meth:`Posterior.save`, around the same trained model.
@@ -25,7 +27,8 @@ def load(
     Args:
         model: the network that the posterior was fitted for; the file's fingerprint is checked.
             Another device or floating-point dtype is fine, other weights are not.
-        likelihood: needed only for a likelihood class that this process does not know.
+        likelihood, loss: needed for a callable loss, which no file holds, and for a likelihood class that this
+            process does not know.
         forward: as it was given to the posterior.
 
     Raises:
@@ -38,15 +41,17 @@ def load(
     stored.check_model(unwrapped(model))
     try:
         settings = stored.settings
+        frozen = settings.get("randomness")  # files of earlier versions have none
         posterior = kinds[settings["class"]](
             model,
-            likelihood or stored.likelihood(),
+            likelihood or loss or stored.likelihood(),
             preserve=settings["preserve"],
             directions=settings["directions"],
             **settings["options"],
             parameters=stored.names,
             prior_precision=settings["prior"],
             forward=forward,
+            randomness=frozen and FrozenRandomness(**frozen),
         )
         posterior._restore(stored.samples(posterior.space), settings)
     except InputError as error:  # a likelihood or a preserve mode that this process does not know

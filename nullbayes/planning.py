@@ -29,7 +29,8 @@ from nullbayes.jacobian.keeping import BLOCK_ROWS, fits_on_disk, merge_blocks
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.jacobian.parameters import ParameterChoice, ParameterSpace
 from nullbayes.jacobian.probe import prove
-from nullbayes.likelihood import Likelihood, Regression, resolve_likelihood
+from nullbayes.jacobian.randomness import FrozenRandomness, resolve_randomness
+from nullbayes.likelihood import Likelihood, LossFunction, Regression, resolve_loss
 from nullbayes.memory import available_bytes, format_bytes, parse_bytes
 from nullbayes.solvers import Size, Solver, choose
 from nullbayes.solvers.iterative import EXPECTED_ITERATIONS
@@ -97,14 +98,17 @@ class Plan:
 def plan(
     model: nn.Module,
     train_loader: Iterable[Any],
-    likelihood: str | Likelihood = "classification",
+    likelihood: str | Likelihood | LossFunction = "classification",
     preserve: str | Preserve = "predictions",
     *,
+    loss: LossFunction | None = None,
     parameters: ParameterChoice = None,
     solver: str | Solver = "auto",
     directions: Directions = None,
     forward: Forward | None = None,
     memory: str | int | None = None,
+    randomness: str | FrozenRandomness | None = None,
+    draws: int | None = None,
     num_samples: int = 30,
     max_examples: int | None = None,
 ) -> Plan:
@@ -118,12 +122,14 @@ def plan(
         if count is not None:
             check_count(count, what)
     check_reusable(train_loader, "train_loader")
-    check_mode(model)
-    likelihood, preserve = resolve_likelihood(likelihood), resolve_preserve(preserve)
+    frozen = resolve_randomness(randomness, draws)
+    check_mode(model, frozen is not None)
+    likelihood = resolve_loss(likelihood, loss, "classification")
+    preserve = resolve_preserve(preserve)
     directions = resolve_directions(directions)
     space = ParameterSpace.from_model(model, parameters)
     space.check_finite(model)
-    functional = FunctionalModel(model, space, forward)
+    functional = FunctionalModel(model, space, forward, likelihood.layouts, frozen)
     budget = (
         default_budget(available_bytes(space.device)) if memory is None else parse_bytes(memory)
     )
@@ -158,7 +164,8 @@ def _try(
     for index, inputs, targets in limited(functional, train_loader, "train_loader", max_examples):
         examples += batch_size(inputs)
         if first is None:
-            first = (take(inputs, 0, TRIED_EXAMPLES), targets[:TRIED_EXAMPLES], index)
+            few = take(targets, 0, TRIED_EXAMPLES, batch_size(inputs))
+            first = (take(inputs, 0, TRIED_EXAMPLES), few, index)
     assert first is not None
     inputs, targets, index = first
     where = f"train_loader, batch {index}"

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from nullbayes import draws, storage
@@ -47,13 +48,27 @@ from nullbayes.jacobian.functional import (
 )
 from nullbayes.jacobian.parameters import ParameterChoice, ParameterSpace
 from nullbayes.jacobian.probe import prove
-from nullbayes.likelihood import Likelihood, resolve_likelihood
+from nullbayes.jacobian.randomness import FrozenRandomness, resolve_randomness
+from nullbayes.likelihood import Likelihood, LossFunction, resolve_loss
 from nullbayes.memory import parse_bytes
-from nullbayes.novelty import novelty_variance
-from nullbayes.prediction import METHODS, SCORES, Prediction, make_prediction, per_example
+from nullbayes.novelty import (
+    check_has_entropy,
+    loss_targets,
+    loss_variance,
+    novelty_variance,
+)
+from nullbayes.prediction import (
+    METHODS,
+    SCORES,
+    Prediction,
+    make_prediction,
+    per_example,
+    structured,
+)
 from nullbayes.solvers import Size, Solver, choose
 
 Self = TypeVar("Self", bound="Posterior")
+CLASSIFICATION = "classification"
 
 
 class Posterior:
@@ -61,7 +76,8 @@ class Posterior:
 
     Args:
         model: the trained network, in evaluation mode. It is never written to.
-        likelihood: ``"classification"``, ``"binary"``, ``"regression"``, or a likelihood object.
+        likelihood: ``"classification"``, ``"binary"``, ``"regression"``, a likelihood object, or a callable
+            ``loss(outputs, targets) -> (B,)`` of whatever the model returns; ``loss=`` is another name for it.
         parameters: which weights take part: all that require a gradient (None), names, or a
             filter ``(name, parameter) -> bool``.
         prior_precision: ``"evidence"``, a number, or one per parameter tensor ``{name: value}``.
@@ -75,6 +91,9 @@ class Posterior:
             even if the tolerance is not reached by then; for iterative solvers.
         memory: what a fit may take beside what the process holds already, e.g. ``"8GB"``; None: 70 % of
             what is free. Rows that do not fit go to disk, or are computed anew for each pass.
+        randomness: None: the model must not draw random numbers. ``"frozen"`` (or ``nb.FrozenRandomness(seed)``):
+            an example gets the same ones in every batch, order and call; they follow from its content.
+        draws: how many draws of that noise each example is constrained for (as many times the rows).
 
     Raises:
         InputError: an argument that cannot be used.
@@ -86,9 +105,10 @@ class Posterior:
     def __init__(
         self,
         model: nn.Module,
-        likelihood: str | Likelihood = "classification",
+        likelihood: str | Likelihood | LossFunction = CLASSIFICATION,
         preserve: str | Preserve = "predictions",
         *,
+        loss: LossFunction | None = None,
         parameters: ParameterChoice = None,
         prior_precision: PriorPrecision = "evidence",
         solver: str | Solver = "auto",
@@ -97,16 +117,24 @@ class Posterior:
         tolerance: float | None = None,
         drift: float | None = None,
         memory: str | int | None = None,
+        randomness: str | FrozenRandomness | None = None,
+        draws: int | None = None,
         delta: float = DELTA,
     ) -> None:
         self.model = unwrapped(model)
-        self.likelihood = resolve_likelihood(likelihood)
+        self.likelihood = resolve_loss(likelihood, loss, CLASSIFICATION)
         self.preserve = resolve_preserve(preserve)
         self.directions = resolve_directions(directions)
         if self.directions is not None and not self.preserve.takes_directions:
             self.preserve.rows(self.likelihood, (2,), self.directions)  # raises, saying why
         self.space = ParameterSpace.from_model(self.model, parameters)
-        self.functional = FunctionalModel(self.model, self.space, forward)
+        self.functional = FunctionalModel(
+            self.model,
+            self.space,
+            forward,
+            layouts=self.likelihood.layouts,
+            randomness=resolve_randomness(randomness, draws),
+        )
         prior = check_prior(prior_precision)
         self.space.scales(prior if isinstance(prior, dict) else None)  # raises on wrong names
         choose(solver, Size(1, 1), 1 << 62)  # a wrong argument is said now, not after the capture
@@ -170,7 +198,7 @@ class Posterior:
         max_examples = None if max_examples is None else check_count(max_examples, "max_examples")
         seed = check_count(seed, "seed", 0)
         check_reusable(train_loader, "train_loader")
-        check_mode(self.model)
+        check_mode(self.model, self.functional.randomness is not None)
         self.space.check_finite(self.model)
         fit = build(
             self.functional,
@@ -287,16 +315,24 @@ class Posterior:
         self.calibration = path
         return path
 
-    @undisturbed_method
-    def predict(self, x: Inputs, method: str = "linearised") -> Prediction:
+    def predict(self, x: Inputs, method: str = "linearised", *, draw: int = 0) -> Prediction:
         """Predict a batch ``x`` (tensor, tuple or mapping of tensors).
 
         Args:
             method: ``"linearised"`` (default; what the guarantee covers) or ``"sampled"``, the
                 network with re-weighted parameters.
+            draw: which draw of the frozen noise, where the model draws any; ``fit`` saw those below its ``draws``.
+
+        Returns:
+            With a callable loss and a model that returns several tensors, each field in the model's structure.
         """
+        flat = self._predict(x, method, draw)
+        return flat if self.likelihood.layouts is None else structured(flat, self.likelihood)
+
+    @undisturbed_method
+    def _predict(self, x: Inputs, method: str, draw: int) -> Prediction:
         check_choice(method, METHODS, "method")
-        samples, x = self._samples(), self._inputs(x)
+        samples, x = self._samples(), self._inputs(x, [check_count(draw, "draw", 0)])
         if method == "sampled":
             point, outputs = draws.sampled(self.functional, samples, x, "`x`")
         else:
@@ -306,37 +342,48 @@ class Posterior:
         return make_prediction(self.likelihood, point, outputs, method)
 
     @undisturbed_method
-    def novelty(self, x: Inputs, score: str = "variance", exact: bool | None = None) -> Tensor:
+    def novelty(
+        self, x: Inputs, score: str = "variance", exact: bool | None = None, targets: Any = None
+    ) -> Tensor:
         """How much the training data leave open at ``x``: ``(B,)``, larger is less known.
+
+        Where the model draws random numbers: the mean over the ``draws`` that were fitted.
 
         Args:
             score: ``"variance"``: ``tr J(x) Σ J(x)ᵀ``, the epistemic variance of the raw outputs;
                 ``"share"``: its share of the prior's, in [0, 1]; ``"entropy"`` of the mean
-                prediction; ``"mutual_information"`` between label and weights.
+                prediction; ``"mutual_information"`` between label and weights; ``"loss"``: the epistemic
+                variance of each example's own loss, which costs one row however many outputs there are.
             exact: variance and share from the factorisation instead of the samples. None: where the
                 posterior was fitted here and it costs less than 3e8 operations an example.
+            targets: for ``"loss"``; may be left out with a callable loss, which then gets the inputs.
         """
         check_choice(score, SCORES, "score")
         self._fitted()
-        x = self._inputs(x)
+        x = self._inputs(x, None)
+        frozen = self.functional.randomness
+        drawn = range(1 if frozen is None else frozen.draws)
         if score in ("entropy", "mutual_information"):
-            prediction = self.predict(x)
-            return per_example(prediction.total if score == "entropy" else prediction.epistemic)
-        point = self.functional.outputs(x, "`x`")
-        return novelty_variance(
-            self.functional,
-            self._capture_plan(x),
-            self._fitted(),
-            self._settings,
-            x,
-            point,
-            score == "share",
-            exact,
-        )
+            check_has_entropy(self.likelihood, score)
+            parts = [self._predict(x, METHODS[0], draw) for draw in drawn]
+            values = [per_example(p.total if score == "entropy" else p.epistemic) for p in parts]
+            return torch.stack(values).mean(0)
+        if score == "loss":
+            targets = loss_targets(self.likelihood, x, targets, self.functional.device)
+        values = []
+        for draw in drawn:
+            some = self.functional.keyed(x, [draw])
+            point, plan = self.functional.outputs(some, "`x`"), self._capture_plan(some)
+            rest = (self.functional, plan, self._fitted(), self._settings)
+            if score == "loss":
+                values.append(loss_variance(*rest, self.likelihood, some, point, targets, exact))
+            else:
+                values.append(novelty_variance(*rest, some, point, score == "share", exact))
+        return torch.stack(values).mean(0)
 
     def _check_model(self) -> None:
         """Refuse a model that is in training mode, or no longer the one that was fitted."""
-        check_mode(self.model)
+        check_mode(self.model, self.functional.randomness is not None)
         fit = self._fitted()
         tensors = (*self.model.parameters(), *self.model.buffers())
         versions = [(id(t), t._version) for t in tensors]
@@ -345,7 +392,8 @@ class Posterior:
         storage.check_unchanged(self.model, fit.fingerprint)
         self._seen = versions
 
-    def _inputs(self, x: Inputs) -> Inputs:
+    def _inputs(self, x: Inputs, draws: list[int] | None) -> Inputs:
+        """Checked, on the device, and keyed for ``draws`` of the frozen noise unless that is None."""
         x = to_device(x, self.functional.device)
         self._check_model()
         if not batch_size(x, "`x`"):
@@ -353,7 +401,7 @@ class Posterior:
                 "`x` holds no examples: its first axis has length 0. Pass at least one."
             )
         check_inputs(x, "`x`")
-        return x
+        return x if draws is None else self.functional.keyed(x, draws)
 
     def sample(self, count: int | None = None) -> Iterator[dict[str, Tensor]]:
         """Yield ``count`` samples (default: all held) as plain state dicts for ``load_state_dict``.
@@ -383,7 +431,7 @@ class Posterior:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write samples, settings, certificate and a fingerprint of the model to one safetensors file."""
-        fit = self._fitted()
+        fit, frozen = self._fitted(), self.functional.randomness
         storage.write(
             path,
             model=self.model,
@@ -396,6 +444,7 @@ class Posterior:
                 "directions": self.directions,
                 "options": {"delta": self.delta} if self.kind == NULL_SPACE else {},
                 "prior": self._settings.prior,
+                "randomness": None if frozen is None else frozen.config(),
                 "prior_precision": fit.alpha,
                 "seed": fit.seed,
                 "certificate": fit.certificate.as_dict(),
@@ -441,7 +490,7 @@ class NullSpacePosterior(Posterior):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: str | Likelihood = "classification",
+        likelihood: str | Likelihood | LossFunction = CLASSIFICATION,
         preserve: str | Preserve = "predictions",
         *,
         delta: float = DELTA,
@@ -466,7 +515,10 @@ class LaplacePosterior(Posterior):
     kind = LAPLACE
 
     def __init__(
-        self, model: nn.Module, likelihood: str | Likelihood = "classification", **options: Any
+        self,
+        model: nn.Module,
+        likelihood: str | Likelihood | LossFunction = CLASSIFICATION,
+        **options: Any,
     ) -> None:
         if "delta" in options:
             raise InputError(

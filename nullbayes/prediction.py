@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nullbayes.errors import NonFiniteError
+from nullbayes.jacobian.outputs import tensors_in
 from nullbayes.likelihood import Likelihood
 
 METHODS = ("linearised", "sampled")
-SCORES = ("variance", "share", "entropy", "mutual_information")
+SCORES = ("variance", "share", "entropy", "mutual_information", "loss")
 
 
 @dataclass(frozen=True)
@@ -28,19 +30,22 @@ class Prediction:
             entropies in nats, ``(B,)`` (``epistemic`` is the mutual information). Regression:
             variances ``(B, *out)``.
         method: ``"linearised"`` (Immer et al. 2021) or ``"sampled"``.
+
+    With a callable loss, and a model that returns several tensors, each of these (but ``method``) has the structure
+    of what the model returns, with tensors of the shapes above in it.
     """
 
-    mean: Tensor
-    outputs: Tensor
-    point: Tensor
-    variance: Tensor
-    total: Tensor
-    aleatoric: Tensor
-    epistemic: Tensor
+    mean: Any
+    outputs: Any
+    point: Any
+    variance: Any
+    total: Any
+    aleatoric: Any
+    epistemic: Any
     method: str
 
     def __len__(self) -> int:
-        return len(self.point)
+        return len(next(tensors_in(self.point)))
 
 
 def make_prediction(
@@ -56,6 +61,12 @@ def make_prediction(
     with torch.no_grad():
         m = likelihood.moments(outputs, point, method == "linearised")
     return Prediction(m.mean, outputs, point, m.variance, m.total, m.aleatoric, m.epistemic, method)
+
+
+def structured(prediction: Prediction, likelihood: Likelihood) -> Prediction:
+    """The same prediction with each field in the structure of what the model returns."""
+    fields = {n: v for n, v in vars(prediction).items() if isinstance(v, Tensor)}
+    return replace(prediction, **{n: likelihood.structured(v) for n, v in fields.items()})
 
 
 def per_example(values: Tensor) -> Tensor:

@@ -352,17 +352,24 @@ class Hidden(nn.Module):
         return self.what(x)
 
 
+RANDOM = ("two forward passes", 'randomness="frozen"', "model.eval()")
+TIED = ("evaluated alone", "model.eval()", "batch statistics")
+
+
 @pytest.mark.parametrize(
-    "what",
-    [lambda h: nn.functional.dropout(h, 0.5), lambda h: h - h.mean(0), lambda h: h + torch.rand(1)],
+    ("what", "words"),
+    [
+        (lambda h: nn.functional.dropout(h, 0.5), RANDOM),
+        (lambda h: h - h.mean(0), TIED),
+        (lambda h: h + torch.rand(1), RANDOM),
+    ],
     ids=["functional-dropout", "batch-mean", "noise"],
 )
-def test_hidden_randomness_and_ties(what: Callable[[Tensor], Tensor]) -> None:
+def test_hidden_randomness_and_ties(
+    what: Callable[[Tensor], Tensor], words: tuple[str, ...]
+) -> None:
     model = network(Hidden(what))
-    with (
-        unchanged(model),
-        says(nb.ModelError, "evaluated alone", "model.eval()", "batch statistics"),
-    ):
+    with unchanged(model), says(nb.ModelError, *words):
         fit(model)
 
 

@@ -181,7 +181,7 @@ class Dead(Mixing):
     ("model", "message"),
     [
         (Mixing(), "evaluated alone"),
-        (Noisy(), "evaluated alone"),
+        (Noisy(), 'two forward passes.*randomness="frozen"'),
         (Dead(), "no gradient path leads from the output to .*unused.weight"),
         (nn.Sequential(Mixing(), nn.Flatten(0)), "one entry per example"),
     ],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from nullbayes.errors import InputError, ModelError, NonFiniteError, NullBayesError
+from nullbayes.jacobian.outputs import Layouts
 from nullbayes.jacobian.parameters import ParameterSpace
+from nullbayes.jacobian.randomness import FrozenRandomness, Keyed, Replay, keyed, repeated
 
 Inputs = Any
 Forward = Callable[[nn.Module, Any], Any]
@@ -51,13 +53,21 @@ class FunctionalModel:
         model: the trained network; it is never written to.
         space: the parameters that take part; the others stay as the model has them.
         forward: ``forward(model, inputs) -> Tensor`` where a plain call does not do.
+        layouts: where outputs may be several tensors: they become one, ``(B, D)``, see ``outputs.py``.
+        randomness: how random numbers drawn by the model are frozen; None: it must not draw any.
     """
 
     def __init__(
-        self, model: nn.Module, space: ParameterSpace, forward: Forward | None = None
+        self,
+        model: nn.Module,
+        space: ParameterSpace,
+        forward: Forward | None = None,
+        layouts: Layouts | None = None,
+        randomness: FrozenRandomness | None = None,
     ) -> None:
         self.model, self.space = model, space
         self.user_forward = forward
+        self.layouts, self.randomness = layouts, randomness
         self._call = _Call(model, forward)
         # Every place that holds a tensor, each module once: substituted by `functional_call` under
         # several paths, a module used twice would not get its own weights back.
@@ -85,13 +95,35 @@ class FunctionalModel:
         current = self.space.current(self.model)
         return {n: t.detach().requires_grad_(requires_grad) for n, t in current.items()}
 
+    def keyed(self, inputs: Inputs, draws: Sequence[int] = (0,)) -> Inputs:
+        """``inputs`` with what freezes their random numbers, each example once for every one of ``draws``."""
+        if self.randomness is None:
+            return inputs
+        return keyed(inputs, batch_size(inputs), self.randomness.seed, draws)
+
+    def stacked(self, inputs: Inputs, targets: Any) -> tuple[Inputs, Any]:
+        """One batch of training data as the rows see it: with all draws of each example."""
+        if self.randomness is None:
+            return inputs, targets
+        draws = self.randomness.draws
+        return self.keyed(inputs, range(draws)), repeated(targets, batch_size(inputs), draws)
+
+    def drawing(self, inputs: Inputs) -> AbstractContextManager[Any]:
+        """Within it, random operations on ``inputs`` that carry keys give the frozen numbers."""
+        return Replay(inputs.keys, inputs.seed) if isinstance(inputs, Keyed) else nullcontext()
+
     def __call__(self, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+        if isinstance(inputs, Keyed):
+            with self.drawing(inputs):
+                return self(weights, inputs.inputs)
         swap = {place: t for n, t in weights.items() for place in self._places[n]}
         for place, (module, local) in self._buffers.items():
             buffer = module._buffers[local]  # as it is now: a checkpoint may have been loaded since
             if buffer is not None:
                 swap[place] = buffer.detach().clone()
         out = torch.func.functional_call(self._call, swap, (inputs,), tie_weights=False)
+        if self.layouts is not None:
+            return self.layouts.flatten(out, batch_size(inputs))
         return as_tensor_output(out)
 
     def outputs(self, inputs: Inputs, where: str = "the inputs") -> Tensor:
@@ -119,7 +151,7 @@ class FunctionalModel:
 
     def _explain(self, inputs: Inputs, where: str, error: Exception) -> str:
         """Why the model's own forward pass may have failed, and the mend."""
-        leaves = tensor_leaves(inputs)
+        leaves = tensor_leaves(inputs.inputs if isinstance(inputs, Keyed) else inputs)
         found = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in leaves) or type(inputs).__name__
         text = (
             f"{where}: the model's forward pass failed on {found}: {type(error).__name__}: {error}"
@@ -153,16 +185,26 @@ def as_tensor_output(value: Any) -> Tensor:
         return logits
     raise ModelError(
         f"the model returned {type(value).__name__}, expected a tensor or an object with `.logits`."
-        " Pass `forward=lambda model, inputs: ...` that returns the tensor to be trusted."
+        " Pass `forward=lambda model, inputs: ...` that returns the tensor to be trusted, or `loss=`, a"
+        " callable that takes whatever the model returns."
     )
 
 
-def split_batch(batch: Any, where: str) -> tuple[Inputs, Any]:
+def split_batch(batch: Any, where: str, unlabelled: bool = False) -> tuple[Inputs, Any]:
     """One batch of a loader as ``(inputs, targets)``.
 
     ``(x, y)`` gives ``x, y``; ``(x1, x2, y)`` gives ``(x1, x2), y``; a mapping gives its entry
     named ``labels`` (or ``label``, ``targets``, ``target``, ``y``) as targets, and the rest.
+
+    Args:
+        unlabelled: inputs may come alone, ``x``, ``(x,)``, ``(x, None)`` or a mapping; they are the targets then.
     """
+    if unlabelled:
+        if isinstance(batch, (list, tuple)) and len(batch) == 1:
+            return batch[0], batch[0]
+        alone = isinstance(batch, Mapping) and not any(key in batch for key in TARGET_KEYS)
+        if isinstance(batch, Tensor) or alone:
+            return batch, batch
     if isinstance(batch, Mapping):
         for key in TARGET_KEYS:
             if key in batch:
@@ -184,14 +226,20 @@ def split_batch(batch: Any, where: str) -> tuple[Inputs, Any]:
 
 
 def batches(
-    loader: Iterable[Any], device: torch.device, name: str
-) -> Iterator[tuple[int, Inputs, Tensor]]:
-    """``(index, inputs, targets)`` on ``device``; an empty loader is an :class:`InputError`."""
+    loader: Iterable[Any], device: torch.device, name: str, free: bool = False
+) -> Iterator[tuple[int, Inputs, Any]]:
+    """``(index, inputs, targets)`` on ``device``; an empty loader is an :class:`InputError`.
+
+    Args:
+        free: targets may be anything, or missing: then they are the inputs (``loss=`` as a callable).
+    """
     index = -1
     for index, batch in enumerate(loader):
         where = f"{name}, batch {index}"
-        inputs, targets = split_batch(batch, where)
-        if not isinstance(targets, Tensor):
+        inputs, targets = split_batch(batch, where, free)
+        if free:
+            targets = inputs if targets is None else targets
+        elif not isinstance(targets, Tensor):
             try:
                 targets = torch.as_tensor(targets)
             except (TypeError, ValueError, RuntimeError) as error:
@@ -200,7 +248,7 @@ def batches(
                 ) from error
         inputs = to_device(inputs, device)
         check_inputs(inputs, where)
-        yield index, inputs, _placed(targets, device)
+        yield index, inputs, to_device(targets, device)
     if index < 0:
         raise InputError(
             f"`{name}` yields no batches. A generator can be read only once: pass a DataLoader or "
@@ -259,9 +307,9 @@ def batch_size(inputs: Inputs, where: str = "the batch") -> int:
     )
 
 
-def take(inputs: Inputs, start: int, stop: int) -> Inputs:
-    """Examples ``start:stop``: every tensor that has the batch axis is cut, the rest is kept."""
-    size = batch_size(inputs)
+def take(inputs: Inputs, start: int, stop: int, size: int | None = None) -> Inputs:
+    """Examples ``start:stop`` of ``size``: every tensor that has the batch axis is cut, the rest is kept."""
+    size = batch_size(inputs) if size is None else size
     return tree_map(
         lambda t: t[start:stop] if isinstance(t, Tensor) and t.ndim and len(t) == size else t,
         inputs,
@@ -276,22 +324,25 @@ def select(inputs: Inputs, index: Tensor) -> Inputs:
     )
 
 
-def check_mode(model: nn.Module) -> None:
-    """Refuse modules whose training mode makes outputs random or ties examples together."""
-    modes = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+def check_mode(model: nn.Module, frozen: bool = False) -> None:
+    """Refuse modules whose training mode ties examples together or, unless ``frozen``, makes outputs random."""
+
+    def random(module: nn.Module) -> bool:
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            return module.p > 0
+        return isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and module.dropout > 0
+
     noisy = [
         name or type(module).__name__
         for name, module in model.named_modules()
         if module.training
-        and (
-            (isinstance(module, modes) and getattr(module, "p", 1.0) > 0)
-            or (isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and module.dropout > 0)
-        )
+        and (isinstance(module, nn.modules.batchnorm._BatchNorm) or (random(module) and not frozen))
     ]
     if noisy:
         raise ModelError(
             f"the model is in training mode: {noisy[:5]} would make its outputs random or tie the "
-            "examples of a batch together. Call `model.eval()` first."
+            "examples of a batch together. Call `model.eval()` first (dropout that is meant to stay: "
+            '`randomness="frozen"`).'
         )
     batch_tied = [
         name

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.jacobian.functional import FunctionalModel, Inputs, take
+from nullbayes.jacobian.randomness import Keyed
 
 # Elements of rows that one vmapped call may hold (128 MB of float32).
 VMAP_ELEMENTS = 32 * 2**20
@@ -52,13 +53,25 @@ def _vmapped(
         return torch.vmap(lambda c: pull(c)[0])(cots)
 
     size = cotangents.shape[1]
-    leaves, spec = torch.utils._pytree.tree_flatten(inputs)
+    plain = inputs.inputs if isinstance(inputs, Keyed) else inputs
+    leaves, spec = torch.utils._pytree.tree_flatten(plain)
     axes = torch.utils._pytree.tree_unflatten(
         [0 if isinstance(t, Tensor) and t.ndim and len(t) == size else None for t in leaves], spec
     )
     width = max(1, len(cotangents) * sum(t.numel() for t in chosen.values()))
     chunk = min(size, max(1, VMAP_ELEMENTS // width))
-    return torch.vmap(one, in_dims=(axes, 1), chunk_size=chunk)(inputs, cotangents)
+    if not isinstance(inputs, Keyed):
+        return torch.vmap(one, in_dims=(axes, 1), chunk_size=chunk)(inputs, cotangents)
+    parts = []
+    for start in range(0, size, chunk):
+        some = take(inputs, start, min(start + chunk, size))
+        cots = cotangents[:, start : start + chunk]
+        # Below vmap a random operation has the examples of the chunk on its first axis.
+        with functional.drawing(some):
+            parts.append(
+                torch.vmap(one, in_dims=(axes, 1), randomness="different")(some.inputs, cots)
+            )
+    return {name: torch.cat([part[name] for part in parts]) for name in chosen}
 
 
 def _looped(

@@ -62,14 +62,28 @@ def _check_outputs(functional: FunctionalModel, inputs: Inputs, outputs: Tensor,
             "the model's outputs on the first batch hold NaN or infinity; check the inputs' "
             "scaling and the weights."
         )
-    alone = torch.cat([functional.outputs(take(inputs, n, n + 1)) for n in range(size)])
     scale = outputs.abs().max()
-    if not bool((alone - outputs).abs().max() <= _tolerance(outputs.dtype) * scale):
+    allowed = _tolerance(outputs.dtype) * scale
+    again = functional.outputs(inputs)
+    if not bool((again - outputs).abs().max() <= allowed):
+        raise ModelError(
+            f"two forward passes on the same inputs differ (by {float((again - outputs).abs().max()):.2e}, outputs "
+            f"reach {float(scale):.2e}): the model draws random numbers"
+            + (
+                '. Pass `randomness="frozen"` to freeze them for each example, or call `model.eval()`.'
+                if functional.randomness is None
+                else " that do not come from PyTorch (NumPy, `random`), or keeps a state between calls, which "
+                '`randomness="frozen"` does not cover. Draw them with torch, or pass them as inputs.'
+            )
+        )
+    alone = torch.cat([functional.outputs(take(inputs, n, n + 1)) for n in range(size)])
+    if not bool((alone - outputs).abs().max() <= allowed):
         raise ModelError(
             "an example's output changes when it is evaluated alone "
             f"(by {float((alone - outputs).abs().max()):.2e}, outputs reach {float(scale):.2e}): "
-            "the model mixes the examples of a batch, or draws random numbers. Call `model.eval()`,"
-            " and replace layers that use batch statistics."
+            "the model mixes the examples of a batch, or draws random numbers for the batch as a whole. Call "
+            "`model.eval()`, replace layers that use batch statistics, and draw random numbers one per example, "
+            "the batch on the first axis."
         )
 
 

@@ -11,6 +11,9 @@ from nullbayes.likelihood.base import likelihood_from_config as likelihood_from_
 from nullbayes.likelihood.base import register_likelihood as register_likelihood
 from nullbayes.likelihood.base import resolve_likelihood as resolve_likelihood
 from nullbayes.likelihood.binary import Binary as Binary
+from nullbayes.likelihood.callable import CallableLoss as CallableLoss
+from nullbayes.likelihood.callable import LossFunction as LossFunction
+from nullbayes.likelihood.callable import resolve_loss as resolve_loss
 from nullbayes.likelihood.classification import Classification as Classification
 from nullbayes.likelihood.regression import Regression as Regression
 from nullbayes.likelihood.softmax import softmax_directions as softmax_directions

@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from nullbayes.errors import InputError, NonFiniteError, NullBayesError
+from nullbayes.errors import InputError, NonFiniteError, NullBayesError, StorageError
+from nullbayes.jacobian.outputs import Layouts
+from nullbayes.likelihood.curvature import detached
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,9 @@ class Likelihood(ABC):
     """
 
     name: str = "custom"
-    score_name: str = "rmse"  # "accuracy" or "rmse": what `final_score` returns
+    #: how a model's several outputs are laid out in one tensor; None: the model returns a lone tensor
+    layouts: Layouts | None = None
+    score_name: str = "rmse"  # "accuracy", "rmse" or "loss": what `final_score` returns
 
     # -- the two to write ------------------------------------------------------------------------
 
@@ -96,13 +100,17 @@ class Likelihood(ABC):
         """Changes ``(S, B, *out)`` of outputs without the part that no prediction depends on."""
         return change
 
+    def structured(self, values: Tensor) -> Any:
+        """Outputs ``(*lead, *out)`` in the structure in which the model returns them (default: as they are)."""
+        return values
+
     # -- derivatives -----------------------------------------------------------------------------
 
     def loss_gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Derivative of `loss` by the outputs, ``(B, *out)``, detached. Default: automatic."""
         with torch.inference_mode(False), torch.enable_grad():
             point = outputs.detach().clone().requires_grad_()
-            return self._gradient(point, targets.detach().clone(), create_graph=False).detach()
+            return self._gradient(point, detached(targets), create_graph=False).detach()
 
     def hessian_factor(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Columns ``l_c`` with ``Σ_c l_c l_cᵀ = H_n``, the Hessian of `loss`: ``(C, B, *out)``.
@@ -114,7 +122,7 @@ class Likelihood(ABC):
         """
         with torch.inference_mode(False), torch.enable_grad():
             point = outputs.detach().clone().requires_grad_()
-            gradient = self._gradient(point, targets.detach().clone(), create_graph=True)
+            gradient = self._gradient(point, detached(targets), create_graph=True)
             flat = gradient.reshape(point.shape[0], -1)  # (B, D)
             rows = []
             for element in range(flat.shape[1]):
@@ -157,6 +165,13 @@ class Likelihood(ABC):
             )
         return torch.autograd.grad(losses.sum(), point, create_graph=create_graph)[0]
 
+    def check_reach(self, outputs: Tensor, targets: Any) -> None:
+        """Raise `ModelError` where no output that the loss uses depends on the weights.
+
+        Asked once, after a forward pass with derivatives; only a loss that may choose its outputs has to.
+        """
+        return
+
     # -- observation noise -----------------------------------------------------------------------
 
     @property
@@ -181,6 +196,27 @@ class Likelihood(ABC):
         require_draws(draws, 1)
         return log_mean_exp(torch.stack([-self.loss(draw, targets) for draw in draws]))
 
+    def divergence(self, point: Tensor, draws: Tensor, targets: Tensor) -> Tensor:
+        """Kullback-Leibler divergence in nats from the prediction at ``point`` ``(B, *out)`` to that of
+        ``draws`` ``(S, B, *out)``, averaged over what one example observes: ``(S, B)``.
+
+        Default: second order, half the change through the loss's Hessian (one double-backward pass a
+        draw), over the number of target elements of an example.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            at = point.detach().clone().requires_grad_()
+            gradient = self._gradient(at, detached(targets), create_graph=True)
+            if not gradient.requires_grad:  # a loss linear in the outputs
+                return draws.new_zeros(draws.shape[:2])
+            values = []
+            for change in (draws - point).detach().clone():
+                (product,) = torch.autograd.grad(
+                    gradient, at, change, retain_graph=True, materialize_grads=True
+                )
+                values.append((product * change).detach().reshape(len(point), -1).sum(1))
+        observed = max(1, targets.numel() // max(1, len(targets)))
+        return torch.stack(values).clamp_min(0) / (2 * observed)
+
     def correct(self, mean: Tensor, targets: Tensor) -> Tensor:
         """What `score` sums: squared errors by default, 0/1 hits for classification and binary."""
         return (mean - self.prepare_targets(mean, targets)).square()
@@ -193,6 +229,12 @@ class Likelihood(ABC):
         """Sum and count of `correct`, to add up over batches; `final_score` turns them into a score."""
         values = to_float64(self.correct(means, targets))
         return float(values.sum()), values.numel()
+
+    def score_draws(
+        self, draws: Tensor, point: Tensor, linearised: bool, targets: Any
+    ) -> tuple[float, int]:
+        """`score` of what draws ``(S, B, *out)`` predict together: of their mean prediction."""
+        return self.score(self.moments(draws, point, linearised).mean, targets)
 
     def final_score(self, total: float, count: int) -> float:
         """The score called `score_name` from summed `score` results; NaN where nothing was counted."""
@@ -258,6 +300,11 @@ def resolve_likelihood(value: str | Likelihood) -> Likelihood:
 def likelihood_from_config(config: dict[str, Any]) -> Likelihood:
     """The inverse of ``Likelihood.config``. Raises `InputError` for unknown names or settings."""
     name = config.get("name")
+    if name == "callable":
+        raise StorageError(
+            f"this posterior was fitted with the loss `{config.get('function')}`, a callable, and files hold no "
+            "code. Pass it again: `nb.load(path, model, loss=...)`."
+        )
     if name not in _REGISTRY:
         raise InputError(
             f"the stored likelihood is {name!r}, expected {_known()}. If it is your own class, import "

@@ -95,6 +95,12 @@ class Binary(Likelihood):
         yes, no = log_mean_exp(F.logsigmoid(draws)), log_mean_exp(F.logsigmoid(-draws))
         return (labels * yes + (1 - labels) * no).reshape(labels.shape[0], -1).sum(1)
 
+    def divergence(self, point: Tensor, draws: Tensor, targets: Tensor) -> Tensor:
+        """Exact, averaged over the logits: ``(S, B)``."""
+        yes = point.sigmoid() * (F.logsigmoid(point) - F.logsigmoid(draws))
+        no = (-point).sigmoid() * (F.logsigmoid(-point) - F.logsigmoid(-draws))
+        return (yes + no).reshape(*draws.shape[:2], -1).mean(2).clamp_min(0)
+
     def correct(self, mean: Tensor, targets: Tensor) -> Tensor:
         """1 where probability and target lie on the same side of one half, else 0: ``(B, *out)``."""
         labels = self.prepare_targets(mean, targets)

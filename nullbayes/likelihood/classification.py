@@ -22,7 +22,11 @@ from nullbayes.likelihood.base import (
     require_draws,
     to_float64,
 )
-from nullbayes.likelihood.softmax import softmax_directions, softmax_factor
+from nullbayes.likelihood.softmax import (
+    position_directions,
+    softmax_directions,
+    softmax_factor,
+)
 
 
 @register_likelihood
@@ -274,19 +278,26 @@ class Classification(Likelihood):
     def leading_factor(
         self, outputs: Tensor, targets: Tensor, directions: int
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Leading directions from the secular equation, for many classes and few directions.
+        """Leading directions without the T (O - 1) columns of `hessian_factor`.
 
-        The general way forms an (O - 1, O) factor and an O³ decomposition of each example; at 1000
-        classes and 10 directions this one is some 25 times as fast. See `softmax_directions`.
+        One position: from the secular equation, for many classes and few directions (at 1000 classes and
+        10 directions some 25 times as fast, see `softmax_directions`). Several: one small decomposition
+        a position, see `position_directions`.
         """
-        logits, labels, _ = self._flatten(outputs.detach(), targets)
+        logits, labels, axis = self._flatten(outputs.detach(), targets)
         _, positions, classes = logits.shape
-        if positions != 1 or 8 * directions > classes:
+        if positions == 1 and 8 * directions > classes:
             return None
         if labels.is_floating_point():
             scale = (self._weights(logits) * labels).sum(-1)
         else:
             scale = self._split(logits, labels)[1]
+        if positions > 1:
+            rows, eigenvalues, trace = position_directions(logits, scale, directions)
+            kept = rows.shape[1]
+            flat = rows.transpose(0, 1).reshape(-1, positions, classes)
+            values = _restore(flat, (len(flat), *outputs.shape[1:]), axis)
+            return values.reshape(kept, *outputs.shape), eigenvalues, trace
         scale = to_float64(scale)  # (B, 1)
         rows, eigenvalues, trace = softmax_directions(logits[:, 0], directions)
         rows = rows * scale.sqrt().unsqueeze(-1)  # (B, k, O)
@@ -340,6 +351,17 @@ class Classification(Likelihood):
         kept = self._kept(labels)
         index = torch.where(kept, labels, torch.zeros_like(labels)).unsqueeze(-1)
         return (flat.gather(-1, index).squeeze(-1) * kept).sum(1)
+
+    def divergence(self, point: Tensor, draws: Tensor, targets: Tensor) -> Tensor:
+        """Exact, averaged over the positions that are not ignored: ``(S, B)``. Weights do not enter."""
+        flat, labels, axis = self._flatten(point, targets)
+        log_p = flat.log_softmax(-1)
+        log_q = draws.movedim(axis + 1, -1).reshape(len(draws), *flat.shape).log_softmax(-1)
+        each = (log_p.exp() * (log_p - log_q)).sum(-1)  # (S, B, T)
+        if labels.is_floating_point():
+            return each.mean(-1).clamp_min(0)
+        kept = self._kept(labels)
+        return ((each * kept).sum(-1) / kept.sum(-1).clamp_min(1)).clamp_min(0)
 
     def correct(self, mean: Tensor, targets: Tensor) -> Tensor:
         """1 where the most probable class is the label's, else 0; flat, ignored positions dropped."""

@@ -1,4 +1,4 @@
-"""Closed forms for the softmax Hessian ``diag(p) - p pᵀ``: a factor of it, and its leading directions."""
+"""The softmax Hessian ``diag(p) - p pᵀ``: a closed-form factor of it, and its leading directions."""
 
 from __future__ import annotations
 
@@ -103,3 +103,42 @@ def _secular(logits: Tensor, directions: int) -> tuple[Tensor, Tensor, Tensor]:
     scaled = (vectors * eigenvalues.sqrt().unsqueeze(-1)).masked_fill(flat.unsqueeze(-1), 0)
     index = order.unsqueeze(1).expand_as(scaled)
     return torch.zeros_like(scaled).scatter(-1, index, scaled), eigenvalues, trace
+
+
+def position_directions(
+    logits: Tensor, scale: Tensor, directions: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading eigen-directions over all positions of an example, for ``logits`` ``(B, T, O)``.
+
+    The Hessian is block-diagonal over positions, weighted by ``scale`` ``(B, T)``: each (O, O) block is
+    decomposed by itself, and the longest of all T (O - 1) directions are kept. Nothing of the size of
+    the whole (T O)² matrix, or of its T (O - 1) columns, is formed.
+
+    Returns, longest first, the directions times √eigenvalue ``(B, k, T, O)`` in the dtype of ``logits``,
+    and in float64 the eigenvalues ``(B, k)`` and traces ``(B,)``; ``k`` is at most T (O - 1).
+    """
+    batch, positions, classes = logits.shape
+    keep = min(directions, positions * (classes - 1))
+    rows = logits.new_zeros(batch, keep, positions, classes)
+    values, traces = [], []
+    step = max(1, _BLOCK // max(1, positions * classes**2))
+    for start in range(0, batch, step):
+        part = slice(start, start + step)
+        p, weight = to_float64(logits[part]).softmax(-1), to_float64(scale[part])
+        # The mass of the other classes as a sum: 1 - p cancels for a confident prediction.
+        others = (1 - torch.eye(classes, dtype=p.dtype, device=p.device)) @ p.unsqueeze(-1)
+        diagonal = p * others.squeeze(-1) * weight.unsqueeze(-1)
+        hessian = -p.unsqueeze(-1) * p.unsqueeze(-2) * weight[..., None, None]
+        hessian.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
+        found, vectors = torch.linalg.eigh(hessian)  # (b, T, O), (b, T, O, O)
+        found = found.clamp_min(0)
+        top, index = found.flatten(1).topk(keep, dim=1)
+        position, which = index // classes, index % classes
+        example = torch.arange(len(p), device=p.device).unsqueeze(1)
+        longest = vectors.movedim(-1, -2)[example, position, which]  # (b, k, O)
+        longest = longest * top.sqrt().unsqueeze(-1)
+        row = torch.arange(keep, device=p.device).unsqueeze(0)
+        rows[part][example, row, position] = longest.to(rows)
+        values.append(top)
+        traces.append(diagonal.sum((1, 2)))
+    return rows, torch.cat(values), torch.cat(traces)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "docs" / "extending.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "extending.md", ROOT / "docs" / "generative.md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

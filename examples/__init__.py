@@ -1,0 +1,1 @@
+"""Generative models and large outputs, each a script: ``python -m examples.segmentation``."""

@@ -33,7 +33,7 @@ from nullbayes.planning import Plan as Plan
 from nullbayes.planning import plan as plan
 from nullbayes.posterior import LaplacePosterior as LaplacePosterior
 from nullbayes.posterior import NullSpacePosterior as NullSpacePosterior
-from nullbayes.posterior import Posterior as Posterior
+from nullbayes.posterior_base import Posterior as Posterior
 from nullbayes.prediction import Prediction as Prediction
 
 try:

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from nullbayes.errors import InputError
-from nullbayes.likelihood.base import Likelihood, check_finite, to_float64
+from nullbayes.likelihood.base import Likelihood
+from nullbayes.likelihood.pieces import check_finite, to_float64
 
 Directions = int | Literal["auto"] | None
 

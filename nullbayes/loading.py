@@ -11,7 +11,8 @@ from nullbayes.errors import InputError, StorageError
 from nullbayes.jacobian.functional import Forward, unwrapped
 from nullbayes.jacobian.randomness import FrozenRandomness
 from nullbayes.likelihood import Likelihood, LossFunction
-from nullbayes.posterior import LaplacePosterior, NullSpacePosterior, Posterior
+from nullbayes.posterior import LaplacePosterior, NullSpacePosterior
+from nullbayes.posterior_base import Posterior
 
 
 def load(

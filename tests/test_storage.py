@@ -18,7 +18,7 @@ from zoo import Lambda, TiedLanguageModel
 
 import nullbayes as nb
 from nullbayes import constraints, storage
-from nullbayes.likelihood import base
+from nullbayes.likelihood import base, epistemic_variance
 
 
 @pytest.fixture
@@ -442,7 +442,7 @@ def poisson() -> type[nb.Likelihood]:
         def moments(self, draws: Tensor, point: Tensor, linearised: bool) -> base.Moments:
             rate = self.exposure * draws.exp()
             mean, spread = rate.mean(0), rate.var(0)
-            variance = base.epistemic_variance(draws, point, linearised)
+            variance = epistemic_variance(draws, point, linearised)
             return base.Moments(mean, variance, mean + spread, mean, spread)
 
     return Poisson

@@ -6,7 +6,6 @@ object; a new one subclasses `Likelihood`, and `register_likelihood` makes it kn
 
 from nullbayes.likelihood.base import Likelihood as Likelihood
 from nullbayes.likelihood.base import Moments as Moments
-from nullbayes.likelihood.base import epistemic_variance as epistemic_variance
 from nullbayes.likelihood.base import likelihood_from_config as likelihood_from_config
 from nullbayes.likelihood.base import register_likelihood as register_likelihood
 from nullbayes.likelihood.base import resolve_likelihood as resolve_likelihood
@@ -15,6 +14,7 @@ from nullbayes.likelihood.callable import CallableLoss as CallableLoss
 from nullbayes.likelihood.callable import LossFunction as LossFunction
 from nullbayes.likelihood.callable import resolve_loss as resolve_loss
 from nullbayes.likelihood.classification import Classification as Classification
+from nullbayes.likelihood.pieces import epistemic_variance as epistemic_variance
 from nullbayes.likelihood.regression import Regression as Regression
 from nullbayes.likelihood.softmax import softmax_directions as softmax_directions
 from nullbayes.likelihood.softmax import softmax_factor as softmax_factor

@@ -7,16 +7,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nullbayes.errors import InputError
-from nullbayes.likelihood.base import (
-    Likelihood,
-    Moments,
+from nullbayes.likelihood.base import Likelihood, Moments, register_likelihood
+from nullbayes.likelihood.pieces import (
     check_batch,
     check_same_shape,
     diagonal_factor,
     entropy_terms,
     epistemic_variance,
     log_mean_exp,
-    register_likelihood,
     require_draws,
     reshape_column,
 )

@@ -12,16 +12,14 @@ from torch.utils._pytree import tree_flatten, tree_map
 from nullbayes.errors import InputError, ModelError, NullBayesError
 from nullbayes.jacobian.functional import take, to_device
 from nullbayes.jacobian.outputs import Layouts
-from nullbayes.likelihood.base import (
-    Likelihood,
-    Moments,
+from nullbayes.likelihood.base import Likelihood, Moments, resolve_likelihood
+from nullbayes.likelihood.curvature import OutputHessian, detached
+from nullbayes.likelihood.pieces import (
     check_finite,
     diagonal_factor,
     epistemic_variance,
-    resolve_likelihood,
     to_float64,
 )
-from nullbayes.likelihood.curvature import OutputHessian, detached
 
 LossFunction = Callable[[Any, Any], Tensor]
 

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from nullbayes.errors import InputError
-from nullbayes.likelihood.base import (
-    Likelihood,
-    Moments,
+from nullbayes.likelihood.base import Likelihood, Moments, register_likelihood
+from nullbayes.likelihood.pieces import (
     check_batch,
     entropy_terms,
     epistemic_variance,
     float64_setting,
     log_mean_exp,
-    register_likelihood,
     require_draws,
     to_float64,
 )

@@ -10,16 +10,14 @@ import torch
 from torch import Tensor
 
 from nullbayes.errors import InputError, NotFittedError
-from nullbayes.likelihood.base import (
-    Likelihood,
-    Moments,
+from nullbayes.likelihood.base import Likelihood, Moments, register_likelihood
+from nullbayes.likelihood.pieces import (
     check_batch,
     check_same_shape,
     diagonal_factor,
     epistemic_variance,
     float64_setting,
     log_mean_exp,
-    register_likelihood,
     require_draws,
     reshape_column,
     to_float64,

@@ -1,0 +1,463 @@
+"""What the null-space and the Laplace posterior share: fit, calibrate, predict, score novelty, sample, save."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from nullbayes import draws, storage
+from nullbayes.arguments import (
+    PriorPrecision,
+    check_choice,
+    check_count,
+    check_positive,
+    check_prior,
+)
+from nullbayes.assembly import (
+    DELTA,
+    NULL_SPACE,
+    Checkpoint,
+    Fit,
+    Settings,
+    build,
+    extended,
+    rescaled,
+)
+from nullbayes.calibration import METRICS, CalibrationPath, calibration_path
+from nullbayes.certificate import Certificate
+from nullbayes.constraints import Directions, Preserve, resolve_directions, resolve_preserve
+from nullbayes.errors import InputError, NotFittedError
+from nullbayes.fitting import check_reusable, first_inputs
+from nullbayes.jacobian.capture import CapturePlan
+from nullbayes.jacobian.functional import (
+    Forward,
+    FunctionalModel,
+    Inputs,
+    batch_size,
+    check_inputs,
+    check_mode,
+    to_device,
+    undisturbed_method,
+    unwrapped,
+)
+from nullbayes.jacobian.parameters import ParameterChoice, ParameterSpace
+from nullbayes.jacobian.probe import prove
+from nullbayes.jacobian.randomness import FrozenRandomness, resolve_randomness
+from nullbayes.likelihood import Likelihood, LossFunction, resolve_loss
+from nullbayes.memory import parse_bytes
+from nullbayes.novelty import (
+    check_has_entropy,
+    loss_targets,
+    loss_variance,
+    novelty_variance,
+)
+from nullbayes.prediction import (
+    METHODS,
+    SCORES,
+    Prediction,
+    make_prediction,
+    per_example,
+    structured,
+)
+from nullbayes.solvers import Size, Solver, choose
+
+Self = TypeVar("Self", bound="Posterior")
+CLASSIFICATION = "classification"
+
+
+class Posterior:
+    """What the null-space and the Laplace posterior share. Use one of those two.
+
+    Args:
+        model: the trained network, in evaluation mode. It is never written to.
+        likelihood: ``"classification"``, ``"binary"``, ``"regression"``, a likelihood object, or a callable
+            ``loss(outputs, targets) -> (B,)`` of whatever the model returns; ``loss=`` is another name for it.
+        parameters: which weights take part: all that require a gradient (None), names, or a
+            filter ``(name, parameter) -> bool``.
+        prior_precision: ``"evidence"``, a number, or one per parameter tensor ``{name: value}``.
+        solver: ``"auto"`` or an object from ``nb.solvers``.
+        directions: None (all), a number or ``"auto"``: how many of the leading eigen-directions of
+            each example's output Hessian are constrained.
+        forward: ``forward(model, inputs) -> outputs`` where ``model(inputs)`` does not do.
+        tolerance: relative residual asked for; None: 1e-5 (float32), 1e-10 (float64), and 1e-2 for
+            data sets that only an iterative solver can take.
+        drift: stop at this RMS change of an example's preserved quantity (``certificate.row_drift``)
+            even if the tolerance is not reached by then; for iterative solvers.
+        memory: what a fit may take beside what the process holds already, e.g. ``"8GB"``; None: 70 % of
+            what is free. Rows that do not fit go to disk, or are computed anew for each pass.
+        randomness: None: the model must not draw random numbers. ``"frozen"`` (or ``nb.FrozenRandomness(seed)``):
+            an example gets the same ones in every batch, order and call; they follow from its content.
+        draws: how many draws of that noise each example is constrained for (as many times the rows).
+
+    Raises:
+        InputError: an argument that cannot be used.
+        ModelError: a model whose training mode or layers rule out per-example predictions.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str | Likelihood | LossFunction = CLASSIFICATION,
+        preserve: str | Preserve = "predictions",
+        *,
+        loss: LossFunction | None = None,
+        parameters: ParameterChoice = None,
+        prior_precision: PriorPrecision = "evidence",
+        solver: str | Solver = "auto",
+        directions: Directions = None,
+        forward: Forward | None = None,
+        tolerance: float | None = None,
+        drift: float | None = None,
+        memory: str | int | None = None,
+        randomness: str | FrozenRandomness | None = None,
+        draws: int | None = None,
+        delta: float = DELTA,
+    ) -> None:
+        self.model = unwrapped(model)
+        self.likelihood = resolve_loss(likelihood, loss, CLASSIFICATION)
+        self.preserve = resolve_preserve(preserve)
+        self.directions = resolve_directions(directions)
+        if self.directions is not None and not self.preserve.takes_directions:
+            self.preserve.rows(self.likelihood, (2,), self.directions)  # raises, saying why
+        self.space = ParameterSpace.from_model(self.model, parameters)
+        self.functional = FunctionalModel(
+            self.model,
+            self.space,
+            forward,
+            layouts=self.likelihood.layouts,
+            randomness=resolve_randomness(randomness, draws),
+        )
+        prior = check_prior(prior_precision)
+        self.space.scales(prior if isinstance(prior, dict) else None)  # raises on wrong names
+        choose(solver, Size(1, 1), 1 << 62)  # a wrong argument is said now, not after the capture
+        if tolerance is not None and isinstance(solver, Solver):
+            raise InputError(
+                f"`tolerance` is {tolerance!r} beside a solver object, which has its own: say it there, "
+                f"`{type(solver).__name__}(tolerance=...)`."
+            )
+        self._settings = Settings(
+            kind=self.kind,
+            preserve=self.preserve,
+            directions=self.directions,
+            prior=prior,
+            delta=delta,
+            solver=solver,
+            tolerance=None if tolerance is None else check_positive(tolerance, "tolerance"),
+            drift=None if drift is None else check_positive(drift, "drift"),
+            memory=None if memory is None else parse_bytes(memory),
+        )
+        self.calibration: CalibrationPath | None = None
+        self._fit: Fit | None = None
+        # Identity and version of the model's tensors when they were last found unchanged.
+        self._seen: list[tuple[int, int]] = []
+        # A loaded posterior proves its rows on the first inputs that it sees.
+        self._proven: CapturePlan | None = None
+
+    # -- fit -------------------------------------------------------------------------------------
+
+    @undisturbed_method
+    def fit(
+        self: Self,
+        train_loader: Iterable[Any],
+        num_samples: int = 30,
+        seed: int = 0,
+        *,
+        max_examples: int | None = None,
+        progress: bool = True,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: float = 60.0,
+    ) -> Self:
+        """Build the posterior from the training data; nothing of an earlier fit is kept until it is done.
+
+        Args:
+            train_loader: batches ``(inputs, targets)`` or mappings; read once (twice where the
+                observation noise has to be estimated). Every example counts, partial batches too.
+            num_samples: weight samples ``S``; ``draw`` adds more later.
+            seed: sample ``s`` depends on ``(seed, s)`` alone. Global random state is not touched.
+            max_examples: constrain the first so many examples only.
+            progress: bars on standard error.
+            checkpoint: file for the state of an iterative solver, written every ``checkpoint_every``
+                seconds; after a kill, the same call goes on from there. Removed when the fit is done.
+
+        Ctrl-C while the solver iterates ends it early: the best samples so far are kept, with a
+        certificate that says what they reached. At any other time it leaves the earlier fit as it was.
+
+        Raises:
+            InputError, ModelError, NonFiniteError, MemoryBudgetError, SolverError, StorageError: each names what
+                was found and the mend; the model and an earlier fit stay as they were.
+        """
+        num_samples = check_count(num_samples, "num_samples")
+        max_examples = None if max_examples is None else check_count(max_examples, "max_examples")
+        seed = check_count(seed, "seed", 0)
+        check_reusable(train_loader, "train_loader")
+        check_mode(self.model, self.functional.randomness is not None)
+        self.space.check_finite(self.model)
+        fit = build(
+            self.functional,
+            self.likelihood,
+            self._settings,
+            train_loader,
+            num_samples,
+            seed,
+            max_examples,
+            progress,
+            None
+            if checkpoint is None
+            else Checkpoint(checkpoint, check_positive(checkpoint_every, "checkpoint_every")),
+        )
+        self._fit, self.likelihood, self.calibration = fit, fit.likelihood, None
+        return self
+
+    @property
+    def delta(self) -> float:
+        """Where the null space ends, relative to the prior precision; 1 for Laplace."""
+        return self._settings.delta
+
+    # -- what was fitted -------------------------------------------------------------------------
+
+    def _fitted(self) -> Fit:
+        if self._fit is None:
+            raise NotFittedError(
+                f"this {type(self).__name__} has not been fitted; call `fit(train_loader)` first, or "
+                "`nb.load(path, model)`."
+            )
+        return self._fit
+
+    @property
+    def certificate(self) -> Certificate:
+        """The measured guarantee at the current prior precision."""
+        return self._fitted().certificate
+
+    @property
+    def num_samples(self) -> int:
+        """Weight samples held."""
+        return len(self._fitted().unit)
+
+    @property
+    def prior_precision(self) -> float:
+        """``α``. Setting it rescales samples and certificate; the projection does not depend on it."""
+        return self._fitted().alpha
+
+    @prior_precision.setter
+    def prior_precision(self, value: float) -> None:
+        self._set_prior_precision(value)
+
+    @undisturbed_method
+    def _set_prior_precision(self, value: float) -> None:
+        fit = self._fitted()
+        self._fit = rescaled(fit, check_positive(value, "prior_precision"))
+
+    def _samples(self) -> Tensor:
+        """Weight changes ``Δ (S, P)`` at the current prior precision."""
+        return self._fitted().samples
+
+    def _capture_plan(self, inputs: Inputs) -> CapturePlan:
+        plan = self._fitted().plan or self._proven
+        if plan is None:  # a loaded posterior proves its rows on the first batch it sees
+            self.functional.outputs(inputs, "`x`")  # wrong inputs are said to be that
+            plan = self._proven = prove(self.functional, inputs)
+        return plan
+
+    # -- use -------------------------------------------------------------------------------------
+
+    @undisturbed_method
+    def calibrate(
+        self,
+        val_loader: Iterable[Any],
+        *,
+        ood_loader: Iterable[Any] | None = None,
+        metric: str = "nll",
+        progress: bool = True,
+    ) -> CalibrationPath:
+        """Choose the prior precision on validation data: the whole path from one pass.
+
+        Args:
+            val_loader: batches that were not trained on.
+            ood_loader: optional; adds AUROC of the predictive uncertainty along the path. It is
+                reported, never optimised.
+            metric: ``"nll"`` or ``"ece"``.
+
+        Warns:
+            NullBayesWarning: the best value lies at an edge, or does not beat the trained network.
+        """
+        fit = self._fitted()
+        check_choice(metric, METRICS, "metric")
+        if ood_loader is not None and not isinstance(ood_loader, Iterable):
+            raise InputError(
+                f"`ood_loader` is {type(ood_loader).__name__}, expected an iterable of (inputs, targets) "
+                "batches, e.g. a DataLoader."
+            )
+        self._check_model()
+        check_reusable(val_loader, "val_loader")
+        plan = fit.plan or self._proven
+        if plan is None:
+            plan = self._capture_plan(first_inputs(self.functional, val_loader, "val_loader"))
+        path = calibration_path(
+            self.functional,
+            plan,
+            self.likelihood,
+            fit.unit,
+            fit.alpha,
+            val_loader,
+            ood_loader,
+            metric,
+            progress,
+        )
+        self.prior_precision = path.prior_precision[path.chosen]
+        self.calibration = path
+        return path
+
+    def predict(self, x: Inputs, method: str = "linearised", *, draw: int = 0) -> Prediction:
+        """Predict a batch ``x`` (tensor, tuple or mapping of tensors).
+
+        Args:
+            method: ``"linearised"`` (default; what the guarantee covers) or ``"sampled"``, the
+                network with re-weighted parameters.
+            draw: which draw of the frozen noise, where the model draws any; ``fit`` saw those below its ``draws``.
+
+        Returns:
+            With a callable loss and a model that returns several tensors, each field in the model's structure.
+        """
+        flat = self._predict(x, method, draw)
+        return flat if self.likelihood.layouts is None else structured(flat, self.likelihood)
+
+    @undisturbed_method
+    def _predict(self, x: Inputs, method: str, draw: int) -> Prediction:
+        check_choice(method, METHODS, "method")
+        samples, x = self._samples(), self._inputs(x, [check_count(draw, "draw", 0)])
+        if method == "sampled":
+            point, outputs = draws.sampled(self.functional, samples, x, "`x`")
+        else:
+            plan = self._capture_plan(x)
+            point, change = draws.linearised(self.functional, plan, samples, x, "`x`")
+            outputs = point + change
+        return make_prediction(self.likelihood, point, outputs, method)
+
+    @undisturbed_method
+    def novelty(
+        self, x: Inputs, score: str = "variance", exact: bool | None = None, targets: Any = None
+    ) -> Tensor:
+        """How much the training data leave open at ``x``: ``(B,)``, larger is less known.
+
+        Where the model draws random numbers: the mean over the ``draws`` that were fitted.
+
+        Args:
+            score: ``"variance"``: ``tr J(x) Σ J(x)ᵀ``, the epistemic variance of the raw outputs;
+                ``"share"``: its share of the prior's, in [0, 1]; ``"entropy"`` of the mean
+                prediction; ``"mutual_information"`` between label and weights; ``"loss"``: the epistemic
+                variance of each example's own loss, which costs one row however many outputs there are.
+            exact: variance and share from the factorisation instead of the samples. None: where the
+                posterior was fitted here and it costs less than 3e8 operations an example.
+            targets: for ``"loss"``; may be left out with a callable loss, which then gets the inputs.
+        """
+        check_choice(score, SCORES, "score")
+        self._fitted()
+        x = self._inputs(x, None)
+        frozen = self.functional.randomness
+        drawn = range(1 if frozen is None else frozen.draws)
+        if score in ("entropy", "mutual_information"):
+            check_has_entropy(self.likelihood, score)
+            parts = [self._predict(x, METHODS[0], draw) for draw in drawn]
+            values = [per_example(p.total if score == "entropy" else p.epistemic) for p in parts]
+            return torch.stack(values).mean(0)
+        if score == "loss":
+            targets = loss_targets(self.likelihood, x, targets, self.functional.device)
+        values = []
+        for draw in drawn:
+            some = self.functional.keyed(x, [draw])
+            point, plan = self.functional.outputs(some, "`x`"), self._capture_plan(some)
+            rest = (self.functional, plan, self._fitted(), self._settings)
+            if score == "loss":
+                values.append(loss_variance(*rest, self.likelihood, some, point, targets, exact))
+            else:
+                values.append(novelty_variance(*rest, some, point, score == "share", exact))
+        return torch.stack(values).mean(0)
+
+    def _check_model(self) -> None:
+        """Refuse a model that is in training mode, or no longer the one that was fitted."""
+        check_mode(self.model, self.functional.randomness is not None)
+        fit = self._fitted()
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        versions = [(id(t), t._version) for t in tensors]
+        if versions == self._seen:
+            return
+        storage.check_unchanged(self.model, fit.fingerprint)
+        self._seen = versions
+
+    def _inputs(self, x: Inputs, draws: list[int] | None) -> Inputs:
+        """Checked, on the device, and keyed for ``draws`` of the frozen noise unless that is None."""
+        x = to_device(x, self.functional.device)
+        self._check_model()
+        if not batch_size(x, "`x`"):
+            raise InputError(
+                "`x` holds no examples: its first axis has length 0. Pass at least one."
+            )
+        check_inputs(x, "`x`")
+        return x if draws is None else self.functional.keyed(x, draws)
+
+    def sample(self, count: int | None = None) -> Iterator[dict[str, Tensor]]:
+        """Yield ``count`` samples (default: all held) as plain state dicts for ``load_state_dict``.
+
+        More than were fitted are drawn first, see :meth:`draw`.
+        """
+        count = self.num_samples if count is None else check_count(count, "count")
+        if count > self.num_samples:
+            self.draw(count - self.num_samples)
+        return draws.state_dicts(self.model, self.space, self._samples()[:count])
+
+    @undisturbed_method
+    def draw(self, count: int) -> None:
+        """Add ``count`` samples; they continue the stream of the fit's seed.
+
+        Raises:
+            NotFittedError: not fitted, or loaded from a file (which holds no factorisation).
+        """
+        fit = self._fitted()
+        if fit.state is None:
+            raise NotFittedError(
+                f"this posterior was loaded from a file with {len(fit.unit)} samples; more need the "
+                "factorisation, so call `fit` again with a larger `num_samples`."
+            )
+        count = check_count(count, "count")
+        self._fit = extended(fit, self.functional, self._settings, count)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write samples, settings, certificate and a fingerprint of the model to one safetensors file."""
+        fit, frozen = self._fitted(), self.functional.randomness
+        storage.write(
+            path,
+            model=self.model,
+            space=self.space,
+            samples=fit.unit,
+            settings={
+                "class": type(self).__name__,
+                "likelihood": self.likelihood.config(),
+                "preserve": self.preserve.name,
+                "directions": self.directions,
+                "options": {"delta": self.delta} if self.kind == NULL_SPACE else {},
+                "prior": self._settings.prior,
+                "randomness": None if frozen is None else frozen.config(),
+                "prior_precision": fit.alpha,
+                "seed": fit.seed,
+                "certificate": fit.certificate.as_dict(),
+                "calibration": None if self.calibration is None else self.calibration.as_dict(),
+            },
+        )
+
+    def _restore(self, samples: Tensor, settings: dict[str, Any]) -> None:
+        self._fit = Fit(
+            self.likelihood,
+            samples,
+            float(settings["prior_precision"]),
+            int(settings["seed"]),
+            Certificate.from_dict(settings["certificate"]),
+            storage.fingerprint(self.model),
+        )
+        path = settings["calibration"]
+        self.calibration = None if path is None else CalibrationPath(**path)

@@ -1,0 +1,122 @@
+"""The command: run what is missing, then write tables, figures and the check of the claims."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from experiments import claims, page
+from experiments.methods import METHODS
+from experiments.runner import Job, run, say, words
+from experiments.store import OUT, RESULTS, Store
+
+# In the order in which they are run.
+EXPERIMENTS = (
+    "digits_heldout", "fashion_lenet", "underfitting", "tabular", "toy", "ablations", "fashion_resnet", "swin",
+)  # fmt: skip
+SETTINGS = ("small", "full")
+
+
+def load(name: str) -> ModuleType:
+    return importlib.import_module(f"experiments.{name}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments",
+        description="The empirical evaluation; see docs/evaluation.md.",
+    )
+    parser.add_argument("names", nargs="*", metavar="experiment", help="all, if none is named")
+    parser.add_argument("--setting", choices=SETTINGS, default="small")
+    parser.add_argument("--seeds", type=int, help="how many; each experiment has its own default")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--only-method", nargs="+", choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--no-resume", action="store_true", help="measure everything again")
+    parser.add_argument("--report", action="store_true", help="tables only, from what is there")
+    parser.add_argument("--workers", type=int, default=1, help="processes at a time")
+    parser.add_argument("--threads", type=int, help="of each process")
+    parser.add_argument(
+        "--here", action="store_true", help="in this process; peaks then mean little"
+    )
+    parser.add_argument(
+        "--docs", action="store_true", help="fill the page of the documentation, no more"
+    )
+    parser.add_argument("--list", action="store_true", help="name experiments and methods")
+    parser.add_argument("--out", type=Path, default=OUT, help="the folder of finished pieces")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of tables")
+    options = parser.parse_args(arguments)
+    console = Console(stderr=True)
+    if options.list:
+        for name in EXPERIMENTS:
+            say(console, f"{name}: {(load(name).__doc__ or '').splitlines()[0]}")
+        say(console, f"methods: {', '.join(METHODS)}")
+        return 0
+    if options.docs:
+        page.update()
+        return 0
+    if unknown := [name for name in options.names if name not in EXPERIMENTS]:
+        parser.error(f"unknown experiments {unknown}; there are {', '.join(EXPERIMENTS)}")
+    signal.signal(signal.SIGTERM, _stop)  # a kill ends the process at work too
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return evaluate(options, console)
+
+
+def _stop(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def evaluate(options: argparse.Namespace, console: Console) -> int:
+    """Run and report each experiment in turn; the exit status is 1 if anything failed."""
+    store = Store(options.out)
+    failures: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    started = time.perf_counter()
+    for name in options.names or EXPERIMENTS:
+        module = load(name)
+        seeds = None
+        if options.seeds is not None:
+            seeds = range(options.first_seed, options.first_seed + options.seeds)
+        jobs: list[Job] = module.jobs(options.setting, seeds, options.only_method)
+        if not options.report:
+            outcome = run(
+                jobs,
+                store,
+                console=console,
+                fresh=not options.here,
+                resume=not options.no_resume,
+                workers=options.workers,
+            )
+            failures |= outcome.failures
+            skipped |= outcome.skipped
+        report(module, options, store)
+    folder = options.results / options.setting
+    claims.write(options.setting, folder)
+    say(console, f"{words(time.perf_counter() - started)}. Tables and figures: {folder}")
+    for method, why in skipped.items():
+        say(console, f"Left out: {method}. {why}")
+    for key, why in failures.items():
+        say(console, f"FAILED: {key}. {why.splitlines()[0]}")
+    return 1 if failures else 0
+
+
+def report(module: Any, options: argparse.Namespace, store: Store) -> None:
+    """Tables from every finished piece of the experiment, whatever part of it was asked for now."""
+    kept = [job for job in module.jobs(options.setting, range(100), None) if job.keep]
+    found = [store.get(job.key, job.config) for job in kept]
+    runs = [record for record in found if record is not None]
+    module.report(options.setting, runs, options.results / options.setting)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""Digits with held-out classes: 500 training images, a convolutional network, two unseen classes for each seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import classification, reports
+from experiments.methods import METHODS
+from experiments.runner import Job
+from experiments.tasks import Recipe, Scale
+
+NAME = "digits_heldout"
+TITLE = "Digits with held-out classes"
+FULL = Scale(
+    seeds=10,
+    train=500,
+    validation=300,
+    test=None,
+    shifted=300,
+    outside=400,
+    measured=500,
+    recipe=Recipe(epochs=100, batch_size=64, learning_rate=3e-3),
+)
+SMALL = Scale(
+    seeds=2,
+    train=500,
+    validation=300,
+    test=400,
+    shifted=150,
+    outside=200,
+    measured=500,
+    recipe=Recipe(epochs=60, batch_size=64, learning_rate=3e-3),
+    strengths={
+        "rotation": (30, 90, 180),
+        "noise": (0.1, 0.3, 0.5),
+        "blur": (1.0, 2.0, 3.0),
+        "contrast": (0.5, 0.3, 0.1),
+    },
+)
+SCALES = {"small": SMALL, "full": FULL}
+WORDS = (
+    "scikit-learn's digits (8 × 8), tanh network of two convolutions and two dense layers, trained without two of the "
+    "ten classes, another pair for each seed. All posteriors keep, or are fitted on, all training images."
+)
+
+
+def jobs(
+    setting: str, seeds: Sequence[int] | None = None, methods: Sequence[str] | None = None
+) -> list[Job]:
+    scale = SCALES[setting]
+    return classification.jobs(
+        NAME, setting, scale, seeds or range(scale.seeds), methods or list(METHODS)
+    )
+
+
+def report(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
+    reports.classification(NAME, TITLE, WORDS, setting, SCALES[setting], runs, folder)

@@ -1,0 +1,39 @@
+"""The methods of the comparison, one file for each family, and their registry."""
+
+from __future__ import annotations
+
+from experiments.methods.base import Case, Draws, Method, Variant
+from experiments.methods.dropout import MCDropout
+from experiments.methods.ensemble import DeepEnsemble
+from experiments.methods.peer_laplace import DiagonalLaplace, KroneckerLaplace, LastLayerLaplace
+from experiments.methods.point import PointEstimate, TemperatureScaling
+from experiments.methods.posteriors import (
+    FullLaplace,
+    NullSpaceLoss,
+    NullSpaceOutputs,
+    NullSpacePredictions,
+)
+from experiments.methods.swag import SWAG
+
+# In the order of the tables.
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        PointEstimate,
+        TemperatureScaling,
+        MCDropout,
+        DeepEnsemble,
+        SWAG,
+        DiagonalLaplace,
+        KroneckerLaplace,
+        LastLayerLaplace,
+        FullLaplace,
+        NullSpacePredictions,
+        NullSpaceOutputs,
+        NullSpaceLoss,
+    )
+}
+OURS = NullSpacePredictions.name
+POINT = PointEstimate.name
+
+__all__ = ["METHODS", "OURS", "POINT", "Case", "Draws", "Method", "Variant"]

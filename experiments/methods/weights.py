@@ -1,0 +1,63 @@
+"""Predictions of a network whose weights are drawn: linearised, or the network itself re-weighted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from nullbayes import draws
+from nullbayes.jacobian.functional import FunctionalModel
+from nullbayes.jacobian.parameters import ParameterSpace
+from nullbayes.jacobian.probe import prove
+
+
+def sampled(
+    network: nn.Module, names: Sequence[str], changes: Tensor, x: Tensor, scale: float = 1.0
+) -> Tensor:
+    """``f(θ̂ + scale · Δ_s, x)``: ``(S, B, O)``.
+
+    Args:
+        names: of the weights that change, in the order of the columns of ``changes (S, P)``.
+    """
+    named = dict(network.named_parameters())
+    shapes = [named[name].shape for name in names]
+    out = []
+    with torch.no_grad():
+        for change in changes:
+            parts = change.split([shape.numel() for shape in shapes])
+            moved = {
+                name: named[name] + scale * part.reshape(shape)
+                for name, part, shape in zip(names, parts, shapes, strict=True)
+            }
+            out.append(functional_call(network, moved, (x,)))
+    return torch.stack(out)
+
+
+class Linearised:
+    """``f(θ̂, x)`` and ``J(x) Δ`` for given weight changes, by the library's own products.
+
+    Used for the peers' posteriors: for the same weight draws this is their linearised (GLM) predictive, at a fraction
+    of the memory of explicit Jacobians.
+    """
+
+    def __init__(self, network: nn.Module, names: Sequence[str], probe: Tensor) -> None:
+        self.network = network
+        self.space = ParameterSpace.from_model(network, list(names))
+        if self.space.names != tuple(names):
+            raise ValueError(f"weights come in the order {self.space.names}, not {tuple(names)}.")
+        self.functional = FunctionalModel(network, self.space, None)
+        with _derivatives():
+            self.plan = prove(self.functional, probe)
+
+    def __call__(self, changes: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``(B, O)`` and ``(S, B, O)`` for ``changes (S, P)``."""
+        with _derivatives():
+            return draws.linearised(self.functional, self.plan, changes, x)
+
+
+def _derivatives() -> Any:
+    return torch.random.fork_rng(devices=[])

@@ -1,0 +1,84 @@
+"""The documentation's page: tables and figures between its markers are copied from the results, never typed.
+
+    python -m experiments --docs
+
+A marker ``<!-- begin digits_heldout: Under shift -->`` takes that section's table from the full results, or from the
+small ones where there are no full ones; ``<!-- begin digits_heldout: figure auroc -->`` the picture. Of long tables the
+page shows the variant that stands for each method and ours by the evidence. ``<!-- begin claims -->``: the whole page.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from experiments.store import RESULTS, ROOT
+from nullbayes.report.writing import make_folder, write_text
+
+PAGE = ROOT / "docs" / "evaluation.md"
+PICTURES = "evaluation"  # folder of copied figures, beside the page
+MARKER = re.compile(r"(<!-- begin (?P<what>[^\n]*?) -->\n)(?P<old>.*?)(<!-- end -->)", re.DOTALL)
+ALSO_SHOWN = "null-space, by evidence"
+LONG = 16  # rows of a table from which on it is shortened
+
+
+def update(page: Path = PAGE, results: Path = RESULTS) -> None:
+    """Fill the page's markers and copy its figures."""
+    write_text(page, filled(page.read_text(), results, page.parent / PICTURES))
+
+
+def filled(text: str, results: Path, pictures: Path | None = None) -> str:
+    """The page with every marker filled anew; figures are copied to ``pictures`` unless that is None."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{content(match['what'], results, pictures)}\n\n{match[4]}"
+
+    return MARKER.sub(fill, text)
+
+
+def content(what: str, results: Path, pictures: Path | None) -> str:
+    name, _, title = (part.strip() for part in what.partition(":"))
+    for setting in ("full", "small"):
+        source = results / setting / f"{name}.md"
+        if source.is_file():
+            break
+    else:
+        return f"*No results yet: `python -m experiments {name} --setting full`.*"
+    where = f"*Setting: {setting}; `experiments/results/{setting}/{name}.md`.*"
+    lines = source.read_text().splitlines()
+    if not title:
+        body = "\n".join(line.replace("## ", "#### ", 1) for line in lines[1:]).strip()
+        return f"{body}\n\n{where}"
+    if title.startswith("figure"):
+        suffix = title.removeprefix("figure").strip()
+        file = f"{name}-{suffix}.png" if suffix else f"{name}.png"
+        words = next(
+            (w for w in re.findall(r"!\[(.*?)\]\((.*?)\)", "\n".join(lines)) if w[1] == file), None
+        )
+        if words is None:
+            raise ValueError(f"{source} shows no figure {file!r}: mend the marker {what!r}.")
+        if pictures is not None:
+            make_folder(pictures)
+            shutil.copyfile(source.parent / file, pictures / file)
+        return f"![{words[0]}]({PICTURES}/{file})\n\n{where}"
+    return f"{shortened(section(lines, title, source))}\n\n{where}"
+
+
+def section(lines: list[str], title: str, source: Path) -> list[str]:
+    """The table under the first heading that begins with ``title``."""
+    starts = [i for i, line in enumerate(lines) if line.startswith(f"## {title}")]
+    if not starts:
+        raise ValueError(f"{source} has no section {title!r}: mend the marker.")
+    rest = lines[starts[0] + 1 :]
+    stop = next((i for i, line in enumerate(rest) if line.startswith("## ")), len(rest))
+    return [line for line in rest[:stop] if line.startswith("|")]
+
+
+def shortened(table: list[str]) -> str:
+    """Of a long table the rows that stand for a method, and ours by the evidence."""
+    if len(table) - 2 >= LONG:
+        table = table[:2] + [
+            row for row in table[2:] if row.startswith(("| **", f"| {ALSO_SHOWN} |"))
+        ]
+    return "\n".join(table)

@@ -1,0 +1,90 @@
+"""Measure a method on a regression task."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from experiments import measures, networks, tasks
+from experiments.classification import case_of, describe, timed
+from experiments.methods import METHODS, Case, Draws, Method
+from experiments.runner import Job, forget_peak
+from experiments.store import Key
+from experiments.tasks import Scale
+from nullbayes.datasets import Split
+from nullbayes.memory import peak_bytes
+
+TIMED = 200
+
+
+def jobs(
+    experiment: str,
+    setting: str,
+    scale: Scale,
+    seeds: Sequence[int],
+    names: Sequence[str],
+    methods: Sequence[str],
+) -> list[Job]:
+    """All methods on all data sets ``names`` from one seed, one process each; networks are made on the way."""
+    return [
+        Job(
+            Key(experiment, setting, seed, method),
+            {**scale.config(), "names": list(names), "version": METHODS[method].version},
+            measure_job,
+            (names, seed, scale, method),
+        )
+        for seed in seeds
+        for method in methods
+    ]
+
+
+def measure_job(names: Sequence[str], seed: int, scale: Scale, method: str) -> dict[str, Any]:
+    """For the runner: one method on every data set."""
+    return {
+        "sets": {
+            name: measure(METHODS[method](), case_of(tasks.make(name, seed, scale)))
+            for name in names
+        }
+    }
+
+
+def measure(method: Method, case: Case) -> dict[str, Any]:
+    """All figures of one method on one data set."""
+    method.fit(case)
+    held = forget_peak()
+    started = time.perf_counter()
+    task = case.task
+    variants: dict[str, dict[str, Any]] = {key: {} for key in method.variants}
+    for part, split in (("train", task.measured), ("test", task.data.test)):
+        for key, draws in method.draws(split.inputs).items():
+            variants[key][part] = figures(case, draws, split)
+    measured = time.perf_counter() - started
+    peak = peak_bytes(torch.device("cpu"))
+    for key, seconds in timed(method, task.data.test.inputs[:TIMED]).items():
+        variants[key]["seconds_per_1000"] = seconds
+    point = networks.outputs(case.network, task.measured.inputs)
+    rmse = float((point - task.measured.targets).double().square().mean().sqrt())
+    return {
+        "method": method.name,
+        "single_network": method.single_network,
+        "variants": {key: {**describe(method.variants[key]), **variants[key]} for key in variants},
+        "point_train_rmse": rmse,
+        "noise": case.noise,
+        "parameters": sum(p.numel() for p in case.network.parameters()),
+        "train": len(case.train),
+        "test": len(task.data.test),
+        "seconds": {**method.seconds, "measuring": measured},
+        "peaks": {**method.peaks, "before_predictions": held, "predictions": peak},
+        "details": method.details,
+    }
+
+
+def figures(case: Case, draws: Draws, split: Split) -> dict[str, float]:
+    """RMSE, NLL, coverage; and the share of the predictive variance that is not noise."""
+    total = case.total(draws)
+    found = measures.regression(draws.mean, total, split.targets)
+    found["epistemic_share"] = float((draws.variance.double() / total).mean())
+    return found

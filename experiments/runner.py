@@ -1,0 +1,217 @@
+"""Run what is not there yet, each piece in a process of its own, and say how long the rest will take."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import itertools
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from experiments.store import Key, Store
+from nullbayes.memory import peak_bytes
+from nullbayes.report.writing import write_text
+
+PRELOAD = ["experiments.preload"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of work: ``function(*args)`` returns a dictionary that JSON can hold."""
+
+    key: Key
+    config: dict[str, Any]  # everything that the result depends on
+    function: Callable[..., dict[str, Any]]
+    args: tuple[Any, ...] = ()
+    keep: bool = True  # False: made for later jobs (a trained network), no row of a table
+
+
+@dataclass
+class Outcome:
+    """What a run of several jobs came to."""
+
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+class Unavailable(Exception):
+    """A method needs a package that is not installed; the message says how to get it."""
+
+
+def run(
+    jobs: Sequence[Job],
+    store: Store,
+    *,
+    console: Console | None = None,
+    fresh: bool = True,
+    resume: bool = True,
+    workers: int = 1,
+) -> Outcome:
+    """Do ``jobs`` in order; what ``store`` holds already is taken from there.
+
+    A job that fails is reported at the end and does not stop the others; it is tried anew by the next run.
+
+    Args:
+        fresh: a process for each job, so that its peak memory is its own. False: here, one after the other.
+        resume: False: do everything again.
+        workers: processes at a time. Networks are trained before the methods that need them.
+    """
+    console = console or Console(stderr=True)
+    outcome, clock = Outcome(), Clock(jobs, store)
+
+    def one(number: int, job: Job) -> None:
+        record = store.get(job.key, job.config) if resume else None
+        where = f"[{number + 1}/{len(jobs)}] {job.key}"
+        started, spent = time.perf_counter(), 0.0
+        if record is None:
+            say(console, f"{where} … {clock.left(number, workers)} left")
+            try:
+                result = isolated(job.function, *job.args) if fresh else job.function(*job.args)
+            except Unavailable as missing:
+                outcome.skipped[job.key.method] = str(missing)
+                say(console, f"{where}: skipped. {missing}")
+            except Exception as error:
+                outcome.failures[str(job.key)] = str(error)
+                trace = store.path(job.key).with_suffix(".error.txt")
+                write_text(trace, f"{error}\n")
+                say(console, f"{where}: FAILED. {str(error).splitlines()[0]} See {trace}")
+            else:
+                spent = time.perf_counter() - started
+                record = store.put(job.key, job.config, result, spent)
+                say(console, f"{where}: {words(spent)}")
+        clock.done(number, spent)
+        if record is not None and job.keep:
+            outcome.runs.append(record)
+
+    if not fresh or workers == 1:
+        for number, job in enumerate(jobs):
+            one(number, job)
+        return outcome
+    groups = itertools.groupby(enumerate(jobs), key=lambda pair: pair[1].keep)
+    for _, group in groups:
+        with ThreadPoolExecutor(workers) as pool:
+            waiting = [pool.submit(one, number, job) for number, job in group]
+            try:
+                for future in waiting:
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    outcome.runs.sort(key=lambda run: (run["seed"], run["method"]))
+    return outcome
+
+
+class Clock:
+    """Seconds left, by what the same work took before, or another seed of it, or the mean of all."""
+
+    def __init__(self, jobs: Sequence[Job], store: Store) -> None:
+        self.jobs = list(jobs)
+        self.before = [store.seconds(job.key) for job in jobs]
+        self.took: list[float | None] = [None] * len(jobs)
+        self.finished = [store.get(job.key, job.config) is not None for job in jobs]
+
+    def done(self, index: int, seconds: float) -> None:
+        self.took[index], self.finished[index] = seconds, True
+
+    def left(self, start: int, workers: int = 1) -> str:
+        remaining = [i for i in range(start, len(self.jobs)) if not self.finished[i]]
+        known = [t for t in self.took if t] + [t for t in self.before if t]
+        if not known:
+            return "unknown time"
+        mean = sum(known) / len(known)
+        return "about " + words(sum(self._guess(i) or mean for i in remaining) / workers)
+
+    def _guess(self, index: int) -> float | None:
+        if (before := self.before[index]) is not None:
+            return before
+        key = self.jobs[index].key
+        alike = [
+            took
+            for job, took in zip(self.jobs, self.took, strict=True)
+            if took and (job.key.experiment, job.key.method) == (key.experiment, key.method)
+        ]
+        return sum(alike) / len(alike) if alike else None
+
+
+def words(seconds: float) -> str:
+    """``83`` -> ``"1 min 23 s"``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def say(console: Console, text: str) -> None:
+    """Print as it is: no markup, no colours by guess."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+# -- processes -----------------------------------------------------------------------------------
+
+
+def isolated(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """Run in a process that holds nothing but the imported packages.
+
+    Raises:
+        Unavailable: as the function did.
+        RuntimeError: the function failed, with its traceback; or its process was killed.
+    """
+    methods = multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:  # packages are imported once, before any thread is started
+        context.set_forkserver_preload(PRELOAD)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(sender, torch.get_num_threads(), function, args))
+    process.start()
+    sender.close()
+    try:
+        kind, value = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(
+            f"its process ended with exit code {process.exitcode} and no result (killed for want of memory?)"
+        ) from None
+    except BaseException:  # Ctrl-C: the child must not go on alone
+        process.terminate()
+        process.join()
+        raise
+    process.join()
+    if kind == "missing":
+        raise Unavailable(value)
+    if kind == "error":
+        raise RuntimeError(value)
+    return value
+
+
+def _child(sender: Any, threads: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(threads)
+    try:
+        answer = ("result", function(*args))
+    except Unavailable as missing:
+        answer = ("missing", str(missing))
+    except Exception as error:
+        answer = ("error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+    sender.send(answer)
+    sender.close()
+
+
+def forget_peak() -> int:
+    """Let the peak of this process start anew, where the system can (Linux); returns what is held now, in bytes."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes(torch.device("cpu"))

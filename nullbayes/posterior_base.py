@@ -83,7 +83,7 @@ class Posterior:
         directions: None (all), a number or ``"auto"``: how many of the leading eigen-directions of
             each example's output Hessian are constrained.
         forward: ``forward(model, inputs) -> outputs`` where ``model(inputs)`` does not do.
-        tolerance: relative residual asked for; None: 1e-5 (float32), 1e-10 (float64), and 1e-2 for
+        tolerance: relative residual asked for; None: 1e-5 (float32), 1e-10 (float64), and 5e-2 for
             data sets that only an iterative solver can take.
         drift: stop at this RMS change of an example's preserved quantity (``certificate.row_drift``)
             even if the tolerance is not reached by then; for iterative solvers.

@@ -36,7 +36,7 @@ class AlternatingProjections(Solver):
     space, Laplace) the same sweep is block Gauss-Seidel on ``(A Aᵀ + shift I) z = A v + √shift ξ``.
 
     Args:
-        tolerance: on the relative residual; None: 1e-2.
+        tolerance: on the relative residual; None: 5e-2.
         max_cycles: sweeps over all mini-batches at most.
         batch_rows: rows of a mini-batch.
         accelerate: an exact line search along each cycle's step (Gearhart & Koshy 1989), without a

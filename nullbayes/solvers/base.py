@@ -103,7 +103,7 @@ class Solver(ABC):
     """A way to project onto ``ker A``, or to sample ``(shift I + AᵀA)⁻¹``. Holds settings only.
 
     Args of every solver: ``tolerance`` on the relative residual (None: 1e-5 for float32, 1e-10 for
-    float64; 1e-2 for iterative solvers) and ``max_iterations``.
+    float64; 5e-2 for iterative solvers) and ``max_iterations``.
     """
 
     name: str
@@ -185,9 +185,9 @@ class State(ABC):
         return 2.0 * rows * min(m, p) * (p + min(m, p))
 
 
-# Iterative solvers are for problems where 1e-5 is out of reach; below this, novelty and calibration
-# no longer change (benchmarks/whole.py).
-ITERATIVE_TOLERANCE = 1e-2
+# Iterative solvers are for problems where 1e-5 is out of reach. From here on predictions no longer change, and novelty
+# begins to suffer: what goes on is the freezing of directions that no prediction notices (benchmarks/whole.py).
+ITERATIVE_TOLERANCE = 5e-2
 
 
 def default_tolerance(dtype: torch.dtype) -> float:

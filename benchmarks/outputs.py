@@ -324,7 +324,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     style |= {"axes.grid": True, "grid.color": "#e3e3e3", "legend.frameon": False}
     panels = (("seconds", "CPU seconds", 1.0), ("memory", "memory, MB", float(MEGABYTE)))
     with plt.rc_context(style):

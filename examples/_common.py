@@ -22,7 +22,7 @@ LARGEST_PICTURE = 300_000  # bytes of a PNG in the documentation
 ALLOWED = 1e-3  # relative change of the mean training loss
 Batches = Sequence[tuple[Any, Tensor]]
 
-STYLE = {
+STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -9,11 +9,13 @@ import importlib.util
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from nullbayes.errors import InputError
 
+T = TypeVar("T")
 FAMILIES = {
     "internet": "email http urllib xmlrpc wsgiref imaplib poplib smtplib ftplib nntplib telnetlib socketserver ssl "
     "socket cgi ipaddress webbrowser mailbox",
@@ -38,8 +40,8 @@ def docstrings(modules: str) -> list[str]:
 @functools.cache
 def _below(name: str) -> tuple[str, ...]:
     library = Path(sysconfig.get_paths()["stdlib"])
-    paths = (library / f"{name}.py", *sorted((library / name).rglob("*.py")))
-    paths = [p for p in paths if p.is_file() and not {"test", "tests", "idle_test"} & set(p.parts)]
+    every = (library / f"{name}.py", *sorted((library / name).rglob("*.py")))
+    paths = [p for p in every if p.is_file() and not {"test", "tests", "idle_test"} & set(p.parts)]
     return tuple(text for path in paths for text in _docstrings(path))
 
 
@@ -77,6 +79,27 @@ def _joined(paths: Iterable[Path], least: int) -> str:
         if len(text) >= least:
             return text
     raise InputError(f"found {len(text)} characters of text, {least} are needed: ask for fewer.")
+
+
+def in_order(found: Sequence[T], seed: int) -> list[T]:
+    """A list in random order."""
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
+    return [found[i] for i in order.tolist()]
+
+
+def split(found: Sequence[T], train: int, validation: int, test: int) -> dict[str, list[T]]:
+    """Training, validation and test part of a list, in random order."""
+    need = train + validation + test
+    if len(found) < need:
+        raise InputError(
+            f"{need} docstrings are needed, this Python has {len(found)}: ask for fewer."
+        )
+    found = in_order(found, seed=0)
+    return {
+        "train": found[:train],
+        "validation": found[train : train + validation],
+        "test": found[train + validation : need],
+    }
 
 
 def cut(text: str, lengths: Sequence[int], seed: int) -> list[str]:

@@ -5,13 +5,24 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 LETTERS = "\n" + "".join(map(chr, range(32, 127)))  # token 0 is padding and the start of a text
 IGNORED = -100
+BATCH = 25
 Batch = dict[str, Tensor]
+
+
+def batches(data: Batch, limit: int | None = None) -> list[Batch]:
+    """Mappings of ``BATCH`` examples, as a Hugging Face collator makes them."""
+    count = len(data["labels"][:limit])
+    return [
+        {name: values[start : min(start + BATCH, count)] for name, values in data.items()}
+        for start in range(0, count, BATCH)
+    ]
 
 
 # -- words and a classifier ----------------------------------------------------------------------
@@ -48,20 +59,20 @@ def classifier(words: int, length: int, width: int, layers: int, classes: int) -
     """DistilBERT from its configuration, with the weights that seed 0 gives it."""
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
-    settings = DistilBertConfig(
-        vocab_size=words,
-        max_position_embeddings=length,
-        dim=width,
-        n_layers=layers,
-        n_heads=4,
-        hidden_dim=2 * width,
-        num_labels=classes,
-        pad_token_id=0,
-        attn_implementation="eager",  # the fused kernels have no forward-mode derivative
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": words,
+        "max_position_embeddings": length,
+        "dim": width,
+        "n_layers": layers,
+        "n_heads": 4,
+        "hidden_dim": 2 * width,
+        "num_labels": classes,
+        "pad_token_id": 0,
+        "attn_implementation": "eager",  # the fused kernels have no forward-mode derivative
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return DistilBertForSequenceClassification(settings)
+        return DistilBertForSequenceClassification(DistilBertConfig(**settings))
 
 
 # -- letters and a language model ----------------------------------------------------------------

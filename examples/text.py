@@ -25,11 +25,10 @@ import nullbayes as nb
 from examples import _common as common
 from examples import _texts as texts
 from examples import _transformers as models
-from examples._transformers import IGNORED, LETTERS, Batch
+from examples._transformers import BATCH, IGNORED, LETTERS, Batch, batches
 from nullbayes import metrics
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
-BATCH = 25
 CHECKED = 200  # training texts that figures are given for
 
 
@@ -60,31 +59,6 @@ SMALL = Sizes(
 # -- what both have in common --------------------------------------------------------------------
 
 
-def in_order(found: list[Any], seed: int) -> list[Any]:
-    """A list in random order."""
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
-    return [found[i] for i in order.tolist()]
-
-
-def split(found: list[Any], sizes: Sizes) -> dict[str, list[Any]]:
-    """Training, validation and test part of a list, in random order."""
-    first, second = sizes.train, sizes.train + sizes.validation
-    need = second + sizes.test
-    if len(found) < need:
-        raise ValueError(f"{need} docstrings are needed, this Python has {len(found)}.")
-    found = in_order(found, seed=0)
-    return {"train": found[:first], "validation": found[first:second], "test": found[second:need]}
-
-
-def batches(data: Batch, limit: int | None = None) -> list[Batch]:
-    """Mappings of ``BATCH`` examples, as a Hugging Face collator makes them."""
-    count = len(data["labels"][:limit])
-    return [
-        {name: values[start : min(start + BATCH, count)] for name, values in data.items()}
-        for start in range(0, count, BATCH)
-    ]
-
-
 @dataclass(frozen=True)
 class Answers:
     """Per token (or per text, for the classifier) of a set of texts; ignored positions are left out.
@@ -98,6 +72,7 @@ class Answers:
     point: Tensor  # (K, O) probabilities of the network alone
     variance: Tensor  # (K,) epistemic variance of the outputs, summed over classes
     epistemic: Tensor  # (K,) mutual information
+    deviation: Tensor  # (K,) of the label's log-probability over the samples, to first order
 
     @staticmethod
     def of(draws: common.Draws, alpha: float) -> Answers:
@@ -106,7 +81,11 @@ class Answers:
             m = draws.likelihood.moments(moved, point, True)
             text = torch.arange(seen, seen + len(labels)).reshape(-1, *[1] * (labels.ndim - 1))
             text, kept = text.expand_as(labels), labels != IGNORED
-            values = (text, labels, m.mean, point.softmax(-1), m.variance.sum(-1), m.epistemic)
+            p, change = point.softmax(-1), moved - point
+            label = labels.clamp_min(0).unsqueeze(-1).expand(*change.shape[:-1], 1)
+            own = change.gather(-1, label).squeeze(-1) - (p * change).sum(-1)
+            deviation = own.square().mean(0).sqrt()
+            values = (text, labels, m.mean, p, m.variance.sum(-1), m.epistemic, deviation)
             parts.append(tuple(v[kept] for v in values))
             seen += len(labels)
         return Answers(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -192,11 +171,11 @@ def classifier_data(sizes: Sizes) -> dict[str, Batch]:
         for label, modules in enumerate(texts.FAMILIES.values())
         for text in texts.docstrings(modules)
     ]
-    parts = split(pairs, sizes)
+    parts = texts.split(pairs, sizes.train, sizes.validation, sizes.test)
     index = models.vocabulary((text for text, _ in parts["train"]), sizes.vocabulary)
     sets = {name: ([t for t, _ in part], [y for _, y in part]) for name, part in parts.items()}
     for kind, modules in texts.HELD_OUT.items():
-        found = in_order(texts.docstrings(modules), seed=1)[: sizes.test]
+        found = texts.in_order(texts.docstrings(modules), seed=1)[: sizes.test]
         if found:  # turtles are not in every installation
             sets[kind] = (found, [0] * len(found))
     return {name: models.encoded_words(*part, index, sizes.words) for name, part in sets.items()}
@@ -226,8 +205,9 @@ def train_classifier(data: Batch, sizes: Sizes) -> nn.Module:
 def language_data(sizes: Sizes) -> dict[str, Batch]:
     """Docstrings, and other texts as long as the test's: headers, web pages, and docstrings made unreadable."""
     every = texts.docstrings(" ".join(texts.FAMILIES.values()))
-    sets: dict[str, list[str]] = split([text[: sizes.letters] for text in every], sizes)
-    test = sets["test"] = sets["test"][: sizes.test // 2]
+    every = [text[: sizes.letters] for text in every]
+    sets = texts.split(every, sizes.train, sizes.validation, sizes.test // 2)
+    test = sets["test"]
     lengths = [len(text) for text in test]
     enough = 2 * sum(lengths)
     sets |= {
@@ -283,19 +263,20 @@ def classifier_picture(answers: dict[str, Answers], out: Path, docs: bool) -> Pa
 def language_picture(
     data: dict[str, Batch], answers: dict[str, Answers], out: Path, docs: bool
 ) -> Path:
-    """One text of each kind, every letter on the mutual information of its prediction."""
+    """One text of each kind, every letter on the deviation of its log-probability over the samples."""
     from matplotlib import cm, colors
 
     with common.drawing() as plt:
         length = data["test"]["labels"].shape[1]
-        figure, axis = plt.subplots(figsize=(0.115 * length, 0.55 * len(answers) + 0.4))
-        most = max(float(a.epistemic[a.text == 1].quantile(0.97)) for a in answers.values())
+        size = (0.115 * length, 0.55 * len(answers) + 0.4)
+        figure, axis = plt.subplots(figsize=size, layout="constrained")
+        most = max(float(a.deviation[a.text == 1].quantile(0.97)) for a in answers.values())
         scale = cm.ScalarMappable(colors.Normalize(0, most), "YlOrRd")
         for row, (kind, a) in enumerate(answers.items()):
             axis.text(0, 2 * row - 0.9, "docstring" if kind == "test" else kind, fontsize=8)
             mine = a.text == 1
             for column, (token, value) in enumerate(
-                zip(a.labels[mine].tolist(), a.epistemic[mine].tolist(), strict=True)
+                zip(a.labels[mine].tolist(), a.deviation[mine].tolist(), strict=True)
             ):
                 letter = LETTERS[token - 1].replace("\n", "↵").replace("$", r"\$")
                 axis.add_patch(
@@ -313,8 +294,7 @@ def language_picture(
         axis.set(xlim=(0, length), ylim=(2 * len(answers) - 1, -1.5))
         axis.axis("off")
         bar = figure.colorbar(scale, ax=axis, shrink=0.6, pad=0.01)
-        bar.set_label("mutual information, nats", fontsize=8)
-        figure.tight_layout()
+        bar.set_label("deviation of log p, nats", fontsize=8)
         return common.save_picture(figure, "text_language", out, docs)
 
 
@@ -328,7 +308,8 @@ def fit(model: nn.Module, data: Batch, sizes: Sizes, preserve: str) -> nb.NullSp
 
 def run_classifier(sizes: Sizes, out: Path, docs: bool = False) -> dict[str, Any]:
     """Train, fit with each thing to keep, measure, draw."""
-    data, seconds = classifier_data(sizes), {}
+    data = classifier_data(sizes)
+    seconds: dict[str, float] = {}
     with common.clock(seconds, "training"):
         model = train_classifier(data["train"], sizes)
     found: dict[str, Any] = {"posteriors": {}, "seconds": seconds}
@@ -345,7 +326,8 @@ def run_classifier(sizes: Sizes, out: Path, docs: bool = False) -> dict[str, Any
 
 def run_language_model(sizes: Sizes, out: Path, docs: bool = False) -> dict[str, Any]:
     """Train, fit keeping each text's loss, measure, draw."""
-    data, seconds = language_data(sizes), {}
+    data = language_data(sizes)
+    seconds: dict[str, float] = {}
     with common.clock(seconds, "training"):
         model = train_language_model(data["train"], sizes)
     with common.clock(seconds, "fit"):

@@ -21,6 +21,7 @@ from nullbayes.errors import ModelError
 from nullbayes.jacobian.factors import DenseFactor, Factor, LookupFactor, concatenate
 from nullbayes.jacobian.functional import FunctionalModel, Inputs
 from nullbayes.jacobian.generic import generic_rows
+from nullbayes.jacobian.local import LocalFailed, LocalSite, LocalUse, local_rows, record_use
 from nullbayes.jacobian.outer import OuterFactor
 from nullbayes.jacobian.parameters import Slot
 from nullbayes.jacobian.registry import LayerRule, Lookup, Outer, Rows, rule_for
@@ -54,7 +55,11 @@ class CapturePlan:
     """Who accounts for which parameter. Settled by the probe, then fixed for the whole fit."""
 
     sites: list[Site]
+    # Without a rule. Those of `local` cost one module's passes, the others those of the whole model.
     generic: list[str]
+    local: list[LocalSite] = field(default_factory=list)
+    # Whether the probe is done: from then on what does not run locally is served by the whole model.
+    settled: bool = False
     reasons: dict[str, str] = field(default_factory=dict)
     batched_backward: bool = True
     vmapped: bool = True
@@ -176,9 +181,10 @@ class _Record:
 
 
 @contextmanager
-def _recording(sites: Sequence[Site]) -> Iterator[list[_Record]]:
+def _recording(plan: CapturePlan) -> Iterator[tuple[list[_Record], list[LocalUse]]]:
     """Hooks on the sites' modules for the length of one forward pass."""
     records: list[_Record] = []
+    uses: list[LocalUse] = []
     handles = []
 
     def hook_for(site: Site) -> Any:
@@ -193,12 +199,21 @@ def _recording(sites: Sequence[Site]) -> Iterator[list[_Record]]:
 
         return hook
 
+    def local_hook_for(site: LocalSite) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
+            use = record_use(site, args, kwargs, out)
+            if use is not None:
+                uses.append(use)
+
+        return hook
+
+    hooks = [(site.module, hook_for(site)) for site in plan.sites]
+    hooks += [(site.module, local_hook_for(site)) for site in plan.local]
     try:
-        for site in sites:
-            hook = hook_for(site)
-            handle = site.module.register_forward_hook(hook, with_kwargs=True, prepend=True)
+        for module, hook in hooks:
+            handle = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
             handles.append(handle)  # one by one: an error midway must find the earlier ones here
-        yield records
+        yield records, uses
     finally:
         for handle in handles:
             handle.remove()
@@ -237,7 +252,7 @@ def capture(
     Raises:
         ModelError: the outputs do not depend on the chosen parameters.
     """
-    with torch.enable_grad(), _recording(plan.sites) as records:
+    with torch.enable_grad(), _recording(plan) as (records, uses):
         outputs = functional(functional.weights(requires_grad=True), inputs)
     if not outputs.requires_grad:
         raise ModelError(
@@ -249,20 +264,29 @@ def capture(
     cotangents = made.values.to(outputs.dtype)
     count, size = cotangents.shape[:2]
     contributions = _Contributions(functional, plan, size, scales or {})
-    if records:
-        grads = batched_grad(outputs, [r.edge for r in records], cotangents, plan.batched_backward)
+    whole = [n for n in plan.generic if not any(n in site.names for site in plan.local)]
+    if records or uses:
+        edges = [r.edge for r in records] + [u.edge for u in uses]
+        grads = batched_grad(outputs, edges, cotangents, plan.batched_backward)
         with torch.no_grad():
-            for record, g in zip(records, grads, strict=True):
+            for record, g in zip(records, grads, strict=False):
                 if g is None:
                     continue
                 if record.x._version != record.version:
                     raise RuleMismatch(record.site.path, "its input was changed in place")
                 contributions.add(record.site, record.x, g)
-        plan.activations = sum(r.x.numel() + r.shape.numel() for r in records) // size
-    del outputs, records
-    if plan.generic:
+        passed = sum(r.x.numel() + r.shape.numel() for r in records) + sum(u.numel for u in uses)
+        plan.activations = passed // size
+        found = _local(functional, plan, uses, grads[len(records) :], size)
+        whole += [name for site in found.failed for name in site.names if name not in whole]
+        for name, values in found.rows:
+            if name not in whole:
+                contributions.add_rows(name, values)
+        del grads, found
+    del outputs, records, uses
+    if whole:
         try:
-            rows = generic_rows(functional, plan.generic, inputs, cotangents, plan.vmapped)
+            rows = generic_rows(functional, whole, inputs, cotangents, plan.vmapped)
         except Exception as error:
             if not plan.vmapped:
                 raise
@@ -271,6 +295,37 @@ def capture(
             contributions.add_rows(name, values)
     with torch.no_grad():
         return Block(contributions.factors(count), size, count), made
+
+
+@dataclass
+class _Local:
+    rows: list[tuple[str, Tensor]] = field(default_factory=list)
+    failed: list[LocalSite] = field(default_factory=list)
+
+
+def _local(
+    functional: FunctionalModel,
+    plan: CapturePlan,
+    uses: Sequence[LocalUse],
+    grads: Sequence[Tensor | None],
+    size: int,
+) -> _Local:
+    """Rows by running single modules; before the plan is settled, a failure is the probe's to mend."""
+    out = _Local()
+    for use, g in zip(uses, grads, strict=True):
+        if g is None or use.site in out.failed:
+            continue
+        try:
+            out.rows += local_rows(functional, use, g, size, plan.settled).items()
+        except Exception:  # whatever a module does where it was not written to be run alone
+            out.failed.append(use.site)
+    if not plan.settled:
+        able = [use.site for use in uses if use.takes_tensors]
+        hopeless = [site for site in plan.local if site not in able]
+        failed = out.failed + [site for site in hopeless if site not in out.failed]
+        if failed:
+            raise LocalFailed(failed, hopeless)
+    return out
 
 
 class _Contributions:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nullbayes.errors import ModelError, NonFiniteError
 from nullbayes.jacobian.capture import (
@@ -23,6 +23,7 @@ from nullbayes.jacobian.capture import (
     make_plan,
 )
 from nullbayes.jacobian.functional import FunctionalModel, Inputs, batch_size, take
+from nullbayes.jacobian.local import LocalFailed, LocalSite, ancestors
 
 PROBE_EXAMPLES = 3
 PROBE_COTANGENTS = 2
@@ -51,9 +52,13 @@ def prove(functional: FunctionalModel, inputs: Inputs) -> CapturePlan:
         if rows is None:
             continue  # the plan was changed; look again
         if not bad:
-            plan.written_out.clear()
-            return plan
+            break
         _repair(plan, bad)
+    if plan.generic and size > 1 and functional.randomness is None:
+        _localise(functional, plan, inputs, cots, truth)
+    plan.written_out.clear()
+    plan.settled = True
+    return plan
 
 
 def _check_outputs(functional: FunctionalModel, inputs: Inputs, outputs: Tensor, size: int) -> None:
@@ -186,6 +191,76 @@ def _repair(plan: CapturePlan, bad: list[str]) -> None:
     doubtful = {site.path for name in bad for site in plan.owners(name)}
     for path in sorted(doubtful):
         _next_layout(plan, path, "its rows did not match automatic differentiation")
+
+
+def _localise(
+    functional: FunctionalModel, plan: CapturePlan, inputs: Inputs, cots: Tensor, truth: Tensor
+) -> None:
+    """Serve what has no rule from the smallest module that gives the right rows by itself.
+
+    From a parameter's owner outwards; what no module near it can serve stays with the whole model. One example alone
+    would not tell an axis of the batch from any other.
+    """
+    modules = dict(functional.model.named_modules())
+    owners = _owners(functional)
+    line = {name: list(ancestors(owners[name])) for name in plan.generic}  # what is yet to be tried
+    trying = _sites(line, modules, list(line))
+    kept: list[LocalSite] = []
+    while trying:
+        plan.local = kept + trying
+        hopeless: list[LocalSite] = []
+        try:
+            rows = _captured_rows(functional, plan, inputs, cots)
+        except LocalFailed as failure:
+            bad = [site for site in failure.sites if site in trying]
+            hopeless = failure.hopeless
+            if not bad:  # what ran before does not run now: not to be relied on
+                kept = []
+                break
+        else:
+            if rows is None:
+                continue
+            wrong = set(_mismatches(functional, rows, truth))
+            bad = [site for site in trying if wrong & set(site.names)]
+            kept += [site for site in trying if site not in bad]
+            trying = []
+        for site in bad:
+            trying = [other for other in trying if other is not site]
+            if site not in hopeless and _next_try(site):
+                trying.append(site)
+                continue
+            for name in site.names:
+                line[name].pop(0)
+            trying += _sites(line, modules, site.names)
+    plan.local = kept
+
+
+def _sites(
+    line: dict[str, list[str]], modules: dict[str, nn.Module], names: list[str]
+) -> list[LocalSite]:
+    """One site for each module that is next in line for some of ``names``."""
+    by_path: dict[str, list[str]] = {}
+    for name in names:
+        if line[name]:
+            by_path.setdefault(line[name][0], []).append(name)
+    return [LocalSite(path, modules[path], names) for path, names in by_path.items()]
+
+
+def _next_try(site: LocalSite) -> bool:
+    """A loop instead of one vectorised pass, then the batch on the second axis; False: neither is left."""
+    site.batched = {}
+    if site.vmapped:
+        site.vmapped = False
+    elif site.axis == 0:
+        site.axis, site.vmapped = 1, True
+    else:
+        return False
+    return True
+
+
+def _owners(functional: FunctionalModel) -> dict[str, str]:
+    """Path of the module that owns each parameter."""
+    return {name: name.rpartition(".")[0] for name, _ in functional.model.named_parameters()}
 
 
 def _next_layout(plan: CapturePlan, path: str, reason: str) -> None:

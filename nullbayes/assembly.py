@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import os
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,7 +39,16 @@ from nullbayes.memory import (
     format_bytes,
     peak_bytes,
 )
-from nullbayes.progress import Stages, stages
+from nullbayes.progress import (
+    CERTIFICATE,
+    FACTORISATION,
+    GRAM,
+    PROJECTION,
+    ROWS,
+    Laps,
+    Stages,
+    stages,
+)
 from nullbayes.solvers import Choice, Projection, Size, Solver, State, Status, choose
 from nullbayes.solvers.base import relative
 from nullbayes.solvers.krylov import row_norms
@@ -132,7 +140,7 @@ def build(
     Raises:
         MemoryBudgetError: the plan does not fit the budget, or the machine ran out of memory.
     """
-    started = time.perf_counter()
+    laps = Laps()
     budget = settings.memory or default_budget(available_bytes(functional.device))
     # Noise is fitted on a copy: an error later on leaves the earlier fit as it was.
     likelihood = copy.deepcopy(likelihood)
@@ -150,21 +158,23 @@ def build(
             num_samples,
             stage,
         )
+        laps.lap(ROWS)
         m, p = rows.operator.shape
         theta = functional.space.flatten(functional.weights())
         choice = _chosen(settings, rows.operator, num_samples, budget)
-        state, alpha = _factorised(choice.solver, rows, theta, settings, stage)
+        state, alpha = _factorised(choice.solver, rows, theta, settings, stage, laps)
         noisy = m if settings.kind == LAPLACE else 0
         v, noise = draws.standard_normal(seed, range(num_samples), p, noisy, theta)
-        report = stage.towards("projection") if choice.solver.iterative else None
+        report = stage.towards(PROJECTION) if choice.solver.iterative else None
         state.watch = _watch(checkpoint, settings, state, rows.operator, theta, seed, v, report)
         done = state.project(v, noise if noisy else None)
         if done.status is not Status.INTERRUPTED:
             state.watch.finish()
         state.watch = QUIET
+        laps.lap(PROJECTION)
         gone = float(row_norms(v).square().sum() - row_norms(done.value).square().sum())
-        measured = settings.numerical or state.rank is None
-        gamma = gone / num_samples if measured else float(state.rank or 0)
+        passed = settings.numerical or state.rank is None
+        gamma = gone / num_samples if passed else float(state.rank or 0)
         if settings.kind == NULL_SPACE and settings.prior == "evidence":
             alpha = null_space_precision(gamma, p, theta)
         rank = min(max(round(gamma), 0), m, p)
@@ -177,6 +187,9 @@ def build(
             evidence, alpha = alpha, check.keeping(alpha)
             if alpha > evidence:
                 notes.append(_raised(evidence, alpha))
+    measured = _measured_rows(rows, done, v, alpha) | check.measure(alpha**-0.5)
+    digest = fingerprint(functional.model)
+    laps.lap(CERTIFICATE)
     certificate = Certificate(
         method=settings.kind,
         preserve=settings.preserve.describe(),
@@ -187,17 +200,16 @@ def build(
         rank=rank,
         null_dim=p - rank,
         prior_precision=alpha,
-        **_measured_rows(rows, done, v, alpha),
+        **measured,
         natural_units=settings.preserve.natural_units,
-        **check.measure(alpha**-0.5),
         score_name=likelihood.score_name,
         checked_examples=check.examples,
         num_samples=num_samples,
         notes=tuple(notes),
-        seconds=time.perf_counter() - started,
+        stages=laps.seconds,
+        seconds=laps.total,
         peak_memory=peak_bytes(functional.device),
     )
-    digest = fingerprint(functional.model)
     return Fit(likelihood, unit, alpha, seed, certificate, digest, rows.plan, state, check)
 
 
@@ -262,10 +274,16 @@ def _watch(
 
 
 def _factorised(
-    solver: Solver, rows: TrainingRows, theta: Tensor, settings: Settings, stage: Stages
+    solver: Solver,
+    rows: TrainingRows,
+    theta: Tensor,
+    settings: Settings,
+    stage: Stages,
+    laps: Laps,
 ) -> tuple[State, float]:
     """A solver ready to project, and the prior precision that it was made ready for."""
-    state = solver.prepare(rows.operator, stage.fraction("Gram matrix, QR"))
+    state = solver.prepare(rows.operator, stage.fraction(GRAM))
+    laps.lap(GRAM)
     alpha = 1.0
     if isinstance(settings.prior, float):
         alpha = settings.prior
@@ -284,7 +302,8 @@ def _factorised(
             expected = fixed_point(state.spectrum(), theta, DELTA)
         # drift² = mean_n ‖A_n Δ‖² with Δ = x / √α
         state.enough = settings.drift * (rows.examples * expected) ** 0.5
-    state.factorise(settings.delta * alpha, settings.numerical, stage.fraction("factorisation"))
+    state.factorise(settings.delta * alpha, settings.numerical, stage.fraction(FACTORISATION))
+    laps.lap(FACTORISATION)
     return state, alpha
 
 

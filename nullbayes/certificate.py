@@ -16,6 +16,7 @@ from nullbayes.errors import NonFiniteError
 from nullbayes.jacobian.capture import CapturePlan
 from nullbayes.jacobian.functional import FunctionalModel, Inputs, batch_size, take
 from nullbayes.likelihood import Likelihood
+from nullbayes.likelihood.pieces import mirrored
 from nullbayes.memory import format_bytes
 from nullbayes.solvers.base import Status
 
@@ -57,7 +58,8 @@ class Certificate:
         delta: where the null space ends, relative to the prior precision (0: exact; 1: Laplace).
         discarded_trace: share of the output Hessians' trace that ``directions`` left out.
         solver, reason, status, iterations: what solved it, why that, how it ended, how much work.
-        seconds, peak_memory: of the fit, in seconds and bytes (the process's peak).
+        seconds, peak_memory: of the fit, in seconds and bytes (the process's peak); ``stages``: the seconds of
+            each of its stages.
         examples, checked_examples: how many are constrained, and how many of them were checked.
         generic: parameters without a layer rule, served by the slower generic path.
         notes: what else deserves a look.
@@ -94,6 +96,7 @@ class Certificate:
     num_samples: int
     generic: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    stages: dict[str, float] = field(default_factory=dict)
 
     @property
     def projects(self) -> bool:
@@ -337,10 +340,9 @@ class GuaranteeCheck:
         before, after = [0.0, 0], [0.0, 0]
         with torch.no_grad():
             for point, unit, targets in self.batches:
-                # Twice the same draw: a likelihood may ask for the variance of its draws.
-                unmoved = torch.stack([point, point])
-                for sums, values in ((before, unmoved), (after, point + scale * unit)):
-                    total, count = likelihood.score_draws(values, point, True, targets)
+                for sums, values in ((before, point[None]), (after, point + scale * unit)):
+                    both = mirrored(values, point)
+                    total, count = likelihood.score_draws(both, point, True, targets)
                     sums[0] += total
                     sums[1] += count
         return (

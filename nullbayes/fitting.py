@@ -26,7 +26,7 @@ from nullbayes.jacobian.keeping import BLOCK_BYTES, Keeper
 from nullbayes.jacobian.operator import JacobianOperator, check_block
 from nullbayes.jacobian.probe import prove
 from nullbayes.likelihood import Likelihood
-from nullbayes.progress import Stages
+from nullbayes.progress import ROWS, Stages
 
 # Vectors of P numbers that the most demanding solver holds for a sample, and the share of what is left
 # beside them that rows may take.
@@ -141,7 +141,7 @@ def capture_training(
     examples, trace, discarded, captured = 0, 0.0, 0.0, 0
     kept: list[tuple[Inputs, Any]] = []
     left, checked = memory.check, 0
-    track = stage.track(loader, "Jacobian rows")
+    track = stage.track(loader, ROWS)
     for index, inputs, targets in limited(functional, track, "train_loader", limit):
         where = f"train_loader, batch {index}"
         outputs = functional.outputs(inputs, where)

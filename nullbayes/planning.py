@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from nullbayes.arguments import check_count
 from nullbayes.constraints import Directions, Preserve, resolve_directions, resolve_preserve
 from nullbayes.errors import MemoryBudgetError, NotFittedError
 from nullbayes.fitting import FitMemory, check_reusable, default_budget, limited, row_groups
+from nullbayes.forecast import Trial, settled
 from nullbayes.jacobian.build import capture_batch
 from nullbayes.jacobian.capture import Block
 from nullbayes.jacobian.functional import (
@@ -25,15 +24,15 @@ from nullbayes.jacobian.functional import (
     undisturbed,
     unwrapped,
 )
-from nullbayes.jacobian.keeping import BLOCK_ROWS, fits_on_disk, merge_blocks
+from nullbayes.jacobian.keeping import fits_on_disk, merge_blocks
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.jacobian.parameters import ParameterChoice, ParameterSpace
 from nullbayes.jacobian.probe import prove
 from nullbayes.jacobian.randomness import FrozenRandomness, resolve_randomness
 from nullbayes.likelihood import Likelihood, LossFunction, Regression, resolve_loss
 from nullbayes.memory import available_bytes, format_bytes, parse_bytes
+from nullbayes.progress import ROWS
 from nullbayes.solvers import Size, Solver, choose
-from nullbayes.solvers.iterative import EXPECTED_ITERATIONS
 
 TRIED_EXAMPLES = 48
 
@@ -81,15 +80,15 @@ class Plan:
             f"  solver                 {self.solver or 'none fits'}: {self.reason}",
         ]
         for stage, size in self.bytes.items():
-            seconds = self.seconds.get(stage)
-            took = "" if seconds is None else f", about {seconds:.1f} s"
-            lines.append(f"  {stage:<22} {format_bytes(size)}{took}")
+            lines.append(f"  {stage:<22} {format_bytes(size)}")
         total = sum(self.bytes.values())
         lines.append(
             f"  in all                 {format_bytes(total)} of {format_bytes(self.budget)}"
         )
         if self.seconds:
-            lines.append(f"  time                   about {sum(self.seconds.values()):.1f} s")
+            stages = ", ".join(f"{stage} {s:.1f}" for stage, s in self.seconds.items())
+            total_seconds = sum(self.seconds.values())
+            lines.append(f"  time                   about {total_seconds:.1f} s ({stages})")
         for name, why in self.unsupported.items():
             lines.append(f"  generic path           {name}: {why}")
         return "\n".join([*lines, *(f"  → {text}" for text in self.advice)])
@@ -178,7 +177,7 @@ def _try(
     except NotFittedError:  # noise that only a fit estimates: its value changes no cost
         likelihood = Regression(1.0)
 
-    proven = prove(functional, inputs)
+    proving, proven = settled(lambda: prove(functional, inputs))
     size = batch_size(inputs)
     room = FitMemory.of(budget, num_samples, space.total, space.dtype)
 
@@ -192,10 +191,8 @@ def _try(
             )
         ]
 
-    captured()  # once to warm up
-    started = time.perf_counter()
-    blocks = captured()
-    per_example = (time.perf_counter() - started) / size
+    capturing, blocks = settled(captured)
+    per_example = capturing / size
     operator = JacobianOperator(space, merge_blocks(blocks))
     trial = operator.shape[0]
     m = -(-trial * examples // size)
@@ -209,10 +206,10 @@ def _try(
         space.dtype.itemsize,
     )
     nbytes = {
-        "Jacobian rows": min(factors, room.rows),
+        ROWS: min(factors, room.rows),
         "temporaries": room.temporaries + room.check,
     }
-    seconds = {"Jacobian rows": per_example * examples}
+    seconds = {ROWS: proving + per_example * examples}
     advice: list[str] = []
     chosen: str | None = None
     try:
@@ -221,10 +218,24 @@ def _try(
         choice = choose(solver, sized, budget - held + movable)
         needed = choice.solver.cost(sized).nbytes
         chosen, reason = choice.solver.name, choice.why
-        nbytes["Jacobian rows"] = max(0, min(held, budget - needed))
+        nbytes[ROWS] = max(0, min(held, budget - needed))
         nbytes["solver"] = needed
-        seconds |= _solver_seconds(choice.solver, operator, m, num_samples)
-        elsewhere = factors - nbytes["Jacobian rows"]
+        seconds |= Trial(
+            functional,
+            proven,
+            likelihood,
+            preserve,
+            inputs,
+            targets,
+            operator,
+            size,
+            examples,
+            m,
+            num_samples,
+            room.block,
+            room.check,
+        ).seconds(choice.solver)
+        elsewhere = factors - nbytes[ROWS]
         if elsewhere > 0:
             where = "go to disk" if fits_on_disk(elsewhere, space.device) else "are recomputed"
             advice.append(
@@ -256,37 +267,3 @@ def _try(
         reasons,
         advice,
     )
-
-
-def _solver_seconds(
-    solver: Solver, operator: JacobianOperator, m: int, samples: int
-) -> dict[str, float]:
-    """Seconds by stage, each extrapolated from a small trial by the law that it follows."""
-    trial, p = operator.shape
-    v = torch.randn(samples, p, dtype=operator.dtype, device=operator.device)
-    operator.normal(v)
-    one_pass = _timed(lambda: operator.normal(v)) * m / trial
-    if solver.iterative:
-        return {"projection": EXPECTED_ITERATIONS * one_pass}
-    out = {"projection and certificate": 4 * one_pass}
-    if solver.name == "primal QR":
-        rows = torch.randn(2 * p + 16, p, dtype=torch.float64)
-        qr = _timed(lambda: torch.linalg.qr(rows, mode="r"))
-        return {"QR": qr * max(1.0, m / max(1, p)), **out}
-    operator.gram()
-    # A block's product with itself is computed whole, so the trial did all of its M² pairs.
-    pairs = _timed(operator.gram) / trial**2
-    n = min(3000, max(m, 2))
-    matrix = torch.eye(n, dtype=torch.float64, device=operator.device).mul_(n).add_(1.0)
-    torch.linalg.cholesky(matrix)
-    cholesky = _timed(lambda: torch.linalg.cholesky(matrix)) / n**3
-    blocks = max(1.0, m / BLOCK_ROWS)
-    computed = 0.5 + 0.5 / blocks  # the lower triangle of blocks, the diagonal ones whole
-    out["projection and certificate"] += 4e-11 * samples * m**2
-    return {"Gram matrix": computed * pairs * m**2, "factorisation": cholesky * m**3, **out}
-
-
-def _timed(run: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -12,6 +13,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 T = TypeVar("T")
 Tick = Callable[[float], None]
+
+# Stages of a fit, in order: what `Plan.seconds` predicts and `Certificate.stages` says.
+ROWS, GRAM, FACTORISATION = "Jacobian rows", "Gram matrix, QR", "factorisation"
+PROJECTION, CERTIFICATE = "projection", "certificate"
+
+
+class Laps:
+    """Seconds of consecutive stages of a fit."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """What passed since the last call was ``stage``."""
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
+        self._since = now
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
 
 
 class Stages:

@@ -388,6 +388,28 @@ def test_plan_and_fit_count_alike(preserve: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "solver",
+    [
+        nb.solvers.DualCholesky(),
+        nb.solvers.PrimalQR(),
+        nb.solvers.ConjugateGradient(),
+        nb.solvers.AlternatingProjections(),
+    ],
+    ids=lambda solver: solver.name,
+)
+def test_a_plan_foretells_every_stage_that_the_certificate_times(solver: Any) -> None:
+    many = [(X.repeat(12, 1), Y.repeat(12))]  # more examples than are tried
+    plan = nb.plan(network(), many, solver=solver, num_samples=3)
+    posterior = nb.NullSpacePosterior(network(), solver=solver).fit(many, 3, **QUIET)
+    c = posterior.certificate
+    assert plan.seconds.keys() == c.stages.keys()
+    assert all(0 <= value < 60 for value in (*plan.seconds.values(), *c.stages.values()))
+    assert sum(plan.seconds.values()) > 0
+    assert sum(c.stages.values()) == pytest.approx(c.seconds)
+    assert all(stage in str(plan) for stage in plan.seconds)
+
+
 def test_the_plan_of_a_regression_needs_no_noise() -> None:
     likelihood = nb.Regression()
     plan = nb.plan(network(), [(X, X)], likelihood)

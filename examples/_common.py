@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import nullbayes as nb
 from nullbayes import metrics
+from nullbayes.likelihood.pieces import mirrored
 
 DOCS = Path(__file__).parent.parent / "docs" / "assets"
 LARGEST_PICTURE = 300_000  # bytes of a PNG in the documentation
@@ -115,8 +116,9 @@ class LossCheck:
     def _changes(self, alpha: float) -> tuple[float, float]:
         """``samples`` and ``predictive``."""
         mean, predictive = 0.0, 0.0
-        for _, moved, targets in self.draws.at(alpha):
-            losses = torch.stack([self.likelihood.loss(draw, targets) for draw in moved]).double()
+        for point, moved, targets in self.draws.at(alpha):
+            both = mirrored(moved, point)
+            losses = torch.stack([self.likelihood.loss(draw, targets) for draw in both]).double()
             mean += float(losses.mean(0).sum())
             predictive += float((math.log(len(losses)) - (-losses).logsumexp(0)).sum())
         total = float(self.losses.sum())

@@ -22,6 +22,7 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 import nullbayes as nb
 from examples import _common as common
 from nullbayes import datasets, metrics
+from nullbayes.prediction import make_prediction
 
 HELD_OUT_DIGITS = (8, 9)
 CLOTHING = (0, 1, 2, 3, 4, 6)  # Fashion-MNIST's classes that training has as backgrounds
@@ -194,7 +195,7 @@ class Answers:
     def of(draws: common.Draws, alpha: float) -> Answers:
         parts = []
         for point, moved, _ in draws.at(alpha):
-            m = draws.likelihood.moments(moved, point, True)
+            m = make_prediction(draws.likelihood, point, moved, "linearised")
             parts.append((m.mean, point.softmax(1), m.variance.sum(1), m.total, m.epistemic))
         return Answers(*(torch.cat(column) for column in zip(*parts, strict=True)))
 

@@ -27,6 +27,7 @@ from examples import _texts as texts
 from examples import _transformers as models
 from examples._transformers import BATCH, IGNORED, LETTERS, Batch, batches
 from nullbayes import metrics
+from nullbayes.prediction import make_prediction
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 CHECKED = 200  # training texts that figures are given for
@@ -78,7 +79,7 @@ class Answers:
     def of(draws: common.Draws, alpha: float) -> Answers:
         parts, seen = [], 0
         for point, moved, labels in draws.at(alpha):
-            m = draws.likelihood.moments(moved, point, True)
+            m = make_prediction(draws.likelihood, point, moved, "linearised")
             text = torch.arange(seen, seen + len(labels)).reshape(-1, *[1] * (labels.ndim - 1))
             text, kept = text.expand_as(labels), labels != IGNORED
             p, change = point.softmax(-1), moved - point

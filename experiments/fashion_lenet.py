@@ -23,7 +23,7 @@ FULL = Scale(
     measured=10_000,
     recipe=Recipe(epochs=15, batch_size=128, learning_rate=2e-3),
     memory="9GB",
-    solver_tolerance=0.03,
+    solver_tolerance=0.05,
     collected=25,
 )
 SMALL = Scale(

@@ -23,11 +23,13 @@ from nullbayes.fitting import limited
 from nullbayes.jacobian.capture import CapturePlan
 from nullbayes.jacobian.functional import FunctionalModel
 from nullbayes.likelihood import Likelihood
+from nullbayes.likelihood.pieces import mirrored
 from nullbayes.metrics import ood_metrics
 from nullbayes.prediction import per_example
 from nullbayes.progress import stages
 
 METRICS = ("nll", "ece")
+NO_GAIN = 1e-4  # of the metric: what lies below is rounding
 POINTS = 49
 DECADES = (-4.0, 8.0)
 BINS = 15
@@ -111,7 +113,8 @@ def calibration_path(
                 where = f"ood_loader, batch {index}"
                 point, unit = draws.linearised(functional, plan, samples, inputs, where)
                 for precision, out in zip(path, scores_out, strict=True):
-                    moments = likelihood.moments(point + unit / math.sqrt(precision), point, True)
+                    moved = mirrored(point + unit / math.sqrt(precision), point)
+                    moments = likelihood.moments(moved, point, True)
                     out.append(per_example(moments.total))
     rows = [figure.result(examples) for figure in figures]
     has_ece = rows[-1]["ece"] is not None
@@ -157,10 +160,10 @@ def _warn(path: CalibrationPath, values: list[float]) -> None:
             "the best prior precision lies at the lower end of the path; the validation data ask "
             "for still wider functions. Set a smaller `prior_precision` and calibrate again."
         )
-    elif point is not None and best > point:
+    elif point is not None and point - best <= NO_GAIN * abs(point):
         text = (
             f"no point of the path beats the trained network ({path.metric} {best:.4f} against "
-            f"{point:.4f}) on {path.examples} validation examples."
+            f"{point:.4f}) on {path.examples} validation examples: on these the posterior adds nothing."
         )
     else:
         return
@@ -183,10 +186,9 @@ class _Figures:
     def add(self, point: Tensor, moved: Tensor, targets: Tensor) -> Tensor:
         """Count one batch; returns the uncertainty of each example ``(B,)``."""
         with torch.no_grad():
-            # Twice the same draw: a likelihood may ask for the variance of its draws.
-            several = moved if len(moved) > 1 else moved.expand(2, *point.shape)
-            moments = self.likelihood.moments(several, point, True)
-            self.nll -= float(self.likelihood.log_predictive(moved, targets).double().sum())
+            both = mirrored(moved, point)
+            moments = self.likelihood.moments(both, point, True)
+            self.nll -= float(self.likelihood.log_predictive(both, targets).double().sum())
             total, count = self.likelihood.score(moments.mean, targets)
             self.score, self.count = self.score + total, self.count + count
             confidence = self.likelihood.confidence(moments.mean, targets)

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from nullbayes.assembly import Fit, Settings
-from nullbayes.draws import REVERSE_OUTPUTS_PER_SAMPLE, forward_mode, output_rows
+from nullbayes.draws import (
+    REVERSE_OUTPUTS_PER_SAMPLE,
+    first_output,
+    forward_mode,
+    output_rows,
+)
 from nullbayes.errors import InputError, NotFittedError
 from nullbayes.jacobian.build import capture_batch
 from nullbayes.jacobian.capture import CapturePlan
@@ -29,20 +34,15 @@ def novelty_variance(
     fit: Fit,
     settings: Settings,
     x: Inputs,
-    point: Tensor,
     share: bool,
     exact: bool | None,
 ) -> Tensor:
-    """``(B,)`` in the model's dtype; see :meth:`nullbayes.Posterior.novelty`.
-
-    Args:
-        point: ``(B, *out)``, the outputs at ``x``.
-    """
-    outputs = point[0].numel()
+    """``(B,)`` in the model's dtype; see :meth:`nullbayes.Posterior.novelty`."""
+    outputs = first_output(functional, x, "`x`").numel()
     exact = _is_exact(exact, fit, outputs)
     if not exact and not share and outputs > REVERSE_OUTPUTS_PER_SAMPLE * len(fit.unit):
         change = forward_mode(functional, plan, fit.unit, x)  # rows of many outputs cost too much
-        squares = change.double().square().mean(0).reshape(len(point), -1).sum(1)
+        squares = change.double().square().mean(0).flatten(1).sum(1)
         return (squares / fit.alpha).to(functional.dtype)
     unit = _unit(functional, fit, settings)
     pieces = output_rows(functional, plan, x, outputs, unit, settings.scale_by_name, "`x`")
@@ -57,11 +57,11 @@ def loss_variance(
     settings: Settings,
     likelihood: Likelihood,
     x: Inputs,
-    point: Tensor,
     targets: Any,
     exact: bool | None,
 ) -> Tensor:
     """``Var(∇ℓ(f(x))ᵀ J(x) Δ) (B,)``: of each example's own loss, to first order; one row, however many outputs."""
+    point = functional.outputs(x, "`x`")
     likelihood.validate(point, targets, "`x`")
     targets = likelihood.prepare_targets(point, targets)
     exact = _is_exact(exact, fit, 1)

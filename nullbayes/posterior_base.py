@@ -371,12 +371,11 @@ class Posterior:
         values = []
         for draw in drawn:
             some = self.functional.keyed(x, [draw])
-            point, plan = self.functional.outputs(some, "`x`"), self._capture_plan(some)
-            rest = (self.functional, plan, self._fitted(), self._settings)
+            rest = (self.functional, self._capture_plan(some), self._fitted(), self._settings)
             if score == "loss":
-                values.append(loss_variance(*rest, self.likelihood, some, point, targets, exact))
+                values.append(loss_variance(*rest, self.likelihood, some, targets, exact))
             else:
-                values.append(novelty_variance(*rest, some, point, score == "share", exact))
+                values.append(novelty_variance(*rest, some, score == "share", exact))
         return torch.stack(values).mean(0)
 
     def _check_model(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from nullbayes.errors import NonFiniteError
 from nullbayes.jacobian.outputs import tensors_in
 from nullbayes.likelihood import Likelihood
+from nullbayes.likelihood.pieces import mirrored
 
 METHODS = ("linearised", "sampled")
 SCORES = ("variance", "share", "entropy", "mutual_information", "loss")
@@ -21,7 +22,8 @@ class Prediction:
     """A Bayesian prediction for ``B`` examples from ``S`` function draws.
 
     Attributes:
-        mean: ``(B, *out)`` predictive mean: class probabilities, or the regression mean.
+        mean: ``(B, *out)`` predictive mean: class probabilities, or the regression mean. Linearised, it and the
+            uncertainties are averages over the draws and their mirror images about ``point``.
         outputs: ``(S, B, *out)`` raw outputs (logits) of each draw; draw ``s`` is the same function
             for every batch, so draws can be followed across batches.
         point: ``(B, *out)`` raw outputs of the trained network.
@@ -59,7 +61,8 @@ def make_prediction(
             "check that its inputs are finite and scaled as in training."
         )
     with torch.no_grad():
-        m = likelihood.moments(outputs, point, method == "linearised")
+        linear = method == METHODS[0]
+        m = likelihood.moments(mirrored(outputs, point) if linear else outputs, point, linear)
     return Prediction(m.mean, outputs, point, m.variance, m.total, m.aleatoric, m.epistemic, method)
 
 

@@ -120,7 +120,7 @@ def test_scores_of_draws_follow_their_definitions() -> None:
     outputs = torch.randn(6, 3, 4, generator=generator(), dtype=torch.float64)
     centre = outputs.mean(0) + 0.1
     found = Draws(outputs, centre, temperature=2.0).novelty()
-    probs = (outputs / 2).softmax(-1)
+    probs = (torch.cat([outputs, 2 * centre - outputs]) / 2).softmax(-1)
     entropy = -(probs.mean(0) * probs.mean(0).log()).sum(-1)
     inner = -(probs * probs.log()).sum(-1).mean(0)
     assert_close(found["entropy"], entropy)

@@ -212,12 +212,34 @@ def test_linearised_predictions_are_jacobian_products(trained: Any) -> None:
     prediction = posterior.predict(x)
     change = (posterior._samples() @ dense_jacobian(model, x).T).reshape(5, 4, 3)
     assert_close(prediction.outputs, model(x) + change, atol=1e-4, rtol=1e-4)
-    assert_close(prediction.mean, prediction.outputs.softmax(2).mean(0))
+    both = torch.cat([prediction.point + change, prediction.point - change])
+    assert_close(prediction.mean, both.softmax(2).mean(0), atol=1e-4, rtol=1e-4)
     assert_close(prediction.variance, change.square().mean(0), atol=1e-4, rtol=1e-4)
     assert_close(prediction.total, prediction.aleatoric + prediction.epistemic, atol=1e-5, rtol=0)
     # The same functions for every batch: cutting a batch in two changes nothing.
     halves = torch.cat([posterior.predict(x[:1]).outputs, posterior.predict(x[1:]).outputs], dim=1)
     assert_close(halves, prediction.outputs, atol=1e-5, rtol=1e-5)
+
+
+def test_two_classes_never_change_places() -> None:
+    """Draws and their mirror images: whatever the samples, the more probable of two sides stays so, anywhere."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        two = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2)).eval()
+        one = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 3)).eval()
+        x, elsewhere = torch.randn(8, 3), 3 * torch.randn(400, 3)
+    classes = nb.NullSpacePosterior(two, prior_precision=3.0)
+    classes.fit([(x, torch.arange(8) % 2)], 3, **QUIET)
+    labels = nb.NullSpacePosterior(one, "binary", prior_precision=3.0)
+    labels.fit([(x, torch.arange(24).reshape(8, 3) % 2)], 3, **QUIET)
+    moved = classes.predict(elsewhere)
+    assert bool((moved.outputs.argmax(2) != moved.point.argmax(1)).any())  # single draws do change
+    assert_close(moved.mean.argmax(1), moved.point.argmax(1))
+    moved = labels.predict(elsewhere)
+    assert_close(moved.mean >= 0.5, moved.point >= 0)
+    # The network with sampled weights has no such symmetry, and is not given one.
+    sampled = classes.predict(elsewhere, "sampled")
+    assert_close(sampled.mean, sampled.outputs.softmax(2).mean(0))
 
 
 def test_forward_mode_agrees_with_rows(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,9 +365,12 @@ def test_calibration_is_one_pass_over_the_whole_path(trained: Any) -> None:
 def test_calibration_warns_when_the_posterior_adds_nothing(trained: Any) -> None:
     model, train, val = trained
     posterior = nb.NullSpacePosterior(model).fit(train, num_samples=5, **QUIET)
+    every = torch.cat([x for x, _ in val])
+    best, labels = model(every).softmax(1).max(1)
     sure = [
-        (x, model(x).argmax(1)) for x, _ in val
-    ]  # labels that agree with the network everywhere
+        (every[best > 0.9], labels[best > 0.9])
+    ]  # the network is sure, and right: doubt can only cost
+    assert len(sure[0][1]) > 5
     with pytest.warns(nb.NullBayesWarning, match="trained network"):
         posterior.calibrate(sure, **QUIET)
     assert math.isfinite(posterior.prior_precision)

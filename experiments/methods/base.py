@@ -16,6 +16,7 @@ from experiments import measures, networks
 from experiments.runner import forget_peak
 from experiments.tasks import Scale, Task
 from nullbayes.datasets import Split
+from nullbayes.likelihood.pieces import mirrored
 from nullbayes.memory import peak_bytes
 
 # The rule: validation NLL along a path of whole decades around a starting value, then thirds of a decade around the
@@ -54,9 +55,15 @@ class Draws:
             return self.outputs.var(0)
         return (self.outputs - self.centre).square().mean(0)
 
+    @property
+    def each(self) -> Tensor:
+        """Class probabilities of every draw, float64; linearised draws with their mirror images, whosever they are."""
+        both = self.outputs if self.centre is None else mirrored(self.outputs, self.centre)
+        return (both.double() / self.temperature).softmax(-1)
+
     def probabilities(self) -> Tensor:
         """``(B, O)`` mean class probabilities, float64."""
-        return (self.outputs.double() / self.temperature).softmax(-1).mean(0)
+        return self.each.mean(0)
 
     def novelty(self) -> dict[str, Tensor]:
         """All scores ``(B,)``, larger for what is new.
@@ -69,8 +76,7 @@ class Draws:
         total = measures.entropy(probs)
         scores = {"entropy": total}
         if len(self.outputs) > 1:
-            inner = measures.entropy((self.outputs.double() / self.temperature).softmax(-1))
-            scores["mutual_information"] = total - inner.mean(0)
+            scores["mutual_information"] = total - measures.entropy(self.each).mean(0)
             scores["variance"] = self.variance.double().sum(-1)
         else:
             scores["energy"] = -self.outputs[0].double().logsumexp(-1)

@@ -46,6 +46,17 @@ def require_draws(draws: Tensor, least: int) -> None:
         )
 
 
+def mirrored(draws: Tensor, point: Tensor) -> Tensor:
+    """Linearised draws ``(S, B, *out)`` and their mirror images about ``point``: ``(2S, B, *out)``.
+
+    A Gaussian is symmetric, so both are draws; together their mean is ``point`` exactly, and what is odd in the
+    weights drops out of every average over them (antithetic variates, Hammersley & Morton 1956). A mean prediction
+    of few draws then does not wander from that of the trained network by chance: with two classes, the more
+    probable one always stays the same.
+    """
+    return torch.cat([draws, 2 * point - draws])
+
+
 def epistemic_variance(draws: Tensor, point: Tensor, linearised: bool) -> Tensor:
     """Variance of ``draws`` ``(S, B, *out)`` over S: ``(B, *out)``, unbiased either way.
 

@@ -17,7 +17,12 @@ from torch import Tensor
 
 from nullbayes import draws
 from nullbayes.arguments import CheckedPrior
-from nullbayes.certificate import ALLOWED_DIVERGENCE, Certificate, GuaranteeCheck
+from nullbayes.certificate import (
+    ALLOWED_DIVERGENCE,
+    ALLOWED_UNSEEN,
+    Certificate,
+    GuaranteeCheck,
+)
 from nullbayes.constraints import Directions, Preserve
 from nullbayes.errors import MemoryBudgetError
 from nullbayes.evidence import fixed_point, null_space_precision
@@ -32,6 +37,7 @@ from nullbayes.jacobian.capture import CapturePlan
 from nullbayes.jacobian.functional import FunctionalModel
 from nullbayes.jacobian.keeping import fits_on_disk
 from nullbayes.jacobian.operator import JacobianOperator, RowOperator
+from nullbayes.leaving import left_out
 from nullbayes.likelihood import Likelihood
 from nullbayes.memory import (
     available_bytes,
@@ -182,6 +188,10 @@ def build(
         check = GuaranteeCheck(
             functional, rows.plan, likelihood, settings.preserve, rows.kept, unit
         )
+        if settings.kind == NULL_SPACE:
+            check.left_out = left_out(
+                state, v, rows, check, likelihood, settings.preserve, settings.directions
+            )
         notes = [*state.notes, *_where_kept(rows.operator)]
         if settings.kind == NULL_SPACE and settings.prior == "evidence":
             evidence, alpha = alpha, check.keeping(alpha)
@@ -236,9 +246,9 @@ def _chosen(
 
 def _raised(evidence: float, alpha: float) -> str:
     return (
-        f"The evidence alone would set the prior precision to {evidence:.3g}; it was raised to {alpha:.3g}, where what "
-        f"the rows do not constrain moves training predictions by {ALLOWED_DIVERGENCE:g} nats. `calibrate` on "
-        "validation data decides better."
+        f"The evidence alone would set the prior precision to {evidence:.3g}; it was raised to {alpha:.3g}, where "
+        f"samples move training predictions by {ALLOWED_DIVERGENCE:g} nats at most, and those of examples that are "
+        f"left out by {ALLOWED_UNSEEN:g}. `calibrate` on validation data decides better."
     )
 
 

@@ -28,9 +28,15 @@ NUMERICAL_RESIDUAL = 0.05
 NUMERICAL_DRIFT = 0.1
 # The same as a Kullback-Leibler divergence from the trained network's prediction, per observation, in nats.
 ALLOWED_DIVERGENCE = NUMERICAL_DRIFT**2 / 2
+# The same for examples that a posterior has not seen (leave-one-out).
+ALLOWED_UNSEEN = 0.02
 
 # Growth of the training score, relative to itself, that a held guarantee may show.
 _ALLOWED_GROWTH = {"rmse": 1e-3, "loss": 1e-2}
+
+
+# Outputs ``(B, *out)``, what samples at prior precision one do to them ``(S, B, *out)``, and targets.
+Batch = tuple[Tensor, Tensor, Any]
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,9 @@ class Certificate:
             between the trained network's prediction and a sample's.
         natural_units: whether ``row_drift`` has such units (not for raw outputs).
         output_drift: RMS change of the raw outputs (softmax: up to a constant), linearised.
+        unseen_divergence: mean Kullback-Leibler divergence in nats between the trained network's prediction for an
+            example and a sample's, had the example been left out of the fit: an estimate of what happens on other
+            data of the same kind. None where the solver cannot tell, or means do not depend on the samples.
         map_accuracy, posterior_accuracy: accuracy of the trained network and of the posterior's mean
             prediction on the checked training examples; RMSE for regression; for a callable loss its mean at
             the trained network's outputs, and at those of the samples (``score_name``).
@@ -97,6 +106,7 @@ class Certificate:
     generic: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
     stages: dict[str, float] = field(default_factory=dict)
+    unseen_divergence: float | None = None
 
     @property
     def projects(self) -> bool:
@@ -235,6 +245,7 @@ class Certificate:
             ("drift, linearised", f"{self.drift:.3g}  (raw outputs {self.output_drift:.3g})"),
             ("drift of a row, RMS", f"{self.row_drift:.3g}"),
             ("drift, sampled network", f"{self.sampled_drift:.3g}"),
+            *self._unseen(),
             ("constraints × weights", f"{self.constraints:,} × {self.parameters:,}"),
             ("rank, null space", f"{self.rank:,}, {self.null_dim:,}"),
             ("prior variance kept", f"{100 * self.prior_share:.1f} %"),
@@ -249,6 +260,11 @@ class Certificate:
             names = ", ".join(self.generic[:4]) + (" …" if len(self.generic) > 4 else "")
             out.append(("generic path", f"{len(self.generic)} tensors: {names}"))
         return out
+
+    def _unseen(self) -> list[tuple[str, str]]:
+        if self.unseen_divergence is None:
+            return []
+        return [("divergence, left out", f"{self.unseen_divergence:.3g} nats")]
 
     def __str__(self) -> str:
         rows = self.rows()
@@ -274,10 +290,12 @@ class GuaranteeCheck:
     ) -> None:
         self.functional, self.likelihood, self.preserve = functional, likelihood, preserve
         self.samples = samples
-        self.batches = [
+        self.batches: list[Batch] = [
             (*draws.linearised(functional, plan, samples, inputs), targets)
             for inputs, targets in kept
         ]
+        #: some of them, each as under a posterior that has not seen it (``leaving.py``)
+        self.left_out: list[Batch] = []
         self.few: list[tuple[Inputs, Any]] = []
         room = SAMPLED_EXAMPLES
         for inputs, targets in kept:
@@ -291,11 +309,15 @@ class GuaranteeCheck:
     def examples(self) -> int:
         return sum(len(point) for point, _, _ in self.batches)
 
-    def divergence(self, scale: float) -> float:
-        """Mean divergence of a sample's training predictions, linearised, in nats per observation."""
+    def divergence(self, scale: float, unseen: bool = False) -> float:
+        """Mean divergence of a sample's training predictions, linearised, in nats per observation.
+
+        Args:
+            unseen: of the examples in ``left_out`` instead.
+        """
         total, count = 0.0, 0
         with torch.no_grad():
-            for point, unit, targets in self.batches:
+            for point, unit, targets in self.left_out if unseen else self.batches:
                 values = self.likelihood.divergence(point, point + scale * unit, targets)
                 total += float(values.double().sum())
                 count += values.numel()
@@ -304,7 +326,8 @@ class GuaranteeCheck:
     def keeping(self, alpha: float, allowed: float = ALLOWED_DIVERGENCE) -> float:
         """``alpha``, or the least larger prior precision (to a few per cent) at which predictions stand.
 
-        A callable loss may also not grow by more than half of what a held guarantee may show.
+        Those of examples that are left out may move four times as far. A callable loss may also not grow by more than
+        half of what a held guarantee may show.
         """
         low = high = alpha
         value = self._excess(high**-0.5, allowed)
@@ -327,6 +350,8 @@ class GuaranteeCheck:
 
     def _excess(self, scale: float, allowed: float) -> float:
         excess = self.divergence(scale) / allowed
+        if self.left_out and excess <= 1:  # no need to look further where it is above already
+            excess = max(excess, self.divergence(scale, unseen=True) / ALLOWED_UNSEEN)
         if self.likelihood.score_name != "loss":
             return excess
         before, after = self._scores(scale)
@@ -360,14 +385,15 @@ class GuaranteeCheck:
                 outputs.add(likelihood.centre(scale * unit))
             sampled = _Rms()
             for inputs, targets in self.few:
-                some = scale * self.samples[:SAMPLED_DRAWS]
-                point, moved = draws.sampled(self.functional, some, inputs)
+                some = self.samples[:SAMPLED_DRAWS]
+                point, moved = draws.sampled(self.functional, some, inputs, scale=scale)
                 sampled.add(self.preserve.change(likelihood, point, moved, targets, False))
         before, after = self._scores(scale)
         return {
             "drift": change.value,
             "output_drift": outputs.value,
             "sampled_drift": sampled.value,
+            "unseen_divergence": self.divergence(scale, True) if self.left_out else None,
             "map_accuracy": before,
             "posterior_accuracy": after,
         }

@@ -151,15 +151,20 @@ def _double_reverse(
 
 
 def sampled(
-    functional: FunctionalModel, samples: Tensor, inputs: Inputs, where: str = "the inputs"
+    functional: FunctionalModel,
+    samples: Tensor,
+    inputs: Inputs,
+    where: str = "the inputs",
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """``f(θ̂, x) (B, *out)`` and ``f(θ̂ + Δ_s, x) (S, B, *out)``: the network itself, re-weighted."""
+    """``f(θ̂, x) (B, *out)`` and ``f(θ̂ + scale Δ_s, x) (S, B, *out)``: the network itself, re-weighted."""
     point = functional.outputs(inputs, where)
     weights = functional.weights()
     out = []
     with torch.no_grad():
         for delta in samples:
-            moved = {n: weights[n] + d for n, d in functional.space.unflatten(delta).items()}
+            changes = functional.space.unflatten(delta).items()
+            moved = {n: torch.add(weights[n], d, alpha=scale) for n, d in changes}
             out.append(functional(moved, inputs))
     return point, torch.stack(out)
 

@@ -47,6 +47,8 @@ class TrainingRows:
     examples: int
     discarded_trace: float
     kept: list[tuple[Inputs, Any]] = field(default_factory=list)  # examples for the certificate
+    kept_numbers: list[range] = field(default_factory=list)  # which of the data set's those are
+    spans: list[slice] = field(default_factory=list)  # by example: its rows
 
 
 def check_reusable(loader: Iterable[Any], name: str) -> None:
@@ -140,6 +142,7 @@ def capture_training(
     keeper: Keeper | None = None
     examples, trace, discarded, captured = 0, 0.0, 0.0, 0
     kept: list[tuple[Inputs, Any]] = []
+    kept_numbers: list[range] = []
     left, checked = memory.check, 0
     track = stage.track(loader, ROWS)
     for index, inputs, targets in limited(functional, track, "train_loader", limit):
@@ -152,28 +155,43 @@ def capture_training(
             likelihood.check_reach(outputs, targets)
             keeper = Keeper(functional, plan, scales, memory.rows, memory.block)
         rows = preserve.rows(likelihood, tuple(outputs.shape[1:]), directions)
-        for some, make, count in row_groups(
+        for some, make, count, which in row_groups(
             likelihood, preserve, directions, inputs, outputs, targets, rows
         ):
             pieces = capture_batch(functional, plan, some, make, count, scales, memory.temporaries)
+            numbers = which + examples
             for block, piece, made in pieces:
                 check_block(block, captured)
-                keeper.add(block, piece, made.values)
+                mine, numbers = numbers[: block.examples], numbers[block.examples :]
+                keeper.add(block, piece, made.values, mine)
                 captured += 1
                 trace += float(made.trace.double().sum())
                 discarded += float(made.discarded.double().sum())
         size = batch_size(inputs)
-        examples += size
         each = draws * outputs[0].nbytes + sum(t.nbytes for t in tensor_leaves(inputs)) // size
         fits = min(size, left // max(1, each), CHECK_EXAMPLES - checked)
         if fits:
             kept.append((take(inputs, 0, fits), take(targets, 0, fits, size)))
+            kept_numbers.append(range(examples, examples + fits))
             checked += fits
         left = left - fits * each if fits == size else 0
+        examples += size
     assert plan is not None and keeper is not None
     operator = JacobianOperator(functional.space, keeper.finish())
     share = discarded / trace if trace > 0 else 0.0
-    return TrainingRows(operator, plan, examples, share, kept)
+    spans = _spans(operator, keeper.numbers, examples)
+    return TrainingRows(operator, plan, examples, share, kept, kept_numbers, spans)
+
+
+def _spans(operator: JacobianOperator, numbers: list[Tensor], examples: int) -> list[slice]:
+    """The rows of each example: blocks hold them in the order in which they were captured."""
+    spans, order, at, done = [slice(0, 0)] * examples, torch.cat(numbers).tolist(), 0, 0
+    for block in operator.blocks:
+        for number in order[done : done + block.examples]:
+            spans[number] = slice(at, at + block.cotangents)
+            at += block.cotangents
+        done += block.examples
+    return spans
 
 
 Make = Callable[[Tensor, slice], Cotangents]
@@ -187,15 +205,15 @@ def row_groups(
     outputs: Tensor,
     targets: Any,
     rows: int,
-) -> Iterator[tuple[Inputs, Make, int]]:
-    """Examples of a batch that have the same number of rows, with what makes their cotangents."""
+) -> Iterator[tuple[Inputs, Make, int, Tensor]]:
+    """Examples of a batch that have the same number of rows: what makes their cotangents, and which they are."""
     if directions != "auto":
 
         def computed(out: Tensor, piece: slice) -> Cotangents:
             some = take(targets, piece.start, piece.stop, len(outputs))
             return preserve.cotangents(likelihood, out, some, directions)
 
-        yield inputs, computed, rows
+        yield inputs, computed, rows, torch.arange(len(outputs))
         return
     made = preserve.cotangents(likelihood, outputs, targets, directions)
     used = (made.values.flatten(2) != 0).any(2).sum(0).clamp(min=1)  # (B,)
@@ -213,7 +231,7 @@ def row_groups(
         ) -> Cotangents:
             return Cotangents(values[:, piece], discarded[piece], trace[piece])
 
-        yield select(inputs, index), stored, count
+        yield select(inputs, index), stored, count, index.cpu()
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,30 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from nullbayes.arguments import check_count
 from nullbayes.constraints import Directions, Preserve, resolve_directions, resolve_preserve
 from nullbayes.errors import MemoryBudgetError, NotFittedError
-from nullbayes.fitting import FitMemory, check_reusable, default_budget, limited, row_groups
+from nullbayes.fitting import (
+    CHECK_EXAMPLES,
+    FitMemory,
+    check_reusable,
+    default_budget,
+    limited,
+    row_groups,
+)
 from nullbayes.forecast import Trial, settled
-from nullbayes.jacobian.build import capture_batch
-from nullbayes.jacobian.capture import Block
+from nullbayes.jacobian.build import capture_batch, capture_bytes, examples_per_capture
+from nullbayes.jacobian.capture import Block, CapturePlan
 from nullbayes.jacobian.functional import (
     Forward,
     FunctionalModel,
+    Inputs,
     batch_size,
     check_mode,
     take,
+    tensor_leaves,
     undisturbed,
     unwrapped,
 )
@@ -34,7 +43,7 @@ from nullbayes.memory import available_bytes, format_bytes, parse_bytes
 from nullbayes.progress import ROWS
 from nullbayes.solvers import Size, Solver, choose
 
-TRIED_EXAMPLES = 48
+TRIED_EXAMPLES = 96
 
 
 @dataclass(frozen=True)
@@ -159,9 +168,10 @@ def _try(
 ) -> Plan:
     """Count the loader, and capture and solve a few of its examples."""
     space = functional.space
-    examples, first = 0, None
+    examples, largest, first = 0, 0, None
     for index, inputs, targets in limited(functional, train_loader, "train_loader", max_examples):
         examples += batch_size(inputs)
+        largest = max(largest, batch_size(inputs))
         if first is None:
             few = take(targets, 0, TRIED_EXAMPLES, batch_size(inputs))
             first = (take(inputs, 0, TRIED_EXAMPLES), few, index)
@@ -185,7 +195,7 @@ def _try(
         groups = row_groups(likelihood, preserve, directions, inputs, outputs, targets, rows)
         return [
             block
-            for some, make, count in groups
+            for some, make, count, _ in groups
             for block, _, _ in capture_batch(
                 functional, proven, some, make, count, None, room.temporaries
             )
@@ -207,7 +217,8 @@ def _try(
     )
     nbytes = {
         ROWS: min(factors, room.rows),
-        "temporaries": room.temporaries + room.check,
+        "temporaries": _temporaries(functional, proven, largest, rows, room)
+        + _checked(outputs, inputs, num_samples, examples, room),
     }
     seconds = {ROWS: proving + per_example * examples}
     advice: list[str] = []
@@ -220,21 +231,25 @@ def _try(
         chosen, reason = choice.solver.name, choice.why
         nbytes[ROWS] = max(0, min(held, budget - needed))
         nbytes["solver"] = needed
-        seconds |= Trial(
-            functional,
-            proven,
-            likelihood,
-            preserve,
-            inputs,
-            targets,
-            operator,
-            size,
-            examples,
-            m,
-            num_samples,
-            room.block,
-            room.check,
-        ).seconds(choice.solver)
+        seconds |= (
+            Trial(
+                functional,
+                proven,
+                likelihood,
+                preserve,
+                inputs,
+                targets,
+                operator,
+                size,
+                examples,
+                m,
+                num_samples,
+                room.block,
+                room.check,
+            )
+            .tiled()
+            .seconds(choice.solver)
+        )
         elsewhere = factors - nbytes[ROWS]
         if elsewhere > 0:
             where = "go to disk" if fits_on_disk(elsewhere, space.device) else "are recomputed"
@@ -267,3 +282,21 @@ def _try(
         reasons,
         advice,
     )
+
+
+def _temporaries(
+    functional: FunctionalModel, proven: CapturePlan, batch: int, rows: int, room: FitMemory
+) -> int:
+    """Bytes that the capture of one batch takes."""
+    per_example = capture_bytes(functional, proven, rows)
+    step = examples_per_capture(functional, proven, rows, room.temporaries)
+    return min(batch, step) * per_example
+
+
+def _checked(
+    outputs: Tensor, inputs: Inputs, num_samples: int, examples: int, room: FitMemory
+) -> int:
+    """Bytes of the examples that the certificate holds on to, and of what samples do to their outputs."""
+    inside = sum(t.nbytes for t in tensor_leaves(inputs)) // max(1, len(outputs))
+    each = num_samples * outputs[0].nbytes + inside
+    return min(room.check, each * min(examples, CHECK_EXAMPLES))

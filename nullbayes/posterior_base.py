@@ -330,13 +330,15 @@ class Posterior:
     @undisturbed_method
     def _predict(self, x: Inputs, method: str, draw: int) -> Prediction:
         check_choice(method, METHODS, "method")
-        samples, x = self._samples(), self._inputs(x, [check_count(draw, "draw", 0)])
+        fit, x = self._fitted(), self._inputs(x, [check_count(draw, "draw", 0)])
+        # Samples at prior precision one, and what they do scaled: a scaled copy of them may be gigabytes.
+        scale = fit.alpha**-0.5
         if method == "sampled":
-            point, outputs = draws.sampled(self.functional, samples, x, "`x`")
+            point, outputs = draws.sampled(self.functional, fit.unit, x, "`x`", scale)
         else:
             plan = self._capture_plan(x)
-            point, change = draws.linearised(self.functional, plan, samples, x, "`x`")
-            outputs = point + change
+            point, change = draws.linearised(self.functional, plan, fit.unit, x, "`x`")
+            outputs = point + scale * change
         return make_prediction(self.likelihood, point, outputs, method)
 
     @undisturbed_method

@@ -105,7 +105,10 @@ def test_the_evidence_gives_way_where_rows_leave_predictions_open(options: dict[
     assert 0.9 * ALLOWED_DIVERGENCE <= divergence() <= 1.001 * ALLOWED_DIVERGENCE
     assert posterior.certificate.posterior_accuracy == 1
     whole = nb.NullSpacePosterior(model, delta=0).fit([(x, y)], 20, progress=False)
-    assert not any("raised" in note for note in whole.certificate.notes)
+    # Where all rows are held, it is other data that decides: what the training data do is far below what is allowed.
+    held = nb.NullSpacePosterior(model, delta=0, prior_precision=whole.prior_precision)
+    posterior = held.fit([(x, y)], 20, progress=False)
+    assert divergence() <= 1e-3 * ALLOWED_DIVERGENCE
     given = nb.NullSpacePosterior(model, prior_precision=0.5, **options)
     assert given.fit([(x, y)], 5, progress=False).prior_precision == 0.5
 

@@ -194,11 +194,20 @@ class Keeper:
         self._functional, self._plan, self._scales, self._room = functional, plan, scales, room
         self._block_bytes = block_bytes
         self._groups: dict[int, list[tuple[Block, Inputs, Tensor]]] = {}
+        self._numbers: dict[int, list[Tensor]] = {}
         self._resident = 0
         self.kept: list[Openable] = []
+        #: numbers of the examples in the order of the rows, a captured piece each, where they were given
+        self.numbers: list[Tensor] = []
 
-    def add(self, block: Block, inputs: Inputs, cotangents: Tensor) -> None:
-        """``inputs`` and ``cotangents (C, B, *out)`` are those that ``block`` was captured from."""
+    def add(
+        self, block: Block, inputs: Inputs, cotangents: Tensor, numbers: Tensor | None = None
+    ) -> None:
+        """``inputs`` and ``cotangents (C, B, *out)`` are those that ``block`` was captured from.
+
+        Args:
+            numbers: ``(B,)``, which examples of the data set these are.
+        """
         group = self._groups.setdefault(block.cotangents, [])
         rows = sum(b.num_rows for b, _, _ in group) + block.num_rows
         held = sum(b.nbytes for b, _, _ in group) + block.nbytes
@@ -206,6 +215,8 @@ class Keeper:
             self._flush(block.cotangents)
             group = self._groups[block.cotangents]
         group.append((block, inputs, cotangents))
+        if numbers is not None:
+            self._numbers.setdefault(block.cotangents, []).append(numbers)
 
     def finish(self) -> list[Openable]:
         """All blocks, in the order in which they came (those with as many rows an example)."""
@@ -217,6 +228,7 @@ class Keeper:
         group, self._groups[cotangents] = self._groups[cotangents], []
         if not group:
             return
+        self.numbers += self._numbers.pop(cotangents, [])
         nbytes = sum(block.nbytes for block, _, _ in group)
         if self._fits(nbytes):
             self.kept.append(Block.merge([block for block, _, _ in group]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -178,6 +178,15 @@ class State(ABC):
     @abstractmethod
     def explained(self, rows: RowOperator) -> Tensor:
         """What the data determine of other rows: ``diag(R (I - cov) Rᵀ)``, ``(R,)`` float64."""
+
+    def left_out(self, vectors: Tensor, spans: Sequence[slice]) -> list[Tensor] | None:
+        """What the projected ``vectors (S, P)`` would be along some rows, had these not been there.
+
+        For each of ``spans`` the values ``A_i Δ (S, |span|)`` float64 under a solution to which all rows but these
+        contribute: leave-one-out, from one factorisation (Rasmussen & Williams 2006, eq. 5.12). None where the
+        solver has no cheap way to tell.
+        """
+        return None
 
     def explained_flops(self, rows: int) -> float:
         """What :meth:`explained` costs for so many rows."""

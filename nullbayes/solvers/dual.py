@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -157,6 +159,28 @@ class DualState(State):
     def _pass(self, x: Tensor) -> Tensor:
         z = self._solve(self.operator.matvec(x).double())
         return x - self.operator.rmatvec(z.to(x.dtype))
+
+    def left_out(self, vectors: Tensor, spans: Sequence[slice]) -> list[Tensor] | None:
+        # K⁻¹ A v of a row is the residual that it would have, times its entry of K⁻¹.
+        image = self.operator.matvec(vectors).double()  # (S, M)
+        chosen = torch.cat([torch.arange(s.start, s.stop) for s in spans]).to(image.device)
+        units = torch.zeros(len(chosen), len(self.chol), dtype=image.dtype, device=image.device)
+        units[torch.arange(len(chosen), device=image.device), chosen] = 1.0
+        inverse = self._solve(units)  # rows of K⁻¹: (k, M)
+        weights = image @ inverse.T  # (S, k)
+        out, at = [], 0
+        for span in spans:
+            size = span.stop - span.start
+            block = inverse[at : at + size, span]
+            # At unit diagonal: rows of one example may differ by orders of magnitude. A row of zeros (of an example of
+            # which the network is certain) has no entry, and no residual.
+            diagonal = block.diagonal()
+            scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).rsqrt()
+            scale = scale * (diagonal > 0)
+            inner = torch.linalg.pinv(scale[:, None] * block * scale, hermitian=True)
+            out.append(weights[:, at : at + size] * scale @ inner * scale)
+            at += size
+        return out
 
     def explained(self, rows: RowOperator) -> Tensor:
         if isinstance(rows, JacobianOperator) and isinstance(self.operator, JacobianOperator):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from nullbayes.jacobian.operator import RowOperator, Tick
+from nullbayes.jacobian.operator import JacobianOperator, RowOperator, Tick
 from nullbayes.solvers.base import (
     Cost,
     Projection,
@@ -128,6 +130,21 @@ class PrimalState(State):
 
     def _remove(self, x: Tensor) -> Tensor:
         return x - ((x @ self.basis.T) * self.weights) @ self.basis
+
+    def left_out(self, vectors: Tensor, spans: Sequence[slice]) -> list[Tensor] | None:
+        if not (self.shift > 0 and isinstance(self.operator, JacobianOperator)):
+            return None  # without a shift, what is left of a row is rounding
+        out, x = [], vectors.double()
+        for span in spans:
+            rows = self.operator.rows(torch.arange(span.start, span.stop)).double()
+            seen = rows @ self.basis.T  # (k, r)
+            kept = self.share  # of each direction: shift / (shift + σ²)
+            beyond = rows @ x.T - seen @ ((1 - kept)[:, None] * (self.basis @ x.T))  # A_i Δ: (k, S)
+            # One minus the leverage: the row space holds these rows, so nothing else remains.
+            free = torch.eye(len(rows), dtype=x.dtype, device=x.device)
+            free -= (seen * ((1 - kept) / self.sigma.square())) @ seen.T
+            out.append(torch.linalg.solve(free, beyond).T)
+        return out
 
     def explained(self, rows: RowOperator) -> Tensor:
         seen = rows.matvec(self.basis.to(rows.dtype)).double()  # (r, R)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +16,7 @@ from nullbayes.constraints import Preserve
 from nullbayes.fitting import CHECK_EXAMPLES
 from nullbayes.jacobian.capture import CapturePlan
 from nullbayes.jacobian.functional import FunctionalModel, Inputs, take
-from nullbayes.jacobian.keeping import BLOCK_ROWS
+from nullbayes.jacobian.keeping import BLOCK_ROWS, merge_blocks
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.likelihood import Likelihood
 from nullbayes.progress import CERTIFICATE, FACTORISATION, GRAM, PROJECTION
@@ -25,13 +25,17 @@ from nullbayes.solvers.iterative import EXPECTED_ITERATIONS
 from nullbayes.solvers.krylov import inner
 from nullbayes.solvers.spectrum import EXACT_UP_TO, OPERATOR_PROBES, OPERATOR_STEPS, PROBES, STEPS
 
+# Rows that products are timed with, and the memory that they may take.
+TRIAL_ROWS = 2048
+TRIAL_BYTES = 2**29
 # The side of dense trials: large enough for the speed that large matrices have.
 TRIAL_SIDE = 2500
 # Passes of the numerical null space that a direct solver makes; the second one finds that a third is not needed.
 DIRECT_PASSES = 2
 # How often the checked outputs are gone through: evidence's lower bound, drifts and scores.
-LOOKS = 6
-CHECKED_IN_TRIAL = 16
+LOOKS = 4
+CHECKED_IN_TRIAL = (8, 96)
+QUICK = 0.3  # seconds
 FIRST_USE = 3.0  # seconds
 
 T = TypeVar("T")
@@ -89,6 +93,15 @@ class Trial:
         p = self.operator.shape[1]
         return torch.randn(count, p, dtype=self.operator.dtype, device=self.operator.device)
 
+    def tiled(self) -> Trial:
+        """The same with its rows several times over: products of a few rows say little of those of many."""
+        here, held = self.operator.shape[0], max(1, self.operator.nbytes)
+        times = min(-(-TRIAL_ROWS // here), -(-self.rows // here), TRIAL_BYTES // held)
+        if times < 2:
+            return self
+        blocks = merge_blocks([b for b in self.operator.blocks for _ in range(times)])  # type: ignore[misc]
+        return replace(self, operator=JacobianOperator(self.operator.space, blocks))
+
     def _pass(self, v: Tensor) -> float:
         """One product with the rows and one with their transpose, for all rows."""
         here = self.operator.shape[0]
@@ -130,15 +143,23 @@ class Trial:
 
     def _certificate(self, v: Tensor) -> float:
         """Linearised outputs of the checked examples, looks at them, and a few sampled networks."""
-        count = min(self.size, CHECKED_IN_TRIAL)
-        some, answers = take(self.inputs, 0, count), take(self.targets, 0, count, self.size)
-        linear, check = settled(
-            lambda: GuaranteeCheck(
+        count = min(self.size, CHECKED_IN_TRIAL[0])
+
+        def checked_some() -> GuaranteeCheck:
+            some, answers = take(self.inputs, 0, count), take(self.targets, 0, count, self.size)
+            return GuaranteeCheck(
                 self.functional, self.plan, self.likelihood, self.preserve, [(some, answers)], v
             )
-        )
+
+        linear, check = settled(checked_some)
+        if linear < QUICK:
+            count = min(self.size, CHECKED_IN_TRIAL[1])
+            linear, check = settled(checked_some)
+        some = take(self.inputs, 0, count)
         look = _timed(lambda: check.divergence(1e-3))
-        sampled, _ = settled(lambda: draws.sampled(self.functional, 1e-3 * v[:SAMPLED_DRAWS], some))
+        sampled, _ = settled(
+            lambda: draws.sampled(self.functional, v[:SAMPLED_DRAWS], some, scale=1e-3)
+        )
         held = max(1, sum(unit.nbytes for _, unit, _ in check.batches) // count)
         checked = min(self.examples, CHECK_EXAMPLES, max(1, self.check_bytes // held))
         few = min(self.examples, SAMPLED_EXAMPLES)

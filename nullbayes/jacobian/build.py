@@ -28,11 +28,15 @@ def examples_per_capture(
     temporaries: int | None = None,
 ) -> int:
     """How many examples one backward pass may carry, with so many bytes of ``temporaries``."""
+    fits = (temporaries or CAPTURE_BYTES) // capture_bytes(functional, plan, cotangents)
+    return max(1, min(fits, CAPTURE_ROWS // max(1, cotangents)))
+
+
+def capture_bytes(functional: FunctionalModel, plan: CapturePlan, cotangents: int) -> int:
+    """What the capture of one example takes for a while, counted from what passed through the layers."""
     per_example = plan.activations * (cotangents + 2)
     per_example += cotangents * sum(functional.space.by_name[n].numel for n in plan.generic)
-    item = functional.dtype.itemsize
-    fits = (temporaries or CAPTURE_BYTES) // max(1, 2 * item * per_example)
-    return max(1, min(fits, CAPTURE_ROWS // max(1, cotangents)))
+    return max(1, 2 * functional.dtype.itemsize * per_example)
 
 
 def capture_batch(

@@ -20,6 +20,7 @@ from nullbayes.solvers import State
 # Examples left out at most, each by itself, and multiplications of all that: about a second's work.
 MOST_EXAMPLES = 500
 MOST_WORK = 3e10
+MOST_BYTES = 2**27  # of what samples do to their outputs
 FEWEST_ROWS = 128
 
 
@@ -46,7 +47,8 @@ def left_out(
     """
     if likelihood.score_name != "accuracy" or not check.batches:
         return []
-    chosen = _chosen(rows)
+    each = check.batches[0][1][:, :1].nbytes
+    chosen = _chosen(rows, MOST_BYTES // max(1, each))
     spans = [rows.spans[numbers[i]] for _, numbers, index in chosen for i in index.tolist()]
     found = state.left_out(prior, spans)
     if found is None:
@@ -65,12 +67,12 @@ def left_out(
     return out
 
 
-def _chosen(rows: TrainingRows) -> list[tuple[int, range, Tensor]]:
-    """Which of the checked batches, the numbers of its examples, and evenly spaced ones among them."""
+def _chosen(rows: TrainingRows, fits: int) -> list[tuple[int, range, Tensor]]:
+    """Evenly spaced examples, ``fits`` at most: which checked batch, its examples' numbers, and which of them."""
     m = rows.operator.shape[0]
     per_example = max(1, m // rows.examples)
     limit = max(FEWEST_ROWS, int(MOST_WORK / max(1, m) ** 2)) // per_example
-    limit = max(1, min(limit, MOST_EXAMPLES))
+    limit = max(1, min(limit, fits, MOST_EXAMPLES))
     total = sum(len(numbers) for numbers in rows.kept_numbers)
     step = max(1.0, total / limit)
     wanted = torch.arange(0, total, step).long().unique()

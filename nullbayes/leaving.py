@@ -19,7 +19,7 @@ from nullbayes.solvers import State
 
 # Examples left out at most, each by itself, and multiplications of all that: about a second's work.
 MOST_EXAMPLES = 500
-MOST_WORK = 3e10
+MOST_WORK = 1e10
 MOST_BYTES = 2**27  # of what samples do to their outputs
 FEWEST_ROWS = 128
 
@@ -67,11 +67,16 @@ def left_out(
     return out
 
 
+def rows_left_out(m: int) -> int:
+    """Of ``m`` rows, how many are left out at most: their columns of the inverse stay well below a factorisation."""
+    return max(FEWEST_ROWS, min(m // 4, int(MOST_WORK / max(1, m) ** 2)))
+
+
 def _chosen(rows: TrainingRows, fits: int) -> list[tuple[int, range, Tensor]]:
     """Evenly spaced examples, ``fits`` at most: which checked batch, its examples' numbers, and which of them."""
     m = rows.operator.shape[0]
     per_example = max(1, m // rows.examples)
-    limit = max(FEWEST_ROWS, int(MOST_WORK / max(1, m) ** 2)) // per_example
+    limit = rows_left_out(m) // per_example
     limit = max(1, min(limit, fits, MOST_EXAMPLES))
     total = sum(len(numbers) for numbers in rows.kept_numbers)
     step = max(1.0, total / limit)

@@ -62,12 +62,12 @@ $(PEERS): $(STAMP)
 test-peers: $(PEERS)
 	@$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) tests_peers $(ARGS)
 
-# The evaluation. Pieces are kept under out/experiments: a second call does what is missing. ARGS: `--seeds 1 tabular`.
+# The evaluation: two processes at a time, one thread each (WORKERS=1 where 20 GB of memory are too many).
+# Pieces are kept under out/experiments: a second call does what is missing. ARGS: `--seeds 1 tabular`.
 experiments: $(EVALUATION)
-	@$(BIN)/python -m experiments --setting full $(ARGS)
+	@$(ONE_THREAD) $(BIN)/python -m experiments --setting full --workers $(WORKERS) --threads 1 $(ARGS)
 	@$(BIN)/python -m experiments --docs
 
-# Two processes at a time, one thread each.
 experiments-small: $(EVALUATION)
 	@$(ONE_THREAD) $(BIN)/python -m experiments --setting small --workers $(WORKERS) --threads 1 $(ARGS)
 

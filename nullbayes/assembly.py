@@ -7,7 +7,6 @@ interrupt on the way leaves what was there before.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,8 +35,9 @@ from nullbayes.fitting import (
 from nullbayes.jacobian.capture import CapturePlan
 from nullbayes.jacobian.functional import FunctionalModel
 from nullbayes.jacobian.keeping import fits_on_disk
-from nullbayes.jacobian.operator import JacobianOperator, RowOperator
-from nullbayes.leaving import left_out
+from nullbayes.jacobian.operator import JacobianOperator
+from nullbayes.joining import Checkpoint, Work, projected
+from nullbayes.leaving import held_out, left_out
 from nullbayes.likelihood import Likelihood
 from nullbayes.memory import (
     available_bytes,
@@ -55,10 +55,9 @@ from nullbayes.progress import (
     Stages,
     stages,
 )
-from nullbayes.solvers import Choice, Projection, Size, Solver, State, Status, choose
+from nullbayes.solvers import Choice, Projection, Size, Solver, State, choose
 from nullbayes.solvers.base import relative
 from nullbayes.solvers.krylov import row_norms
-from nullbayes.solvers.watch import QUIET, Report, Watch, describe_problem, probe_of
 from nullbayes.storage import fingerprint
 
 NULL_SPACE, LAPLACE = "null-space", "Laplace"
@@ -97,14 +96,6 @@ class Settings:
         """Prior standard deviations where there is one precision per tensor."""
         by_name = self.precision_by_name
         return by_name and {name: value**-0.5 for name, value in by_name.items()}
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Where a long fit leaves its state, and how often (seconds)."""
-
-    path: str | os.PathLike[str]
-    every: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -172,16 +163,23 @@ def build(
         noisy = m if settings.kind == LAPLACE else 0
         v, noise = draws.standard_normal(seed, range(num_samples), p, noisy, theta)
         report = stage.towards(PROJECTION) if choice.solver.iterative else None
-        state.watch = _watch(checkpoint, settings, state, rows.operator, theta, seed, v, report)
-        done = state.project(v, noise if noisy else None)
-        if done.status is not Status.INTERRUPTED:
-            state.watch.finish()
-        state.watch = QUIET
+        work = Work(
+            state, rows, v, checkpoint, f"{settings.kind}|{seed}|{theta.norm():.3e}", report
+        )
+        by_evidence = settings.kind == NULL_SPACE and settings.prior == "evidence"
+        held = held_out(rows, likelihood, v) if by_evidence and choice.solver.iterative else []
+
+        def changes(x: Tensor) -> list[Tensor]:
+            """What projected vectors do to the outputs of the examples that are held out."""
+            moved = _unscaled(x, functional, settings)
+            return [draws.linearised(functional, rows.plan, moved, h.inputs)[1] for h in held]
+
+        done, unseen = projected(work, noise if noisy else None, held, changes)
         laps.lap(PROJECTION)
         gone = float(row_norms(v).square().sum() - row_norms(done.value).square().sum())
         passed = settings.numerical or state.rank is None
         gamma = gone / num_samples if passed else float(state.rank or 0)
-        if settings.kind == NULL_SPACE and settings.prior == "evidence":
+        if by_evidence:
             alpha = null_space_precision(gamma, p, theta)
         rank = min(max(round(gamma), 0), m, p)
         unit = _unscaled(done.value, functional, settings)
@@ -189,11 +187,12 @@ def build(
             functional, rows.plan, likelihood, settings.preserve, rows.kept, unit
         )
         if settings.kind == NULL_SPACE:
-            check.left_out = left_out(
-                state, v, rows, check, likelihood, settings.preserve, settings.directions
-            )
+            check.left_out = [
+                (functional.outputs(h.inputs), change, h.targets)
+                for h, change in zip(held, unseen, strict=False)
+            ] or left_out(state, v, rows, check, likelihood, settings.preserve, settings.directions)
         notes = [*state.notes, *_where_kept(rows.operator)]
-        if settings.kind == NULL_SPACE and settings.prior == "evidence":
+        if by_evidence:
             evidence, alpha = alpha, check.keeping(alpha)
             if alpha > evidence:
                 notes.append(_raised(evidence, alpha))
@@ -261,26 +260,6 @@ def _where_kept(operator: JacobianOperator) -> list[str]:
         for w, n in kept.items()
     )
     return [f"Rows: {text}."]
-
-
-def _watch(
-    checkpoint: Checkpoint | None,
-    settings: Settings,
-    state: State,
-    operator: RowOperator,
-    theta: Tensor,
-    seed: int,
-    v: Tensor,
-    report: Report | None,
-) -> Watch:
-    """Progress, and a checkpoint that only the same equations may resume from."""
-    if checkpoint is None:
-        return Watch(report)
-    probe = operator.matvec(probe_of(operator.shape[1], theta)).double().norm()
-    problem = describe_problem(
-        settings.kind, operator.shape, len(v), seed, f"{state.shift:.4e}", theta.norm(), probe
-    )
-    return Watch(report, checkpoint.path, checkpoint.every, problem)
 
 
 def _factorised(

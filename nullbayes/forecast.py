@@ -184,6 +184,10 @@ def settled(run: Callable[[], T]) -> tuple[float, T]:
 
 
 def _timed(run: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+    """Seconds; the better of two where it is over soon, and something else may have come between."""
+    took: list[float] = []
+    while not took or (len(took) < 2 and took[0] < QUICK):
+        started = time.perf_counter()
+        run()
+        took.append(time.perf_counter() - started)
+    return min(took)

@@ -7,13 +7,16 @@ one factorisation that costs a few columns of an inverse (``State.left_out``).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from nullbayes.certificate import Batch, GuaranteeCheck
 from nullbayes.constraints import Directions, Preserve
 from nullbayes.fitting import TrainingRows
-from nullbayes.jacobian.functional import select
+from nullbayes.jacobian.functional import Inputs, batch_size, select
 from nullbayes.likelihood import Likelihood
 from nullbayes.solvers import State
 
@@ -22,6 +25,39 @@ MOST_EXAMPLES = 500
 MOST_WORK = 1e10
 MOST_BYTES = 2**27  # of what samples do to their outputs
 FEWEST_ROWS = 128
+# Examples held out together while a solver iterates: a share of all, at least so many where there are twice as many.
+HELD_SHARE = 0.02
+FEWEST_HELD = 64
+
+
+@dataclass(frozen=True)
+class Held:
+    """Training examples that a projection does without at first, and their rows."""
+
+    inputs: Inputs
+    targets: Any
+    spans: list[slice]
+
+
+def held_out(rows: TrainingRows, likelihood: Likelihood, vectors: Tensor) -> list[Held]:
+    """Some examples, evenly spaced, for :meth:`State.project_without`; none where their predictions cannot move.
+
+    Args:
+        vectors: ``(S, P)``, what is projected.
+    """
+    if likelihood.score_name != "accuracy" or not rows.kept:
+        return []
+    wanted = max(FEWEST_HELD, round(HELD_SHARE * rows.examples))
+    limit = min(wanted, MOST_EXAMPLES, rows.examples // 2)
+    out = []
+    for which, numbers, index in _chosen(rows, limit) if limit else []:
+        inputs, targets = rows.kept[which]
+        size = batch_size(inputs)
+        assert size == len(numbers)
+        some = index.to(vectors.device)
+        spans = [rows.spans[numbers[i]] for i in index.tolist()]
+        out.append(Held(select(inputs, some), select(targets, some), spans))
+    return out
 
 
 def left_out(
@@ -48,7 +84,10 @@ def left_out(
     if likelihood.score_name != "accuracy" or not check.batches:
         return []
     each = check.batches[0][1][:, :1].nbytes
-    chosen = _chosen(rows, MOST_BYTES // max(1, each))
+    m = rows.operator.shape[0]
+    limit = rows_left_out(m) // max(1, m // rows.examples)
+    limit = min(limit, MOST_BYTES // max(1, each), MOST_EXAMPLES)
+    chosen = _chosen(rows, max(1, limit))
     spans = [rows.spans[numbers[i]] for _, numbers, index in chosen for i in index.tolist()]
     found = state.left_out(prior, spans)
     if found is None:
@@ -72,12 +111,8 @@ def rows_left_out(m: int) -> int:
     return max(FEWEST_ROWS, min(m // 4, int(MOST_WORK / max(1, m) ** 2)))
 
 
-def _chosen(rows: TrainingRows, fits: int) -> list[tuple[int, range, Tensor]]:
-    """Evenly spaced examples, ``fits`` at most: which checked batch, its examples' numbers, and which of them."""
-    m = rows.operator.shape[0]
-    per_example = max(1, m // rows.examples)
-    limit = rows_left_out(m) // per_example
-    limit = max(1, min(limit, fits, MOST_EXAMPLES))
+def _chosen(rows: TrainingRows, limit: int) -> list[tuple[int, range, Tensor]]:
+    """Evenly spaced examples, ``limit`` at most: which checked batch, its examples' numbers, and which of them."""
     total = sum(len(numbers) for numbers in rows.kept_numbers)
     step = max(1.0, total / limit)
     wanted = torch.arange(0, total, step).long().unique()

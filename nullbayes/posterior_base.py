@@ -20,7 +20,6 @@ from nullbayes.arguments import (
 from nullbayes.assembly import (
     DELTA,
     NULL_SPACE,
-    Checkpoint,
     Fit,
     Settings,
     build,
@@ -47,6 +46,7 @@ from nullbayes.jacobian.functional import (
 from nullbayes.jacobian.parameters import ParameterChoice, ParameterSpace
 from nullbayes.jacobian.probe import prove
 from nullbayes.jacobian.randomness import FrozenRandomness, resolve_randomness
+from nullbayes.joining import Checkpoint
 from nullbayes.likelihood import Likelihood, LossFunction, resolve_loss
 from nullbayes.memory import parse_bytes
 from nullbayes.novelty import (

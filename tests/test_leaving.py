@@ -109,7 +109,7 @@ def test_the_certificate_tells_and_the_prior_heeds_it() -> None:
     "options",
     [
         {"likelihood": "regression"},
-        {"solver": nb.solvers.ConjugateGradient()},
+        {"solver": nb.solvers.AlternatingProjections()},
         {"solver": nb.solvers.PrimalQR(), "delta": 0},
     ],
     ids=["regression", "iterative", "primal, exact"],

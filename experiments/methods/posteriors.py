@@ -73,6 +73,7 @@ def certificate_details(posterior: Any) -> dict[str, Any]:
         "method", "preserve", "delta", "residual", "drift", "sampled_drift", "row_drift", "output_drift",
         "prior_share", "constraints", "parameters", "rank", "null_dim", "map_accuracy", "posterior_accuracy",
         "prior_precision", "solver", "iterations", "status", "examples", "seconds", "held", "verdict",
+        "unseen_divergence", "notes",
     )  # fmt: skip
     every = posterior.certificate.as_dict()
     return {key: every.get(key) for key in keys}
@@ -81,6 +82,7 @@ def certificate_details(posterior: Any) -> dict[str, Any]:
 class NullSpace(Method):
     """``nb.NullSpacePosterior``: by the evidence, which needs no validation data; calibrated; as sampled networks."""
 
+    version = 2
     preserve: ClassVar[str]
     title: ClassVar[str]
 

@@ -188,6 +188,14 @@ class State(ABC):
         """
         return None
 
+    def project_without(self, vectors: Tensor, spans: Sequence[slice]) -> Projection | None:
+        """Project as if the rows of ``spans`` were not there; the next :meth:`project` begins at what this found.
+
+        The null space of all rows lies in that of some, so little of the work is lost. None where the solver cannot
+        begin anywhere but at the vectors themselves.
+        """
+        return None
+
     def explained_flops(self, rows: int) -> float:
         """What :meth:`explained` costs for so many rows."""
         m, p = self.operator.shape

@@ -1,4 +1,4 @@
-"""Rows brought closer to one length: the same null space, reached in an order that serves predictions better."""
+"""Rows with weights: brought closer to one length, or some of them left out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,31 @@ from nullbayes.solvers.preconditioners import row_square_norms
 SHORTEST = 1e-4
 
 
-class RowScaled(RowOperator):
+class RowWeighted(RowOperator):
+    """``D A`` with the diagonal ``weights (M,)``; a weight of zero leaves a row out."""
+
+    def __init__(self, operator: RowOperator, weights: Tensor) -> None:
+        inner: RowOperator = operator
+        mine: Tensor = weights
+        if isinstance(operator, RowWeighted):
+            inner, mine = operator.operator, operator.weights * weights
+        self.operator: RowOperator = inner
+        self.weights: Tensor = mine.to(inner.dtype)
+        self.shape, self.dtype, self.device = inner.shape, inner.dtype, inner.device
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        return self.operator.matvec(vectors) * self.weights
+
+    def rmatvec(self, weights: Tensor) -> Tensor:
+        return self.operator.rmatvec(weights * self.weights)
+
+    def normal(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(self.operator, JacobianOperator):
+            return self.operator.normal(vectors, self.weights)
+        return super().normal(vectors)
+
+
+class RowScaled(RowWeighted):
     """``D A`` with ``D = ‖row‖^-power``, scaled so that the sum of squares of the rows stays.
 
     An iteration that ends early has removed what its rows weigh most. Rows of confident examples are
@@ -19,20 +43,7 @@ class RowScaled(RowOperator):
     """
 
     def __init__(self, operator: RowOperator, power: float) -> None:
-        self.operator = operator
-        self.shape, self.dtype, self.device = operator.shape, operator.dtype, operator.device
         squares = row_square_norms(operator)
         scale = (squares + SHORTEST * squares.mean()).clamp(min=1e-300).pow(-power / 2)
         kept = squares.sum() / (squares * scale.square()).sum().clamp(min=1e-300)
-        self.scale = (scale * kept.sqrt()).to(self.dtype)
-
-    def matvec(self, vectors: Tensor) -> Tensor:
-        return self.operator.matvec(vectors) * self.scale
-
-    def rmatvec(self, weights: Tensor) -> Tensor:
-        return self.operator.rmatvec(weights * self.scale)
-
-    def normal(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        if isinstance(self.operator, JacobianOperator):
-            return self.operator.normal(vectors, self.scale)
-        return super().normal(vectors)
+        super().__init__(operator, scale * kept.sqrt())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,7 +22,7 @@ from nullbayes.solvers.base import (
     conjugate_gradients,
     relative,
 )
-from nullbayes.solvers.equilibrate import RowScaled
+from nullbayes.solvers.equilibrate import RowScaled, RowWeighted
 from nullbayes.solvers.krylov import Goal, Solved, block_cg, row_norms
 from nullbayes.solvers.preconditioners import Preconditioner, resolve
 from nullbayes.solvers.spectrum import operator_spectrum
@@ -106,6 +109,7 @@ class ConjugateGradientState(IterativeState):
         self._preconditioner: Preconditioner | None = None
         #: the rows that the search works on; residuals are always those of ``operator``
         self._rows = operator
+        self._begin: Tensor | None = None
 
     def factorise(
         self, shift: float = 0.0, numerical: bool = False, tick: Tick | None = None
@@ -161,6 +165,20 @@ class ConjugateGradientState(IterativeState):
             left = limit - iterations
             solved = self._block(solved.value, linear, goal, left, None, start.carried)
         return Projection(solved.value, relative(image, before), solved.status, iterations)
+
+    def project_without(self, vectors: Tensor, spans: Sequence[slice]) -> Projection | None:
+        if self._preconditioner is not None:
+            return None
+        there = torch.ones(self.operator.shape[0], dtype=self.operator.dtype)
+        for span in spans:
+            there[span] = 0
+        there = there.to(self.operator.device)
+        some = copy.copy(self)
+        some.operator = RowWeighted(self.operator, there)
+        some._rows = RowWeighted(self._rows, there)
+        done = some.project(vectors)
+        self._begin = done.value
+        return done
 
     def _numerical(self, vectors: Tensor) -> Projection:
         """Passes until the tolerance, or until two of them stand and a third would gain little."""
@@ -234,6 +252,10 @@ class ConjugateGradientState(IterativeState):
         carried: dict[str, Tensor],
     ) -> Solved:
         apply = None if self._preconditioner is None else self._preconditioner.apply
+        begin, self._begin = self._begin, None
+        if begin is not None:  # goals are relative to the anchor, not to where the search begins
+            gradient, square = self._rows.normal(anchor)
+            carried |= {"image": square.sqrt(), "gradient": row_norms(gradient)}
         return block_cg(
             self._rows,
             anchor,
@@ -245,6 +267,7 @@ class ConjugateGradientState(IterativeState):
             self.watch,
             resumed,
             carried,
+            begin,
         )
 
     def _dual(

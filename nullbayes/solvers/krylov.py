@@ -62,6 +62,7 @@ def block_cg(
     watch: Watch,
     resumed: dict[str, Tensor] | None = None,
     carried: dict[str, Tensor] | None = None,
+    begin: Tensor | None = None,
 ) -> Solved:
     """Minimise ``½‖A x‖² + shift/2 ‖x - anchor‖² - <linear, x>`` for ``S`` anchors at once.
 
@@ -71,7 +72,8 @@ def block_cg(
     vectors, are found by all together.
 
     Args:
-        anchor: ``(S, P)``; also where the search begins.
+        anchor: ``(S, P)``; also where the search begins, unless ``begin (S, P)`` is given, which without a shift has to
+            differ from it by combinations of rows.
         linear: ``(S, P)`` or None.
         precondition: ``(S, P) -> (S, P)``, symmetric positive definite.
         goal: see :data:`Goal`; given only measured quantities.
@@ -81,7 +83,7 @@ def block_cg(
     An interrupt (Ctrl-C) ends the search; what was reached is returned, and measured, as always.
     """
     dtype = anchor.dtype
-    x, done, search = anchor, 0, None
+    x, done, search = anchor if begin is None else begin, 0, None
     active = torch.ones(len(anchor), dtype=torch.bool, device=anchor.device)
     if resumed is not None:
         there = {name: t.to(anchor.device) for name, t in resumed.items()}

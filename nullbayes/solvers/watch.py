@@ -28,6 +28,7 @@ class Watch:
         path: where checkpoints go (safetensors); None: nowhere.
         every: seconds between two checkpoints.
         problem: describes what is being solved; a checkpoint of another problem is refused.
+        before: the problem of the part of the work that came before; its checkpoint is overwritten.
     """
 
     def __init__(
@@ -36,8 +37,11 @@ class Watch:
         path: str | os.PathLike[str] | None = None,
         every: float = 60.0,
         problem: str = "",
+        before: str | None = None,
     ) -> None:
-        self._report, self._every, self._problem = report, every, problem
+        self._report, self._every, self.problem, self._before = report, every, problem, before
+        #: what else belongs into each checkpoint
+        self.carried: dict[str, Tensor] = {}
         self._path = None if path is None else Path(path)
         self._last = time.monotonic()
 
@@ -53,8 +57,9 @@ class Watch:
         temporary = self._path.with_name(self._path.name + ".tmp")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
-            save_file(tensors, temporary, {"format": FORMAT, "problem": self._problem})
+            every = {**state, **self.carried}
+            tensors = {name: t.detach().cpu().contiguous().clone() for name, t in every.items()}
+            save_file(tensors, temporary, {"format": FORMAT, "problem": self.problem})
             temporary.replace(self._path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
@@ -80,7 +85,9 @@ class Watch:
             raise StorageError(
                 f"the checkpoint {self._path} cannot be read ({error}); remove it to start anew."
             ) from error
-        if head.get("format") != FORMAT or head.get("problem") != self._problem:
+        if self._before is not None and head.get("problem") == self._before:
+            return None
+        if head.get("format") != FORMAT or head.get("problem") != self.problem:
             raise StorageError(
                 f"the checkpoint {self._path} belongs to another fit (other data, weights, seed or "
                 "settings); remove it, or name another file in `checkpoint=`."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -70,7 +71,7 @@ def trained(task: Task, which: str = FIRST, folder: Path | None = None) -> nn.Mo
 
 def write(path: Path, network: nn.Module, seconds: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{os.getpid()}.part")  # two processes may train the same one
     tensors = {name: t.detach().clone().contiguous() for name, t in network.state_dict().items()}
     save_file(tensors, part, metadata={"seconds": f"{seconds:.3f}"})
     part.replace(path)

@@ -72,8 +72,8 @@ def block_cg(
     vectors, are found by all together.
 
     Args:
-        anchor: ``(S, P)``; also where the search begins, unless ``begin (S, P)`` is given, which without a shift has to
-            differ from it by combinations of rows.
+        anchor: ``(S, P)``; also where the search begins, unless ``begin (S, P)`` is given, which has to differ from
+            it by combinations of rows.
         linear: ``(S, P)`` or None.
         precondition: ``(S, P) -> (S, P)``, symmetric positive definite.
         goal: see :data:`Goal`; given only measured quantities.
@@ -130,14 +130,22 @@ def block_cg(
             done, unchecked = done + 1, unchecked + 1
             x = x.index_put((active,), x[active] + step)
             gained[active] += along
-            # Each step says by how much it lowers what is minimised: a free bound on ‖A x‖, which
-            # shows progress and tells when to measure.
-            hint = torch.where(active, (energy - gained).clamp(min=0).sqrt(), image)
-            hinted = reached if linear is not None else torch.minimum(reached, goal(hint, infinite))
+            # Each step says by how much it lowers what is minimised, hence, but for rounding, what is
+            # left of ‖A x‖: that shows progress and tells when to measure.
+            left, hinted = energy - gained, reached
+            if shift:
+                left = left - shift * row_norms(x - anchor).square()
+            if linear is None:
+                hint = torch.where(active, left.clamp(min=0).sqrt(), image)
+                hinted = torch.minimum(reached, goal(hint, infinite))
             watch.report(done, float(hinted.max()))
             hoped = bool((hinted <= 1).all())
-            # What is left is below the rounding of what was there: whoever goes on unseeing follows noise.
-            lost = bool((energy - gained <= rounding * energy)[active].all())
+            # What is left, or what the step gained, is below the rounding of what was there: whoever goes
+            # on unseeing follows noise, into the null space where the shift is little more than that.
+            little = along <= rounding * gained[active]
+            if linear is None:
+                little |= (left <= rounding * energy)[active]
+            lost = bool(little.all())
             if not (hoped or lost or unchecked >= CHECK_EVERY or done >= max_iterations):
                 continue
             r, image, reached = measured(x)
@@ -148,10 +156,10 @@ def block_cg(
                 best = (reached, x)
             search = _kept(search, r[active])
             # Samples that are done retire from the block; the space that they helped to find stays.
-            left = active & (reached > 1)
+            going = active & (reached > 1)
             if search is not None:
-                search.coefficients = search.coefficients[left[active]]
-            active = left
+                search.coefficients = search.coefficients[going[active]]
+            active = going
             state = {"x": x, "done": torch.tensor(done), "active": active, **(carried or {})}
             watch.offer({**state, **(search.tensors() if search else {})})
     except KeyboardInterrupt:

@@ -190,6 +190,22 @@ def test_float32_jacobian_reaches_its_tolerance(solver: str) -> None:
     assert float(drift.max()) <= 1e-4 * float(exact.norm())
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_an_exhausted_search_does_not_wander_in_the_null_space(seed: int) -> None:
+    """No residual tells of it: twenty samples find a row space of sixty in three steps, what is left is rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.linalg.qr(torch.randn(60, 60, generator=generator).double())[0]
+    right = torch.linalg.qr(torch.randn(300, 60, generator=generator).double())[0].T
+    a = left * torch.logspace(0, -2, 60).double() @ right
+    v = torch.randn(20, 300, generator=generator).double()
+    state = solvers.ConjugateGradient(1e-10, 3000).prepare(DenseOperator(a))
+    state.factorise()
+    done = state.project(v)
+    wanted = v - v @ right.T @ right
+    assert done.status is solvers.Status.CONVERGED and done.iterations < 20
+    assert float((done.value - wanted).norm()) <= 1e-3 * float(wanted.norm())
+
+
 def test_too_little_work_is_admitted() -> None:
     a = gaussian(20, 50, torch.logspace(0, -6, 20).double())
     solver = solvers.DualCholesky(jitter=1e-3, max_iterations=1, tolerance=1e-12)

@@ -247,9 +247,14 @@ def _orthonormal(
 
 
 def _kept(search: _Search, r: Tensor) -> _Search | None:
-    """The search, unless rounding took it away from the true residual and it has to begin anew."""
+    """The search, unless rounding took it away from the true residual and it has to begin anew.
+
+    A residual that is measured lies in the row space. What the search's own differs from it by is rounding, which lies
+    anywhere: steps along it wander in the null space, where no residual tells.
+    """
     error = row_norms(search.coefficients.to(r.dtype) @ search.q - r)
-    return None if bool((error > 0.1 * row_norms(r)).any()) else search
+    allowed = torch.finfo(r.dtype).eps ** 0.25
+    return None if bool((error > allowed * row_norms(r)).any()) else search
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:

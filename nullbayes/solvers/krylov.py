@@ -72,8 +72,8 @@ def block_cg(
     vectors, are found by all together.
 
     Args:
-        anchor: ``(S, P)``; also where the search begins, unless ``begin (S, P)`` is given, which has to differ from
-            it by combinations of rows.
+        anchor: ``(S, P)``; also where the search begins, unless ``begin (S, P)`` is given, which without a shift has to
+            differ from it by combinations of rows.
         linear: ``(S, P)`` or None.
         precondition: ``(S, P) -> (S, P)``, symmetric positive definite.
         goal: see :data:`Goal`; given only measured quantities.
@@ -99,8 +99,12 @@ def block_cg(
         require_finite(square, "the product of the Jacobian rows with prior samples")
         return r, square.sqrt(), goal(square.sqrt(), row_norms(r))
 
+    def pulled(x: Tensor) -> Tensor | float:
+        """What the shift adds to twice the objective, ``(S,)``."""
+        return shift * row_norms(x - anchor).square() if shift else 0.0
+
     r, image, reached = measured(x)
-    energy = image.square() + shift * row_norms(x - anchor).square()
+    energy = image.square() + pulled(x)
     infinite = torch.full_like(image, math.inf)
     best = (reached, x)
     watch.report(done, float(reached.max()))
@@ -130,26 +134,23 @@ def block_cg(
             done, unchecked = done + 1, unchecked + 1
             x = x.index_put((active,), x[active] + step)
             gained[active] += along
-            # Each step says by how much it lowers what is minimised, hence, but for rounding, what is
-            # left of ‖A x‖: that shows progress and tells when to measure.
-            left, hinted = energy - gained, reached
-            if shift:
-                left = left - shift * row_norms(x - anchor).square()
+            # A step that gained less than the rounding of what was gained: whoever goes on unseeing follows
+            # noise, into the null space where the shift is little more than that.
+            hinted, little = reached, along <= rounding * gained[active]
             if linear is None:
+                # Each step says by how much it lowers what is minimised, hence, but for rounding, what is
+                # left of ‖A x‖: that shows progress and tells when to measure.
+                left = energy - gained - pulled(x)
                 hint = torch.where(active, left.clamp(min=0).sqrt(), image)
                 hinted = torch.minimum(reached, goal(hint, infinite))
+                little |= (left <= rounding * energy)[active]
             watch.report(done, float(hinted.max()))
             hoped = bool((hinted <= 1).all())
-            # What is left, or what the step gained, is below the rounding of what was there: whoever goes
-            # on unseeing follows noise, into the null space where the shift is little more than that.
-            little = along <= rounding * gained[active]
-            if linear is None:
-                little |= (left <= rounding * energy)[active]
             lost = bool(little.all())
             if not (hoped or lost or unchecked >= CHECK_EVERY or done >= max_iterations):
                 continue
             r, image, reached = measured(x)
-            energy = image.square() + shift * row_norms(x - anchor).square()
+            energy = image.square() + pulled(x)
             unchecked, gained = 0, torch.zeros_like(image)
             history.append((done, float(reached.max())))
             if float(reached.max()) <= float(best[0].max()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +14,8 @@ from nullbayes.jacobian.capture import CapturePlan, capture
 from nullbayes.jacobian.functional import FunctionalModel, Inputs, batch_size, take
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.jacobian.parameters import ParameterSpace
+
+Centre = Callable[[Tensor], Tensor]
 
 # Up to this many outputs per sample, reverse mode (all rows at once) is cheaper than one
 # forward-mode pass for each sample.
@@ -56,31 +58,33 @@ def output_rows(
     vectors: Tensor,
     scales: dict[str, float] | None = None,
     where: str = "the inputs",
+    centre: Centre = lambda values: values,
 ) -> Iterator[tuple[Tensor, JacobianOperator]]:
     """``f(θ̂, x) (b, *out)`` and all rows ``J(x)`` of its ``outputs`` numbers, a piece at a time.
 
     Args:
+        centre: a projection of output changes ``(S, B, *out)``; rows are those of what it leaves.
         vectors: ``(S, P)``, what the rows are to be multiplied with. A product reads all of it, so
             pieces may take as much memory as it does.
     """
+
+    def every_output(point: Tensor) -> SimpleNamespace:
+        """One cotangent per output number: ``(O, B, *out)``."""
+        count = point[0].numel()
+        eye = torch.eye(count, dtype=point.dtype, device=point.device)
+        values = centre(eye.reshape(count, 1, *point.shape[1:]))
+        return SimpleNamespace(values=values.expand(count, *point.shape), point=point)
+
     room = max(CAPTURE_BYTES, vectors.nbytes)
     size, step = batch_size(inputs), examples_per_capture(functional, plan, outputs, room)
     for start in range(0, size, step):
         piece = take(inputs, start, min(start + step, size))
         try:
-            block, made = capture(functional, plan, piece, _every_output, scales)
+            block, made = capture(functional, plan, piece, every_output, scales)
         except Exception:
             functional.outputs(inputs, where)  # says so where the inputs are to blame
             raise
         yield made.point, JacobianOperator(functional.space, [block])
-
-
-def _every_output(point: Tensor) -> SimpleNamespace:
-    """One cotangent per output number: ``(O, B, *out)``."""
-    size = point[0].numel()
-    eye = torch.eye(size, dtype=point.dtype, device=point.device)
-    values = eye[:, None].expand(size, len(point), size)
-    return SimpleNamespace(values=values.reshape(size, *point.shape), point=point)
 
 
 def linearised(

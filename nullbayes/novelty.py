@@ -33,6 +33,7 @@ def novelty_variance(
     plan: CapturePlan,
     fit: Fit,
     settings: Settings,
+    likelihood: Likelihood,
     x: Inputs,
     share: bool,
     exact: bool | None,
@@ -41,11 +42,16 @@ def novelty_variance(
     outputs = first_output(functional, x, "`x`").numel()
     exact = _is_exact(exact, fit, outputs)
     if not exact and not share and outputs > REVERSE_OUTPUTS_PER_SAMPLE * len(fit.unit):
-        change = forward_mode(functional, plan, fit.unit, x)  # rows of many outputs cost too much
+        # Rows of many outputs cost too much.
+        change = likelihood.centre(forward_mode(functional, plan, fit.unit, x))
         squares = change.double().square().mean(0).flatten(1).sum(1)
         return (squares / fit.alpha).to(functional.dtype)
     unit = _unit(functional, fit, settings)
-    pieces = output_rows(functional, plan, x, outputs, unit, settings.scale_by_name, "`x`")
+    # What no prediction depends on, a constant added to all logits, varies on training data as anywhere else: left in, it
+    # hides what is new (experiments/ablation_items.py, `scores`).
+    pieces = output_rows(
+        functional, plan, x, outputs, unit, settings.scale_by_name, "`x`", likelihood.centre
+    )
     operators = (operator for _, operator in pieces)
     return _variances(operators, outputs, unit, fit, share, exact).to(functional.dtype)
 

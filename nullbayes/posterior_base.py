@@ -350,7 +350,8 @@ class Posterior:
         Where the model draws random numbers: the mean over the ``draws`` that were fitted.
 
         Args:
-            score: ``"variance"``: ``tr J(x) Σ J(x)ᵀ``, the epistemic variance of the raw outputs;
+            score: ``"variance"``: ``tr J(x) Σ J(x)ᵀ``, the epistemic variance of the raw outputs (of logits
+                without what is common to all, which no prediction depends on);
                 ``"share"``: its share of the prior's, in [0, 1]; ``"entropy"`` of the mean
                 prediction; ``"mutual_information"`` between label and weights; ``"loss"``: the epistemic
                 variance of each example's own loss, which costs one row however many outputs there are.
@@ -377,7 +378,9 @@ class Posterior:
             if score == "loss":
                 values.append(loss_variance(*rest, self.likelihood, some, targets, exact))
             else:
-                values.append(novelty_variance(*rest, some, score == "share", exact))
+                values.append(
+                    novelty_variance(*rest, self.likelihood, some, score == "share", exact)
+                )
         return torch.stack(values).mean(0)
 
     def _check_model(self) -> None:

@@ -329,9 +329,13 @@ def test_novelty_exact_and_from_samples(trained: Any, kind: Any, solver: nb.solv
         exact = posterior.novelty(x, exact=True)
         estimate = posterior.novelty(x, exact=False)
         assert_close(estimate, exact, rtol=0.35, atol=1e-4 * float(posterior.novelty(far).max()))
-        assert_close(estimate, posterior.predict(x).variance.sum(1), rtol=1e-3, atol=1e-3)
+        prediction = posterior.predict(x)
+        change = posterior.likelihood.centre(prediction.outputs - prediction.point)
+        assert_close(estimate, change.square().mean(0).sum(1), rtol=1e-3, atol=1e-3)
         share = posterior.novelty(x, score="share", exact=True)
-        prior = dense_jacobian(model, x).square().sum(1).reshape(8, -1).sum(1)
+        rows = dense_jacobian(model, x)
+        rows = rows.reshape(8, -1, rows.shape[1])
+        prior = (rows - rows.mean(1, keepdim=True)).square().sum((1, 2))
         assert_close(share * prior / posterior.prior_precision, exact, rtol=1e-3, atol=1e-3)
         assert bool(((share >= 0) & (share <= 1)).all())
     assert float(posterior.novelty(far).mean()) > float(posterior.novelty(near).mean())
@@ -491,3 +495,24 @@ def test_a_model_that_changed_after_the_fit_is_refused(trained: Any) -> None:
             ask(x)
     model.load_state_dict(kept)  # the same values again, though written anew
     assert_close(posterior.predict(x).mean, before, atol=0, rtol=0)
+
+
+def test_novelty_does_not_see_what_all_logits_share(trained: Any) -> None:
+    """A last layer that adds one number to all logits changes no prediction, and no novelty."""
+    model, train, val = trained
+    x = val[0][0][:8]
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.shift = model, nn.Parameter(torch.ones(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.model(x) + (x @ self.shift)[:, None]
+            return out
+
+    plain = nb.NullSpacePosterior(model).fit(train, num_samples=300, **QUIET)
+    shifted = nb.NullSpacePosterior(Shifted().eval()).fit(train, num_samples=300, **QUIET)
+    for exact, rtol in ((True, 1e-3), (False, 0.4)):
+        a, b = (p.novelty(x, exact=exact) * p.prior_precision for p in (plain, shifted))
+        assert_close(a, b, rtol=rtol, atol=1e-3 * float(a.max()))

@@ -56,6 +56,15 @@ class Draws:
         return (self.outputs - self.centre).square().mean(0)
 
     @property
+    def centred_variance(self) -> Tensor:
+        """``(B,)`` float64, summed over outputs; of what is not common to all logits, which no softmax sees."""
+        around = (self.outputs - self.mean).double()
+        if around.shape[-1] > 1:
+            around = around - around.mean(-1, keepdim=True)
+        squares = around.square().sum(-1)
+        return squares.mean(0) if self.centre is not None else squares.sum(0) / (len(squares) - 1)
+
+    @property
     def each(self) -> Tensor:
         """Class probabilities of every draw, float64; linearised draws with their mirror images, whosever they are."""
         both = self.outputs if self.centre is None else mirrored(self.outputs, self.centre)
@@ -77,7 +86,7 @@ class Draws:
         scores = {"entropy": total}
         if len(self.outputs) > 1:
             scores["mutual_information"] = total - measures.entropy(self.each).mean(0)
-            scores["variance"] = self.variance.double().sum(-1)
+            scores["variance"] = self.centred_variance
         else:
             scores["energy"] = -self.outputs[0].double().logsumexp(-1)
         return {**scores, **self.scores}

@@ -93,7 +93,8 @@ class NullSpace(Method):
         # are there already.
         few = case.validation.inputs[:4]
         _, unit = unit_draws(self.posterior, few)
-        drawn = unit.double().square().mean(0).sum(-1) / self.posterior.prior_precision
+        unit = self.posterior.likelihood.centre(unit).double()
+        drawn = unit.square().mean(0).sum(-1) / self.posterior.prior_precision
         default = self.posterior.novelty(few).double()
         self.exact = not torch.allclose(default, drawn, rtol=1e-3)
         if not self.exact:

@@ -194,8 +194,8 @@ def write(setting: str, folder: Path) -> None:
         "Computed from the figures beside this file; `python -m experiments --report` writes it again. Judged is the",
         'null-space posterior that keeps predictions, by the evidence (no validation data) and calibrated. "No worse"',
         f"allows {NOISE:g} (nats, or ECE). In AUROC every rival has its best score in hindsight, and every variant of",
-        "it counts; ours is the novelty score. Cells: seeds on which the claim held, and the mean margin (positive:",
-        "better than asked for).",
+        "it counts; ours is the novelty score. Cells: seeds on which the claim held, and the mean margin ± its standard",
+        "error (positive: better than asked for).",
         "",
         *summary(findings),
         "",
@@ -235,8 +235,11 @@ def verdict(found: Sequence[Finding]) -> str:
         return "–"
     held = sum(f.held for f in found)
     word = "held" if held == len(found) else "**failed**" if not held else "**mixed**"
-    margin = statistics.fmean(f.margin for f in found)
-    return f"{word} {held}/{len(found)} ({margin:+.3f})"
+    margins = [f.margin for f in found]
+    margin = f"{statistics.fmean(margins):+.3f}"
+    if len(found) > 1:
+        margin += f" ± {statistics.stdev(margins) / len(found) ** 0.5:.3f}"
+    return f"{word} {held}/{len(found)} ({margin})"
 
 
 def failures(findings: Sequence[Finding]) -> list[str]:

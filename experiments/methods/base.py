@@ -74,6 +74,10 @@ class Draws:
         """``(B, O)`` mean class probabilities, float64."""
         return self.each.mean(0)
 
+    def plain(self) -> Tensor:
+        """``(B, O)``: the same of the draws alone, as most use them."""
+        return (self.outputs.double() / self.temperature).softmax(-1).mean(0)
+
     def novelty(self) -> dict[str, Tensor]:
         """All scores ``(B,)``, larger for what is new.
 

@@ -62,8 +62,8 @@ from nullbayes.storage import fingerprint
 
 NULL_SPACE, LAPLACE = "null-space", "Laplace"
 
-# Edge of the numerical null space, relative to the prior precision. benchmarks/edge.py: NLL, ECE and
-# novelty are all best near 1e-4 on the digits; towards 0 novelty suffers, towards 1 everything does.
+# Edge of the numerical null space, relative to the prior precision. benchmarks/edge.py: on the
+# digits NLL is best near 1e-4 and novelty as good as anywhere; towards 1 everything suffers.
 DELTA = 1e-4
 
 

@@ -47,8 +47,8 @@ def novelty_variance(
         squares = change.double().square().mean(0).flatten(1).sum(1)
         return (squares / fit.alpha).to(functional.dtype)
     unit = _unit(functional, fit, settings)
-    # What no prediction depends on, a constant added to all logits, varies on training data as anywhere else: left in, it
-    # hides what is new (experiments/ablation_items.py, `scores`).
+    # What no prediction depends on, a constant added to all logits, varies on training data as anywhere else: left
+    # in, it hides what is new (experiments/ablation_items.py, `scores`).
     pieces = output_rows(
         functional, plan, x, outputs, unit, settings.scale_by_name, "`x`", likelihood.centre
     )

@@ -133,6 +133,7 @@ CLAIMS: dict[str, Claim] = {
     f"test accuracy at most {WITHIN_TEST} points lower": test_accuracy,
     "NLL no worse than the point estimate": no_worse("nll"),
     "ECE no worse than the point estimate": no_worse("ece"),
+    "ECE above chance no worse": no_worse("ece_excess"),
     "NLL under shift better": better_shifted("nll"),
     "ECE under shift better": better_shifted("ece"),
     "mean AUROC best of all single-network methods": best_detection,

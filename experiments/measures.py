@@ -12,10 +12,12 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from nullbayes import metrics
 
 BINS = 15
+# Sets of labels drawn from the probabilities themselves, for what ECE is by chance.
+DRAWN = 200
 
 
 def classification(probs: Tensor, targets: Tensor) -> dict[str, float]:
-    """Accuracy, mean confidence, NLL (nats), Brier, ECE, MCE and AURC.
+    """Accuracy, mean confidence, NLL (nats), Brier, ECE, what of it is not chance, MCE and AURC.
 
     Args:
         probs: ``(N, O)``, rows sum to one.
@@ -25,9 +27,11 @@ def classification(probs: Tensor, targets: Tensor) -> dict[str, float]:
     """
     figures = metrics.classification_metrics(probs, targets, BINS)
     top, predicted = probs.max(1)
+    ece = calibration_error(probs, targets, "l1")
     return {
         **{key: figures[key] for key in ("accuracy", "confidence", "nll", "brier")},
-        "ece": calibration_error(probs, targets, "l1"),
+        "ece": ece,
+        "ece_excess": ece - chance_calibration_error(probs),
         "mce": calibration_error(probs, targets, "max"),
         "aurc": metrics.aurc(1 - top, predicted == targets),
     }
@@ -50,6 +54,24 @@ def calibration_error(probs: Tensor, targets: Tensor, norm: str) -> float:
         norm=kind,  # type: ignore[arg-type]
     )
     return float(error)
+
+
+def chance_calibration_error(probs: Tensor) -> float:
+    """Mean ECE of ``probs (N, O)`` if they were exactly right: of labels drawn from them, 200 times, always the same.
+
+    ECE is above zero however good the probabilities are, the more so the fewer the examples and the less confident
+    the answers: a method that rightly claims less pays for it (Roelofs et al., *Mitigating bias in calibration error
+    estimation*, AISTATS 2022). What exceeds this is miscalibration.
+    """
+    top = probs.detach().double().amax(1).cpu()
+    bins = (top * BINS).long().clamp(max=BINS - 1)
+    generator = torch.Generator().manual_seed(0)
+    total = 0.0
+    for _ in range(DRAWN):
+        right = (torch.rand(len(top), generator=generator, dtype=top.dtype) < top).double()
+        gaps = torch.zeros(BINS, dtype=top.dtype).index_add_(0, bins, right - top)
+        total += float(gaps.abs().sum())
+    return total / (DRAWN * len(top))
 
 
 def regression(mean: Tensor, total: Tensor, targets: Tensor) -> dict[str, float]:

@@ -92,6 +92,7 @@ CLEAN = (
     Column("NLL", at("test", "nll"), -1, 4),
     Column("Brier", at("test", "brier"), -1, 4),
     Column("ECE", at("test", "ece"), -1, 4),
+    Column("ECE above chance", at("test", "ece_excess"), -1, 4),
     Column("MCE", at("test", "mce"), -1, 3),
     Column("AURC", at("test", "aurc"), -1, 4),
 )
@@ -223,7 +224,8 @@ def about(runs: Sequence[dict[str, Any]], scale: Scale, command: str) -> str:
         f"{spread}, {first['result']['parameters']:,} weights, "
         f"{first['result']['train']:,} training images, {scale.validation:,} for validation, {scale.samples} draws. "
         f"AdamW, {recipe.epochs} epochs, batches of {recipe.batch_size}, learning rate {recipe.learning_rate:g}, "
-        f"cosine schedule, weight decay {recipe.weight_decay:g}. ECE and MCE: 15 equal bins of the top class. In bold: "
+        f"cosine schedule, weight decay {recipe.weight_decay:g}. ECE and MCE: 15 equal bins of the top class; "
+        "above chance: less the mean ECE of labels drawn from the same probabilities. In bold: "
         f"the best of a column, and the variant that stands for each method; †: more than one network. "
         f"torch {where['torch']}, {where['cores']} cores, commit {', '.join(commits)}. `{command}`"
     )

@@ -77,6 +77,25 @@ def test_calibration_errors_are_those_of_a_plain_loop() -> None:
     assert found["ece"] == pytest.approx(ours["ece"], abs=1e-6)
 
 
+def test_what_ece_is_by_chance() -> None:
+    # One bin of two answers at 0.75: both right, one of them, none; the gaps are 0.25, 0.25 and 0.75.
+    two = torch.tensor([[0.75, 0.25]] * 2)
+    wanted = 0.75**2 * 0.25 + 2 * 0.75 * 0.25 * 0.25 + 0.25**2 * 0.75
+    assert measures.chance_calibration_error(two) == pytest.approx(wanted, abs=0.03)
+    probs, _ = some_probabilities()
+    drawn = [
+        measures.classification(
+            probs, torch.multinomial(probs, 1, generator=generator(seed)).squeeze(1)
+        )
+        for seed in range(200)
+    ]
+    excess = torch.tensor([found["ece_excess"] for found in drawn])
+    ece = torch.tensor([found["ece"] for found in drawn])
+    assert abs(float(excess.mean())) < 4 * float(ece.std()) / 200**0.5  # nothing but chance
+    wrong = measures.classification(probs, probs.argmin(1))
+    assert wrong["ece_excess"] > 0.5 * wrong["ece"] > 0
+
+
 def test_detection_is_scikit_learns_and_flags_95_per_cent() -> None:
     from sklearn.metrics import roc_auc_score
 
@@ -356,7 +375,7 @@ def synthetic(
             "declared": declared,
             "headline": True,
             "train": {"accuracy": t},
-            "test": {"accuracy": 0.9, "nll": n, "ece": 0.05},
+            "test": {"accuracy": 0.9, "nll": n, "ece": 0.05, "ece_excess": 0.01},
             "shifted": shifted,
             "outside": {"noise": {score: {"auroc": a, "fpr95": 0.5}}},
         }
@@ -383,7 +402,7 @@ def verdicts(runs: list[dict[str, Any]]) -> dict[str, bool]:
 
 def test_claims_are_judged_by_the_figures() -> None:
     good = verdicts(synthetic(0.95, 0.29, 0.9))
-    assert len(good) == 8 and all(good.values())  # no ensemble: nothing is said of it
+    assert len(good) == 9 and all(good.values())  # no ensemble: nothing is said of it
     assert not verdicts(synthetic(0.94, 0.29, 0.9))["training accuracy equal (within 0.1 points)"]
     worse = verdicts(synthetic(0.95, 0.31, 0.7))
     assert not worse["NLL no worse than the point estimate"] and not worse["NLL under shift better"]

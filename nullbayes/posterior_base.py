@@ -26,7 +26,7 @@ from nullbayes.assembly import (
     extended,
     rescaled,
 )
-from nullbayes.calibration import METRICS, CalibrationPath, calibration_path
+from nullbayes.calibration import CalibrationPath, calibration_path, check_arguments
 from nullbayes.certificate import Certificate
 from nullbayes.constraints import Directions, Preserve, resolve_directions, resolve_preserve
 from nullbayes.errors import InputError, NotFittedError
@@ -273,26 +273,26 @@ class Posterior:
         *,
         ood_loader: Iterable[Any] | None = None,
         metric: str = "nll",
+        tune: str | None = None,
         progress: bool = True,
     ) -> CalibrationPath:
         """Choose the prior precision on validation data: the whole path from one pass.
+
+        For regression whose noise was estimated from training residuals, that noise is chosen instead: a network that
+        fits its training data better than new data has understated it.
 
         Args:
             val_loader: batches that were not trained on.
             ood_loader: optional; adds AUROC of the predictive uncertainty along the path. It is
                 reported, never optimised.
             metric: ``"nll"`` or ``"ece"``.
+            tune: ``"prior"`` or ``"noise"``; None as above.
 
         Warns:
             NullBayesWarning: the best value lies at an edge, or does not beat the trained network.
         """
         fit = self._fitted()
-        check_choice(metric, METRICS, "metric")
-        if ood_loader is not None and not isinstance(ood_loader, Iterable):
-            raise InputError(
-                f"`ood_loader` is {type(ood_loader).__name__}, expected an iterable of (inputs, targets) "
-                "batches, e.g. a DataLoader."
-            )
+        check_arguments(metric, ood_loader)
         self._check_model()
         check_reusable(val_loader, "val_loader")
         plan = fit.plan or self._proven
@@ -307,9 +307,15 @@ class Posterior:
             val_loader,
             ood_loader,
             metric,
+            tune,
             progress,
         )
-        self.prior_precision = path.prior_precision[path.chosen]
+        if path.noise_scale is None:
+            self.prior_precision = path.prior_precision[path.chosen]
+        else:
+            noised = self.likelihood.with_noise(path.noise_scale[path.chosen])
+            assert noised is not None
+            self.likelihood = noised
         self.calibration = path
         return path
 

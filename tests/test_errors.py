@@ -803,7 +803,7 @@ def test_an_interrupt_in_the_solver_leaves_no_trace(
             with pytest.raises(KeyboardInterrupt):
                 posterior.prior_precision = 123.0
             with pytest.raises(KeyboardInterrupt):
-                posterior.calibrate(loader, **QUIET)
+                posterior.calibrate(loader, tune="prior", **QUIET)
 
 
 def test_a_whole_session_leaves_no_trace(tmp_path: Any) -> None:

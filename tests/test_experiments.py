@@ -18,7 +18,17 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from experiments import __main__ as command
-from experiments import claims, digits_heldout, measures, networks, page, shifts, tables
+from experiments import (
+    claims,
+    digits_heldout,
+    measures,
+    networks,
+    page,
+    regression,
+    shifts,
+    tables,
+    tabular,
+)
 from experiments.methods.base import Draws, tune
 from experiments.methods.swag import Moments, refresh_batchnorm
 from experiments.methods.weights import Linearised, sampled
@@ -489,3 +499,28 @@ def test_markers_are_filled_from_the_results_and_shortened(tmp_path: Path) -> No
 def test_the_page_says_what_the_committed_results_say() -> None:
     text = page.PAGE.read_text()
     assert page.filled(text, RESULTS) == text, "run `python -m experiments --docs`"
+
+
+def test_regression_tunes_the_noise_of_every_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(networks, "FOLDER", tmp_path)
+    monkeypatch.setattr(tabular, "SETS", ("diabetes",))
+    scale = replace(tabular.SMALL, recipe=replace(tabular.SMALL.recipe, epochs=40), samples=20)
+    runs = []
+    for name in ("point", "temperature", "laplace_full", "null_predictions"):
+        found = regression.measure_job(("diabetes",), 0, scale, name)["sets"]["diabetes"]
+        runs.append({"method": name, "seed": 0, "result": {"sets": {"diabetes": found}}})
+        for key, variant in found["variants"].items():
+            assert math.isfinite(variant["test"]["nll"]), key
+        if name in ("laplace_full", "null_predictions"):
+            own = found["variants"][f"{name}_evidence"]
+            noisy = found["variants"][f"{name}_evidence_noise"]
+            assert noisy["headline"] and not found["variants"][name]["headline"]
+            assert noisy["path"]["nll"][0] > min(noisy["path"]["nll"])
+            total = noisy["test"]["coverage_90"] - own["test"]["coverage_90"]
+            assert total * math.log(noisy["value"]) >= 0  # more noise covers more
+            assert noisy["test"]["rmse"] == own["test"]["rmse"]
+    findings, _ = tabular.claims(runs)
+    assert {f.variant for f in findings} == {"by evidence", "calibrated"}
+    assert all(f.held for f in findings if "RMSE" in f.claim)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -381,6 +382,75 @@ def test_calibration_warns_when_the_posterior_adds_nothing(trained: Any) -> None
     with pytest.warns(nb.NullBayesWarning, match="trained network"):
         posterior.calibrate(sure, **QUIET)
     assert math.isfinite(posterior.prior_precision)
+
+
+@pytest.fixture(scope="module")
+def overfitted() -> Any:
+    """A network that follows the noise of 40 points, two outputs wide; and 200 points that it has not seen."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        x = torch.randn(240, 2).double()
+        y = torch.cat([x.sin(), x.cos()], 1)[:, 1:3] + 0.5 * torch.randn(240, 2).double()
+        model = nn.Sequential(nn.Linear(2, 60), nn.Tanh(), nn.Linear(60, 2)).double()
+        optimiser = torch.optim.Adam(model.parameters(), 0.02)
+        for _ in range(800):
+            optimiser.zero_grad()
+            nn.functional.mse_loss(model(x[:40]), y[:40]).backward()
+            optimiser.step()
+    return model.eval(), [(x[:40], y[:40])], [(x[40:100], y[40:100]), (x[100:], y[100:])]
+
+
+def test_regression_is_calibrated_by_its_noise(overfitted: Any, tmp_path: Path) -> None:
+    model, train, val = overfitted
+    posterior = nb.NullSpacePosterior(model, "regression").fit(train, num_samples=30, **QUIET)
+    found, alpha = posterior.likelihood.noise_variance, posterior.prior_precision
+    assert found is not None
+    path = posterior.calibrate(val, **QUIET)
+    assert path.tuned == "noise" and not path.at_edge and path.noise_scale is not None
+    assert path.noise_scale[path.chosen] > 1.5  # its residuals understate the noise
+    assert posterior.prior_precision == alpha and set(path.prior_precision) == {alpha}
+    kept = posterior.likelihood.noise_variance
+    assert_close(kept, found * path.noise_scale[path.chosen])
+    # Any point of the path is what a prediction with that noise gives: the mean over draws of each output's density.
+    x, y = torch.cat([b[0] for b in val]), torch.cat([b[1] for b in val])
+    draws = posterior.predict(x).outputs
+    both = torch.cat([draws, 2 * model(x).detach() - draws])
+    for i in (3, path.chosen, 30):
+        normal = torch.distributions.Normal(both, (found * path.noise_scale[i]).sqrt())
+        density = (normal.log_prob(y).logsumexp(0) - math.log(len(both))).sum(1)
+        assert path.nll[i] == pytest.approx(-float(density.mean()), rel=1e-9)
+    assert path.nll[path.chosen] == min(path.nll) < path.nll[12] - 0.05  # 12: as estimated
+    mean = model(x).detach()
+    alone = [
+        -float(torch.distributions.Normal(mean, (found * c).sqrt()).log_prob(y).sum(1).mean())
+        for c in path.noise_scale
+    ]
+    assert path.point["nll"] == pytest.approx(min(alone), rel=1e-9)  # as much for the network alone
+    before = posterior.predict(train[0][0])
+    assert_close(before.mean, model(train[0][0]).detach())
+    posterior.save(tmp_path / "p.safetensors")
+    again = nb.load(tmp_path / "p.safetensors", model)
+    assert_close(again.likelihood.noise_variance, kept)
+    assert again.calibration == path
+    assert_close(again.predict(x).total, posterior.predict(x).total)
+    posterior.fit(train, num_samples=3, **QUIET)
+    assert_close(posterior.likelihood.noise_variance, found)
+
+
+def test_what_regression_is_calibrated_by_can_be_said(overfitted: Any) -> None:
+    model, train, val = overfitted
+    posterior = nb.NullSpacePosterior(model, "regression").fit(train, num_samples=5, **QUIET)
+    found = posterior.likelihood.noise_variance
+    path = posterior.calibrate(val, tune="prior", **QUIET)
+    assert path.tuned == "prior" and path.noise_scale is None
+    assert posterior.prior_precision == path.prior_precision[path.chosen]
+    assert_close(posterior.likelihood.noise_variance, found)
+    given = nb.NullSpacePosterior(model, nb.Regression(0.2)).fit(train, num_samples=5, **QUIET)
+    assert given.calibrate(val, **QUIET).tuned == "prior"
+    with pytest.raises(nb.errors.InputError, match="tune='noise' needs a regression"):
+        given.calibrate(val, tune="noise", **QUIET)
+    with pytest.raises(nb.errors.InputError, match="tune"):
+        posterior.calibrate(val, tune="both", **QUIET)
 
 
 def test_regression_noise_and_intervals() -> None:

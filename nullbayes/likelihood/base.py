@@ -91,6 +91,10 @@ class Likelihood(ABC):
         """Targets in the device, dtype and shape that the methods here work with (idempotent)."""
         return targets.to(outputs.device)
 
+    def with_noise(self, factor: float) -> Likelihood | None:
+        """The same with its estimated observation variance times ``factor``; None where none was estimated."""
+        return None
+
     # -- what a prediction is --------------------------------------------------------------------
 
     def inverse_link(self, outputs: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -93,6 +94,14 @@ class Regression(Likelihood):
             "The model fits an output exactly, or its residuals are not finite: pass the noise, "
             "`Regression(noise_variance=...)`.",
         )
+
+    def with_noise(self, factor: float) -> Regression | None:
+        """The same with the noise that `fit_noise` found times ``factor``; None where it was given."""
+        if self._given or self._noise is None:
+            return None
+        other = copy.copy(self)
+        other._noise = _checked(self._noise * factor, "the noise variance times `factor` is")
+        return other
 
     def _variance(self, outputs: Tensor) -> Tensor:
         """The noise variance in the outputs' dtype and device, broadcastable to ``(B, *out)``."""

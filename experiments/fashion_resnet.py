@@ -15,13 +15,13 @@ NAME = "fashion_resnet"
 TITLE = "Fashion-MNIST, residual network with BatchNorm"
 FULL = Scale(
     seeds=3,
-    train=5000,
+    train=2000,
     validation=1000,
     test=4000,
     shifted=500,
     outside=500,
-    measured=4000,
-    recipe=Recipe(epochs=30, batch_size=128, learning_rate=3e-3),
+    measured=2000,
+    recipe=Recipe(epochs=30, batch_size=64, learning_rate=3e-3),
     memory="9GB",
     solver_tolerance=0.05,
     collected=21,

@@ -22,7 +22,7 @@ FULL = Scale(
     outside=500,
     measured=2000,
     recipe=Recipe(epochs=30, batch_size=64, learning_rate=3e-3),
-    memory="9GB",
+    memory="4GB",
     solver_tolerance=0.05,
     collected=21,
     options={"widths": (16, 32, 64), "stem_stride": 2},

@@ -180,7 +180,9 @@ def scores(case: Case) -> Iterator[tuple[str, Entry]]:
     def of(inputs: Tensor) -> dict[str, Tensor]:
         parts = []
         for x in inputs.split(BATCH):
-            found = novelty_scores(posterior.predict(x))
+            prediction = posterior.predict(x)
+            found = {"energy, network alone": -prediction.point.double().logsumexp(-1)}
+            found |= novelty_scores(prediction)
             for name in ("variance", "share"):
                 found[f"{name}, library's default"] = posterior.novelty(x, name)
             if exact:

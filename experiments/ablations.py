@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments import digits_heldout, fashion_lenet, tasks
+from experiments import digits_heldout, fashion_lenet, fashion_resnet, tasks
 from experiments.ablation_items import ITEMS, point_entry
 from experiments.classification import case_of
 from experiments.networks import FIRST, train_job
@@ -24,7 +24,13 @@ from experiments.tasks import Scale
 
 NAME = "ablations"
 TITLE = "Ablations"
-ONLY_DIGITS = {"norms"}
+# Which items are asked of which task; None: all.
+FULL_TASKS: dict[str, set[str] | None] = {
+    "digits_heldout": None,
+    "fashion_lenet": set(ITEMS) - {"norms"},
+    "fashion_resnet": {"subset", "scores"},
+}
+SMALL_TASKS: dict[str, set[str] | None] = {"digits_heldout": None}
 
 
 def scale_of(task: str, setting: str) -> Scale:
@@ -33,6 +39,8 @@ def scale_of(task: str, setting: str) -> Scale:
         return replace(
             fashion_lenet.FULL, constrained=3000, measured=3000, test=4000, shifted=1, outside=1000
         )
+    if task == "fashion_resnet":
+        return replace(fashion_resnet.FULL, shifted=1)
     base = digits_heldout.SCALES[setting]
     return replace(base, shifted=1, seeds=1 if setting == "small" else 10)
 
@@ -42,14 +50,14 @@ def jobs(
 ) -> list[Job]:
     """``methods`` does not apply: there is one."""
     out: list[Job] = []
-    for task in ("digits_heldout",) if setting == "small" else ("digits_heldout", "fashion_lenet"):
+    for task, wanted in (SMALL_TASKS if setting == "small" else FULL_TASKS).items():
         scale = scale_of(task, setting)
         for seed in seeds or range(scale.seeds):
             key = Key(NAME, setting, seed, f"{task}, network")
             recipe = {"recipe": scale.config()["recipe"], "train": scale.train}
             out.append(Job(key, recipe, train_job, (task, seed, scale, FIRST), keep=False))
             for item in ITEMS:
-                if task == "digits_heldout" or item not in ONLY_DIGITS:
+                if wanted is None or item in wanted:
                     key = Key(NAME, setting, seed, f"{task}, {item}")
                     out.append(Job(key, scale.config(), item_job, (task, seed, scale, item)))
     return out
@@ -118,7 +126,7 @@ def report(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
         f"standard error over seeds. `python -m experiments {NAME} --setting {setting}`"
     )
     for item, (title, _) in ITEMS.items():
-        for task in ("digits_heldout", "fashion_lenet"):
+        for task in FULL_TASKS:
             some = [
                 r["result"]
                 for r in sorted(runs, key=lambda r: r["seed"])

@@ -7,7 +7,7 @@ interrupt on the way leaves what was there before.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -191,7 +191,7 @@ def build(
                 (functional.outputs(h.inputs), change, h.targets)
                 for h, change in zip(held, unseen, strict=False)
             ] or left_out(state, v, rows, check, likelihood, settings.preserve, settings.directions)
-        notes = [*state.notes, *_where_kept(rows.operator)]
+        notes = [*state.notes, *_where_kept(rows.operator), *_not_kept(loader, rows, max_examples)]
         if by_evidence:
             evidence, alpha = alpha, check.keeping(alpha)
             if alpha > evidence:
@@ -249,6 +249,18 @@ def _raised(evidence: float, alpha: float) -> str:
         f"samples move training predictions by {ALLOWED_DIVERGENCE:g} nats at most, and those of examples that are "
         f"left out by {ALLOWED_UNSEEN:g}. `calibrate` on validation data decides better."
     )
+
+
+def _not_kept(loader: Iterable[Any], rows: TrainingRows, limit: int | None) -> list[str]:
+    """A word on examples that ``max_examples`` left out, where the loader can say how many it has."""
+    drawn = getattr(loader, "sampler", None)
+    if limit is None or not isinstance(drawn, Sized) or limit >= len(drawn):
+        return []
+    return [
+        f"{rows.examples:,} of {len(drawn):,} examples were kept; the others look newer than they are, so novelty "
+        "tells strangers apart less well. Keep all that the network learned from where that fits: `preserve='loss'` "
+        "and `directions='auto'` take fewer rows."
+    ]
 
 
 def _where_kept(operator: JacobianOperator) -> list[str]:

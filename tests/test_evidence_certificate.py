@@ -482,3 +482,17 @@ def test_an_error_under_a_bar_removes_it(
         nb.NullSpacePosterior(network()).fit(Loader(), 3)
     assert len(made) == 1 and not made[0].live.is_started
     assert_threads(threads)
+
+
+def test_examples_that_are_left_out_are_spoken_of() -> None:
+    data = torch.utils.data.TensorDataset(X, Y)
+    loader = torch.utils.data.DataLoader(data, 2)
+
+    def told(limit: int | None, given: Any = loader) -> bool:
+        posterior = nb.NullSpacePosterior(network())
+        notes = posterior.fit(given, 2, max_examples=limit, **QUIET).certificate.notes
+        return any(f"3 of {len(X)} examples were kept" in note for note in notes)
+
+    assert told(3)
+    assert not told(None) and not told(len(X)) and not told(len(X) + 5)
+    assert not told(3, TRAIN)  # a list of batches has no sampler to ask

@@ -22,7 +22,7 @@ FULL = Scale(
     outside=1000,
     measured=10_000,
     recipe=Recipe(epochs=15, batch_size=128, learning_rate=2e-3),
-    memory="9GB",
+    memory="10GB",
     solver_tolerance=0.05,
     collected=25,
 )

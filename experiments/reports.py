@@ -129,7 +129,7 @@ def shift_columns(run: Figures) -> list[Column]:
     ]
 
 
-SCORES = ("entropy", "mutual_information", "variance", "energy")
+SCORES = ("entropy", "mutual_information", "variance", "information", "energy")
 BY_SCORE = [
     Column(score.replace("_", " "), lambda run, s=score: mean_auroc(run, s), 1)  # type: ignore[misc]
     for score in SCORES

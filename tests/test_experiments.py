@@ -29,7 +29,7 @@ from experiments import (
     tables,
     tabular,
 )
-from experiments.methods.base import Draws, tune
+from experiments.methods.base import Draws, information, tune
 from experiments.methods.swag import Moments, refresh_batchnorm
 from experiments.methods.weights import Linearised, sampled
 from experiments.runner import Job, Unavailable, isolated, run
@@ -104,6 +104,16 @@ def test_what_ece_is_by_chance() -> None:
     assert abs(float(excess.mean())) < 4 * float(ece.std()) / 200**0.5  # nothing but chance
     wrong = measures.classification(probs, probs.argmin(1))
     assert wrong["ece_excess"] > 0.5 * wrong["ece"] > 0
+
+
+@pytest.mark.parametrize("samples", [3, 40])
+def test_information_is_a_log_determinant(samples: int) -> None:
+    changes = torch.randn(samples, 7, 5, generator=generator(), dtype=torch.float64)
+    found = information(changes)
+    for b in range(7):
+        covariance = changes[:, b].T @ changes[:, b] / samples
+        wanted = 0.5 * np.log(np.linalg.eigvalsh(np.eye(5) + covariance.numpy())).sum()
+        assert float(found[b]) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_detection_is_scikit_learns_and_flags_95_per_cent() -> None:

@@ -58,11 +58,14 @@ class Draws:
     @property
     def centred_variance(self) -> Tensor:
         """``(B,)`` float64, summed over outputs; of what is not common to all logits, which no softmax sees."""
-        around = (self.outputs - self.mean).double()
-        if around.shape[-1] > 1:
-            around = around - around.mean(-1, keepdim=True)
-        squares = around.square().sum(-1)
+        squares = self.around.square().sum(-1)
         return squares.mean(0) if self.centre is not None else squares.sum(0) / (len(squares) - 1)
+
+    @property
+    def around(self) -> Tensor:
+        """``(S, B, O)`` float64: what the draws add to their centre, without what is common to all logits."""
+        around = (self.outputs - self.mean).double()
+        return around - around.mean(-1, keepdim=True) if around.shape[-1] > 1 else around
 
     @property
     def each(self) -> Tensor:
@@ -81,9 +84,9 @@ class Draws:
     def novelty(self) -> dict[str, Tensor]:
         """All scores ``(B,)``, larger for what is new.
 
-        ``entropy`` of the mean prediction; for several draws ``mutual_information`` and ``variance`` (of the raw
-        outputs, summed); for a single one ``energy`` (Liu, Wang, Owens, Li, *Energy-based out-of-distribution
-        detection*, NeurIPS 2020).
+        ``entropy`` of the mean prediction; for several draws ``mutual_information``, ``variance`` (of the raw outputs,
+        summed) and ``information``; for a single one ``energy`` (Liu, Wang, Owens, Li, *Energy-based
+        out-of-distribution detection*, NeurIPS 2020).
         """
         probs = self.probabilities()
         total = measures.entropy(probs)
@@ -91,9 +94,23 @@ class Draws:
         if len(self.outputs) > 1:
             scores["mutual_information"] = total - measures.entropy(self.each).mean(0)
             scores["variance"] = self.centred_variance
+            scores["information"] = information(self.around)
         else:
             scores["energy"] = -self.outputs[0].double().logsumexp(-1)
         return {**scores, **self.scores}
+
+
+def information(changes: Tensor) -> Tensor:
+    """``½ log det(I + C) (B,)``, ``C`` the covariance of changes ``(S, B, O)``, float64.
+
+    What an observation of the outputs with noise of variance one would tell of the weights, in nats (MacKay,
+    *Information-based objective functions for active data selection*, 1992).
+    """
+    samples, _, outputs = changes.shape
+    between = "sbo,tbo->bst" if samples < outputs else "sbo,sbp->bop"
+    covariance = torch.einsum(between, changes, changes) / samples
+    eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    return 0.5 * torch.logdet(eye + covariance)
 
 
 def joined(parts: Sequence[Draws]) -> Draws:

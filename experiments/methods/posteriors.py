@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import nullbayes as nb
-from experiments.methods.base import Case, Draws, Method, Tuned, Variant, tune
+from experiments.methods.base import Case, Draws, Method, Tuned, Variant, information, tune
 from experiments.methods.weights import sampled
 from experiments.tasks import Scale
 from nullbayes.datasets import Split
@@ -82,7 +82,7 @@ def certificate_details(posterior: Any) -> dict[str, Any]:
 class NullSpace(Method):
     """``nb.NullSpacePosterior``: by the evidence, which needs no validation data; calibrated; as sampled networks."""
 
-    version = 2
+    version = 3
     preserve: ClassVar[str]
     title: ClassVar[str]
 
@@ -102,6 +102,9 @@ class NullSpace(Method):
 
     def tune(self, case: Case) -> dict[str, Variant]:
         self.evidence = float(self.posterior.prior_precision)
+        weights = sum(float(p.detach().double().square().sum()) for p in case.network.parameters())
+        # As wide as the weights are: what the evidence says before the library raises it.
+        self.natural = max(1, self.posterior.certificate.rank) / weights
         x, y = case.validation.inputs, case.validation.targets
         parts = [unit_draws(self.posterior, part) for part in x.split(BATCH)]
         point = torch.cat([p for p, _ in parts])
@@ -156,10 +159,13 @@ class NullSpace(Method):
         if linear:
             point, unit = unit_draws(self.posterior, x)
             exact = self.posterior.novelty(x) if self.exact else None
+            told = information(Draws(point + unit * self.natural**-0.5, point).around)
             for key in linear:
                 alpha = self.alphas[key]
-                # The exact variance is at the evidence's precision; its order is the same at any other.
-                scores = {} if exact is None else {"variance": exact * (self.evidence / alpha)}
+                scores = {"information": told}
+                if exact is not None:
+                    # At the evidence's precision; the order is the same at any other.
+                    scores["variance"] = exact * (self.evidence / alpha)
                 out[key] = Draws(point + unit * alpha**-0.5, point, scores)
         for key in only:
             if "sampled" in key:

@@ -40,13 +40,13 @@ def novelty_variance(
 ) -> Tensor:
     """``(B,)`` in the model's dtype; see :meth:`nullbayes.Posterior.novelty`."""
     outputs = first_output(functional, x, "`x`").numel()
-    exact = _is_exact(exact, fit, outputs)
+    exact = is_exact(exact, fit, outputs)
     if not exact and not share and outputs > REVERSE_OUTPUTS_PER_SAMPLE * len(fit.unit):
         # Rows of many outputs cost too much.
         change = likelihood.centre(forward_mode(functional, plan, fit.unit, x))
         squares = change.double().square().mean(0).flatten(1).sum(1)
         return (squares / fit.alpha).to(functional.dtype)
-    unit = _unit(functional, fit, settings)
+    unit = isotropic(functional, fit, settings)
     # What no prediction depends on, a constant added to all logits, varies on training data as anywhere else: left
     # in, it hides what is new (experiments/ablation_items.py, `scores`).
     pieces = output_rows(
@@ -70,8 +70,8 @@ def loss_variance(
     point = functional.outputs(x, "`x`")
     likelihood.validate(point, targets, "`x`")
     targets = likelihood.prepare_targets(point, targets)
-    exact = _is_exact(exact, fit, 1)
-    unit = _unit(functional, fit, settings)
+    exact = is_exact(exact, fit, 1)
+    unit = isotropic(functional, fit, settings)
 
     def gradient(outputs: Tensor, piece: slice) -> SimpleNamespace:
         some = take(targets, piece.start, piece.stop, len(point))
@@ -103,7 +103,7 @@ def check_has_entropy(likelihood: Likelihood, score: str) -> None:
         )
 
 
-def _is_exact(exact: bool | None, fit: Fit, outputs: int) -> bool:
+def is_exact(exact: bool | None, fit: Fit, outputs: int) -> bool:
     """What was asked for, or what costs little."""
     if exact is None:
         return fit.state is not None and fit.state.explained_flops(outputs) <= EXACT_FLOPS
@@ -115,7 +115,7 @@ def _is_exact(exact: bool | None, fit: Fit, outputs: int) -> bool:
     return exact
 
 
-def _unit(functional: FunctionalModel, fit: Fit, settings: Settings) -> Tensor:
+def isotropic(functional: FunctionalModel, fit: Fit, settings: Settings) -> Tensor:
     """Samples in the coordinates of the rows, where the prior is isotropic."""
     scales = functional.space.scales(settings.precision_by_name)
     return fit.unit if scales is None else fit.unit / scales
@@ -135,7 +135,7 @@ def _variances(
         prior = operator.squared_norms() if exact or share else None
         if exact:
             assert fit.state is not None and prior is not None
-            value = (prior - fit.state.explained(operator)).clamp(min=0)
+            value = (prior - fit.state.explained(operator).flatten()).clamp(min=0)
         else:
             value = operator.matvec(unit).double().square().mean(0)
         total = value.reshape(-1, outputs).sum(1)

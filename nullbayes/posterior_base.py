@@ -31,6 +31,7 @@ from nullbayes.certificate import Certificate
 from nullbayes.constraints import Directions, Preserve, resolve_directions, resolve_preserve
 from nullbayes.errors import InputError, NotFittedError
 from nullbayes.fitting import check_reusable, first_inputs
+from nullbayes.information import novelty_information
 from nullbayes.jacobian.capture import CapturePlan
 from nullbayes.jacobian.functional import (
     Forward,
@@ -358,10 +359,11 @@ class Posterior:
         Args:
             score: ``"variance"``: ``tr J(x) Σ J(x)ᵀ``, the epistemic variance of the raw outputs (of logits
                 without what is common to all, which no prediction depends on);
-                ``"share"``: its share of the prior's, in [0, 1]; ``"entropy"`` of the mean
+                ``"information"``: what an observation at ``x`` would tell of the weights, in nats;
+                ``"share"``: the variance's share of the prior's, in [0, 1]; ``"entropy"`` of the mean
                 prediction; ``"mutual_information"`` between label and weights; ``"loss"``: the epistemic
                 variance of each example's own loss, which costs one row however many outputs there are.
-            exact: variance and share from the factorisation instead of the samples. None: where the
+            exact: variance, information and share from the factorisation instead of the samples. None: where the
                 posterior was fitted here and it costs less than 3e8 operations an example.
             targets: for ``"loss"``; may be left out with a callable loss, which then gets the inputs.
         """
@@ -383,6 +385,8 @@ class Posterior:
             rest = (self.functional, self._capture_plan(some), self._fitted(), self._settings)
             if score == "loss":
                 values.append(loss_variance(*rest, self.likelihood, some, targets, exact))
+            elif score == "information":
+                values.append(novelty_information(*rest, self.likelihood, some, exact))
             else:
                 values.append(
                     novelty_variance(*rest, self.likelihood, some, score == "share", exact)

@@ -169,12 +169,12 @@ def test_explained_variance_and_spectrum(solver: str, problem: Problem, shift: f
         inner = a.T @ torch.linalg.solve(a @ a.T + shift * torch.eye(len(a)).double(), a)
     else:
         inner = torch.linalg.pinv(a) @ a
-    assert_close(
-        state.explained(DenseOperator(rows)),
-        (rows @ inner * rows).sum(1),
-        atol=1e-8 if solver in DIRECT else 1e-6,
-        rtol=0,
-    )
+    atol = 1e-8 if solver in DIRECT else 1e-6
+    found = state.explained(DenseOperator(rows))
+    assert_close(found.flatten(), (rows @ inner * rows).sum(1), atol=atol, rtol=0)
+    together = state.explained(DenseOperator(gaussian(6, p)), 3)  # two examples of three rows each
+    wanted = [r @ inner @ r.T for r in gaussian(6, p).split(3)]
+    assert_close((together + together.mT) / 2, torch.stack(wanted), atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -105,6 +105,10 @@ class Likelihood(ABC):
         """Changes ``(S, B, *out)`` of outputs without the part that no prediction depends on."""
         return change
 
+    def observed(self, change: Tensor) -> Tensor:
+        """The same, in standard deviations of the noise with which outputs are observed (logits: one)."""
+        return self.centre(change)
+
     def structured(self, values: Tensor) -> Any:
         """Outputs ``(*lead, *out)`` in the structure in which the model returns them (default: as they are)."""
         return values

@@ -183,6 +183,9 @@ class Regression(Likelihood):
         log_density = torch.stack([self._log_density(draw, wanted) for draw in draws])
         return log_mean_exp(log_density).reshape(wanted.shape[0], -1).sum(1)
 
+    def observed(self, change: Tensor) -> Tensor:
+        return change / self._variance(change[0]).sqrt()
+
     def divergence(self, point: Tensor, draws: Tensor, targets: Tensor) -> Tensor:
         """``(f_s - f)² / 2σ²``, averaged over the outputs: ``(S, B)``."""
         squares = (draws - point).square() / (2 * self._variance(point))

@@ -176,8 +176,11 @@ class State(ABC):
         """
 
     @abstractmethod
-    def explained(self, rows: RowOperator) -> Tensor:
-        """What the data determine of other rows: ``diag(R (I - cov) Rᵀ)``, ``(R,)`` float64."""
+    def explained(self, rows: RowOperator, width: int = 1) -> Tensor:
+        """What the data determine of other rows, ``R (I - cov) Rᵀ``: its diagonal blocks.
+
+        ``(R / width, width, width)`` float64, one for every ``width`` rows that follow each other.
+        """
 
     def left_out(self, vectors: Tensor, spans: Sequence[slice]) -> list[Tensor] | None:
         """What the projected ``vectors (S, P)`` would be along some rows, had these not been there.

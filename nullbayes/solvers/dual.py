@@ -20,6 +20,7 @@ from nullbayes.solvers.base import (
     iterate,
     require_finite,
 )
+from nullbayes.solvers.krylov import blocks
 from nullbayes.solvers.spectrum import EXACT_UP_TO, gram_spectrum
 
 TRACE_PROBES = 32
@@ -182,7 +183,7 @@ class DualState(State):
             at += size
         return out
 
-    def explained(self, rows: RowOperator) -> Tensor:
+    def explained(self, rows: RowOperator, width: int = 1) -> Tensor:
         if isinstance(rows, JacobianOperator) and isinstance(self.operator, JacobianOperator):
             cross = self.operator.cross_gram(rows)  # (M, R)
         else:
@@ -192,14 +193,14 @@ class DualState(State):
         # of a solve with L Lᵀ gives one.
         terms = 2 * self.passes if self.numerical and self.passes else 1
         half = cross.mul_(self.scale[:, None])
-        total = torch.zeros(half.shape[1], dtype=half.dtype, device=half.device)
+        total = torch.zeros_like(blocks(half, width))
         for j in range(terms):
             if j % 2 == 0:
                 half = torch.linalg.solve_triangular(self.chol, half, upper=False)
-                total += self.shift**j * half.square().sum(0)
+                total += self.shift**j * blocks(half, width)
             else:
                 half = torch.linalg.solve_triangular(self.chol.T, half, upper=True)
                 half = half.mul_(self.scale[:, None])
-                total += self.shift**j * half.square().sum(0)
+                total += self.shift**j * blocks(half, width)
                 half = half.mul_(self.scale[:, None])
         return total

@@ -23,7 +23,7 @@ from nullbayes.solvers.base import (
     relative,
 )
 from nullbayes.solvers.equilibrate import RowScaled, RowWeighted
-from nullbayes.solvers.krylov import Goal, Solved, block_cg, row_norms
+from nullbayes.solvers.krylov import Goal, Solved, block_cg, blocks, row_norms
 from nullbayes.solvers.preconditioners import Preconditioner, resolve
 from nullbayes.solvers.spectrum import operator_spectrum
 
@@ -82,15 +82,16 @@ class IterativeState(State):
     def spectrum(self) -> Spectrum:
         return operator_spectrum(self.operator)
 
-    def explained(self, rows: RowOperator) -> Tensor:
+    def explained(self, rows: RowOperator, width: int = 1) -> Tensor:
         """By projecting the rows themselves: as exact as the solver is."""
         parts = []
-        for values in rows.iter_rows(64):
+        for values in rows.iter_rows(width * max(1, 64 // width)):
             done = self._mean(values)
+            before = blocks(values.double().T, width)
             if self.shift and not self.numerical:  # Laplace: the covariance is the filter itself
-                parts.append((values.double() * (values - done).double()).sum(1))
+                parts.append(before - blocks(values.double().T, width, done.double().T))
             else:
-                parts.append(row_norms(values).square() - row_norms(done).square())
+                parts.append(before - blocks(done.double().T, width))
         return torch.cat(parts)
 
     def explained_flops(self, rows: int) -> float:

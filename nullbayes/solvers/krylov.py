@@ -266,6 +266,13 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
+def blocks(a: Tensor, width: int, b: Tensor | None = None) -> Tensor:
+    """Diagonal blocks ``(R / width, width, width)`` of ``aᵀ b (R, R)`` for ``(K, R)``; ``b`` None: of ``aᵀ a``."""
+    first = a.T.reshape(-1, width, len(a))
+    second = first if b is None else b.T.reshape(-1, width, len(b))
+    return first @ second.mT
+
+
 def row_norms(a: Tensor) -> Tensor:
     """``(S, P)`` -> ``(S,)`` float64, without a float64 copy of all of it."""
     out = torch.zeros(len(a), dtype=torch.float64, device=a.device)

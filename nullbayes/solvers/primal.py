@@ -20,6 +20,7 @@ from nullbayes.solvers.base import (
     relative,
     require_finite,
 )
+from nullbayes.solvers.krylov import blocks
 
 
 class PrimalQR(Solver):
@@ -146,7 +147,7 @@ class PrimalState(State):
             out.append(torch.linalg.solve(free, beyond).T)
         return out
 
-    def explained(self, rows: RowOperator) -> Tensor:
+    def explained(self, rows: RowOperator, width: int = 1) -> Tensor:
         seen = rows.matvec(self.basis.to(rows.dtype)).double()  # (r, R)
         power = 2 * self.passes if self.numerical and self.passes else 1
-        return (seen.square() * (1.0 - self.share**power)[:, None]).sum(0)
+        return blocks(seen * (1.0 - self.share**power).sqrt()[:, None], width)

@@ -183,10 +183,11 @@ def scores(case: Case) -> Iterator[tuple[str, Entry]]:
             prediction = posterior.predict(x)
             found = {"energy, network alone": -prediction.point.double().logsumexp(-1)}
             found |= novelty_scores(prediction)
-            for name in ("variance", "share"):
+            for name in ("variance", "information", "share"):
                 found[f"{name}, library's default"] = posterior.novelty(x, name)
             if exact:
                 found["variance, exact"] = posterior.novelty(x, exact=True)
+                found["information, exact"] = posterior.novelty(x, "information", exact=True)
             parts.append(found)
         return {key: torch.cat([p[key].double() for p in parts]) for key in parts[0]}
 

@@ -205,8 +205,8 @@ class State(ABC):
         return 2.0 * rows * min(m, p) * (p + min(m, p))
 
 
-# Iterative solvers are for problems where 1e-5 is out of reach. From here on predictions no longer change, and novelty
-# begins to suffer: what goes on is the freezing of directions that no prediction notices (benchmarks/whole.py).
+# Iterative solvers are for problems where 1e-5 is out of reach. From here on predictions no longer change: what goes
+# on is the freezing of directions that no prediction notices (benchmarks/whole.py).
 ITERATIVE_TOLERANCE = 5e-2
 
 

@@ -274,7 +274,7 @@ def quality(
         methods[method] = figures
         say(setting, f"{method} predictions in {clock.lap(method):.0f} s")
     few = test[:4]
-    novelty, variance = posterior.novelty(few).double(), predicted(posterior, few, "linearised")[1]
+    novelty, drawn = posterior.novelty(few).double(), predicted(posterior, few, "linearised")[1]
     start = min(
         range(len(path.nll)), key=lambda i: abs(math.log(path.prior_precision[i] / path.start))
     )
@@ -288,23 +288,27 @@ def quality(
             "calibrated": path.nll[path.chosen],
         },
         "warnings": [str(w.message) for w in caught],
-        "novelty_against_variance": float(((novelty - variance) / variance).abs().max()),
+        "novelty_against_draws": float(((novelty - drawn) / drawn).abs().max()),
         "quality_seconds": clock.seconds,
     }
 
 
 def predicted(posterior: Any, images: Tensor, method: str) -> tuple[Tensor, Tensor]:
-    """Mean probabilities, and novelty: the variance of the outputs around the trained network's.
+    """Mean probabilities, and novelty: what an observation of the logits would tell of the weights, in nats.
 
     From one set of draws: `posterior.novelty` gives the same figure for linearised draws, at the price of
     another pass over the images.
     """
+    weights = sum(float(p.detach().double().square().sum()) for p in posterior.model.parameters())
+    widen = posterior.prior_precision * weights / max(1, posterior.certificate.rank)
     means, scores = [], []
     for batch in images.split(FIT_BATCH):
         prediction = posterior.predict(batch, method)
         means.append(prediction.mean)
         moved = (prediction.outputs - prediction.point).double()
-        scores.append(moved.square().mean(0).sum(-1))
+        moved -= moved.mean(-1, keepdim=True)
+        told = torch.einsum("sbo,tbo->bst", moved, moved) * (widen / len(moved))
+        scores.append(0.5 * torch.logdet(told + torch.eye(len(moved), dtype=told.dtype)))
     return torch.cat(means), torch.cat(scores)
 
 
@@ -460,7 +464,7 @@ def quality_lines(runs: list[dict[str, Any]], counts: dict[str, int]) -> list[st
     lines = [
         "",
         f"Quality: {counts['test']} test images; prior precision chosen on {counts['validation']} validation images.",
-        f"AUROC against {numbers}: of 1 − confidence for the point estimate, of novelty (output variance) otherwise.",
+        f"AUROC against {numbers}: of 1 − confidence for the point estimate, of novelty otherwise.",
         "",
         f"| keeps | predictions | accuracy | NLL | ECE | {' | '.join(f'AUROC {s}' for s in shifts)} |",
         "|---" * (len(shifts) + 5) + "|",

@@ -14,8 +14,8 @@ import nullbayes as nb
 from experiments import measures, networks, tasks
 from experiments.classification import case_of
 from experiments.methods import Case, Draws
-from experiments.methods.base import tune
-from experiments.methods.posteriors import fitted, unit_draws
+from experiments.methods.base import information, tune
+from experiments.methods.posteriors import DECLARED, fitted, natural_precision, unit_draws
 from experiments.tasks import TASKS, Scale, Task
 from nullbayes.likelihood.softmax import softmax_factor
 
@@ -42,7 +42,7 @@ def everything(case: Case, draws: Callable[[Tensor], Draws]) -> tuple[dict[str, 
 
     def of(inputs: Tensor) -> tuple[Tensor, Tensor]:
         parts = [draws(x) for x in inputs.split(BATCH)]
-        score = [p.novelty().get("variance", p.novelty()["entropy"]) for p in parts]
+        score = [p.novelty().get(DECLARED, p.novelty()["entropy"]) for p in parts]
         return torch.cat([p.probabilities() for p in parts]), torch.cat(score)
 
     probs, _ = of(task.measured.inputs)
@@ -64,11 +64,7 @@ def of_posterior(case: Case, posterior: Any, alpha: float | None = None) -> Entr
     """Linearised predictions at ``alpha`` (None: the posterior's own prior precision), and its certificate."""
     alpha = float(posterior.prior_precision) if alpha is None else alpha
 
-    def draws(x: Tensor) -> Draws:
-        point, unit = unit_draws(posterior, x)
-        return Draws(point + unit * alpha**-0.5, point)
-
-    figures, _ = everything(case, draws)
+    figures, _ = everything(case, lambda x: predicted(posterior, x, alpha))
     c = posterior.certificate
     return {
         **figures,
@@ -80,6 +76,14 @@ def of_posterior(case: Case, posterior: Any, alpha: float | None = None) -> Entr
         "discarded": 100 * c.discarded_trace,
         "seconds": c.seconds,
     }
+
+
+def predicted(posterior: Any, x: Tensor, alpha: float, count: int | None = None) -> Draws:
+    """The first so many draws at a prior precision; scored, as the library does, without regard to it."""
+    point, unit = unit_draws(posterior, x)
+    unit = unit[:count]
+    told = information(Draws(point + unit * natural_precision(posterior) ** -0.5, point).around)
+    return Draws(point + unit * alpha**-0.5, point, {DECLARED: told})
 
 
 def null_space(case: Case, **options: Any) -> Any:
@@ -102,8 +106,7 @@ def samples(case: Case) -> Iterator[tuple[str, Entry]]:
     for count in SAMPLES:
 
         def draws(x: Tensor, few: int = count) -> Draws:
-            point, unit = unit_draws(posterior, x)
-            return Draws(point + unit[:few] * alpha**-0.5, point)
+            return predicted(posterior, x, alpha, few)
 
         yield f"{count} samples", everything(case, draws)[0]
 
@@ -186,7 +189,7 @@ def scores(case: Case) -> Iterator[tuple[str, Entry]]:
             for name in ("variance", "information", "share"):
                 found[f"{name}, library's default"] = posterior.novelty(x, name)
             if exact:
-                found["variance, exact"] = posterior.novelty(x, exact=True)
+                found["variance, exact"] = posterior.novelty(x, "variance", exact=True)
                 found["information, exact"] = posterior.novelty(x, "information", exact=True)
             parts.append(found)
         return {key: torch.cat([p[key].double() for p in parts]) for key in parts[0]}

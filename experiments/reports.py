@@ -14,9 +14,9 @@ from experiments.tables import Column, Figures, Page, Row, at
 from experiments.tasks import Scale
 
 OURS_DECLARED = (
-    "AUROC of each set against the test images. Ours is scored by its novelty, the variance of the outputs, as the "
-    "library does by default. Every other method is scored by whichever of its own scores (entropy; mutual "
-    "information and variance where it has draws; energy where it has none) has the best mean over sets and seeds."
+    "AUROC of each set against the test images. Ours is scored by its novelty, in nats, as the library does by "
+    "default. Every other method is scored by whichever of its own scores (entropy; mutual information, variance and "
+    "information where it has draws; energy where it has none) has the best mean over sets and seeds."
 )
 
 

@@ -350,16 +350,17 @@ class Posterior:
 
     @undisturbed_method
     def novelty(
-        self, x: Inputs, score: str = "variance", exact: bool | None = None, targets: Any = None
+        self, x: Inputs, score: str = "information", exact: bool | None = None, targets: Any = None
     ) -> Tensor:
         """How much the training data leave open at ``x``: ``(B,)``, larger is less known.
 
         Where the model draws random numbers: the mean over the ``draws`` that were fitted.
 
         Args:
-            score: ``"variance"``: ``tr J(x) Σ J(x)ᵀ``, the epistemic variance of the raw outputs (of logits
-                without what is common to all, which no prediction depends on);
-                ``"information"``: what an observation at ``x`` would tell of the weights, in nats;
+            score: ``"information"``: what an observation at ``x`` would tell of the weights, in nats:
+                ``½ log det(I + J(x) Σ J(x)ᵀ)`` (of logits without what is common to all, which no prediction
+                depends on), whatever `calibrate` made of the prior precision;
+                ``"variance"``: ``tr J(x) Σ J(x)ᵀ``, the epistemic variance of the same outputs;
                 ``"share"``: the variance's share of the prior's, in [0, 1]; ``"entropy"`` of the mean
                 prediction; ``"mutual_information"`` between label and weights; ``"loss"``: the epistemic
                 variance of each example's own loss, which costs one row however many outputs there are.

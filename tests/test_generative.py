@@ -156,8 +156,14 @@ def test_loss_rows_of_every_structure(kind: str) -> None:
     variance = PARTS[kind](prediction.variance)
     assert_close(variance[0], (image - whole[0]).square().mean(0))
     assert float(variance[1].min()) > 0
-    novelty = posterior.novelty(X, exact=False)
+    novelty = posterior.novelty(X, "variance", exact=False)
     assert_close(novelty, variance[0].flatten(1).sum(1) + variance[1].sum(1))
+    moved = torch.cat([(image - whole[0]).flatten(2), (code - whole[1]).flatten(2)], 2)
+    size = sum(float(p.detach().square().sum()) for p in model.parameters())
+    told = torch.einsum("sbo,tbo->bst", moved, moved) / 4
+    told *= posterior.prior_precision * size / certificate.rank
+    expected = torch.logdet(torch.eye(4, dtype=F64) + told) / 2
+    assert_close(posterior.novelty(X, exact=False), expected, rtol=1e-5, atol=1e-6)
     sampled = posterior.predict(X[:2], "sampled")
     weights = list(posterior.sample())
     outside = torch.func.functional_call(model, weights[1], (X[:2],))
@@ -451,8 +457,11 @@ def test_rows_with_frozen_noise(draws: int) -> None:
             for d in range(draws)
         ]
     )
-    assert_close(posterior.novelty(X, exact=False), expected.mean(0))
-    assert_close(posterior.novelty(X[3:5], exact=True), posterior.novelty(X, exact=True)[3:5])
+    assert_close(posterior.novelty(X, "variance", exact=False), expected.mean(0))
+    assert_close(
+        posterior.novelty(X[3:5], "variance", exact=True),
+        posterior.novelty(X, "variance", exact=True)[3:5],
+    )
     if draws == 2:
         assert not torch.allclose(noise[0], noise[1])
 

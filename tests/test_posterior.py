@@ -327,9 +327,11 @@ def test_novelty_exact_and_from_samples(trained: Any, kind: Any, solver: nb.solv
     posterior = kind(model, solver=solver).fit(train, num_samples=600, **QUIET)
     near, far = val[0][0][:8], 6 * torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
     for x in (near, far):
-        exact = posterior.novelty(x, exact=True)
-        estimate = posterior.novelty(x, exact=False)
-        assert_close(estimate, exact, rtol=0.35, atol=1e-4 * float(posterior.novelty(far).max()))
+        exact = posterior.novelty(x, "variance", exact=True)
+        estimate = posterior.novelty(x, "variance", exact=False)
+        assert_close(
+            estimate, exact, rtol=0.35, atol=1e-4 * float(posterior.novelty(far, "variance").max())
+        )
         prediction = posterior.predict(x)
         change = posterior.likelihood.centre(prediction.outputs - prediction.point)
         assert_close(estimate, change.square().mean(0).sum(1), rtol=1e-3, atol=1e-3)
@@ -339,7 +341,9 @@ def test_novelty_exact_and_from_samples(trained: Any, kind: Any, solver: nb.solv
         prior = (rows - rows.mean(1, keepdim=True)).square().sum((1, 2))
         assert_close(share * prior / posterior.prior_precision, exact, rtol=1e-3, atol=1e-3)
         assert bool(((share >= 0) & (share <= 1)).all())
-    assert float(posterior.novelty(far).mean()) > float(posterior.novelty(near).mean())
+    assert float(posterior.novelty(far, "variance").mean()) > float(
+        posterior.novelty(near, "variance").mean()
+    )
     assert_close(posterior.novelty(near, score="entropy"), posterior.predict(near).total)
     assert_close(
         posterior.novelty(near, score="mutual_information"), posterior.predict(near).epistemic
@@ -584,5 +588,5 @@ def test_novelty_does_not_see_what_all_logits_share(trained: Any) -> None:
     plain = nb.NullSpacePosterior(model).fit(train, num_samples=300, **QUIET)
     shifted = nb.NullSpacePosterior(Shifted().eval()).fit(train, num_samples=300, **QUIET)
     for exact, rtol in ((True, 1e-3), (False, 0.4)):
-        a, b = (p.novelty(x, exact=exact) * p.prior_precision for p in (plain, shifted))
+        a, b = (p.novelty(x, "variance", exact=exact) * p.prior_precision for p in (plain, shifted))
         assert_close(a, b, rtol=rtol, atol=1e-3 * float(a.max()))

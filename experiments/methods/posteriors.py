@@ -23,6 +23,7 @@ BATCH = 250
 LAPLACE_DECADES = (0.0, 1.0, 2.0, 3.0, 4.0)
 HALVES = (-0.5, 0.5)
 SAMPLED_DECADES = tuple(float(k) for k in range(-2, 7))
+DECLARED = "information"  # the library's default, which stands for its posteriors in every table
 
 
 def likelihood(case: Case) -> str | nb.Likelihood:
@@ -68,6 +69,13 @@ def weight_changes(posterior: Any) -> tuple[list[str], Tensor]:
     return list(named), torch.stack(rows) * posterior.prior_precision**0.5
 
 
+def natural_precision(posterior: Any) -> float:
+    """``γ / ‖θ̂‖²``, as wide as the weights are: what the evidence says before the library raises it."""
+    named = posterior.model.named_parameters()
+    weights = [p.detach().double() for n, p in named if n in posterior.space.by_name]
+    return max(1, posterior.certificate.rank) / sum(float(w.square().sum()) for w in weights)
+
+
 def certificate_details(posterior: Any) -> dict[str, Any]:
     keys = (
         "method", "preserve", "delta", "residual", "drift", "sampled_drift", "row_drift", "output_drift",
@@ -95,16 +103,14 @@ class NullSpace(Method):
         _, unit = unit_draws(self.posterior, few)
         unit = self.posterior.likelihood.centre(unit).double()
         drawn = unit.square().mean(0).sum(-1) / self.posterior.prior_precision
-        default = self.posterior.novelty(few).double()
+        default = self.posterior.novelty(few, "variance").double()
         self.exact = not torch.allclose(default, drawn, rtol=1e-3)
         if not self.exact:
             self.posterior = slim(self.posterior)
 
     def tune(self, case: Case) -> dict[str, Variant]:
         self.evidence = float(self.posterior.prior_precision)
-        weights = sum(float(p.detach().double().square().sum()) for p in case.network.parameters())
-        # As wide as the weights are: what the evidence says before the library raises it.
-        self.natural = max(1, self.posterior.certificate.rank) / weights
+        self.natural = natural_precision(self.posterior)
         x, y = case.validation.inputs, case.validation.targets
         parts = [unit_draws(self.posterior, part) for part in x.split(BATCH)]
         point = torch.cat([p for p, _ in parts])
@@ -137,16 +143,16 @@ class NullSpace(Method):
         }
         return {
             name: Variant(
-                self.title, alpha, calibrated.value, "variance", headline=True, path=calibrated.path
+                self.title, alpha, calibrated.value, DECLARED, headline=True, path=calibrated.path
             ),
             f"{name}_evidence": Variant(
-                f"{self.title}, by evidence", "nothing", self.evidence, "variance"
+                f"{self.title}, by evidence", "nothing", self.evidence, DECLARED
             ),
             f"{name}_sampled": Variant(
-                f"{self.title}, sampled", alpha, drawn.value, "variance", path=drawn.path
+                f"{self.title}, sampled", alpha, drawn.value, DECLARED, path=drawn.path
             ),
             f"{name}_sampled_evidence": Variant(
-                f"{self.title}, sampled, by evidence", "nothing", self.evidence, "variance"
+                f"{self.title}, sampled, by evidence", "nothing", self.evidence, DECLARED
             ),
         }
 
@@ -158,7 +164,7 @@ class NullSpace(Method):
         linear = [key for key in only if "sampled" not in key]
         if linear:
             point, unit = unit_draws(self.posterior, x)
-            exact = self.posterior.novelty(x) if self.exact else None
+            exact = self.posterior.novelty(x, "variance") if self.exact else None
             told = information(Draws(point + unit * self.natural**-0.5, point).around)
             for key in linear:
                 alpha = self.alphas[key]

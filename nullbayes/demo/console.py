@@ -89,7 +89,7 @@ def comparison(results: dict[str, Any]) -> Table:
     methods = results["methods"]
     table = Table(
         title=f"{results['dataset']['title']}, {results['dataset']['test']:,} test images",
-        caption="AUROC: point estimate by 1 − confidence, posteriors by output variance",
+        caption="AUROC: point estimate by 1 − confidence, posteriors by novelty",
         title_justify="left",
         caption_justify="left",
         box=SIMPLE,

@@ -50,12 +50,12 @@ def point_method(model: torch.nn.Module) -> Method:
 
 
 def posterior_method(title: str, posterior: Any) -> Method:
-    """A fitted posterior: the linearised predictive mean, and the variance of its outputs as the novelty score."""
+    """A fitted posterior: the linearised predictive mean, and its novelty, in nats."""
     return Method(
         title,
         lambda x: posterior.predict(x).mean,
         lambda x: posterior.novelty(x),
-        "novelty (output variance)",
+        "novelty (information)",
     )
 
 

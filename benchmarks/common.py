@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nullbayes import datasets
+from nullbayes import datasets, files
 from nullbayes.demo.models import lenet
 from nullbayes.memory import peak_bytes
 
@@ -82,7 +82,6 @@ def write_results(name: str, results: dict[str, Any], table: str) -> Path:
     RESULTS.mkdir(exist_ok=True)
     for suffix, text in ((".json", json.dumps(results, indent=1) + "\n"), (".md", table)):
         target = RESULTS / f"{name}{suffix}"
-        temporary = target.with_suffix(target.suffix + ".tmp")
-        temporary.write_text(text)
-        temporary.replace(target)
+        with files.whole(target) as part:
+            part.write_text(text)
     return RESULTS / f"{name}.md"

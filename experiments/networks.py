@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from experiments import tasks
 from experiments.store import OUT
 from experiments.tasks import DROPOUT, Task
+from nullbayes import files
 from nullbayes.demo import training
 from nullbayes.demo.models import seeded
 from nullbayes.report.writing import plain
@@ -71,10 +71,9 @@ def trained(task: Task, which: str = FIRST, folder: Path | None = None) -> nn.Mo
 
 def write(path: Path, network: nn.Module, seconds: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")  # two processes may train the same one
     tensors = {name: t.detach().clone().contiguous() for name, t in network.state_dict().items()}
-    save_file(tensors, part, metadata={"seconds": f"{seconds:.3f}"})
-    part.replace(path)
+    with files.whole(path) as part:  # two processes may train the same one
+        save_file(tensors, part, metadata={"seconds": f"{seconds:.3f}"})
 
 
 def seconds(task: Task, which: str = FIRST, folder: Path | None = None) -> float:

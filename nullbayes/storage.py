@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nullbayes import files
 from nullbayes.errors import ModelError, NullBayesWarning, StorageError
 from nullbayes.jacobian.parameters import ParameterSpace
 from nullbayes.likelihood import Likelihood, likelihood_from_config
@@ -82,22 +82,11 @@ def write(
         ) from error
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    except OSError as error:
-        raise StorageError(f"could not write {target}: {error}.") from error
-    os.close(handle)
-    try:
-        tensors = {"samples": samples.detach().cpu().contiguous()}
-        save_file(tensors, name, metadata={"nullbayes": text})
-        # mkstemp makes files for the owner alone; give this one the usual permissions.
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(name).chmod(0o666 & ~mask)
-        Path(name).replace(target)
+        with files.whole(target) as part:
+            tensors = {"samples": samples.detach().cpu().contiguous()}
+            save_file(tensors, part, metadata={"nullbayes": text})
     except (OSError, SafetensorError) as error:
         raise StorageError(f"could not write {target}: {error}.") from error
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

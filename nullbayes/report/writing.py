@@ -1,30 +1,21 @@
-"""Files appear whole or not at all."""
+"""Text and JSON, written whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from ..errors import InputError
 
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` under a temporary name beside ``path``, then rename: nobody, not even after Ctrl-C, sees half."""
     make_folder(path.parent)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        part.chmod(0o666 & ~_umask())  # mkstemp's files are for their owner alone
-        part.replace(path)
-    except BaseException:  # KeyboardInterrupt too
-        part.unlink(missing_ok=True)
-        raise
+    with files.whole(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -55,9 +46,3 @@ def make_folder(folder: Path) -> None:
         raise InputError(
             f"The output folder {folder} cannot be made: {error.strerror or error}."
         ) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

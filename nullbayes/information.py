@@ -53,12 +53,13 @@ def novelty_information(
 def natural_precision(functional: FunctionalModel, fit: Fit, settings: Settings) -> float:
     """The prior precision at which information is counted: ``γ / ‖θ̂‖²``, whatever the posterior's was set to since.
 
-    With another one the order of inputs would be another; `calibrate` shall not change what is new.
+    With another one the order of inputs would be another; `calibrate` shall not change what is new. One where the
+    weights have no size.
     """
     if settings.precision_by_name is not None:
         return 1.0
-    weights = functional.space.flatten(functional.weights()).double()
-    return max(1, fit.certificate.rank) / float(weights.square().sum())
+    size = float(functional.space.flatten(functional.weights()).double().square().sum())
+    return max(1, fit.certificate.rank) / size if size else 1.0
 
 
 def _pieces(

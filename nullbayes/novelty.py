@@ -99,7 +99,8 @@ def check_has_entropy(likelihood: Likelihood, score: str) -> None:
     """Raise `InputError` for a likelihood that says nothing of the spread of its targets."""
     if likelihood.layouts is not None:
         raise InputError(
-            f"`score` is {score!r}, which a callable loss does not have; expected 'variance', 'share' or 'loss'."
+            f"`score` is {score!r}, which a callable loss does not have; expected 'information', 'variance', 'share' "
+            "or 'loss'."
         )
 
 

@@ -14,7 +14,7 @@ from nullbayes.likelihood import Likelihood
 from nullbayes.likelihood.pieces import mirrored
 
 METHODS = ("linearised", "sampled")
-SCORES = ("variance", "information", "share", "entropy", "mutual_information", "loss")
+SCORES = ("information", "variance", "share", "entropy", "mutual_information", "loss")
 
 
 @dataclass(frozen=True)

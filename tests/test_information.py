@@ -114,3 +114,13 @@ def test_one_output_keeps_the_order_of_the_variance() -> None:
     new = 2 * inputs(50, 2)
     order = posterior.novelty(new, exact=True).argsort()
     assert torch.equal(posterior.novelty(new, "information", exact=True).argsort(), order)
+
+
+def test_weights_without_a_size() -> None:
+    model, x = nn.Linear(4, 2).double().eval(), inputs(4, 3)
+    for p in model.parameters():
+        torch.nn.init.zeros_(p)
+    posterior = nb.NullSpacePosterior(model, prior_precision=5.0)
+    posterior.fit([(x[:2], torch.tensor([0, 1]))], 4, **QUIET)
+    found = posterior.novelty(x, exact=True)
+    assert bool(found.isfinite().all()) and float(found[2:].max()) > float(found[:2].max())

@@ -37,13 +37,12 @@ SMALL_TASKS: dict[str, set[str] | None] = {"digits_heldout": None}
 def scale_of(task: str, setting: str) -> Scale:
     """The task's own network; on Fashion-MNIST 3,000 training images are kept, unless the item says otherwise."""
     if task == "fashion_lenet":
-        return replace(
-            fashion_lenet.FULL, constrained=3000, measured=3000, test=4000, shifted=1, outside=1000
-        )
+        few = {"constrained": 3000, "measured": 2000, "test": 2000, "outside": 500}
+        return replace(fashion_lenet.FULL, seeds=2, shifted=1, **few)
     if task == "fashion_resnet":
-        return replace(fashion_resnet.FULL, shifted=1)
+        return replace(fashion_resnet.FULL, seeds=2, shifted=1, test=2000, outside=500)
     base = digits_heldout.SCALES[setting]
-    return replace(base, shifted=1, seeds=1 if setting == "small" else 10)
+    return replace(base, shifted=1, seeds=1 if setting == "small" else 5)
 
 
 def jobs(

@@ -209,8 +209,8 @@ TUNING = (
     "One rule for all: the value of least validation NLL on a path of whole decades, then thirds of a decade around "
     "the best (temperatures: eighths, then twenty-fourths; full Laplace, where each value is a fit: decades, then "
     "halves). Fit seconds hold the training of further networks, not that of the one that all share. Each method ran "
-    "in a process of its own; its peaks hold the packages and the data, about what the point estimate's are. Predicting: "
-    "everything that these tables need, 100 inputs at a time."
+    "in a process of its own; its peaks hold the packages and the data, about what the point estimate's are. "
+    "Predicting: everything that these tables need, 100 inputs at a time."
 )
 
 

@@ -49,7 +49,7 @@ STRUCTURES = {
 def scale_of(task: str, setting: str) -> Scale:
     """The task's own networks and data, with less to measure."""
     base: Scale = BASE[task].SCALES[setting]
-    few = {"small": (500, 300, 150), "full": (10_000, 4000, 1000)}[setting]
+    few = {"small": (500, 300, 150), "full": (3000, 2000, 500)}[setting]
     measured, test, outside = few
     seeds = {"small": 1 if task == "fashion_lenet" else 2, "full": 3}[setting]
     if task == "fashion_lenet" and setting == "small":

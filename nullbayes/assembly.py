@@ -32,10 +32,10 @@ from nullbayes.fitting import (
     default_budget,
     fit_noise,
 )
-from nullbayes.jacobian.capture import CapturePlan
 from nullbayes.jacobian.functional import FunctionalModel
 from nullbayes.jacobian.keeping import fits_on_disk
 from nullbayes.jacobian.operator import JacobianOperator
+from nullbayes.jacobian.plan import CapturePlan
 from nullbayes.joining import Checkpoint, Work, projected
 from nullbayes.leaving import held_out, left_out
 from nullbayes.likelihood import Likelihood

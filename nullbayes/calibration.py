@@ -24,8 +24,8 @@ from nullbayes import draws
 from nullbayes.arguments import check_choice
 from nullbayes.errors import InputError, NullBayesWarning
 from nullbayes.fitting import limited
-from nullbayes.jacobian.capture import CapturePlan
 from nullbayes.jacobian.functional import FunctionalModel
+from nullbayes.jacobian.plan import CapturePlan
 from nullbayes.likelihood import Likelihood
 from nullbayes.likelihood.pieces import mirrored
 from nullbayes.metrics import ood_metrics

@@ -13,8 +13,8 @@ from torch import Tensor
 from nullbayes import draws
 from nullbayes.constraints import Preserve
 from nullbayes.errors import NonFiniteError
-from nullbayes.jacobian.capture import CapturePlan
 from nullbayes.jacobian.functional import FunctionalModel, Inputs, batch_size, take
+from nullbayes.jacobian.plan import CapturePlan
 from nullbayes.likelihood import Likelihood
 from nullbayes.likelihood.pieces import mirrored
 from nullbayes.memory import format_bytes

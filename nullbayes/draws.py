@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from nullbayes.jacobian.build import CAPTURE_BYTES, examples_per_capture
-from nullbayes.jacobian.capture import CapturePlan, capture
+from nullbayes.jacobian.capture import capture
 from nullbayes.jacobian.functional import FunctionalModel, Inputs, batch_size, take
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.jacobian.parameters import ParameterSpace
+from nullbayes.jacobian.plan import CapturePlan
 
 Centre = Callable[[Tensor], Tensor]
 

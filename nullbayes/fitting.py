@@ -12,7 +12,6 @@ from torch import Tensor
 from nullbayes.constraints import Cotangents, Directions, Preserve
 from nullbayes.errors import InputError
 from nullbayes.jacobian.build import CAPTURE_BYTES, capture_batch
-from nullbayes.jacobian.capture import CapturePlan
 from nullbayes.jacobian.functional import (
     FunctionalModel,
     Inputs,
@@ -24,6 +23,7 @@ from nullbayes.jacobian.functional import (
 )
 from nullbayes.jacobian.keeping import BLOCK_BYTES, Keeper
 from nullbayes.jacobian.operator import JacobianOperator, check_block
+from nullbayes.jacobian.plan import CapturePlan
 from nullbayes.jacobian.probe import prove
 from nullbayes.likelihood import Likelihood
 from nullbayes.progress import ROWS, Stages

@@ -14,10 +14,10 @@ from nullbayes import draws
 from nullbayes.certificate import SAMPLED_DRAWS, SAMPLED_EXAMPLES, GuaranteeCheck
 from nullbayes.constraints import Preserve
 from nullbayes.fitting import CHECK_EXAMPLES
-from nullbayes.jacobian.capture import CapturePlan
 from nullbayes.jacobian.functional import FunctionalModel, Inputs, take
 from nullbayes.jacobian.keeping import BLOCK_ROWS, merge_blocks
 from nullbayes.jacobian.operator import JacobianOperator
+from nullbayes.jacobian.plan import CapturePlan
 from nullbayes.leaving import rows_left_out
 from nullbayes.likelihood import Likelihood
 from nullbayes.progress import CERTIFICATE, FACTORISATION, GRAM, PROJECTION

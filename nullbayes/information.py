@@ -19,8 +19,8 @@ from nullbayes.draws import (
     forward_mode,
     output_rows,
 )
-from nullbayes.jacobian.capture import CapturePlan
 from nullbayes.jacobian.functional import FunctionalModel, Inputs
+from nullbayes.jacobian.plan import CapturePlan
 from nullbayes.likelihood import Likelihood
 from nullbayes.novelty import is_exact, isotropic
 from nullbayes.solvers.krylov import blocks

@@ -18,9 +18,9 @@ from nullbayes.draws import (
 )
 from nullbayes.errors import InputError, NotFittedError
 from nullbayes.jacobian.build import capture_batch
-from nullbayes.jacobian.capture import CapturePlan
 from nullbayes.jacobian.functional import FunctionalModel, Inputs, take, to_device
 from nullbayes.jacobian.operator import JacobianOperator
+from nullbayes.jacobian.plan import CapturePlan
 from nullbayes.likelihood import Likelihood
 from nullbayes.solvers.base import relative
 

@@ -21,7 +21,7 @@ from nullbayes.fitting import (
 )
 from nullbayes.forecast import Trial, settled
 from nullbayes.jacobian.build import capture_batch, capture_bytes, examples_per_capture
-from nullbayes.jacobian.capture import Block, CapturePlan
+from nullbayes.jacobian.capture import Block
 from nullbayes.jacobian.functional import (
     Forward,
     FunctionalModel,
@@ -36,6 +36,7 @@ from nullbayes.jacobian.functional import (
 from nullbayes.jacobian.keeping import fits_on_disk, merge_blocks
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.jacobian.parameters import ParameterChoice, ParameterSpace
+from nullbayes.jacobian.plan import CapturePlan
 from nullbayes.jacobian.probe import prove
 from nullbayes.jacobian.randomness import FrozenRandomness, resolve_randomness
 from nullbayes.likelihood import Likelihood, LossFunction, Regression, resolve_loss

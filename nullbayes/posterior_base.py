@@ -1,15 +1,15 @@
-"""What the null-space and the Laplace posterior share: fit, calibrate, predict, score novelty, sample, save."""
+"""What the null-space and the Laplace posterior share: fit, calibrate, predict, score novelty."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from nullbayes import draws, storage
+from nullbayes import draws
 from nullbayes.arguments import (
     PriorPrecision,
     check_choice,
@@ -17,35 +17,21 @@ from nullbayes.arguments import (
     check_positive,
     check_prior,
 )
-from nullbayes.assembly import (
-    DELTA,
-    NULL_SPACE,
-    Fit,
-    Settings,
-    build,
-    extended,
-    rescaled,
-)
+from nullbayes.assembly import DELTA, Settings, build
 from nullbayes.calibration import CalibrationPath, calibration_path, check_arguments
-from nullbayes.certificate import Certificate
 from nullbayes.constraints import Directions, Preserve, resolve_directions, resolve_preserve
-from nullbayes.errors import InputError, NotFittedError
+from nullbayes.errors import InputError
 from nullbayes.fitting import check_reusable, first_inputs
 from nullbayes.information import novelty_information
-from nullbayes.jacobian.capture import CapturePlan
 from nullbayes.jacobian.functional import (
     Forward,
     FunctionalModel,
     Inputs,
-    batch_size,
-    check_inputs,
     check_mode,
-    to_device,
     undisturbed_method,
     unwrapped,
 )
 from nullbayes.jacobian.parameters import ParameterChoice, ParameterSpace
-from nullbayes.jacobian.probe import prove
 from nullbayes.jacobian.randomness import FrozenRandomness, resolve_randomness
 from nullbayes.joining import Checkpoint
 from nullbayes.likelihood import Likelihood, LossFunction, resolve_loss
@@ -56,6 +42,7 @@ from nullbayes.novelty import (
     loss_variance,
     novelty_variance,
 )
+from nullbayes.posterior_fitted import FittedPosterior
 from nullbayes.prediction import (
     METHODS,
     SCORES,
@@ -70,7 +57,7 @@ Self = TypeVar("Self", bound="Posterior")
 CLASSIFICATION = "classification"
 
 
-class Posterior:
+class Posterior(FittedPosterior):
     """What the null-space and the Laplace posterior share. Use one of those two.
 
     Args:
@@ -99,8 +86,6 @@ class Posterior:
         ModelError: a model whose training mode or layers rule out per-example predictions.
     """
 
-    kind: ClassVar[str]
-
     def __init__(
         self,
         model: nn.Module,
@@ -120,6 +105,7 @@ class Posterior:
         draws: int | None = None,
         delta: float = DELTA,
     ) -> None:
+        super().__init__()
         self.model = unwrapped(model)
         self.likelihood = resolve_loss(likelihood, loss, CLASSIFICATION)
         self.preserve = resolve_preserve(preserve)
@@ -153,12 +139,6 @@ class Posterior:
             drift=None if drift is None else check_positive(drift, "drift"),
             memory=None if memory is None else parse_bytes(memory),
         )
-        self.calibration: CalibrationPath | None = None
-        self._fit: Fit | None = None
-        # Identity and version of the model's tensors when they were last found unchanged.
-        self._seen: list[tuple[int, int]] = []
-        # A loaded posterior proves its rows on the first inputs that it sees.
-        self._proven: CapturePlan | None = None
 
     # -- fit -------------------------------------------------------------------------------------
 
@@ -214,56 +194,6 @@ class Posterior:
         )
         self._fit, self.likelihood, self.calibration = fit, fit.likelihood, None
         return self
-
-    @property
-    def delta(self) -> float:
-        """Where the null space ends, relative to the prior precision; 1 for Laplace."""
-        return self._settings.delta
-
-    # -- what was fitted -------------------------------------------------------------------------
-
-    def _fitted(self) -> Fit:
-        if self._fit is None:
-            raise NotFittedError(
-                f"this {type(self).__name__} has not been fitted; call `fit(train_loader)` first, or "
-                "`nb.load(path, model)`."
-            )
-        return self._fit
-
-    @property
-    def certificate(self) -> Certificate:
-        """The measured guarantee at the current prior precision."""
-        return self._fitted().certificate
-
-    @property
-    def num_samples(self) -> int:
-        """Weight samples held."""
-        return len(self._fitted().unit)
-
-    @property
-    def prior_precision(self) -> float:
-        """``α``. Setting it rescales samples and certificate; the projection does not depend on it."""
-        return self._fitted().alpha
-
-    @prior_precision.setter
-    def prior_precision(self, value: float) -> None:
-        self._set_prior_precision(value)
-
-    @undisturbed_method
-    def _set_prior_precision(self, value: float) -> None:
-        fit = self._fitted()
-        self._fit = rescaled(fit, check_positive(value, "prior_precision"))
-
-    def _samples(self) -> Tensor:
-        """Weight changes ``Δ (S, P)`` at the current prior precision."""
-        return self._fitted().samples
-
-    def _capture_plan(self, inputs: Inputs) -> CapturePlan:
-        plan = self._fitted().plan or self._proven
-        if plan is None:  # a loaded posterior proves its rows on the first batch it sees
-            self.functional.outputs(inputs, "`x`")  # wrong inputs are said to be that
-            plan = self._proven = prove(self.functional, inputs)
-        return plan
 
     # -- use -------------------------------------------------------------------------------------
 
@@ -393,86 +323,3 @@ class Posterior:
                     novelty_variance(*rest, self.likelihood, some, score == "share", exact)
                 )
         return torch.stack(values).mean(0)
-
-    def _check_model(self) -> None:
-        """Refuse a model that is in training mode, or no longer the one that was fitted."""
-        check_mode(self.model, self.functional.randomness is not None)
-        fit = self._fitted()
-        tensors = (*self.model.parameters(), *self.model.buffers())
-        versions = [(id(t), t._version) for t in tensors]
-        if versions == self._seen:
-            return
-        storage.check_unchanged(self.model, fit.fingerprint)
-        self._seen = versions
-
-    def _inputs(self, x: Inputs, draws: list[int] | None) -> Inputs:
-        """Checked, on the device, and keyed for ``draws`` of the frozen noise unless that is None."""
-        x = to_device(x, self.functional.device)
-        self._check_model()
-        if not batch_size(x, "`x`"):
-            raise InputError(
-                "`x` holds no examples: its first axis has length 0. Pass at least one."
-            )
-        check_inputs(x, "`x`")
-        return x if draws is None else self.functional.keyed(x, draws)
-
-    def sample(self, count: int | None = None) -> Iterator[dict[str, Tensor]]:
-        """Yield ``count`` samples (default: all held) as plain state dicts for ``load_state_dict``.
-
-        More than were fitted are drawn first, see :meth:`draw`.
-        """
-        count = self.num_samples if count is None else check_count(count, "count")
-        if count > self.num_samples:
-            self.draw(count - self.num_samples)
-        return draws.state_dicts(self.model, self.space, self._samples()[:count])
-
-    @undisturbed_method
-    def draw(self, count: int) -> None:
-        """Add ``count`` samples; they continue the stream of the fit's seed.
-
-        Raises:
-            NotFittedError: not fitted, or loaded from a file (which holds no factorisation).
-        """
-        fit = self._fitted()
-        if fit.state is None:
-            raise NotFittedError(
-                f"this posterior was loaded from a file with {len(fit.unit)} samples; more need the "
-                "factorisation, so call `fit` again with a larger `num_samples`."
-            )
-        count = check_count(count, "count")
-        self._fit = extended(fit, self.functional, self._settings, count)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write samples, settings, certificate and a fingerprint of the model to one safetensors file."""
-        fit, frozen = self._fitted(), self.functional.randomness
-        storage.write(
-            path,
-            model=self.model,
-            space=self.space,
-            samples=fit.unit,
-            settings={
-                "class": type(self).__name__,
-                "likelihood": self.likelihood.config(),
-                "preserve": self.preserve.name,
-                "directions": self.directions,
-                "options": {"delta": self.delta} if self.kind == NULL_SPACE else {},
-                "prior": self._settings.prior,
-                "randomness": None if frozen is None else frozen.config(),
-                "prior_precision": fit.alpha,
-                "seed": fit.seed,
-                "certificate": fit.certificate.as_dict(),
-                "calibration": None if self.calibration is None else self.calibration.as_dict(),
-            },
-        )
-
-    def _restore(self, samples: Tensor, settings: dict[str, Any]) -> None:
-        self._fit = Fit(
-            self.likelihood,
-            samples,
-            float(settings["prior_precision"]),
-            int(settings["seed"]),
-            Certificate.from_dict(settings["certificate"]),
-            storage.fingerprint(self.model),
-        )
-        path = settings["calibration"]
-        self.calibration = None if path is None else CalibrationPath(**path)

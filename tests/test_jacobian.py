@@ -15,9 +15,9 @@ from zoo import ZOO, Case, dense_jacobian
 from nullbayes import jacobian
 from nullbayes.errors import ModelError
 from nullbayes.jacobian.build import capture_batch, output_operators
-from nullbayes.jacobian.capture import CapturePlan
 from nullbayes.jacobian.functional import FunctionalModel, batch_size
 from nullbayes.jacobian.operator import JacobianOperator
+from nullbayes.jacobian.plan import CapturePlan
 from nullbayes.jacobian.probe import prove
 
 

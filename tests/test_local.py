@@ -12,10 +12,11 @@ from torch.testing import assert_close
 
 import nullbayes as nb
 from nullbayes.jacobian import local
-from nullbayes.jacobian.capture import CapturePlan, capture
+from nullbayes.jacobian.capture import capture
 from nullbayes.jacobian.functional import FunctionalModel
 from nullbayes.jacobian.generic import generic_rows
 from nullbayes.jacobian.parameters import ParameterSpace
+from nullbayes.jacobian.plan import CapturePlan
 from nullbayes.jacobian.probe import block_rows, prove
 
 BATCH, CLASSES = 5, 3

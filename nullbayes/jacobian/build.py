@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nullbayes.jacobian.capture import Block, CapturePlan, capture
+from nullbayes.jacobian.capture import Block, capture
 from nullbayes.jacobian.functional import FunctionalModel, Inputs, batch_size, take
 from nullbayes.jacobian.operator import JacobianOperator
+from nullbayes.jacobian.plan import CapturePlan
 
 # Bytes of temporaries that one capture may take.
 CAPTURE_BYTES = 2**29

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from nullbayes.errors import MemoryBudgetError
-from nullbayes.jacobian.capture import Block, CapturePlan, capture
+from nullbayes.jacobian.capture import Block, capture
 from nullbayes.jacobian.factors import Factor
 from nullbayes.jacobian.functional import FunctionalModel, Inputs, tensor_leaves
+from nullbayes.jacobian.plan import CapturePlan
 from nullbayes.memory import format_bytes
 
 # Rows that captured pieces are merged to: large enough for products to run at full speed and for memory

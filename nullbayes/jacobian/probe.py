@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from nullbayes.errors import ModelError, NonFiniteError
 from nullbayes.jacobian.capture import (
     Block,
-    CapturePlan,
     GenericPathFailed,
     RuleMismatch,
     capture,
-    make_plan,
 )
 from nullbayes.jacobian.functional import FunctionalModel, Inputs, batch_size, take
 from nullbayes.jacobian.local import LocalFailed, LocalSite, ancestors
+from nullbayes.jacobian.plan import CapturePlan, make_plan
 
 PROBE_EXAMPLES = 3
 PROBE_COTANGENTS = 2

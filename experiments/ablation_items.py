@@ -14,8 +14,8 @@ import nullbayes as nb
 from experiments import measures, networks, tasks
 from experiments.classification import case_of
 from experiments.methods import Case, Draws
-from experiments.methods.base import information, tune
-from experiments.methods.posteriors import DECLARED, fitted, natural_precision, unit_draws
+from experiments.methods.base import tune
+from experiments.methods.posteriors import DECLARED, fitted, told, unit_draws
 from experiments.tasks import TASKS, Scale, Task
 from nullbayes.likelihood.softmax import softmax_factor
 
@@ -82,8 +82,8 @@ def predicted(posterior: Any, x: Tensor, alpha: float, count: int | None = None)
     """The first so many draws at a prior precision; scored, as the library does, without regard to it."""
     point, unit = unit_draws(posterior, x)
     unit = unit[:count]
-    told = information(Draws(point + unit * natural_precision(posterior) ** -0.5, point).around)
-    return Draws(point + unit * alpha**-0.5, point, {DECLARED: told})
+    scores = {DECLARED: told(posterior, point, unit)}
+    return Draws(point + unit * alpha**-0.5, point, scores)
 
 
 def null_space(case: Case, **options: Any) -> Any:

@@ -12,79 +12,51 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nullbayes.assembly import Fit, Settings
-from nullbayes.draws import (
-    REVERSE_OUTPUTS_PER_SAMPLE,
-    first_output,
-    forward_mode,
-    output_rows,
-)
-from nullbayes.jacobian.functional import FunctionalModel, Inputs
-from nullbayes.jacobian.plan import CapturePlan
-from nullbayes.likelihood import Likelihood
-from nullbayes.novelty import is_exact, isotropic
+from nullbayes.jacobian.functional import Inputs
+from nullbayes.novelty import Scorer
 from nullbayes.solvers.krylov import blocks
 
 # Rows written out at a time, where covariances are exact.
 _ROWS = 1024
 
 
-def novelty_information(
-    functional: FunctionalModel,
-    plan: CapturePlan,
-    fit: Fit,
-    settings: Settings,
-    likelihood: Likelihood,
-    x: Inputs,
-    exact: bool | None,
-) -> Tensor:
+def novelty_information(scorer: Scorer, x: Inputs, exact: bool | None) -> Tensor:
     """``(B,)`` in the model's dtype; see :meth:`nullbayes.Posterior.novelty`."""
-    outputs = first_output(functional, x, "`x`").numel()
-    exact = is_exact(exact, fit, outputs)
-    precision = natural_precision(functional, fit, settings)
-    if not exact and outputs > REVERSE_OUTPUTS_PER_SAMPLE * len(fit.unit):
-        parts = iter([likelihood.observed(forward_mode(functional, plan, fit.unit, x))])
+    outputs = scorer.outputs(x)
+    exact = scorer.is_exact(exact, outputs)
+    precision = natural_precision(scorer)
+    if not exact and scorer.too_many_rows(outputs):
+        parts = iter([scorer.likelihood.observed(scorer.changes(x))])
     else:
-        parts = _pieces(functional, plan, fit, settings, likelihood, x, outputs, exact)
+        parts = _pieces(scorer, x, outputs, exact)
     told = [_log_det(part, precision, exact) for part in parts]
-    return torch.cat(told).to(functional.dtype)
+    return torch.cat(told).to(scorer.functional.dtype)
 
 
-def natural_precision(functional: FunctionalModel, fit: Fit, settings: Settings) -> float:
+def natural_precision(scorer: Scorer) -> float:
     """The prior precision at which information is counted: ``γ / ‖θ̂‖²``, whatever the posterior's was set to since.
 
     With another one the order of inputs would be another; `calibrate` shall not change what is new. One where the
     weights have no size.
     """
-    if settings.precision_by_name is not None:
+    if scorer.settings.precision_by_name is not None:
         return 1.0
+    functional = scorer.functional
     size = float(functional.space.flatten(functional.weights()).double().square().sum())
-    return max(1, fit.certificate.rank) / size if size else 1.0
+    return max(1, scorer.fit.certificate.rank) / size if size else 1.0
 
 
-def _pieces(
-    functional: FunctionalModel,
-    plan: CapturePlan,
-    fit: Fit,
-    settings: Settings,
-    likelihood: Likelihood,
-    x: Inputs,
-    outputs: int,
-    exact: bool,
-) -> Iterator[Tensor]:
+def _pieces(scorer: Scorer, x: Inputs, outputs: int, exact: bool) -> Iterator[Tensor]:
     """Changes ``(S, b, *out)`` of some examples at a time, or covariances ``(b, O, O)``, at prior precision one."""
-    unit = isotropic(functional, fit, settings)
-    pieces = output_rows(
-        functional, plan, x, outputs, unit, settings.scale_by_name, "`x`", likelihood.observed
-    )
-    for point, operator in pieces:
+    state, unit = scorer.fit.state, scorer.isotropic
+    for point, operator in scorer.rows(x, outputs, scorer.likelihood.observed):
         if not exact:
             yield operator.matvec(unit).reshape(len(unit), *point.shape)
             continue
-        assert fit.state is not None
+        assert state is not None
         rows = operator.iter_rows(max(1, _ROWS // outputs) * outputs)
         prior = torch.cat([blocks(values.double().T, outputs) for values in rows])
-        yield prior - fit.state.explained(operator, outputs)
+        yield prior - state.explained(operator, outputs)
 
 
 def _log_det(part: Tensor, precision: float, exact: bool) -> Tensor:

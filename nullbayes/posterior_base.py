@@ -37,6 +37,7 @@ from nullbayes.joining import Checkpoint
 from nullbayes.likelihood import Likelihood, LossFunction, resolve_loss
 from nullbayes.memory import parse_bytes
 from nullbayes.novelty import (
+    Scorer,
     check_has_entropy,
     loss_targets,
     loss_variance,
@@ -313,13 +314,12 @@ class Posterior(FittedPosterior):
         values = []
         for draw in drawn:
             some = self.functional.keyed(x, [draw])
-            rest = (self.functional, self._capture_plan(some), self._fitted(), self._settings)
+            plan, fit = self._capture_plan(some), self._fitted()
+            scorer = Scorer(self.functional, plan, fit, self._settings, self.likelihood)
             if score == "loss":
-                values.append(loss_variance(*rest, self.likelihood, some, targets, exact))
+                values.append(loss_variance(scorer, some, targets, exact))
             elif score == "information":
-                values.append(novelty_information(*rest, self.likelihood, some, exact))
+                values.append(novelty_information(scorer, some, exact))
             else:
-                values.append(
-                    novelty_variance(*rest, self.likelihood, some, score == "share", exact)
-                )
+                values.append(novelty_variance(scorer, some, score == "share", exact))
         return torch.stack(values).mean(0)

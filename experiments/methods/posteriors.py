@@ -76,6 +76,11 @@ def natural_precision(posterior: Any) -> float:
     return max(1, posterior.certificate.rank) / sum(float(w.square().sum()) for w in weights)
 
 
+def told(posterior: Any, point: Tensor, unit: Tensor) -> Tensor:
+    """Information ``(B,)`` of draws at prior precision one, counted at the natural one as the library counts it."""
+    return information(Draws(point + unit * natural_precision(posterior) ** -0.5, point).around)
+
+
 def certificate_details(posterior: Any) -> dict[str, Any]:
     keys = (
         "method", "preserve", "delta", "residual", "drift", "sampled_drift", "row_drift", "output_drift",
@@ -110,7 +115,6 @@ class NullSpace(Method):
 
     def tune(self, case: Case) -> dict[str, Variant]:
         self.evidence = float(self.posterior.prior_precision)
-        self.natural = natural_precision(self.posterior)
         x, y = case.validation.inputs, case.validation.targets
         parts = [unit_draws(self.posterior, part) for part in x.split(BATCH)]
         point = torch.cat([p for p, _ in parts])
@@ -165,10 +169,10 @@ class NullSpace(Method):
         if linear:
             point, unit = unit_draws(self.posterior, x)
             exact = self.posterior.novelty(x, "variance") if self.exact else None
-            told = information(Draws(point + unit * self.natural**-0.5, point).around)
+            tells = told(self.posterior, point, unit)
             for key in linear:
                 alpha = self.alphas[key]
-                scores = {"information": told}
+                scores = {"information": tells}
                 if exact is not None:
                     # At the evidence's precision; the order is the same at any other.
                     scores["variance"] = exact * (self.evidence / alpha)

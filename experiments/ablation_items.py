@@ -187,7 +187,7 @@ def scores(case: Case) -> Iterator[tuple[str, Entry]]:
             found = {"energy, network alone": -prediction.point.double().logsumexp(-1)}
             found |= novelty_scores(prediction)
             for name in ("variance", "information", "share"):
-                found[f"{name}, library's default"] = posterior.novelty(x, name)
+                found[f"novelty(x, '{name}')"] = posterior.novelty(x, name)
             if exact:
                 found["variance, exact"] = posterior.novelty(x, "variance", exact=True)
                 found["information, exact"] = posterior.novelty(x, "information", exact=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from experiments import claims, page
+from experiments import claims, overview, page
 from experiments.methods import METHODS
 from experiments.runner import Job, run, say, words
 from experiments.store import OUT, RESULTS, Store
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--here", action="store_true", help="in this process; peaks then mean little"
     )
     parser.add_argument(
-        "--docs", action="store_true", help="fill the page of the documentation, no more"
+        "--docs", action="store_true", help="fill the tables of the documentation, no more"
     )
     parser.add_argument("--list", action="store_true", help="name experiments and methods")
     parser.add_argument("--out", type=Path, default=OUT, help="the folder of finished pieces")
@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(console, f"methods: {', '.join(METHODS)}")
         return 0
     if options.docs:
-        page.update()
+        for document in page.PAGES:
+            page.update(document)
         return 0
     if unknown := [name for name in options.names if name not in EXPERIMENTS]:
         parser.error(f"unknown experiments {unknown}; there are {', '.join(EXPERIMENTS)}")
@@ -102,6 +103,7 @@ def evaluate(options: argparse.Namespace, console: Console) -> int:
         report(module, options, store)
     folder = options.results / options.setting
     claims.write(options.setting, folder)
+    overview.write(options.setting, claims.CLASSIFICATION, folder)
     say(console, f"{words(time.perf_counter() - started)}. Tables and figures: {folder}")
     for method, why in skipped.items():
         say(console, f"Left out: {method}. {why}")

@@ -1,4 +1,4 @@
-"""The documentation's page: tables and figures between its markers are copied from the results, never typed.
+"""The documentation: tables and figures between a page's markers are copied from the results, never typed.
 
     python -m experiments --docs
 
@@ -16,14 +16,14 @@ from pathlib import Path
 from experiments.store import RESULTS, ROOT
 from nullbayes.report.writing import make_folder, write_text
 
-PAGE = ROOT / "docs" / "evaluation.md"
+PAGES = (ROOT / "docs" / "evaluation.md", ROOT / "README.md")
 PICTURES = "evaluation"  # folder of copied figures, beside the page
 MARKER = re.compile(r"(<!-- begin (?P<what>[^\n]*?) -->\n)(?P<old>.*?)(<!-- end -->)", re.DOTALL)
 ALSO_SHOWN = "null-space, by evidence"
 LONG = 16  # rows of a table from which on it is shortened
 
 
-def update(page: Path = PAGE, results: Path = RESULTS) -> None:
+def update(page: Path, results: Path = RESULTS) -> None:
     """Fill the page's markers and copy its figures."""
     write_text(page, filled(page.read_text(), results, page.parent / PICTURES))
 

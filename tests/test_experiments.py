@@ -23,6 +23,7 @@ from experiments import (
     digits_heldout,
     measures,
     networks,
+    overview,
     page,
     regression,
     shifts,
@@ -430,6 +431,24 @@ def test_claims_are_judged_by_the_figures() -> None:
     assert worse["ECE no worse than the point estimate"]
 
 
+def test_the_overview_has_a_column_for_each_task_and_a_row_for_each_method(tmp_path: Path) -> None:
+    for task, auroc in (("digits_heldout", 0.9), ("fashion_lenet", 0.7)):
+        runs = synthetic(0.95, 0.29, auroc)
+        if task == "fashion_lenet":
+            runs = [r for r in runs if r["method"] != "point"]
+        folder = tmp_path / "small"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{task}.json").write_text(json.dumps({"runs": runs}))
+    overview.write("small", claims.CLASSIFICATION, folder)
+    text = (folder / "overview.md").read_text()
+    table = text.split("## AUROC")[1]
+    assert "| method | digits_heldout | fashion_lenet |" in table
+    assert "| **null-space** | **0.900** | 0.700 |" in table
+    assert "| **point** | 0.800 | – |" in table  # what a task lacks is no figure
+    overview.write("full", claims.CLASSIFICATION, tmp_path / "full")
+    assert not (tmp_path / "full").exists()
+
+
 # -- end to end ------------------------------------------------------------------------------------
 
 TINY = replace(
@@ -506,8 +525,10 @@ def test_markers_are_filled_from_the_results_and_shortened(tmp_path: Path) -> No
         page.filled(text.replace("One", "Three"), tmp_path)
 
 
-def test_the_page_says_what_the_committed_results_say() -> None:
-    text = page.PAGE.read_text()
+@pytest.mark.parametrize("document", page.PAGES, ids=lambda p: p.name)
+def test_a_page_says_what_the_committed_results_say(document: Path) -> None:
+    text = document.read_text()
+    assert page.MARKER.search(text)
     assert page.filled(text, RESULTS) == text, "run `python -m experiments --docs`"
 
 

@@ -156,7 +156,10 @@ class Certificate:
             if math.isnan(self.score_loss):
                 cost = f"no training {name} could be measured"
             keep = f"A Laplace posterior does not promise to keep training predictions; {cost}"
-            return f"{keep} ({scores})."
+            text = f"{keep} ({scores})."
+            if self.status not in (Status.CONVERGED.value, Status.NUMERICAL.value):
+                text += f" Its samples are not exact: {self.status}."
+            return text
         if self.held:
             text = f"The guarantee held: {scores}. Samples move {self.preserve} by "
             text += f"{self.drift:.2g} (RMS), {self._left()} of what the prior would."

@@ -175,6 +175,9 @@ def test_laplace_promises_nothing(good: Certificate) -> None:
     assert "it did here" in replace(laplace, posterior_accuracy=0.9).verdict
     unknown = replace(laplace, map_accuracy=math.nan, posterior_accuracy=math.nan).verdict
     assert "does not promise" in unknown and "it did here" not in unknown
+    stopped = replace(laplace, status=Status.MAX_ITERATIONS.value)
+    assert "not exact" in stopped.verdict and "`max_iterations`" in stopped.verdict
+    assert "not exact" not in laplace.verdict
 
 
 def test_the_printed_table(good: Certificate) -> None:

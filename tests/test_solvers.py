@@ -153,6 +153,35 @@ def test_samples_with_a_shift_have_the_promised_covariance(
     assert_close(covariance, wanted, atol=1e-9 if solver in DIRECT else 2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("preconditioner", ["none", "subset", "sketch", "pivoted", "alternating"])
+@pytest.mark.parametrize("shift", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("rows", [40, 200])
+def test_an_iterative_laplace_sample_is_as_near_as_the_tolerance_says(
+    preconditioner: str, shift: float, rows: int
+) -> None:
+    """Beside the sample, where outputs and prior weigh; not beside the largest eigenvalue, which is gone in no time."""
+    slow = (
+        preconditioner == "alternating"
+    )  # it takes so many cycles as the condition number is large
+    a = gaussian(rows, 80, torch.logspace(1 if slow else 2, -3, min(rows, 80)).double())
+    shift = max(shift, 0.3) if slow else shift
+    generator = torch.Generator().manual_seed(7)
+    v = torch.randn(5, 80, generator=generator).double()
+    noise = torch.randn(5, rows, generator=generator).double()
+    solver: solvers.Solver = solvers.AlternatingProjections(0.05, batch_rows=20, max_cycles=20000)
+    if not slow:
+        solver = solvers.ConjugateGradient(0.05, preconditioner=preconditioner)
+    state = solver.prepare(DenseOperator(a))
+    state.factorise(shift)
+    done = state.project(v, noise)
+    assert done.status is solvers.Status.CONVERGED
+    hessian = a.T @ a + shift * torch.eye(80).double()
+    wanted = torch.linalg.solve(hessian, (shift * v - shift**0.5 * noise @ a).T).T
+    error = done.value - wanted
+    energy = torch.einsum("sp,pq,sq->s", error, hessian, error)
+    assert bool((energy <= 0.05**2 * shift * v.square().sum(1)).all())
+
+
 @pytest.mark.parametrize("problem", PROBLEMS[:6], ids=str)
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("shift", [0.0, 2.0])

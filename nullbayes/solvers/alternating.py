@@ -20,7 +20,7 @@ from nullbayes.solvers.base import (
     require_finite,
 )
 from nullbayes.solvers.iterative import IterativeState
-from nullbayes.solvers.krylov import row_norms
+from nullbayes.solvers.krylov import row_norms, sample_size
 
 BATCH_ROWS = 144  # sixteen examples with nine softmax directions each, as published
 STALLED = 0.999  # a cycle that leaves more than this of the residual, many times in a row
@@ -158,7 +158,11 @@ class AlternatingState(IterativeState):
 
         before = residual()
         require_finite(before, "the product of the Jacobian rows with prior samples")
-        enough = (tolerance * before).clamp(min=0.0 if self.shift else self.enough)
+        if self.shift and not self.numerical:
+            scale = self.shift**0.5 * sample_size(vectors, noise)
+        else:
+            scale = before
+        enough = (tolerance * scale).clamp(min=0.0 if self.shift else self.enough)
         reached, best, stalled, cycles = before, (before, x), 0, 0
         status = Status.MAX_ITERATIONS
         try:
@@ -190,4 +194,4 @@ class AlternatingState(IterativeState):
         except KeyboardInterrupt:
             status = Status.INTERRUPTED
         reached, x = best
-        return Projection(x, relative(reached, before), status, cycles)
+        return Projection(x, relative(reached, scale), status, cycles)

@@ -37,7 +37,8 @@ class Projection:
     Attributes:
         value: ``(S, P)`` in the operator's dtype.
         residual: ``(S,)`` float64, recomputed with the operator after the last step. Without a
-            shift ``‖A value‖ / ‖A input‖``; with one, the relative residual of the linear system.
+            shift ``‖A value‖ / ‖A input‖``; with one, the relative residual of the linear system; of
+            iterative solvers a bound on the error relative to the sample, see ``krylov.sample_size``.
         iterations: passes over the operator beyond the first product.
     """
 
@@ -288,6 +289,7 @@ def conjugate_gradients(
     precondition: Callable[[Tensor], Tensor],
     tolerance: float,
     max_iterations: int,
+    scale: Tensor | None = None,
 ) -> Projection:
     """Project by refinement, then preconditioned CG, on ``(AAᵀ + shift I) z = A v + √shift ξ``.
 
@@ -302,6 +304,7 @@ def conjugate_gradients(
 
     Args:
         precondition: ``(S, M)`` float64 -> ``(S, M)``, symmetric positive definite.
+        scale: ``(S,)``, what residuals are relative to; None: to the first.
     """
     dtype = vectors.dtype
     x = vectors.clone()
@@ -314,7 +317,7 @@ def conjugate_gradients(
 
     r = residual()
     require_finite(r, "the product of the Jacobian rows with prior samples")
-    scale = r.norm(dim=1)
+    scale = r.norm(dim=1) if scale is None else scale.to(r)
     reached = relative(r.norm(dim=1), scale)
     best = (reached, x, z, r)
     iterations, status, refining, cycle = 0, Status.MAX_ITERATIONS, True, FIRST_CYCLE

@@ -23,7 +23,7 @@ from nullbayes.solvers.base import (
     relative,
 )
 from nullbayes.solvers.equilibrate import RowScaled, RowWeighted
-from nullbayes.solvers.krylov import Goal, Solved, block_cg, blocks, row_norms
+from nullbayes.solvers.krylov import Goal, Solved, block_cg, blocks, row_norms, sample_size
 from nullbayes.solvers.preconditioners import Preconditioner, resolve
 from nullbayes.solvers.spectrum import operator_spectrum
 
@@ -140,13 +140,14 @@ class ConjugateGradientState(IterativeState):
         if self.shift and noise is not None:
             linear = -self.operator.rmatvec((self.shift**0.5 * noise).to(vectors.dtype))
         tolerance = self.solver.tolerance_for(vectors.dtype)
+        size = sample_size(vectors, noise)
         resumed = self.watch.resume()
         start = _Start(resumed)
 
         def goal(image: Tensor, gradient: Tensor) -> Tensor:
             start.see(image, gradient)
             if self.shift:
-                return relative(gradient, tolerance * start.gradient)
+                return relative(gradient, tolerance * self.shift * size)
             return relative(image, (asked * start.image).clamp(min=self.enough))
 
         limit, asked, iterations = self.solver.max_iterations, tolerance, 0
@@ -275,9 +276,16 @@ class ConjugateGradientState(IterativeState):
         self, vectors: Tensor, noise: Tensor | None, limit: int, tolerance: float | None = None
     ) -> Projection:
         assert self._preconditioner is not None
+        # Each pass of the numerical null space has its own accuracy, relative to where it begins.
+        scale = (
+            self.shift**0.5 * sample_size(vectors, noise)
+            if tolerance is None and self.shift
+            else None
+        )
         tolerance = tolerance or self.solver.tolerance_for(vectors.dtype)
+        precondition = self._preconditioner.apply
         return conjugate_gradients(
-            self.operator, vectors, noise, self.shift, self._preconditioner.apply, tolerance, limit
+            self.operator, vectors, noise, self.shift, precondition, tolerance, limit, scale
         )
 
     def _image(self, x: Tensor) -> Tensor:

@@ -279,3 +279,14 @@ def row_norms(a: Tensor) -> Tensor:
     for part in a.split(_COLUMNS, dim=1):
         out += part.double().square().sum(1)
     return out.sqrt()
+
+
+def sample_size(vectors: Tensor, noise: Tensor | None) -> Tensor:
+    """What the error of a Laplace sample is compared with, ``(S,)``.
+
+    ``H = AᵀA + shift I`` weighs an error by what it does to the outputs and to the prior. By that measure an error
+    ``e`` with the gradient ``g = H e`` has ``eᵀ H e ≤ ‖g‖² / shift``, and a sample ``shift P = shift ‖v‖²`` on
+    average. A gradient that is small beside the first one says little: the first is that of the largest eigenvalues.
+    """
+    size = row_norms(vectors)
+    return size if noise is None else torch.where(size > 0, size, row_norms(noise))

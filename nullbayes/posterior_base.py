@@ -73,7 +73,8 @@ class Posterior(FittedPosterior):
             each example's output Hessian are constrained.
         forward: ``forward(model, inputs) -> outputs`` where ``model(inputs)`` does not do.
         tolerance: relative residual asked for; None: 1e-5 (float32), 1e-10 (float64), and 5e-2 for
-            data sets that only an iterative solver can take.
+            data sets that only an iterative solver can take. Of an iterative Laplace sample: a bound on its
+            error beside the sample itself.
         drift: stop at this RMS change of an example's preserved quantity (``certificate.row_drift``)
             even if the tolerance is not reached by then; for iterative solvers.
         memory: what a fit may take beside what the process holds already, e.g. ``"8GB"``; None: 70 % of

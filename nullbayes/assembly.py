@@ -7,6 +7,7 @@ interrupt on the way leaves what was there before.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Sized
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +25,7 @@ from nullbayes.certificate import (
 )
 from nullbayes.constraints import Directions, Preserve
 from nullbayes.errors import MemoryBudgetError
-from nullbayes.evidence import fixed_point, null_space_precision
+from nullbayes.evidence import apart, fixed_point, interval, null_space_precision
 from nullbayes.fitting import (
     FitMemory,
     TrainingRows,
@@ -49,13 +50,14 @@ from nullbayes.progress import (
     CERTIFICATE,
     FACTORISATION,
     GRAM,
+    PRIOR,
     PROJECTION,
     ROWS,
     Laps,
     Stages,
     stages,
 )
-from nullbayes.solvers import Choice, Projection, Size, Solver, State, choose
+from nullbayes.solvers import Choice, Projection, Size, Solver, Spectrum, State, choose
 from nullbayes.solvers.base import relative
 from nullbayes.solvers.krylov import row_norms
 from nullbayes.storage import fingerprint
@@ -289,23 +291,42 @@ def _factorised(
     if isinstance(settings.prior, float):
         alpha = settings.prior
     elif settings.prior == "evidence" and settings.delta:
-        spectrum = state.spectrum()
-        alpha = fixed_point(spectrum, theta, settings.delta)
-        if settings.kind == LAPLACE and not spectrum.exact:
-            state.notes = (
-                *state.notes,
-                "The evidence's prior precision comes from an estimated spectrum (a few per cent off); "
-                "`solver=nb.solvers.PrimalQR()` computes it exactly.",
-            )
+        alpha = _evidence(state, theta, settings, stage)
     if settings.drift is not None:
         expected = alpha
         if settings.prior == "evidence" and not settings.delta:
-            expected = fixed_point(state.spectrum(), theta, DELTA)
+            expected = fixed_point(state.spectrum().upper, theta, DELTA)
         # drift² = mean_n ‖A_n Δ‖² with Δ = x / √α
         state.enough = settings.drift * (rows.examples * expected) ** 0.5
     state.factorise(settings.delta * alpha, settings.numerical, stage.fraction(FACTORISATION))
     laps.lap(FACTORISATION)
     return state, alpha
+
+
+def _evidence(state: State, theta: Tensor, settings: Settings, stage: Stages) -> float:
+    """The prior precision that a solver is made ready for."""
+    if settings.kind != LAPLACE:
+        # It only sets the edge of the null space, of which the order of magnitude matters; DELTA was chosen so.
+        return fixed_point(state.spectrum().upper, theta, settings.delta)
+    report = stage.towards(PRIOR)
+    looks = itertools.count(1)
+
+    def settled(found: Spectrum) -> bool:
+        distance = apart(found, theta, settings.delta)
+        if report is not None:
+            report(next(looks), distance)
+        return distance <= 1
+
+    spectrum = state.spectrum(settled)
+    alpha = fixed_point(spectrum, theta, settings.delta)
+    if not spectrum.exact:
+        low, high = interval(spectrum, theta, settings.delta)
+        state.notes = (
+            *state.notes,
+            f"The evidence's prior precision, {alpha:.3g}, comes from an estimated spectrum: between {low:.3g} and "
+            f"{high:.3g}, and a few per cent of chance. `solver=nb.solvers.PrimalQR()` computes it exactly.",
+        )
+    return alpha
 
 
 def _measured_rows(

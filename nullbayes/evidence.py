@@ -14,6 +14,9 @@ from torch import Tensor
 from nullbayes.errors import InputError, NullBayesWarning
 from nullbayes.solvers.base import Spectrum
 
+# Bounds on the prior precision that agree as well as this are good enough: a posterior hardly changes with it.
+AGREED = 1.2
+
 
 def null_space_precision(gamma: float, parameters: int, weights: Tensor) -> float:
     """Stationary point for the null-space posterior, where ``γ = P - tr Π``.
@@ -52,6 +55,18 @@ def fixed_point(spectrum: Spectrum, weights: Tensor, delta: float = 1.0) -> floa
         if high / low < 1 + 1e-10:
             break
     return math.sqrt(low * high)
+
+
+def interval(spectrum: Spectrum, weights: Tensor, delta: float = 1.0) -> tuple[float, float]:
+    """:func:`fixed_point` of the bounds of an estimated spectrum; of an exact one twice the same."""
+    low, high = spectrum.bounds or (spectrum, spectrum)
+    return fixed_point(low, weights, delta), fixed_point(high, weights, delta)
+
+
+def apart(spectrum: Spectrum, weights: Tensor, delta: float = 1.0) -> float:
+    """How far the bounds are from agreeing on the fixed point: at most one where they do, up to ``AGREED``."""
+    low, high = interval(spectrum, weights, delta)
+    return math.log(high / low) / math.log(AGREED)
 
 
 def _squared_norm(weights: Tensor) -> float:

@@ -8,6 +8,8 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_jacobian import operator_for
 from torch import Tensor
 from torch.testing import assert_close
@@ -15,8 +17,11 @@ from zoo import ZOO, dense_jacobian
 
 from nullbayes import solvers
 from nullbayes.errors import InputError, MemoryBudgetError, NonFiniteError
+from nullbayes.evidence import apart, fixed_point, interval
 from nullbayes.jacobian.operator import DenseOperator, RowOperator
-from nullbayes.solvers import Size
+from nullbayes.solvers import Size, Spectrum
+from nullbayes.solvers import spectrum as spectra
+from nullbayes.solvers.base import Settled
 
 SOLVERS: dict[str, Callable[..., solvers.Solver]] = {
     "dual": solvers.DualCholesky,
@@ -246,17 +251,67 @@ def test_too_little_work_is_admitted() -> None:
 
 
 def test_lanczos_quadrature_matches_eigenvalues(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nullbayes.solvers import spectrum
-
     a = gaussian(150, 400, torch.logspace(2, -3, 150).double())
-    exact = spectrum.gram_spectrum(a @ a.T)
-    monkeypatch.setattr(spectrum, "EXACT_UP_TO", 10)
-    monkeypatch.setattr(spectrum, "PROBES", 40)
-    estimate = spectrum.gram_spectrum(a @ a.T)
+    exact = spectra.gram_spectrum(a @ a.T)
+    monkeypatch.setattr(spectra, "EXACT_UP_TO", 10)
+    monkeypatch.setattr(spectra, "PROBES", 40)
+    estimate = spectra.gram_spectrum(a @ a.T)
     assert exact.exact and not estimate.exact
     # 32 nodes resolve what is not too far below the largest eigenvalue (1e4 here).
     for shift in (1.0, 10.0, 100.0):
         assert estimate.effective_rank(shift) == pytest.approx(exact.effective_rank(shift), rel=0.1)
+
+
+@pytest.mark.parametrize("steps", [4, 16])
+@given(decades=st.floats(0.5, 6.0), rank=st.integers(5, 60))
+@settings(deadline=None, max_examples=25)
+def test_quadratures_bound_the_rank_that_all_steps_give(
+    steps: int, decades: float, rank: int
+) -> None:
+    """From the same probes: fewer steps leave it between the two rules, whatever the shift."""
+    a = gaussian(60, 90, torch.logspace(2, 2 - decades, rank).double())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spectra, "EXACT_UP_TO", 10)
+        patch.setattr(spectra, "OPERATOR_STEPS", steps)
+        early = spectra.operator_spectrum(DenseOperator(a))
+        whole = spectra.operator_spectrum(DenseOperator(a), lambda _: False)
+    assert early.bounds is not None and whole.bounds is not None
+    low, high = early.bounds
+    for shift in torch.logspace(-1, 4, 9).tolist():  # Lanczos ends at 1e-6 of the largest
+        found = whole.effective_rank(shift)
+        assert low.effective_rank(shift) <= found * (1 + 1e-6) + 1e-6
+        assert high.effective_rank(shift) >= found * (1 - 1e-6) - 1e-6
+        middle = (low.effective_rank(shift) + high.effective_rank(shift)) / 2
+        assert early.effective_rank(shift) == pytest.approx(middle)
+
+
+@pytest.mark.parametrize("kind", ["gram", "operator"])
+def test_lanczos_goes_on_until_the_evidence_is_settled(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Far below the largest eigenvalue few nodes tell nothing apart: Gauss takes it all for determined."""
+    a = gaussian(300, 400, torch.logspace(2, -4, 300).double())
+    weights = torch.full((400,), 0.5, dtype=torch.float64)
+    exact = spectra.gram_spectrum(a @ a.T)
+    wanted = fixed_point(exact, weights)
+    monkeypatch.setattr(spectra, "EXACT_UP_TO", 10)
+    monkeypatch.setattr(spectra, "STEPS", 8)
+    monkeypatch.setattr(spectra, "OPERATOR_STEPS", 8)
+
+    def estimated(enough: Settled | None) -> Spectrum:
+        if kind == "gram":
+            return spectra.gram_spectrum(a @ a.T, enough)
+        return spectra.operator_spectrum(DenseOperator(a), enough)
+
+    early = estimated(None)
+    assert fixed_point(early.upper, weights) > 1.3 * wanted
+    found = estimated(lambda s: apart(s, weights) <= 1)
+    low, high = interval(found, weights)
+    assert high <= 1.2 * low and low <= fixed_point(found, weights) <= high
+    assert fixed_point(found, weights) == pytest.approx(wanted, rel=0.15)  # chance of the probes
+    monkeypatch.setattr(spectra, "MOST_STEPS", 16)
+    short = estimated(lambda s: apart(s, weights) <= 1)
+    assert apart(short, weights) > 1  # admitted, not hidden
 
 
 def test_rank_of_many_rows_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,6 +205,7 @@ class FullLaplace(Method):
     """``nb.LaplacePosterior``: by the evidence; tuned, which is a fit for each prior precision; tempered; sampled."""
 
     name = "laplace_full"
+    version = 2
 
     def build(self, case: Case) -> None:
         self.posterior = slim(fitted(nb.LaplacePosterior, case))

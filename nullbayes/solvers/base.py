@@ -52,17 +52,30 @@ class Projection:
 class Spectrum:
     """Squared singular values of ``A`` with weights: ``tr f(AᵀA) - (P - Σw) f(0) = Σ w f(λ)``.
 
-    Exact (all weights one) for small problems, a Gauss quadrature (stochastic Lanczos, Golub &
-    Meurant 1994; Ubaru, Chen & Saad 2017) otherwise.
+    Exact (all weights one) for small problems, a quadrature (stochastic Lanczos, Golub & Meurant
+    1994; Ubaru, Chen & Saad 2017) otherwise: the mean of two rules, which are its ``bounds``.
+
+    Attributes:
+        bounds: whose effective rank is at most, and at least, that of the probes, at every shift.
     """
 
     values: Tensor
     weights: Tensor
     exact: bool
+    bounds: tuple[Spectrum, Spectrum] | None = None
+
+    @property
+    def upper(self) -> Spectrum:
+        """The upper bound of an estimate; an exact spectrum itself."""
+        return self if self.bounds is None else self.bounds[1]
 
     def effective_rank(self, shift: float) -> float:
         """``Σ w λ / (λ + shift)``: the number of directions that the data determine (MacKay)."""
         return float((self.weights * self.values / (self.values + shift)).sum())
+
+
+#: whether a spectrum is known well enough
+Settled = Callable[[Spectrum], bool]
 
 
 @dataclass(frozen=True)
@@ -153,8 +166,8 @@ class State(ABC):
     watch: Watch = QUIET
 
     @abstractmethod
-    def spectrum(self) -> Spectrum:
-        """Squared singular values; to be asked before ``factorise``."""
+    def spectrum(self, settled: Settled | None = None) -> Spectrum:
+        """Squared singular values; to be asked before ``factorise``. An estimate goes on until it is ``settled``."""
 
     @abstractmethod
     def factorise(

@@ -12,6 +12,7 @@ from nullbayes.jacobian.operator import JacobianOperator, RowOperator, Tick
 from nullbayes.solvers.base import (
     Cost,
     Projection,
+    Settled,
     Size,
     Solver,
     Spectrum,
@@ -72,10 +73,10 @@ class DualState(State):
         self.chol = gram.new_zeros(0, 0)
         self.scale = gram.new_zeros(0)
 
-    def spectrum(self) -> Spectrum:
+    def spectrum(self, settled: Settled | None = None) -> Spectrum:
         if self._gram is None:
             raise SolverError("the spectrum must be asked for before `factorise`.")
-        return gram_spectrum(self._gram)
+        return gram_spectrum(self._gram, settled)
 
     def factorise(
         self, shift: float = 0.0, numerical: bool = False, tick: Tick | None = None

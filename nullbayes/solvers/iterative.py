@@ -14,6 +14,7 @@ from nullbayes.solvers.base import (
     MAX_PASSES,
     Cost,
     Projection,
+    Settled,
     Size,
     Solver,
     Spectrum,
@@ -79,8 +80,8 @@ class IterativeState(State):
 
     solver: Solver
 
-    def spectrum(self) -> Spectrum:
-        return operator_spectrum(self.operator)
+    def spectrum(self, settled: Settled | None = None) -> Spectrum:
+        return operator_spectrum(self.operator, settled)
 
     def explained(self, rows: RowOperator, width: int = 1) -> Tensor:
         """By projecting the rows themselves: as exact as the solver is."""

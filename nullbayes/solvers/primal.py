@@ -11,6 +11,7 @@ from nullbayes.jacobian.operator import JacobianOperator, RowOperator, Tick
 from nullbayes.solvers.base import (
     Cost,
     Projection,
+    Settled,
     Size,
     Solver,
     Spectrum,
@@ -92,7 +93,7 @@ class PrimalState(State):
         self.weights = torch.ones_like(self.sigma)
         self.share = torch.zeros_like(self.sigma)
 
-    def spectrum(self) -> Spectrum:
+    def spectrum(self, settled: Settled | None = None) -> Spectrum:
         return Spectrum(self.sigma.square(), torch.ones_like(self.sigma), exact=True)
 
     def factorise(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.jacobian.operator import RowOperator
-from nullbayes.solvers.base import Spectrum
+from nullbayes.solvers.base import Settled, Spectrum
 
 EXACT_UP_TO = 2000
 PROBES = 4
@@ -16,9 +16,12 @@ STEPS = 32
 # Where every step is a pass over the data.
 OPERATOR_PROBES = 2
 OPERATOR_STEPS = 16
+# Steps at most, and bytes of the vectors that they leave behind. More are taken until the spectrum is settled.
+MOST_STEPS = 256
+BASIS_BYTES = 2**30
 
 
-def gram_spectrum(gram: Tensor) -> Spectrum:
+def gram_spectrum(gram: Tensor, settled: Settled | None = None) -> Spectrum:
     """Spectrum of a symmetric positive semi-definite ``(M, M)`` float64 matrix."""
     m = len(gram)
     if m <= EXACT_UP_TO:
@@ -30,15 +33,14 @@ def gram_spectrum(gram: Tensor) -> Spectrum:
     # coarser than that.
     single = gram.float()
     starts = probes.T.to(gram.device)
-    nodes, weights = _lanczos(lambda v: (single @ v.T.float()).T.double(), starts, min(STEPS, m))
-    return Spectrum(nodes.clamp(min=0).flatten(), (weights * m / PROBES).flatten(), exact=False)
+    return _lanczos(lambda v: (single @ v.T.float()).T.double(), starts, STEPS, settled)
 
 
-def operator_spectrum(operator: RowOperator) -> Spectrum:
+def operator_spectrum(operator: RowOperator, settled: Settled | None = None) -> Spectrum:
     """Spectrum of ``AᵀA`` from products alone: each step is one pass over the rows."""
     m, p = operator.shape
     if m <= EXACT_UP_TO:
-        return gram_spectrum(operator.gram())
+        return gram_spectrum(operator.gram(), settled)
     generator = torch.Generator().manual_seed(0)
     # Rows and columns have the same squared singular values: probe whichever are fewer.
     size = min(m, p)
@@ -50,22 +52,23 @@ def operator_spectrum(operator: RowOperator) -> Spectrum:
             return operator.matvec(operator.rmatvec(v)).double()
         return operator.normal(v)[0].double()
 
-    nodes, weights = _lanczos(product, probes.to(operator.device), min(OPERATOR_STEPS, size))
-    return Spectrum(
-        nodes.clamp(min=0).flatten(), (weights * size / OPERATOR_PROBES).flatten(), exact=False
-    )
+    return _lanczos(product, probes.to(operator.device), OPERATOR_STEPS, settled)
 
 
 def _lanczos(
-    product: Callable[[Tensor], Tensor], starts: Tensor, steps: int
-) -> tuple[Tensor, Tensor]:
-    """Gauss nodes and weights ``(probes, steps)`` of ``startᵀ f(matrix) start / ‖start‖²``.
+    product: Callable[[Tensor], Tensor], starts: Tensor, steps: int, settled: Settled | None
+) -> Spectrum:
+    """``steps`` of Lanczos for each of the probes ``(probes, n)``, and more until the spectrum is settled.
 
-    All probes ``(probes, n)`` go through one product: the matrix is read from memory once a step.
+    All probes go through one product: the matrix is read from memory once a step.
     """
+    size = starts.shape[1]
+    room = BASIS_BYTES // (8 * starts.numel())
+    most = min(size, max(steps, min(MOST_STEPS, room)))
+    steps = min(steps, size)
     basis = (starts / starts.norm(dim=1, keepdim=True))[:, None]  # (probes, k, n)
     alpha, beta = [], []
-    for _ in range(steps):
+    while True:
         last = basis[:, -1]
         w = product(last)
         alpha.append((last * w).sum(1))
@@ -73,14 +76,44 @@ def _lanczos(
         for _ in range(2):
             w = w - torch.einsum("pkm,pk->pm", basis, torch.einsum("pkm,pm->pk", basis, w))
         norm = w.norm(dim=1)
-        if bool((norm <= 1e-6 * alpha[0].abs()).all()):
-            break
         beta.append(norm)
+        over = len(alpha) >= most or bool((norm <= 1e-6 * alpha[0].abs()).all())
+        if over or len(alpha) % steps == 0:
+            found = _quadrature(torch.stack(alpha, 1), torch.stack(beta, 1), size)
+            if over or settled is None or settled(found):
+                return found
         basis = torch.cat([basis, (w / norm.clamp(min=1e-300)[:, None])[:, None]], dim=1)
-    k = len(alpha)
-    tridiagonal = torch.diag_embed(torch.stack(alpha, dim=1))
+
+
+def _quadrature(alpha: Tensor, beta: Tensor, size: int) -> Spectrum:
+    """Nodes and weights of ``Σ f(λ)`` from the coefficients ``(probes, k)`` of Lanczos.
+
+    For ``λ / (λ + shift)`` Gauss' rule is too large and that of Radau, with a node at zero, too small (Golub &
+    Meurant 1994, §4): far below the largest eigenvalue, where few nodes are, the first takes what it cannot tell
+    apart for determined, and the second for free.
+    """
+    probes, k = alpha.shape
+    tridiagonal = torch.diag_embed(alpha)
     if k > 1:
-        off = torch.stack(beta[: k - 1], dim=1)
+        off = beta[:, : k - 1]
         tridiagonal = tridiagonal + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
+    gauss = _rule(tridiagonal, size)
+    # A hair below zero, since zero may be an eigenvalue.
+    end = -1e-14 * float(alpha.abs().max()) - 1e-300
+    last = alpha.new_zeros(probes, k, 1)
+    last[:, -1, 0] = beta[:, -1].square()
+    eye = torch.eye(k, dtype=alpha.dtype, device=alpha.device)
+    corner = end + torch.linalg.solve(tridiagonal - end * eye, last)[:, -1, 0]
+    longer = alpha.new_zeros(probes, k + 1, k + 1)
+    longer[:, :k, :k] = tridiagonal
+    longer[:, k, k] = corner
+    longer[:, k, k - 1] = longer[:, k - 1, k] = beta[:, -1]
+    radau = _rule(longer, size)
+    both = torch.cat([radau.values, gauss.values]), torch.cat([radau.weights, gauss.weights]) / 2
+    return Spectrum(*both, exact=False, bounds=(radau, gauss))
+
+
+def _rule(tridiagonal: Tensor, size: int) -> Spectrum:
     values, vectors = torch.linalg.eigh(tridiagonal)
-    return values, vectors[:, 0].square()
+    weights = vectors[:, 0].square() * (size / len(values))
+    return Spectrum(values.clamp(min=0).flatten(), weights.flatten(), exact=False)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import nullbayes as nb
 from benchmarks import common
-from nullbayes.certificate import GuaranteeCheck
+from nullbayes.guarantee import GuaranteeCheck
 from nullbayes.solvers.auto import EQUILIBRATE
 
 DIRECT, ITERATIVE = "direct", "iterative"

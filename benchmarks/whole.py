@@ -23,8 +23,8 @@ from torch import Tensor
 import nullbayes as nb
 from benchmarks import common
 from nullbayes import datasets, draws, metrics
-from nullbayes.certificate import GuaranteeCheck
 from nullbayes.demo.models import lenet
+from nullbayes.guarantee import GuaranteeCheck
 from nullbayes.memory import peak_bytes
 from nullbayes.solvers.watch import Watch
 

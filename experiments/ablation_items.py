@@ -136,10 +136,8 @@ def delta(case: Case) -> Iterator[tuple[str, Entry]]:
         yield f"delta {value:g}", of_posterior(case, null_space(case, delta=value))
 
 
-def prior(case: Case) -> Iterator[tuple[str, Entry]]:
-    """One fit at several prior precisions."""
-    posterior = null_space(case)
-    evidence = float(posterior.prior_precision)
+def chosen(case: Case, posterior: Any) -> tuple[float, float]:
+    """Prior precisions of least NLL and least ECE on validation data."""
     x, y = case.validation.inputs, case.validation.targets
     parts = [unit_draws(posterior, part) for part in x.split(BATCH)]
     point, unit = torch.cat([p for p, _ in parts]), torch.cat([u for _, u in parts], 1)
@@ -155,9 +153,17 @@ def prior(case: Case) -> Iterator[tuple[str, Entry]]:
             for a in values
         ]
 
-    yield "evidence", of_posterior(case, posterior, evidence)
-    yield "validation, NLL", of_posterior(case, posterior, tune(evidence, nll).value)
-    yield "validation, ECE", of_posterior(case, posterior, tune(evidence, ece).value)
+    start = float(posterior.prior_precision)
+    return tune(start, nll).value, tune(start, ece).value
+
+
+def prior(case: Case) -> Iterator[tuple[str, Entry]]:
+    """One fit at several prior precisions."""
+    posterior = null_space(case)
+    by_nll, by_ece = chosen(case, posterior)
+    yield "evidence", of_posterior(case, posterior)
+    yield "validation, NLL", of_posterior(case, posterior, by_nll)
+    yield "validation, ECE", of_posterior(case, posterior, by_ece)
     for alpha in FIXED:
         yield f"fixed, {alpha:g}", of_posterior(case, posterior, alpha)
 
@@ -283,13 +289,16 @@ def norms(case: Case) -> Iterator[tuple[str, Entry]]:
         mine = norm_weights(other.network)
         yield f"{kind}: point estimate", point_entry(other)
         for which in SUBSETS if mine else ("all",):
-            chosen = {
+            names = {
                 n
                 for n, _ in other.network.named_parameters()
                 if which == "all" or (n in mine) == (which == "norms only")
             }
-            posterior = null_space(other, parameters=sorted(chosen))
+            posterior = null_space(other, parameters=sorted(names))
             yield f"{kind}: {which}", of_posterior(other, posterior)
+            if which == "all":
+                best, _ = chosen(other, posterior)
+                yield f"{kind}: all, calibrated", of_posterior(other, posterior, best)
 
 
 Item = Callable[[Case], Iterator[tuple[str, Entry]]]

@@ -17,12 +17,7 @@ from torch import Tensor
 
 from nullbayes import draws
 from nullbayes.arguments import CheckedPrior
-from nullbayes.certificate import (
-    ALLOWED_DIVERGENCE,
-    ALLOWED_UNSEEN,
-    Certificate,
-    GuaranteeCheck,
-)
+from nullbayes.certificate import Certificate
 from nullbayes.constraints import Directions, Preserve
 from nullbayes.errors import MemoryBudgetError
 from nullbayes.evidence import apart, fixed_point, interval, null_space_precision
@@ -33,6 +28,7 @@ from nullbayes.fitting import (
     default_budget,
     fit_noise,
 )
+from nullbayes.guarantee import GuaranteeCheck
 from nullbayes.jacobian.functional import FunctionalModel
 from nullbayes.jacobian.keeping import fits_on_disk
 from nullbayes.jacobian.operator import JacobianOperator
@@ -194,10 +190,9 @@ def build(
                 for h, change in zip(held, unseen, strict=False)
             ] or left_out(state, v, rows, check, likelihood, settings.preserve, settings.directions)
         notes = [*state.notes, *_where_kept(rows.operator), *_not_kept(loader, rows, max_examples)]
-        if by_evidence:
-            evidence, alpha = alpha, check.keeping(alpha)
-            if alpha > evidence:
-                notes.append(_raised(evidence, alpha))
+        evidence = alpha if by_evidence else None
+        if evidence is not None:
+            alpha = check.keeping(evidence)
     measured = _measured_rows(rows, done, v, alpha) | check.measure(alpha**-0.5)
     digest = fingerprint(functional.model)
     laps.lap(CERTIFICATE)
@@ -211,6 +206,7 @@ def build(
         rank=rank,
         null_dim=p - rank,
         prior_precision=alpha,
+        evidence=evidence,
         **measured,
         natural_units=settings.preserve.natural_units,
         score_name=likelihood.score_name,
@@ -243,14 +239,6 @@ def _chosen(
         )
     operator.move_out(budget - choice.nbytes)
     return choice
-
-
-def _raised(evidence: float, alpha: float) -> str:
-    return (
-        f"The evidence alone would set the prior precision to {evidence:.3g}; it was raised to {alpha:.3g}, where "
-        f"samples move training predictions by {ALLOWED_DIVERGENCE:g} nats at most, and those of examples that are "
-        f"left out by {ALLOWED_UNSEEN:g}. `calibrate` on validation data decides better."
-    )
 
 
 def _not_kept(loader: Iterable[Any], rows: TrainingRows, limit: int | None) -> list[str]:
@@ -378,6 +366,7 @@ def rescaled(fit: Fit, alpha: float) -> Fit:
         certificate = replace(
             certificate,
             prior_precision=alpha,
+            evidence=None,
             row_drift=certificate.row_drift * (fit.alpha / alpha) ** 0.5,
             **fit.check.measure(alpha**-0.5),
         )

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from nullbayes import draws
-from nullbayes.certificate import SAMPLED_DRAWS, SAMPLED_EXAMPLES, GuaranteeCheck
 from nullbayes.constraints import Preserve
 from nullbayes.fitting import CHECK_EXAMPLES
+from nullbayes.guarantee import SAMPLED_DRAWS, SAMPLED_EXAMPLES, GuaranteeCheck
 from nullbayes.jacobian.functional import FunctionalModel, Inputs, take
 from nullbayes.jacobian.keeping import BLOCK_ROWS, merge_blocks
 from nullbayes.jacobian.operator import JacobianOperator

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nullbayes.certificate import Batch, GuaranteeCheck
 from nullbayes.constraints import Directions, Preserve
 from nullbayes.fitting import TrainingRows
+from nullbayes.guarantee import Batch, GuaranteeCheck
 from nullbayes.jacobian.functional import Inputs, batch_size, select
 from nullbayes.likelihood import Likelihood
 from nullbayes.solvers import State

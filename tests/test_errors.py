@@ -791,7 +791,7 @@ def test_an_interrupt_in_the_solver_leaves_no_trace(
     with unchanged(model), still_answers(posterior), monkeypatch.context() as patch:
         if stage in ("measure", "kept"):
             name = "measure" if stage == "measure" else "__init__"
-            patch.setattr(nb.certificate.GuaranteeCheck, name, stop)
+            patch.setattr(nb.guarantee.GuaranteeCheck, name, stop)
         else:
             patch.setattr(DualState, stage, stop)
         with pytest.raises(KeyboardInterrupt):

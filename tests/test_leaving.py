@@ -98,11 +98,14 @@ def test_the_certificate_tells_and_the_prior_heeds_it() -> None:
     c = posterior.certificate
     assert c.unseen_divergence is not None and 0 < c.unseen_divergence <= ALLOWED_UNSEEN
     assert c.unseen_divergence > 0.5 * ALLOWED_UNSEEN  # the bound is what decided
-    assert any("left out" in note for note in c.notes) and "divergence, left out" in str(c)
+    assert c.evidence is not None and c.prior_precision > c.evidence
+    assert "it was raised to" in c.verdict and "divergence, left out" in str(c)
+    assert "`calibrate` decides" in c.verdict
     tight = c.unseen_divergence
     posterior.prior_precision = c.prior_precision / 100
     assert (posterior.certificate.unseen_divergence or 0) > 3 * tight
     assert posterior.certificate.held  # the training data are kept as before
+    assert "evidence" not in posterior.certificate.verdict  # which no longer decides
 
 
 @pytest.mark.parametrize(

@@ -295,7 +295,7 @@ def test_one_seed_gives_one_posterior_and_draw_continues_it(trained: Any) -> Non
 
 def test_evidence_is_stationary(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # The evidence alone, without the bounds that predictions set it.
-    monkeypatch.setattr(nb.certificate.GuaranteeCheck, "keeping", lambda _, alpha: alpha)
+    monkeypatch.setattr(nb.guarantee.GuaranteeCheck, "keeping", lambda _, alpha: alpha)
     model, train, _ = trained
     model = copy.deepcopy(model)
     norm = sum(float(p.detach().square().sum()) for p in model.parameters())

@@ -58,7 +58,8 @@ class Scale:
     options: dict[str, Any] = field(default_factory=dict)  # for the task's own builder
 
     def config(self) -> dict[str, Any]:
-        return {**asdict(self), "harness": HARNESS}
+        """What a piece depends on; not how many seeds there are."""
+        return {k: v for k, v in asdict(self).items() if k != "seeds"} | {"harness": HARNESS}
 
 
 @dataclass(frozen=True)

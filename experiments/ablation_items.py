@@ -15,7 +15,7 @@ from experiments import measures, networks, tasks
 from experiments.classification import case_of
 from experiments.methods import Case, Draws
 from experiments.methods.base import tune
-from experiments.methods.posteriors import DECLARED, fitted, told, unit_draws
+from experiments.methods.posteriors import DECLARED, fitted, natural_precision, told, unit_draws
 from experiments.tasks import TASKS, Scale, Task
 from nullbayes.likelihood.softmax import softmax_factor
 
@@ -82,7 +82,7 @@ def predicted(posterior: Any, x: Tensor, alpha: float, count: int | None = None)
     """The first so many draws at a prior precision; scored, as the library does, without regard to it."""
     point, unit = unit_draws(posterior, x)
     unit = unit[:count]
-    scores = {DECLARED: told(posterior, point, unit)}
+    scores = {DECLARED: told(point, unit, natural_precision(posterior))}
     return Draws(point + unit * alpha**-0.5, point, scores)
 
 

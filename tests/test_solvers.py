@@ -165,9 +165,8 @@ def test_an_iterative_laplace_sample_is_as_near_as_the_tolerance_says(
     preconditioner: str, shift: float, rows: int
 ) -> None:
     """Beside the sample, where outputs and prior weigh; not beside the largest eigenvalue, which is gone in no time."""
-    slow = (
-        preconditioner == "alternating"
-    )  # it takes so many cycles as the condition number is large
+    # Alternating projections take as many cycles as the condition number is large.
+    slow = preconditioner == "alternating"
     a = gaussian(rows, 80, torch.logspace(1 if slow else 2, -3, min(rows, 80)).double())
     shift = max(shift, 0.3) if slow else shift
     generator = torch.Generator().manual_seed(7)

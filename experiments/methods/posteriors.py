@@ -76,9 +76,9 @@ def natural_precision(posterior: Any) -> float:
     return max(1, posterior.certificate.rank) / sum(float(w.square().sum()) for w in weights)
 
 
-def told(posterior: Any, point: Tensor, unit: Tensor) -> Tensor:
+def told(point: Tensor, unit: Tensor, natural: float) -> Tensor:
     """Information ``(B,)`` of draws at prior precision one, counted at the natural one as the library counts it."""
-    return information(Draws(point + unit * natural_precision(posterior) ** -0.5, point).around)
+    return information(Draws(point + unit * natural**-0.5, point).around)
 
 
 def certificate_details(posterior: Any) -> dict[str, Any]:
@@ -115,6 +115,7 @@ class NullSpace(Method):
 
     def tune(self, case: Case) -> dict[str, Variant]:
         self.evidence = float(self.posterior.prior_precision)
+        self.natural = natural_precision(self.posterior)
         x, y = case.validation.inputs, case.validation.targets
         parts = [unit_draws(self.posterior, part) for part in x.split(BATCH)]
         point = torch.cat([p for p, _ in parts])
@@ -169,7 +170,7 @@ class NullSpace(Method):
         if linear:
             point, unit = unit_draws(self.posterior, x)
             exact = self.posterior.novelty(x, "variance") if self.exact else None
-            tells = told(self.posterior, point, unit)
+            tells = told(point, unit, self.natural)
             for key in linear:
                 alpha = self.alphas[key]
                 scores = {"information": tells}

@@ -20,7 +20,7 @@ from nullbayes.solvers.base import (
     require_finite,
 )
 from nullbayes.solvers.iterative import IterativeState
-from nullbayes.solvers.krylov import row_norms, sample_size
+from nullbayes.solvers.krylov import row_norms
 
 BATCH_ROWS = 144  # sixteen examples with nine softmax directions each, as published
 STALLED = 0.999  # a cycle that leaves more than this of the residual, many times in a row
@@ -158,9 +158,8 @@ class AlternatingState(IterativeState):
 
         before = residual()
         require_finite(before, "the product of the Jacobian rows with prior samples")
-        if self.shift and not self.numerical:
-            scale = self.shift**0.5 * sample_size(vectors, noise)
-        else:
+        scale = self._scale(vectors, noise)
+        if scale is None:
             scale = before
         enough = (tolerance * scale).clamp(min=0.0 if self.shift else self.enough)
         reached, best, stalled, cycles = before, (before, x), 0, 0

@@ -98,6 +98,12 @@ class IterativeState(State):
     def explained_flops(self, rows: int) -> float:
         return float("inf")
 
+    def _scale(self, vectors: Tensor, noise: Tensor | None) -> Tensor | None:
+        """Norm ``(S,)`` of Laplace samples, which residuals are relative to; None for a projection."""
+        if self.numerical or not self.shift:
+            return None
+        return self.shift**0.5 * sample_size(vectors, noise)
+
     def _mean(self, vectors: Tensor) -> Tensor:
         return self.project(vectors).value
 
@@ -136,19 +142,20 @@ class ConjugateGradientState(IterativeState):
         if self.numerical:
             return self._numerical(vectors)
         if self._preconditioner is not None and self._preconditioner.dual:
-            return self._dual(vectors, noise, self.solver.max_iterations)
+            tolerance, limit = self.solver.tolerance_for(vectors.dtype), self.solver.max_iterations
+            return self._dual(vectors, noise, limit, tolerance, self._scale(vectors, noise))
         linear = None
         if self.shift and noise is not None:
             linear = -self.operator.rmatvec((self.shift**0.5 * noise).to(vectors.dtype))
         tolerance = self.solver.tolerance_for(vectors.dtype)
-        size = sample_size(vectors, noise)
+        scale = self._scale(vectors, noise)
         resumed = self.watch.resume()
         start = _Start(resumed)
 
         def goal(image: Tensor, gradient: Tensor) -> Tensor:
             start.see(image, gradient)
-            if self.shift:
-                return relative(gradient, tolerance * self.shift * size)
+            if scale is not None:
+                return relative(gradient, tolerance * self.shift**0.5 * scale)
             return relative(image, (asked * start.image).clamp(min=self.enough))
 
         limit, asked, iterations = self.solver.max_iterations, tolerance, 0
@@ -229,7 +236,7 @@ class ConjugateGradientState(IterativeState):
         rounding = 30 * torch.finfo(anchor.dtype).eps
         accuracy = max(PASS_ACCURACY * min(tolerance, 1e-2), rounding)
         if self._preconditioner is not None and self._preconditioner.dual:
-            dual = self._dual(anchor, None, left, accuracy)
+            dual = self._dual(anchor, None, left, accuracy, None)
             ratio = dual.residual / accuracy
             return Solved(dual.value, ratio, dual.status, dual.iterations)
         start = _Start(resumed)
@@ -274,16 +281,14 @@ class ConjugateGradientState(IterativeState):
         )
 
     def _dual(
-        self, vectors: Tensor, noise: Tensor | None, limit: int, tolerance: float | None = None
+        self,
+        vectors: Tensor,
+        noise: Tensor | None,
+        limit: int,
+        tolerance: float,
+        scale: Tensor | None,
     ) -> Projection:
         assert self._preconditioner is not None
-        # Each pass of the numerical null space has its own accuracy, relative to where it begins.
-        scale = (
-            self.shift**0.5 * sample_size(vectors, noise)
-            if tolerance is None and self.shift
-            else None
-        )
-        tolerance = tolerance or self.solver.tolerance_for(vectors.dtype)
         precondition = self._preconditioner.apply
         return conjugate_gradients(
             self.operator, vectors, noise, self.shift, precondition, tolerance, limit, scale

@@ -105,8 +105,8 @@ def evaluate(options: argparse.Namespace, console: Console) -> int:
     claims.write(options.setting, folder)
     overview.write(options.setting, claims.CLASSIFICATION, folder)
     say(console, f"{words(time.perf_counter() - started)}. Tables and figures: {folder}")
-    for method, why in skipped.items():
-        say(console, f"Left out: {method}. {why}")
+    for why in dict.fromkeys(skipped.values()):  # one want may stop many methods
+        say(console, f"Left out: {', '.join(m for m in skipped if skipped[m] == why)}. {why}")
     for key, why in failures.items():
         say(console, f"FAILED: {key}. {why.splitlines()[0]}")
     return 1 if failures else 0

@@ -139,8 +139,7 @@ def delta(case: Case) -> Iterator[tuple[str, Entry]]:
 def chosen(case: Case, posterior: Any) -> tuple[float, float]:
     """Prior precisions of least NLL and least ECE on validation data."""
     x, y = case.validation.inputs, case.validation.targets
-    parts = [unit_draws(posterior, part) for part in x.split(BATCH)]
-    point, unit = torch.cat([p for p, _ in parts]), torch.cat([u for _, u in parts], 1)
+    point, unit = unit_draws(posterior, x)
 
     def nll(values: list[float]) -> list[float]:
         return [case.nll(Draws(point + unit * a**-0.5, point), y) for a in values]

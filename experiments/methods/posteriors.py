@@ -51,10 +51,11 @@ def slim(posterior: Any) -> Any:
 
 
 def unit_draws(posterior: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """``f(θ̂, x) (B, O)`` and linearised changes at prior precision one ``(S, B, O)``."""
-    prediction = posterior.predict(x)
-    change = prediction.outputs - prediction.point
-    return prediction.point, change * posterior.prior_precision**0.5
+    """``f(θ̂, x) (B, O)`` and linearised changes at prior precision one ``(S, B, O)``; of any number of inputs."""
+    parts = [posterior.predict(part) for part in x.split(BATCH)]
+    point = torch.cat([p.point for p in parts])
+    change = torch.cat([p.outputs - p.point for p in parts], 1)
+    return point, change * posterior.prior_precision**0.5
 
 
 def weight_changes(posterior: Any) -> tuple[list[str], Tensor]:
@@ -117,9 +118,7 @@ class NullSpace(Method):
         self.evidence = float(self.posterior.prior_precision)
         self.natural = natural_precision(self.posterior)
         x, y = case.validation.inputs, case.validation.targets
-        parts = [unit_draws(self.posterior, part) for part in x.split(BATCH)]
-        point = torch.cat([p for p, _ in parts])
-        unit = torch.cat([u for _, u in parts], 1)
+        point, unit = unit_draws(self.posterior, x)
 
         def nll(values: list[float]) -> list[float]:
             return [case.nll(Draws(point + unit * a**-0.5, point), y) for a in values]
@@ -225,8 +224,7 @@ class FullLaplace(Method):
             posterior = self.posterior
             if alpha != self.evidence:
                 posterior = slim(fitted(nb.LaplacePosterior, case, prior_precision=alpha))
-            parts = [unit_draws(posterior, part) for part in x.split(BATCH)]
-            point, unit = torch.cat([p for p, _ in parts]), torch.cat([u for _, u in parts], 1)
+            point, unit = unit_draws(posterior, x)
             found = case.nll(Draws(point + unit * alpha**-0.5, point), y)
             if found < least["linearised"]:
                 least["linearised"], self.tuned = found, posterior
@@ -238,8 +236,7 @@ class FullLaplace(Method):
             return found
 
         best = tune(self.evidence, nll, LAPLACE_DECADES, HALVES)
-        parts = [unit_draws(self.posterior, part) for part in x.split(BATCH)]
-        point, unit = torch.cat([p for p, _ in parts]), torch.cat([u for _, u in parts], 1)
+        point, unit = unit_draws(self.posterior, x)
 
         def nll_tempered(values: list[float]) -> list[float]:
             return [case.nll(Draws(point + unit * a**-0.5, point), y) for a in values]

@@ -75,7 +75,12 @@ def main() -> None:
             row = measure(posterior_method("", laplace), task, laplace.certificate)
             runs.setdefault("full Laplace", []).append(row)
             print(f"seed {seed}, held out {pair}: done", flush=True)
-    report(runs, options.name)
+    command = "python -m benchmarks.edge"
+    for key, value in vars(options).items():
+        if value != parser.get_default(key):
+            shown = " ".join(f"{v:g}" for v in value) if key == "deltas" else value
+            command += f" --{key} {shown}"
+    report(runs, options.name, command)
 
 
 def trained(task: Any, seed: int) -> Any:
@@ -90,7 +95,7 @@ def trained(task: Any, seed: int) -> Any:
     return task.model.eval()
 
 
-def report(runs: dict[str, list[dict[str, float]]], name: str) -> None:
+def report(runs: dict[str, list[dict[str, float]]], name: str, command: str) -> None:
     count = len(next(iter(runs.values())))
     mean = {
         name: {c: statistics.fmean(r[c] for r in rows) for c in COLUMNS}
@@ -112,7 +117,7 @@ def report(runs: dict[str, list[dict[str, float]]], name: str) -> None:
         "",
         "At the evidence's prior precision. `lost`: training examples that change to a wrong class, summed over all",
         f"networks. Behind each figure: on how many of the {count} networks it is no worse than the point estimate's.",
-        "`python -m benchmarks.edge`",
+        f"`{command}`",
         "",
         "| | residual | drift | prior kept | lost | train acc. | test acc. | NLL | ECE "
         "| AUROC held-out | rotated | noise |",

@@ -8,13 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.testing import assert_close
 from zoo import ZOO, Case, dense_jacobian
 
 from nullbayes import jacobian
 from nullbayes.errors import ModelError
 from nullbayes.jacobian.build import capture_batch, output_operators
+from nullbayes.jacobian.columns import flushed
 from nullbayes.jacobian.functional import FunctionalModel, batch_size
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.jacobian.plan import CapturePlan
@@ -191,3 +192,57 @@ def test_models_without_per_example_rows_are_refused(model: nn.Module, message: 
     with pytest.raises(ModelError, match=message):
         operator_for(model, torch.randn(4, 3))
     assert not any(m._forward_hooks for m in model.modules())
+
+
+class MaskedAttention(nn.Module):
+    """As a Swin transformer masks: -100 where tokens must not meet; the last token of four is all alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(6, 6) for _ in range(3))
+        mask = torch.zeros(4, 4)
+        mask[3, :3] = mask[:3, 3] = -100.0
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.query(x) @ self.key(x).mT + self.mask
+        return (scores.softmax(-1) @ self.value(x)).flatten(1)[:, -8:]
+
+
+def test_rows_hold_no_subnormal_numbers() -> None:
+    """They would make every product with them fifty times slower."""
+    torch.manual_seed(3)
+    model, x = MaskedAttention(), torch.randn(5, 4, 6)
+    # What the network itself computes at the lone token is as small as that.
+    query, key = model.query(x).detach().requires_grad_(), model.key(x).detach()
+    (query @ key.mT + model.mask).softmax(-1)[:, 3, :3].sum().backward()
+    assert query.grad is not None and _subnormal(query.grad)
+    operator, plan = operator_for(model, x)
+    assert not plan.generic  # type: ignore[attr-defined]
+    for block in operator.blocks:
+        with block.opened() as opened:
+            for factor in opened.factors.values():
+                assert not any(_subnormal(t) for t in factor.tensors())
+    dense = dense_jacobian(model.double(), x.double())
+    assert_close(torch.cat(list(operator.iter_rows(5))).double(), dense, rtol=1e-5, atol=1e-6)
+
+
+def _subnormal(x: Tensor) -> bool:
+    return bool(((x != 0) & (x.abs() < torch.finfo(x.dtype).tiny)).any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_flushing_leaves_what_counts(dtype: torch.dtype) -> None:
+    x = torch.tensor([[3.0, -1e-20, 0.0, 1e-37, -1e-12]], dtype=dtype)
+    wanted = x.clone()
+    if dtype != torch.float64:  # eps⁴ is 5e-63 there
+        wanted[0, 3] = 0
+    assert torch.equal(flushed(x), wanted)
+    assert flushed(wanted) is wanted
+    small = torch.tensor([[1e-36, 1e-38]], dtype=torch.float32)
+    assert torch.equal(flushed(small), torch.tensor([[1e-36, 0.0]]))
+    many = torch.ones(100, 2)
+    many[:, 1] = 1e-40  # the same of every example; one example's alone would cost nothing
+    assert torch.equal(flushed(many), torch.tensor([1.0, 0.0]).expand(100, 2))
+    odd = torch.tensor([float("nan"), 1e-40, float("inf")])
+    assert flushed(odd) is odd and not len(flushed(x[:0]))

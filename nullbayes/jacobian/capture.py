@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from nullbayes.errors import ModelError
+from nullbayes.jacobian.columns import flushed
 from nullbayes.jacobian.factors import DenseFactor, Factor, LookupFactor, concatenate
 from nullbayes.jacobian.functional import FunctionalModel, Inputs
 from nullbayes.jacobian.generic import generic_rows
@@ -328,7 +329,7 @@ class _Contributions:
             # The same weight used twice is one use with the tokens of both.
             a = torch.cat([p[0] for p in parts], dim=1) if len(parts) > 1 else parts[0][0]
             g = torch.cat([p[1] for p in parts], dim=2) if len(parts) > 1 else parts[0][1]
-            a = a if scale == 1.0 else a * scale
+            a, g = flushed(a if scale == 1.0 else a * scale), flushed(g)
             slot = self.slots[weight]
             bias_slot = None if bias is None else self.slots[bias]
             factor = OuterFactor(slot, bias_slot, a, g, transposed, bias_scale)
@@ -344,7 +345,7 @@ class _Contributions:
                 out[names] = factor
         for name, looked in self.lookup.items():
             index = torch.cat([p[0] for p in looked], dim=1)
-            g = torch.cat([p[1] for p in looked], dim=2) * self._scale(name)
+            g = flushed(torch.cat([p[1] for p in looked], dim=2) * self._scale(name))
             lookup = LookupFactor(self.slots[name], index, g)
             # A table used in other ways too (tied to an output layer) has no sparse rows.
             if uses[name] > 1:
@@ -362,7 +363,7 @@ class _Contributions:
                 dense[name] = self._zeros(cotangents, numel)
         if dense:
             order: list[Slot] = [s for s in self.functional.space.slots if s.name in dense]
-            joined = torch.cat([dense[s.name] for s in order], dim=2)
+            joined = flushed(torch.cat([dense[s.name] for s in order], dim=2))
             out[tuple(s.name for s in order)] = DenseFactor(order, joined)
         return out
 

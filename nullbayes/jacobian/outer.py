@@ -377,10 +377,12 @@ class OuterFactor(Factor):
             block = out[start : start + part.num_rows].view(b, c, b2, c2)
             start += part.num_rows
             for k in range(self.groups):
-                inputs = (
-                    part.a[:, :, k].reshape(b * t, -1) @ other.a[:, :, k].reshape(b2 * t2, -1).T
+                inputs = product(
+                    part.a[:, :, k].reshape(b * t, -1), other.a[:, :, k].reshape(b2 * t2, -1)
                 )
-                grads = part.g[:, :, :, k].reshape(-1, o) @ other.g[:, :, :, k].reshape(-1, o).T
+                grads = product(
+                    part.g[:, :, :, k].reshape(-1, o), other.g[:, :, :, k].reshape(-1, o)
+                )
                 inputs = inputs.view(b, 1, t, b2, 1, t2)
                 block += (grads.view(b, c, t, b2, c2, t2) * inputs).sum(dim=(2, 5))
         return out

@@ -18,7 +18,7 @@ from rich.console import Console
 from experiments import claims, overview, page
 from experiments.methods import METHODS
 from experiments.runner import Job, run, say, words
-from experiments.store import OUT, RESULTS, Store
+from experiments.store import OUT, RESULTS, Store, collected
 
 # In the order in which they are run.
 EXPERIMENTS = (
@@ -43,6 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only-method", nargs="+", choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--no-resume", action="store_true", help="measure everything again")
     parser.add_argument("--report", action="store_true", help="tables only, from what is there")
+    parser.add_argument(
+        "--adopt",
+        action="store_true",
+        help="what was not measured here is taken from the tables' own runs, if settings still agree",
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes at a time")
     parser.add_argument("--threads", type=int, help="of each process")
     parser.add_argument(
@@ -88,6 +93,9 @@ def evaluate(options: argparse.Namespace, console: Console) -> int:
         seeds = None
         if options.seeds is not None:
             seeds = range(options.first_seed, options.first_seed + options.seeds)
+        if options.adopt:
+            count = store.adopt(collected(options.setting, name, options.results))
+            say(console, f"{name}: {count} pieces taken from {options.results / options.setting}")
         jobs: list[Job] = module.jobs(options.setting, seeds, options.only_method)
         if not options.report:
             outcome = run(

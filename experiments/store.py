@@ -73,6 +73,16 @@ class Store:
         write_json(self.path(key), record)
         return plain(record)
 
+    def adopt(self, runs: Iterable[dict[str, Any]]) -> int:
+        """Take a table's runs as pieces where there are none; :meth:`get` still asks for the same settings."""
+        count = 0
+        for record in runs:
+            path = self.path(Key(*(record[k] for k in ("experiment", "setting", "seed", "method"))))
+            if not path.exists():
+                write_json(path, record)
+                count += 1
+        return count
+
     def seconds(self, key: Key) -> float | None:
         """How long this piece took when it was last made, with whatever settings."""
         try:

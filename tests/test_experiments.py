@@ -291,6 +291,17 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert calls[5:] == [0, 1, 2, 3]
 
 
+def test_pieces_behind_a_table_can_be_adopted(tmp_path: Path) -> None:
+    """So a method, or a seed, can be added to committed tables without measuring the rest again."""
+    far, near = Store(tmp_path / "far"), Store(tmp_path / "near")
+    runs = [far.put(key(n), {"lr": 0.1}, {"value": n}, 1.0) for n in range(3)]
+    near.put(key(0), {"lr": 0.1}, {"value": 7}, 1.0)  # measured here: stays
+    assert near.adopt(runs) == 2 and near.adopt(runs) == 0
+    found = [near.get(key(n), {"lr": 0.1}) for n in range(3)]
+    assert [f and f["result"]["value"] for f in found] == [7, 1, 2]
+    assert near.get(key(1), {"lr": 0.2}) is None  # of other settings
+
+
 def test_a_broken_file_is_measured_again_and_failures_do_not_stop_the_rest(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.put(key(0), {}, {"fine": 1}, 1.0)

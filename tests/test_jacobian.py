@@ -14,6 +14,8 @@ from zoo import ZOO, Case, dense_jacobian
 
 from nullbayes import jacobian
 from nullbayes.errors import ModelError
+from nullbayes.jacobian import columns as sizes
+from nullbayes.jacobian import contraction
 from nullbayes.jacobian.build import capture_batch, output_operators
 from nullbayes.jacobian.columns import flushed
 from nullbayes.jacobian.functional import FunctionalModel, batch_size
@@ -84,16 +86,40 @@ def test_blocks_of_several_batches_multiply(case: Case) -> None:
     assert_close(operator.cross_gram(single), dense @ dense[:numel].T)
 
 
-def test_token_contraction_and_written_out_rows_agree() -> None:
-    """A wide layer with few tokens takes the contraction; force both roads and compare."""
+@pytest.mark.parametrize(
+    "cheapest, tokens, directions, shape",
+    [("pairs", 2, 2, (40, 50)), ("folded", 12, 5, (200, 80)), ("rows", 12, 5, (40, 50))],
+)
+def test_all_ways_to_contract_tokens_agree(
+    cheapest: str,
+    tokens: int,
+    directions: int,
+    shape: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each way, whichever the layer takes itself."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(40, 50), nn.Flatten(), nn.Linear(100, 2)).double()
-    inputs = torch.randn(4, 2, 40, dtype=torch.float64)
-    operator, _ = operator_for(model, inputs)
+    model = nn.Sequential(nn.Linear(*shape), nn.Flatten(), nn.Linear(tokens * shape[1], directions))
+    inputs = torch.randn(4, tokens, shape[0], dtype=torch.float64)
+    operator, _ = operator_for(model.double(), inputs)
     factor = operator.blocks[0].factors[("0.weight", "0.bias")]
-    assert not factor.gram_by_rows and factor.tokens == 2
-    assert_close(factor._gram_tokens(factor), factor._gram_rows(factor))
-    assert_close(operator.gram(), (d := dense_jacobian(model, inputs)) @ d.T)
+    assert (factor.tokens, factor.cotangents) == (tokens, directions)
+    costs = {w: getattr(contraction, f"{w}_cost")(factor) for w in ("rows", "pairs", "folded")}
+    assert min(costs, key=lambda w: costs[w]) == cheapest
+    assert factor.gram_by_rows == (cheapest == "rows")
+    dense = dense_jacobian(model, inputs)
+    wanted = dense[:, : (shape[0] + 1) * shape[1]]
+    wanted = wanted @ wanted.T
+    part, rest = factor.narrow(1, 3), wanted[directions : 3 * directions]
+    for way in (contraction.by_rows, contraction.by_pairs, contraction.folded):
+        assert_close(way(factor, factor), wanted)
+        assert_close(way(part, factor), rest)
+    # In as many pieces as can be.
+    monkeypatch.setattr(contraction, "FOLDED_ELEMENTS", 1)
+    monkeypatch.setattr(sizes, "CHUNK_ELEMENTS", 1)
+    for way in (contraction.by_rows, contraction.by_pairs, contraction.folded):
+        assert_close(way(factor, part), rest.T)
+    assert_close(operator.gram(), dense @ dense.T)
 
 
 @settings(max_examples=25, deadline=None)

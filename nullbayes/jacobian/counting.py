@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nullbayes.jacobian import contraction
 from nullbayes.jacobian.factors import Factor, LookupFactor
 from nullbayes.jacobian.outer import OuterFactor
 
@@ -22,12 +23,10 @@ def product_flops(factor: Factor) -> float:
 def gram_flops_per_pair(factor: Factor) -> float:
     """Of one entry of ``A Aᵀ``, as :meth:`Factor.gram` forms it."""
     if isinstance(factor, OuterFactor):
-        g, i, o = factor.groups, factor.width_in, factor.width_out
-        if factor.tokens == 1:
-            return 2.0 * g * (o + i / factor.cotangents**2 + 1)
-        if factor.gram_by_rows:
-            return 2.0 * g * i * o
-        return 2.0 * g * factor.tokens**2 * (o + i / factor.cotangents**2 + 1)
+        costs = [contraction.pairs_cost(factor)]
+        if factor.tokens > 1:
+            costs += [contraction.rows_cost(factor), contraction.folded_cost(factor)]
+        return 2.0 * factor.groups * min(costs)
     if isinstance(factor, LookupFactor):
         return 2.0 * factor.tokens**2 * factor.dim
     return 2.0 * factor.columns

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nullbayes.jacobian import columns as sizes
+from nullbayes.jacobian import contraction
 from nullbayes.jacobian.columns import product
 from nullbayes.jacobian.factors import DenseFactor, Factor
 from nullbayes.jacobian.parameters import Slot
@@ -92,13 +93,13 @@ class OuterFactor(Factor):
         g = [pad(p.g, (0, 0, 0, 0, 0, tokens - p.tokens)) for p in parts]
         return self._like(torch.cat(a), torch.cat(g))
 
-    def _chunks(self, per_example: int) -> list[OuterFactor]:
+    def chunks(self, per_example: int) -> list[OuterFactor]:
         step = max(1, sizes.CHUNK_ELEMENTS // max(1, per_example))
         if step >= self.examples:
             return [self]
         return [self.narrow(i, min(i + step, self.examples)) for i in range(0, self.examples, step)]
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Bring ``a`` and ``g`` into the order of their axes.
 
         Rows are written from any order at the same speed, so it is not done before it is needed.
@@ -224,12 +225,12 @@ class OuterFactor(Factor):
         return w.transpose(0, 1)
 
     def _matvec_copied(self, vectors: Tensor) -> Tensor:
-        self._settle()
+        self.settle()
         s, o = len(vectors), self.width_out
         joint = self._joint(vectors)
         matrix = joint.reshape(self.groups, s * o, self.width_in)
         out = []
-        for part in self._chunks(s * self.tokens * self.groups * o):
+        for part in self.chunks(s * self.tokens * self.groups * o):
             b, t, g, i = part.a.shape
             a = part.a.permute(2, 0, 1, 3).reshape(g, b * t, i)
             u = product(a[0], matrix[0]) if g == 1 else a @ matrix.mT  # (G, B*T, S*O)
@@ -242,11 +243,11 @@ class OuterFactor(Factor):
         return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
     def _rmatvec_copied(self, weights: Tensor, out: Tensor) -> None:
-        self._settle()
+        self.settle()
         s, o = len(weights), self.width_out
         total: Tensor | None = None
         start = 0
-        for part in self._chunks(s * self.tokens * self.groups * o):
+        for part in self.chunks(s * self.tokens * self.groups * o):
             b, t, g, i = part.a.shape
             w = weights[:, start : start + part.num_rows].reshape(s, b, self.cotangents)
             start += part.num_rows
@@ -268,12 +269,12 @@ class OuterFactor(Factor):
         out[:, self.weight.start : self.weight.stop] += joint.reshape(s, -1)
 
     def _matvec_in_place(self, vectors: Tensor) -> Tensor:
-        self._settle()
+        self.settle()
         o, c = self.width_out, self.cotangents
         w = vectors[:, self.weight.start : self.weight.stop].unflatten(1, (o, -1))  # (S, O, I)
         out = vectors.new_empty(len(vectors), self.num_rows)
         start = 0
-        for part in self._chunks(self.tokens * o):
+        for part in self.chunks(self.tokens * o):
             b = part.examples
             a, g = part._inputs.flatten(0, 2).contiguous(), part.g.reshape(b, c, -1)
             step = max(1, NEAR_ELEMENTS // (len(a) * o))
@@ -285,11 +286,11 @@ class OuterFactor(Factor):
         return out
 
     def _rmatvec_in_place(self, weights: Tensor, out: Tensor) -> None:
-        self._settle()
+        self.settle()
         o, c = self.width_out, self.cotangents
         to = out[:, self.weight.start : self.weight.stop].unflatten(1, (o, -1))  # (S, O, I)
         start = 0
-        for part in self._chunks(self.tokens * o):
+        for part in self.chunks(self.tokens * o):
             b = part.examples
             a, g = part._inputs.flatten(0, 2).contiguous(), part.g.reshape(b, c, -1)
             w = weights[:, start : start + b * c].unflatten(1, (b, c)).transpose(0, 1)  # (B, S, C)
@@ -331,58 +332,14 @@ class OuterFactor(Factor):
     def gram(self, other: Factor) -> Tensor:
         assert isinstance(other, OuterFactor)
         if self.tokens == 1 and other.tokens == 1:
-            return self._gram_single(other)
-        return self._gram_rows(other) if self.gram_by_rows else self._gram_tokens(other)
+            return contraction.single(self, other)
+        if self.gram_by_rows:
+            return contraction.by_rows(self, other)
+        folded = contraction.folded_cost(self) <= contraction.pairs_cost(self)
+        return (contraction.folded if folded else contraction.by_pairs)(self, other)
 
     @property
     def gram_by_rows(self) -> bool:
-        """Whether a Gram block is cheaper from written-out rows than by contracting tokens.
-
-        Per pair of rows the first costs ``O*I``, the second ``T²(O + I/C²)`` (Novak et al. 2022).
-        """
-        contract = self.tokens**2 * (self.width_out + self.width_in / self.cotangents**2 + 2)
-        return self.tokens > 1 and self.width_out * self.width_in <= contract
-
-    def _gram_single(self, other: OuterFactor) -> Tensor:
-        out: Tensor | None = None
-        for k in range(self.groups):
-            inputs = product(self.a[:, 0, k], other.a[:, 0, k])  # (B, B')
-            g = self.g[:, :, 0, k].reshape(self.num_rows, -1)
-            grads = product(g, other.g[:, :, 0, k].reshape(other.num_rows, -1))
-            shaped = grads.view(self.examples, self.cotangents, other.examples, other.cotangents)
-            shaped.mul_(inputs[:, None, :, None])
-            out = grads if out is None else out.add_(grads)
-        assert out is not None
-        return out
-
-    def _gram_rows(self, other: OuterFactor) -> Tensor:
-        width = self.cotangents * self.groups * self.width_out * self.width_in
-        right = other._chunks(width)
-        return torch.cat(
-            [
-                torch.cat([product(rows, part.matrices()) for part in right], dim=1)
-                for rows in (part.matrices() for part in self._chunks(width))
-            ]
-        )
-
-    def _gram_tokens(self, other: OuterFactor) -> Tensor:
-        self._settle()
-        other._settle()
-        out = self.g.new_zeros(self.num_rows, other.num_rows)
-        per_example = self.tokens * self.cotangents * other.num_rows * other.tokens
-        start = 0
-        for part in self._chunks(per_example):
-            b, c, t, _, o = part.g.shape
-            b2, c2, t2, _, _ = other.g.shape
-            block = out[start : start + part.num_rows].view(b, c, b2, c2)
-            start += part.num_rows
-            for k in range(self.groups):
-                inputs = product(
-                    part.a[:, :, k].reshape(b * t, -1), other.a[:, :, k].reshape(b2 * t2, -1)
-                )
-                grads = product(
-                    part.g[:, :, :, k].reshape(-1, o), other.g[:, :, :, k].reshape(-1, o)
-                )
-                inputs = inputs.view(b, 1, t, b2, 1, t2)
-                block += (grads.view(b, c, t, b2, c2, t2) * inputs).sum(dim=(2, 5))
-        return out
+        """Whether a Gram block is cheaper from written-out rows than by contracting tokens."""
+        contract = min(contraction.pairs_cost(self), contraction.folded_cost(self))
+        return self.tokens > 1 and contraction.rows_cost(self) <= contract

@@ -32,6 +32,7 @@ COLOURS = {
     "null_predictions": "#1f6feb",
     "null_outputs": "#79b0f5",
     "null_loss": "#17becf",
+    "null_last": "#5e60ce",
 }
 
 

@@ -22,7 +22,7 @@ from experiments.tasks import TASKS, Recipe, Scale, Task, fashion
 
 NAME = "swin"
 TITLE = "Fashion-MNIST, Swin transformer"
-METHODS = ("point", "temperature", "laplace_last", "null_predictions", "null_loss")
+METHODS = ("point", "temperature", "laplace_last", "null_predictions", "null_loss", "null_last")
 IMAGES, EPOCHS = 10_000, 5  # those of the benchmark, whose network is shared
 SHIFTS: dict[str, Sequence[float]] = {
     "rotation": (30, 90),
@@ -65,8 +65,9 @@ SMALL = Scale(
 SCALES = {"small": SMALL, "full": FULL}
 WORDS = (
     "A Swin transformer for 32 × 32 images, windows of 2 × 2 patches of 2 × 2 pixels. Full: Swin-T, 27.5 million "
-    "weights, one network, trained on 10,000 images; posteriors keep 256 of them, and training accuracy is measured "
-    "on those. Small: one block in each of two stages, trained on 1,500 images, 100 kept."
+    "weights, one network, trained on 10,000 images; posteriors of all weights keep 256 of them, and training accuracy "
+    "is measured on those; posteriors of the last layer keep all. "
+    "Small: one block in each of two stages, trained on 1,500 images, 100 kept."
 )
 
 

@@ -9,6 +9,7 @@ from experiments.methods.peer_laplace import DiagonalLaplace, KroneckerLaplace, 
 from experiments.methods.point import PointEstimate, TemperatureScaling
 from experiments.methods.posteriors import (
     FullLaplace,
+    NullSpaceLast,
     NullSpaceLoss,
     NullSpaceOutputs,
     NullSpacePredictions,
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
         NullSpacePredictions,
         NullSpaceOutputs,
         NullSpaceLoss,
+        NullSpaceLast,
     )
 }
 OURS = NullSpacePredictions.name

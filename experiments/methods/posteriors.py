@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import nullbayes as nb
 from experiments.methods.base import Case, Draws, Method, Tuned, Variant, information, tune
@@ -101,7 +101,7 @@ class NullSpace(Method):
     title: ClassVar[str]
 
     def build(self, case: Case) -> None:
-        self.posterior = fitted(nb.NullSpacePosterior, case, preserve=self.preserve)
+        self.posterior = self.around(case)
         self.details = {"certificate": certificate_details(self.posterior)}
         # The library computes novelty exactly where that is cheap; elsewhere it is the variance of the draws, which
         # are there already.
@@ -113,6 +113,12 @@ class NullSpace(Method):
         self.exact = not torch.allclose(default, drawn, rtol=1e-3)
         if not self.exact:
             self.posterior = slim(self.posterior)
+
+    def around(self, case: Case) -> nb.NullSpacePosterior:
+        posterior: nb.NullSpacePosterior = fitted(
+            nb.NullSpacePosterior, case, preserve=self.preserve
+        )
+        return posterior
 
     def tune(self, case: Case) -> dict[str, Variant]:
         self.evidence = float(self.posterior.prior_precision)
@@ -199,6 +205,20 @@ class NullSpaceLoss(NullSpace):
     """One row for each example."""
 
     name, preserve, title = "null_loss", "loss", "null-space, loss"
+
+
+class NullSpaceLast(NullSpace):
+    """The last layer's weights alone; all training examples, also where all weights leave room for a few."""
+
+    name, preserve, title = "null_last", "predictions", "null-space, last layer"
+
+    def around(self, case: Case) -> nb.NullSpacePosterior:
+        linear = [p for p, m in case.network.named_modules() if isinstance(m, nn.Linear)]
+        names = [n for n, _ in case.network.named_parameters() if n.startswith(f"{linear[-1]}.")]
+        posterior: nb.NullSpacePosterior = fitted(
+            nb.NullSpacePosterior, case, case.train, preserve=self.preserve, parameters=names
+        )
+        return posterior
 
 
 class FullLaplace(Method):

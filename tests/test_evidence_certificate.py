@@ -159,6 +159,10 @@ def test_a_residual_below_delta_is_on_purpose(good: Certificate) -> None:
         ({"notes": ("jitter raised to 1e-4",)}, "jitter raised to 1e-4"),
         ({"evidence": 0.1, "prior_precision": 2.0}, "prior precision to 0.1; it was raised to 2,"),
         ({"evidence": 2.0, "unseen_divergence": 0.015}, "by 0.015 nats, more where"),
+        (
+            {"evidence": 0.01, "prior_precision": 2.0, "unseen_divergence": 0.02},
+            "the last layers' names",
+        ),
     ],
     ids=str,
 )
@@ -168,6 +172,14 @@ def test_advice_beside_a_guarantee_that_held(
     assert words not in good.verdict
     advised = replace(good, **changes)
     assert advised.held and words in advised.verdict
+
+
+def test_a_prior_raised_a_little_is_no_reason_to_keep_more(good: Certificate) -> None:
+    raised = replace(good, evidence=0.1, prior_precision=2.0, unseen_divergence=0.02)
+    assert "it was raised" in raised.verdict and "last layers" not in raised.verdict
+    # Raised for the training data's sake: other examples are no worse off.
+    kept = replace(good, evidence=0.01, prior_precision=2.0, unseen_divergence=0.001)
+    assert "it was raised" in kept.verdict and "last layers" not in kept.verdict
 
 
 def test_laplace_promises_nothing(good: Certificate) -> None:

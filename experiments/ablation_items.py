@@ -300,6 +300,46 @@ def norms(case: Case) -> Iterator[tuple[str, Entry]]:
                 yield f"{kind}: all, calibrated", of_posterior(other, posterior, best)
 
 
+# -- which weights ---------------------------------------------------------------------------------
+
+
+def last_weights(network: nn.Module, layers: int = 0, share: float = 0.0) -> list[str]:
+    """Names of the weights of the last ``layers`` modules that have any, or of as many as make up ``share`` of all."""
+    owners = {n: m for n, m in network.named_modules() if [*m.parameters(recurse=False)]}
+    wanted = share * sum(p.numel() for p in network.parameters())
+    names: list[str] = []
+    held = 0
+    for count, (path, module) in enumerate(reversed(owners.items())):
+        if count >= layers and held >= wanted:
+            break
+        held += sum(p.numel() for p in module.parameters(recurse=False))
+        own = [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]
+        names = own + names
+    return names
+
+
+def weights(case: Case) -> Iterator[tuple[str, Entry]]:
+    """The fewer weights may move, the more examples can be kept in the same memory."""
+    some, whole = case.task.constrained, case.train
+    more = whole[: min(len(whole), 4 * len(some))]
+    last, two = last_weights(case.network, 1), last_weights(case.network, 2)
+    quarter = last_weights(case.network, share=0.25)
+    plan = [
+        ("all weights", None, [some]),
+        ("last quarter of the weights", quarter, [some, more]),
+        ("last two layers", two, [some, more]),
+        ("last layer", last, [some, more, whole]),
+    ]
+    for label, names, splits in plan:
+        for count, split in {len(s): s for s in splits}.items():
+            posterior = fitted(nb.NullSpacePosterior, case, split, parameters=names)
+            share = posterior.certificate.parameters
+            yield (
+                f"{label}, {count:,} examples",
+                {**of_posterior(case, posterior), "weights": share},
+            )
+
+
 Item = Callable[[Case], Iterator[tuple[str, Entry]]]
 ITEMS: dict[str, tuple[str, Item]] = {
     "samples": ("How many samples?", samples),
@@ -311,4 +351,5 @@ ITEMS: dict[str, tuple[str, Item]] = {
     "preserve": ("What is kept?", preserve),
     "scores": ("Which novelty score?", scores),
     "norms": ("Which normalisation layers, and which weights?", norms),
+    "weights": ("Which weights, and how many examples?", weights),
 }

@@ -1,7 +1,8 @@
 """What each choice of the null-space posterior is worth: one table for each, everything else at its default.
 
 Samples, the share of the data whose predictions are kept, exactness of the solver, the edge of the null space, the
-prior precision, directions, novelty scores, and which weights of networks with normalisation layers take part.
+prior precision, directions, novelty scores, which weights of networks with normalisation layers take part, and which
+weights of a large network, of which fewer can be kept of more examples.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments import digits_heldout, fashion_lenet, fashion_resnet, tasks
+from experiments import digits_heldout, fashion_lenet, fashion_resnet, swin, tasks
 from experiments.ablation_items import ITEMS, point_entry
 from experiments.classification import case_of
 from experiments.methods.posteriors import DECLARED
@@ -28,8 +29,9 @@ TITLE = "Ablations"
 # Which items are asked of which task; None: all.
 FULL_TASKS: dict[str, set[str] | None] = {
     "digits_heldout": None,
-    "fashion_lenet": set(ITEMS) - {"norms"},
+    "fashion_lenet": set(ITEMS) - {"norms", "weights"},
     "fashion_resnet": {"subset", "scores"},
+    "swin": {"weights"},
 }
 SMALL_TASKS: dict[str, set[str] | None] = {"digits_heldout": None}
 
@@ -41,6 +43,8 @@ def scale_of(task: str, setting: str) -> Scale:
         return replace(fashion_lenet.FULL, seeds=1, shifted=1, **few)
     if task == "fashion_resnet":
         return replace(fashion_resnet.FULL, seeds=2, shifted=1, test=2000, outside=500)
+    if task == "swin":
+        return replace(swin.FULL, shifted=1)
     base = digits_heldout.SCALES[setting]
     return replace(base, shifted=1, seeds=1 if setting == "small" else 5)
 
@@ -105,6 +109,12 @@ ABOUT: dict[str, tuple[Column, ...]] = {
         Column("fit s", at("seconds"), 0, 1),
     ),
     "norms": (Column("prior precision", at("prior_precision"), 0, 2),),
+    "weights": (
+        Column("weights", at("weights"), 0, 0),
+        Column("rows", at("constraints"), 0, 0),
+        Column("prior precision", at("prior_precision"), 0, 2),
+        Column("fit s", at("seconds"), 0, 1),
+    ),
 }
 
 

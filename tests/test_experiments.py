@@ -30,6 +30,7 @@ from experiments import (
     tables,
     tabular,
 )
+from experiments.ablation_items import last_weights
 from experiments.methods.base import Draws, information, tune
 from experiments.methods.swag import Moments, refresh_batchnorm
 from experiments.methods.weights import Linearised, sampled
@@ -566,3 +567,12 @@ def test_regression_tunes_the_noise_of_every_method(
     findings, _ = tabular.claims(runs)
     assert {f.variant for f in findings} == {"by evidence", "calibrated"}
     assert all(f.held for f in findings if "RMSE" in f.claim)
+
+
+def test_the_last_weights_are_counted_from_the_end() -> None:
+    network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 3))
+    assert last_weights(network, 1) == ["3.weight", "3.bias"]
+    assert last_weights(network, 2) == ["2.weight", "2.bias", "3.weight", "3.bias"]
+    assert last_weights(network, share=0.3) == ["3.weight", "3.bias"]  # 27 of 83
+    assert len(last_weights(network, share=0.5)) == 4  # 43 of 83
+    assert last_weights(network, share=1.0) == [n for n, _ in network.named_parameters()]

@@ -77,8 +77,7 @@ def section(lines: list[str], title: str, source: Path) -> list[str]:
 
 def shortened(table: list[str]) -> str:
     """Of a long table the rows that stand for a method, and ours by the evidence."""
-    if len(table) - 2 >= LONG:
-        table = table[:2] + [
-            row for row in table[2:] if row.startswith(("| **", f"| {ALSO_SHOWN} |"))
-        ]
+    shown = [row for row in table[2:] if row.startswith(("| **", f"| {ALSO_SHOWN} |"))]
+    if len(table) - 2 >= LONG and shown:  # where no row stands for a method, all of them do
+        table = table[:2] + shown
     return "\n".join(table)

@@ -53,8 +53,9 @@ class Store:
             stored: dict[str, Any] = json.loads(path.read_text())
         except json.JSONDecodeError:  # not ours: what we write is whole
             return None
-        same = stored.get("schema") == SCHEMA and stored.get("config") == plain(config)
-        return stored if same else None
+        # Rounded as committed tables are, from which pieces may have been adopted.
+        same = rounded(stored.get("config")) == rounded(plain(config))
+        return stored if same and stored.get("schema") == SCHEMA else None
 
     def put(
         self, key: Key, config: dict[str, Any], result: dict[str, Any], seconds: float
@@ -98,6 +99,17 @@ def collected(setting: str, experiment: str, results: Path = RESULTS) -> list[di
         return []
     runs: list[dict[str, Any]] = json.loads(path.read_text())["runs"]
     return runs
+
+
+def rounded(value: Any, digits: int = 6) -> Any:
+    """Floats to six significant digits: what is committed should not be twice as long for nothing."""
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}")
+    if isinstance(value, dict):
+        return {key: rounded(item, digits) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item, digits) for item in value]
+    return value
 
 
 def by_method(runs: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.store import rounded
 from nullbayes.report.writing import plain, write_text
 
 Figures = Mapping[str, Any]
@@ -149,17 +150,6 @@ class Page:
         value = {"experiment": self.name, "tables": self.tables, "runs": list(runs)}
         text = json.dumps(rounded(plain(value)), allow_nan=False, ensure_ascii=False)
         write_text(folder / f"{self.name}.json", text + "\n")
-
-
-def rounded(value: Any, digits: int = 6) -> Any:
-    """Floats to six significant digits: what is committed should not be twice as long for nothing."""
-    if isinstance(value, float):
-        return float(f"{value:.{digits}g}")
-    if isinstance(value, dict):
-        return {key: rounded(item, digits) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item, digits) for item in value]
-    return value
 
 
 def at(*path: str) -> Getter:

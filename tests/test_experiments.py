@@ -35,7 +35,7 @@ from experiments.methods.base import Draws, information, tune
 from experiments.methods.swag import Moments, refresh_batchnorm
 from experiments.methods.weights import Linearised, sampled
 from experiments.runner import Job, Unavailable, isolated, run
-from experiments.store import RESULTS, Key, Store
+from experiments.store import RESULTS, Key, Store, collected, rounded
 from experiments.tables import Column, Row, at, markdown, summarise
 from experiments.tasks import Recipe
 from nullbayes import metrics
@@ -303,6 +303,19 @@ def test_pieces_behind_a_table_can_be_adopted(tmp_path: Path) -> None:
     assert near.get(key(1), {"lr": 0.2}) is None  # of other settings
 
 
+def test_pieces_of_a_written_table_are_those_of_its_settings(tmp_path: Path) -> None:
+    """Tables are written with six digits; that must not make their pieces those of other settings."""
+    config = {"grid": [10**0.5, 1.0], "lr": 0.1}
+    measured = Store(tmp_path / "far").put(key(0), config, {"value": 1.23456789}, 1.0)
+    tables.Page("toy", "T").write(tmp_path / "results" / "small", [measured])
+    runs = collected("small", "toy", tmp_path / "results")
+    assert runs[0]["config"] != config
+    store = Store(tmp_path / "near")
+    store.adopt(runs)
+    assert store.get(key(0), config) is not None
+    assert store.get(key(0), {**config, "grid": [3.163, 1.0]}) is None
+
+
 def test_a_broken_file_is_measured_again_and_failures_do_not_stop_the_rest(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.put(key(0), {}, {"fine": 1}, 1.0)
@@ -391,7 +404,7 @@ def test_cells_are_mean_and_standard_error_and_the_best_is_bold() -> None:
     assert lines[0] == "| m | up | down |"
     assert lines[2] == "| a | **1.5 ± 0.5** | 1.5 ± 0.5 |"
     assert lines[3:] == ["| b | 1.0 | **1.0** |", "| c | – | – |"]
-    assert tables.rounded({"a": [1.23456789, 3]}) == {"a": [1.23457, 3]}
+    assert rounded({"a": [1.23456789, 3]}) == {"a": [1.23457, 3]}
 
 
 def synthetic(
@@ -533,6 +546,11 @@ def test_markers_are_filled_from_the_results_and_shortened(tmp_path: Path) -> No
     assert "old" not in filled and "| **ours** | 1 |" in filled and "method 3" not in filled
     assert "| null-space, by evidence | 2 |" in filled and "small" in filled
     assert page.filled(filled, tmp_path) == filled
+    rows = [f"| row {k} | {k} |" for k in range(20)]  # none stands for a method: all are shown
+    (tmp_path / "small" / "other.md").write_text(
+        "\n".join(["# T", "", "## One", *table[:2], *rows])
+    )
+    assert all(row in page.filled(text.replace("thing", "other"), tmp_path) for row in rows)
     with pytest.raises(ValueError, match="no section 'Three'"):
         page.filled(text.replace("One", "Three"), tmp_path)
 

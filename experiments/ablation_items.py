@@ -303,14 +303,14 @@ def norms(case: Case) -> Iterator[tuple[str, Entry]]:
 # -- which weights ---------------------------------------------------------------------------------
 
 
-def last_weights(network: nn.Module, layers: int = 0, share: float = 0.0) -> list[str]:
-    """Names of the weights of the last ``layers`` modules that have any, or of as many as make up ``share`` of all."""
+def last_weights(network: nn.Module, share: float = 0.0) -> list[str]:
+    """Names of the weights of the last modules that make up ``share`` of all; of one module at least."""
     owners = {n: m for n, m in network.named_modules() if [*m.parameters(recurse=False)]}
     wanted = share * sum(p.numel() for p in network.parameters())
     names: list[str] = []
     held = 0
-    for count, (path, module) in enumerate(reversed(owners.items())):
-        if count >= layers and held >= wanted:
+    for path, module in reversed(owners.items()):
+        if names and held >= wanted:
             break
         held += sum(p.numel() for p in module.parameters(recurse=False))
         own = [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]
@@ -322,22 +322,21 @@ def weights(case: Case) -> Iterator[tuple[str, Entry]]:
     """The fewer weights may move, the more examples can be kept in the same memory."""
     some, whole = case.task.constrained, case.train
     more = whole[: min(len(whole), 4 * len(some))]
-    last, two = last_weights(case.network, 1), last_weights(case.network, 2)
-    quarter = last_weights(case.network, share=0.25)
-    plan = [
-        ("all weights", None, [some]),
-        ("last quarter of the weights", quarter, [some, more]),
-        ("last two layers", two, [some, more]),
-        ("last layer", last, [some, more, whole]),
-    ]
-    for label, names, splits in plan:
+    plan = {
+        "last layer": (last_weights(case.network), [some, more, whole]),
+        "last twentieth of the weights": (last_weights(case.network, 0.05), [some, more]),
+        "last quarter of the weights": (last_weights(case.network, 0.25), [some, more]),
+        "all weights": (None, [some]),
+    }
+    seen: list[list[str] | None] = []
+    for label, (names, splits) in plan.items():
+        if names in seen:  # of a small network one layer may be as much as the next share
+            continue
+        seen.append(names)
         for count, split in {len(s): s for s in splits}.items():
             posterior = fitted(nb.NullSpacePosterior, case, split, parameters=names)
-            share = posterior.certificate.parameters
-            yield (
-                f"{label}, {count:,} examples",
-                {**of_posterior(case, posterior), "weights": share},
-            )
+            moving = {"weights": posterior.certificate.parameters}
+            yield f"{label}, {count:,} examples", {**of_posterior(case, posterior), **moving}
 
 
 Item = Callable[[Case], Iterator[tuple[str, Entry]]]

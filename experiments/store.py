@@ -75,9 +75,14 @@ class Store:
         return plain(record)
 
     def adopt(self, runs: Iterable[dict[str, Any]]) -> int:
-        """Take a table's runs as pieces where there are none; :meth:`get` still asks for the same settings."""
+        """Take a table's runs as pieces where there are none; :meth:`get` still asks for the same settings.
+
+        Runs marked ``partial``, of which a table holds less than its report needs, are left out.
+        """
         count = 0
         for record in runs:
+            if record.get("partial"):
+                continue
             path = self.path(Key(*(record[k] for k in ("experiment", "setting", "seed", "method"))))
             if not path.exists():
                 write_json(path, record)

@@ -312,7 +312,7 @@ def _without_maps(run: dict[str, Any]) -> dict[str, Any]:
         name: {k: v for k, v in m.items() if k not in drawn}
         for name, m in run["result"]["methods"].items()
     }
-    return {**run, "result": {"methods": kept}}
+    return {**run, "partial": True, "result": {"methods": kept}}
 
 
 def draw_curve(result: dict[str, Any], path: Path) -> None:

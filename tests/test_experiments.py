@@ -301,6 +301,8 @@ def test_pieces_behind_a_table_can_be_adopted(tmp_path: Path) -> None:
     found = [near.get(key(n), {"lr": 0.1}) for n in range(3)]
     assert [f and f["result"]["value"] for f in found] == [7, 1, 2]
     assert near.get(key(1), {"lr": 0.2}) is None  # of other settings
+    less = far.put(key(3), {"lr": 0.1}, {}, 1.0)
+    assert near.adopt([{**less, "partial": True}]) == 0  # a table without the maps of its pictures
 
 
 def test_pieces_of_a_written_table_are_those_of_its_settings(tmp_path: Path) -> None:
@@ -589,8 +591,7 @@ def test_regression_tunes_the_noise_of_every_method(
 
 def test_the_last_weights_are_counted_from_the_end() -> None:
     network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 3))
-    assert last_weights(network, 1) == ["3.weight", "3.bias"]
-    assert last_weights(network, 2) == ["2.weight", "2.bias", "3.weight", "3.bias"]
-    assert last_weights(network, share=0.3) == ["3.weight", "3.bias"]  # 27 of 83
-    assert len(last_weights(network, share=0.5)) == 4  # 43 of 83
-    assert last_weights(network, share=1.0) == [n for n, _ in network.named_parameters()]
+    assert last_weights(network) == ["3.weight", "3.bias"]
+    assert last_weights(network, 0.3) == ["3.weight", "3.bias"]  # 27 of 83
+    assert last_weights(network, 0.5) == ["2.weight", "2.bias", "3.weight", "3.bias"]  # 43 of 83
+    assert last_weights(network, 1.0) == [n for n, _ in network.named_parameters()]

@@ -33,6 +33,7 @@ COLOURS = {
     "null_outputs": "#79b0f5",
     "null_loss": "#17becf",
     "null_last": "#5e60ce",
+    "null_last_outputs": "#b39ddb",
 }
 
 

@@ -22,7 +22,9 @@ from experiments.tasks import TASKS, Recipe, Scale, Task, fashion
 
 NAME = "swin"
 TITLE = "Fashion-MNIST, Swin transformer"
-METHODS = ("point", "temperature", "laplace_last", "null_predictions", "null_loss", "null_last")
+METHODS = (
+    "point", "temperature", "laplace_last", "null_predictions", "null_loss", "null_last", "null_last_outputs",
+)  # fmt: skip
 IMAGES, EPOCHS = 10_000, 5  # those of the benchmark, whose network is shared
 SHIFTS: dict[str, Sequence[float]] = {
     "rotation": (30, 90),

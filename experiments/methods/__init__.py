@@ -10,6 +10,7 @@ from experiments.methods.point import PointEstimate, TemperatureScaling
 from experiments.methods.posteriors import (
     FullLaplace,
     NullSpaceLast,
+    NullSpaceLastOutputs,
     NullSpaceLoss,
     NullSpaceOutputs,
     NullSpacePredictions,
@@ -33,6 +34,7 @@ METHODS: dict[str, type[Method]] = {
         NullSpaceOutputs,
         NullSpaceLoss,
         NullSpaceLast,
+        NullSpaceLastOutputs,
     )
 }
 OURS = NullSpacePredictions.name

@@ -211,14 +211,23 @@ class NullSpaceLast(NullSpace):
     """The last layer's weights alone; all training examples, also where all weights leave room for a few."""
 
     name, preserve, title = "null_last", "predictions", "null-space, last layer"
+    version = 4
 
     def around(self, case: Case) -> nb.NullSpacePosterior:
         linear = [p for p, m in case.network.named_modules() if isinstance(m, nn.Linear)]
         names = [n for n, _ in case.network.named_parameters() if n.startswith(f"{linear[-1]}.")]
+        # Many rows on few weights: the tolerance that a task has for all weights does not apply.
+        options: dict[str, Any] = {"parameters": names, "tolerance": None}
         posterior: nb.NullSpacePosterior = fitted(
-            nb.NullSpacePosterior, case, case.train, preserve=self.preserve, parameters=names
+            nb.NullSpacePosterior, case, case.train, preserve=self.preserve, **options
         )
         return posterior
+
+
+class NullSpaceLastOutputs(NullSpaceLast):
+    """The same, every raw output kept."""
+
+    name, preserve, title = "null_last_outputs", "outputs", "null-space, last layer, outputs"
 
 
 class FullLaplace(Method):

@@ -17,6 +17,7 @@ from experiments.methods import Case, Draws
 from experiments.methods.base import tune
 from experiments.methods.posteriors import DECLARED, fitted, natural_precision, told, unit_draws
 from experiments.tasks import TASKS, Scale, Task
+from nullbayes.datasets import Split
 from nullbayes.likelihood.softmax import softmax_factor
 
 BATCH = 250
@@ -319,15 +320,19 @@ def last_weights(network: nn.Module, share: float = 0.0) -> list[str]:
 
 
 def weights(case: Case) -> Iterator[tuple[str, Entry]]:
-    """The fewer weights may move, the more examples can be kept in the same memory."""
+    """The fewer weights may move, the more examples can be kept in the same memory.
+
+    All weights keep all examples here, or are in the table of their task.
+    """
     some, whole = case.task.constrained, case.train
     more = whole[: min(len(whole), 4 * len(some))]
-    plan = {
+    plan: dict[str, tuple[list[str] | None, list[Split]]] = {
         "last layer": (last_weights(case.network), [some, more, whole]),
         "last twentieth of the weights": (last_weights(case.network, 0.05), [some, more]),
         "last quarter of the weights": (last_weights(case.network, 0.25), [some, more]),
-        "all weights": (None, [some]),
     }
+    if len(some) == len(whole):
+        plan["all weights"] = (None, [whole])
     seen: list[list[str] | None] = []
     for label, (names, splits) in plan.items():
         if names in seen:  # of a small network one layer may be as much as the next share

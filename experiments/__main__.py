@@ -17,6 +17,7 @@ from rich.console import Console
 
 from experiments import claims, overview, page
 from experiments.methods import METHODS
+from experiments.reports import MixedNetworks
 from experiments.runner import Job, run, say, words
 from experiments.store import OUT, RESULTS, Store, collected
 
@@ -108,7 +109,10 @@ def evaluate(options: argparse.Namespace, console: Console) -> int:
             )
             failures |= outcome.failures
             skipped |= outcome.skipped
-        report(module, options, store)
+        try:
+            report(module, options, store)
+        except MixedNetworks as mixed:
+            failures[f"the tables of {name}"] = str(mixed)
     folder = options.results / options.setting
     claims.write(options.setting, folder)
     overview.write(options.setting, claims.CLASSIFICATION, folder)

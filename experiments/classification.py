@@ -77,6 +77,7 @@ def measure(method: Method, case: Case) -> dict[str, Any]:
     return {
         "method": method.name,
         "single_network": method.single_network,
+        "network": networks.identity(case.network),
         "variants": {key: {**described[key], **variants[key]} for key in variants},
         "point_train_accuracy": float((point == case.task.measured.targets).double().mean()),
         "parameters": sum(p.numel() for p in case.network.parameters()),

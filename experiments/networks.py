@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from experiments import tasks
 from experiments.store import OUT
 from experiments.tasks import DROPOUT, Task
-from nullbayes import files
+from nullbayes import files, storage
 from nullbayes.demo import training
 from nullbayes.demo.models import seeded
 from nullbayes.report.writing import plain
@@ -86,6 +86,12 @@ def outputs(network: nn.Module, inputs: Tensor) -> Tensor:
     """Raw outputs ``(N, O)``, a batch at a time."""
     with torch.no_grad():
         return torch.cat([network(part) for part in inputs.split(BATCH)])
+
+
+def identity(network: nn.Module) -> str:
+    """Twelve digits that tell its weights from all others: training need not end at the same ones on two machines."""
+    digests = json.dumps(storage.fingerprint(network), sort_keys=True)
+    return hashlib.sha256(digests.encode()).hexdigest()[:12]
 
 
 def train_job(name: str, seed: int, scale: Any, which: str) -> dict[str, Any]:

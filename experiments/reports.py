@@ -155,6 +155,25 @@ COST = (
 )
 
 
+class MixedNetworks(ValueError):
+    """Methods of one seed were measured around different networks; no table may put them side by side."""
+
+
+def require_one_network(name: str, setting: str, runs: Sequence[dict[str, Any]]) -> None:
+    """Raise :class:`MixedNetworks` where pieces of one seed come from networks of which one was trained anew."""
+    for seed in sorted({run["seed"] for run in runs}):
+        found: dict[str, list[str]] = {}
+        for run in runs:
+            if run["seed"] == seed:
+                found.setdefault(run["result"].get("network", "unknown"), []).append(run["method"])
+        if len(found) > 1:
+            listed = "; ".join(f"{network}: {', '.join(names)}" for network, names in found.items())
+            raise MixedNetworks(
+                f"seed {seed} of {name} was measured around {len(found)} different networks ({listed}). Measure all of "
+                f"it again: `python -m experiments {name} --setting {setting} --no-resume`."
+            )
+
+
 def classification(
     name: str,
     title: str,
@@ -167,6 +186,7 @@ def classification(
     """``<name>.md``, ``.json`` and figures in ``folder``; nothing where there are no runs."""
     if not runs:
         return
+    require_one_network(name, setting, runs)
     page = Page(name, f"{title} ({setting})")
     rows = variant_rows(runs)
     every = list(rows.values())

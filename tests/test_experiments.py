@@ -26,6 +26,7 @@ from experiments import (
     overview,
     page,
     regression,
+    reports,
     shifts,
     tables,
     tabular,
@@ -595,3 +596,24 @@ def test_the_last_weights_are_counted_from_the_end() -> None:
     assert last_weights(network, 0.3) == ["3.weight", "3.bias"]  # 27 of 83
     assert last_weights(network, 0.5) == ["2.weight", "2.bias", "3.weight", "3.bias"]  # 43 of 83
     assert last_weights(network, 1.0) == [n for n, _ in network.named_parameters()]
+
+
+def test_methods_around_different_networks_are_not_put_side_by_side() -> None:
+    """Training need not end at the same weights on two machines, and committed pieces can be adopted."""
+
+    def run(seed: int, method: str, network: str | None) -> dict[str, Any]:
+        return {"seed": seed, "method": method, "result": {"network": network} if network else {}}
+
+    same = [run(0, "point", "a"), run(0, "swag", "a"), run(1, "point", "b"), run(1, "swag", "b")]
+    reports.require_one_network("toy", "small", same)
+    reports.require_one_network("toy", "small", [run(0, "point", None), run(0, "swag", None)])
+    for other in ("c", None):
+        with pytest.raises(reports.MixedNetworks, match=r"seed 1 of toy .* swag.*--no-resume"):
+            reports.require_one_network("toy", "small", [*same[:3], run(1, "swag", other)])
+
+
+def test_a_network_is_known_by_its_weights() -> None:
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+    assert networks.identity(first) != networks.identity(second)
+    second.load_state_dict(first.state_dict())
+    assert networks.identity(first) == networks.identity(second)

@@ -15,7 +15,16 @@ from experiments import measures, networks, tasks
 from experiments.classification import case_of
 from experiments.methods import Case, Draws
 from experiments.methods.base import tune
-from experiments.methods.posteriors import DECLARED, fitted, natural_precision, told, unit_draws
+from experiments.methods.posteriors import (
+    DECLARED,
+    MORE,
+    SHARE,
+    fitted,
+    natural_precision,
+    told,
+    unit_draws,
+)
+from experiments.methods.weights import last_weights
 from experiments.tasks import TASKS, Scale, Task
 from nullbayes.datasets import Split
 from nullbayes.likelihood.softmax import softmax_factor
@@ -304,31 +313,16 @@ def norms(case: Case) -> Iterator[tuple[str, Entry]]:
 # -- which weights ---------------------------------------------------------------------------------
 
 
-def last_weights(network: nn.Module, share: float = 0.0) -> list[str]:
-    """Names of the weights of the last modules that make up ``share`` of all; of one module at least."""
-    owners = {n: m for n, m in network.named_modules() if [*m.parameters(recurse=False)]}
-    wanted = share * sum(p.numel() for p in network.parameters())
-    names: list[str] = []
-    held = 0
-    for path, module in reversed(owners.items()):
-        if names and held >= wanted:
-            break
-        held += sum(p.numel() for p in module.parameters(recurse=False))
-        own = [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]
-        names = own + names
-    return names
-
-
 def weights(case: Case) -> Iterator[tuple[str, Entry]]:
     """The fewer weights may move, the more examples can be kept in the same memory.
 
     All weights keep all examples here, or are in the table of their task.
     """
     some, whole = case.task.constrained, case.train
-    more = whole[: min(len(whole), 4 * len(some))]
+    more = whole[: MORE * len(some)]
     plan: dict[str, tuple[list[str] | None, list[Split]]] = {
         "last layer": (last_weights(case.network), [some, more, whole]),
-        "last twentieth of the weights": (last_weights(case.network, 0.05), [some, more]),
+        "last twentieth of the weights": (last_weights(case.network, SHARE), [some, more]),
         "last quarter of the weights": (last_weights(case.network, 0.25), [some, more]),
     }
     if len(some) == len(whole):

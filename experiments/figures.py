@@ -34,6 +34,8 @@ COLOURS = {
     "null_loss": "#17becf",
     "null_last": "#5e60ce",
     "null_last_outputs": "#b39ddb",
+    "null_part": "#0b3d91",
+    "null_part_outputs": "#4f7bd1",
 }
 
 

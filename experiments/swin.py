@@ -24,6 +24,7 @@ NAME = "swin"
 TITLE = "Fashion-MNIST, Swin transformer"
 METHODS = (
     "point", "temperature", "laplace_last", "null_predictions", "null_loss", "null_last", "null_last_outputs",
+    "null_part", "null_part_outputs",
 )  # fmt: skip
 IMAGES, EPOCHS = 10_000, 5  # those of the benchmark, whose network is shared
 SHIFTS: dict[str, Sequence[float]] = {
@@ -68,7 +69,7 @@ SCALES = {"small": SMALL, "full": FULL}
 WORDS = (
     "A Swin transformer for 32 × 32 images, windows of 2 × 2 patches of 2 × 2 pixels. Full: Swin-T, 27.5 million "
     "weights, one network, trained on 10,000 images; posteriors of all weights keep 256 of them, and training accuracy "
-    "is measured on those; posteriors of the last layer keep all. "
+    "is measured on those; those of the last twentieth of the weights keep 1,024, of the last layer all. "
     "Small: one block in each of two stages, trained on 1,500 images, 100 kept."
 )
 

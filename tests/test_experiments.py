@@ -31,10 +31,9 @@ from experiments import (
     tables,
     tabular,
 )
-from experiments.ablation_items import last_weights
 from experiments.methods.base import Draws, information, tune
 from experiments.methods.swag import Moments, refresh_batchnorm
-from experiments.methods.weights import Linearised, sampled
+from experiments.methods.weights import Linearised, last_weights, sampled
 from experiments.runner import Job, Unavailable, isolated, run
 from experiments.store import RESULTS, Key, Store, collected, rounded
 from experiments.tables import Column, Row, at, markdown, summarise

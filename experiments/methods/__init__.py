@@ -13,6 +13,8 @@ from experiments.methods.posteriors import (
     NullSpaceLastOutputs,
     NullSpaceLoss,
     NullSpaceOutputs,
+    NullSpacePart,
+    NullSpacePartOutputs,
     NullSpacePredictions,
 )
 from experiments.methods.swag import SWAG
@@ -35,9 +37,13 @@ METHODS: dict[str, type[Method]] = {
         NullSpaceLoss,
         NullSpaceLast,
         NullSpaceLastOutputs,
+        NullSpacePart,
+        NullSpacePartOutputs,
     )
 }
+# Those that are for large networks alone are asked for by name.
+EVERYWHERE = [name for name, method in METHODS.items() if not issubclass(method, NullSpacePart)]
 OURS = NullSpacePredictions.name
 POINT = PointEstimate.name
 
-__all__ = ["METHODS", "OURS", "POINT", "Case", "Draws", "Method", "Variant"]
+__all__ = ["EVERYWHERE", "METHODS", "OURS", "POINT", "Case", "Draws", "Method", "Variant"]

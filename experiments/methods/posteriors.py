@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import nullbayes as nb
 from experiments.methods.base import Case, Draws, Method, Tuned, Variant, information, tune
-from experiments.methods.weights import sampled
+from experiments.methods.weights import last_weights, sampled
 from experiments.tasks import Scale
 from nullbayes.datasets import Split
 
@@ -23,6 +23,8 @@ BATCH = 250
 LAPLACE_DECADES = (0.0, 1.0, 2.0, 3.0, 4.0)
 HALVES = (-0.5, 0.5)
 SAMPLED_DECADES = tuple(float(k) for k in range(-2, 7))
+# Of a large network: the share of the weights that move, and how many times as many examples that leaves room for.
+SHARE, MORE = 0.05, 4
 DECLARED = "information"  # the library's default, which stands for its posteriors in every table
 
 
@@ -214,8 +216,7 @@ class NullSpaceLast(NullSpace):
     version = 4
 
     def around(self, case: Case) -> nb.NullSpacePosterior:
-        linear = [p for p, m in case.network.named_modules() if isinstance(m, nn.Linear)]
-        names = [n for n, _ in case.network.named_parameters() if n.startswith(f"{linear[-1]}.")]
+        names = last_weights(case.network)
         # Many rows on few weights: the tolerance that a task has for all weights does not apply.
         options: dict[str, Any] = {"parameters": names, "tolerance": None}
         posterior: nb.NullSpacePosterior = fitted(
@@ -228,6 +229,27 @@ class NullSpaceLastOutputs(NullSpaceLast):
     """The same, every raw output kept."""
 
     name, preserve, title = "null_last_outputs", "outputs", "null-space, last layer, outputs"
+
+
+class NullSpacePart(NullSpace):
+    """The last twentieth of a large network's weights, which leave room for more examples than all of them."""
+
+    name, preserve, title = "null_part", "predictions", "null-space, last twentieth"
+    version = 1
+
+    def around(self, case: Case) -> nb.NullSpacePosterior:
+        some = case.train[: MORE * len(case.task.constrained)]
+        names = last_weights(case.network, SHARE)
+        posterior: nb.NullSpacePosterior = fitted(
+            nb.NullSpacePosterior, case, some, preserve=self.preserve, parameters=names
+        )
+        return posterior
+
+
+class NullSpacePartOutputs(NullSpacePart):
+    """The same, every raw output kept."""
+
+    name, preserve, title = "null_part_outputs", "outputs", "null-space, last twentieth, outputs"
 
 
 class FullLaplace(Method):

@@ -61,3 +61,18 @@ class Linearised:
 
 def _derivatives() -> Any:
     return torch.random.fork_rng(devices=[])
+
+
+def last_weights(network: nn.Module, share: float = 0.0) -> list[str]:
+    """Names of the weights of the last modules that make up ``share`` of all; of one module at least."""
+    owners = {n: m for n, m in network.named_modules() if [*m.parameters(recurse=False)]}
+    wanted = share * sum(p.numel() for p in network.parameters())
+    names: list[str] = []
+    held = 0
+    for path, module in reversed(owners.items()):
+        if names and held >= wanted:
+            break
+        held += sum(p.numel() for p in module.parameters(recurse=False))
+        own = [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]
+        names = own + names
+    return names

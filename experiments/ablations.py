@@ -110,7 +110,7 @@ ABOUT: dict[str, tuple[Column, ...]] = {
     ),
     "norms": (Column("prior precision", at("prior_precision"), 0, 2),),
     "weights": (
-        Column("weights", at("weights"), 0, 0),
+        Column("how many", at("weights"), 0, 0),
         Column("rows", at("constraints"), 0, 0),
         Column("prior precision", at("prior_precision"), 0, 2),
         Column("fit s", at("seconds"), 0, 1),

@@ -219,9 +219,9 @@ class Certificate:
         unseen = self.unseen_divergence or 0.0
         if unseen >= NOTABLE_UNSEEN and self.prior_precision > FAR_RAISED * self.evidence:
             out.append(
-                "What is kept says little of other data: keep more examples, or let fewer weights move and keep all "
-                "examples (`parameters=`, the last layers' names), which is often the better posterior of a large "
-                "network."
+                "What is kept says little of other data: keep more examples, or let fewer weights move (`parameters=`, "
+                "the names of the last layers; a twentieth of the weights, say), of which the data determine more. That "
+                "is often the better posterior of a large network."
             )
         if unseen >= NOTABLE_UNSEEN:
             out.append(

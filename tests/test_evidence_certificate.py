@@ -161,7 +161,7 @@ def test_a_residual_below_delta_is_on_purpose(good: Certificate) -> None:
         ({"evidence": 2.0, "unseen_divergence": 0.015}, "by 0.015 nats, more where"),
         (
             {"evidence": 0.01, "prior_precision": 2.0, "unseen_divergence": 0.02},
-            "the last layers' names",
+            "the names of the last layers",
         ),
     ],
     ids=str,

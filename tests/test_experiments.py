@@ -458,6 +458,18 @@ def test_claims_are_judged_by_the_figures() -> None:
     assert worse["ECE no worse than the point estimate"]
 
 
+def test_what_a_certificate_advises_is_judged_beside_the_default() -> None:
+    runs = synthetic(0.95, 0.31, 0.7)
+    better = synthetic(0.95, 0.29, 0.9)[1]["result"]["variants"]["null_predictions"]
+    part = {"null_part": better, "null_part_evidence": better}
+    runs.append({**runs[1], "method": "null_part"})
+    runs[2]["result"] = {**runs[1]["result"], "method": "null_part", "variants": part}
+    found = claims.check("swin", runs)
+    held = {task: all(f.held for f in found if f.task == task) for task in {f.task for f in found}}
+    assert held == {"swin": False, "swin, last twentieth": True}
+    assert {f.task for f in claims.check("swin", runs[:2])} == {"swin"}  # not measured: not judged
+
+
 def test_the_overview_has_a_column_for_each_task_and_a_row_for_each_method(tmp_path: Path) -> None:
     for task, auroc in (("digits_heldout", 0.9), ("fashion_lenet", 0.7)):
         runs = synthetic(0.95, 0.29, auroc)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import classification, reports
-from experiments.methods import EVERYWHERE
+from experiments.methods import usual
 from experiments.runner import Job
 from experiments.tasks import Recipe, Scale
 
@@ -51,7 +51,7 @@ def jobs(
 ) -> list[Job]:
     scale = SCALES[setting]
     return classification.jobs(
-        NAME, setting, scale, seeds or range(scale.seeds), methods or EVERYWHERE
+        NAME, setting, scale, seeds or range(scale.seeds), methods or usual(setting)
     )
 
 

@@ -1,4 +1,4 @@
-"""Fashion-MNIST and LeNet: 61,706 weights, all 60,000 images (full) or 3,000 of them (small)."""
+"""Fashion-MNIST and LeNet: 61,706 weights, all 60,000 images (full) or 2,000 of them (small)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import classification, reports
-from experiments.methods import EVERYWHERE
+from experiments.methods import usual
 from experiments.runner import Job
 from experiments.tasks import Recipe, Scale
 
@@ -28,7 +28,7 @@ FULL = Scale(
 )
 SMALL = Scale(
     seeds=2,
-    train=3000,
+    train=2000,
     validation=300,
     test=800,
     shifted=100,
@@ -38,6 +38,7 @@ SMALL = Scale(
     memory="4GB",
     solver_tolerance=0.05,
     collected=12,
+    members=3,
     samples=20,
     strengths={
         "rotation": (30, 90, 180),
@@ -58,7 +59,7 @@ def jobs(
 ) -> list[Job]:
     scale = SCALES[setting]
     return classification.jobs(
-        NAME, setting, scale, seeds or range(scale.seeds), methods or EVERYWHERE
+        NAME, setting, scale, seeds or range(scale.seeds), methods or usual(setting)
     )
 
 

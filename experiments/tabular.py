@@ -12,7 +12,7 @@ import torch
 
 from experiments import figures, regression
 from experiments.claims import NOISE, Finding
-from experiments.methods import EVERYWHERE, METHODS
+from experiments.methods import METHODS, usual
 from experiments.reports import TUNING, about
 from experiments.runner import Job
 from experiments.store import by_method
@@ -106,7 +106,7 @@ def jobs(
 ) -> list[Job]:
     scale = SCALES[setting]
     return regression.jobs(
-        NAME, setting, scale, seeds or range(scale.seeds), SETS, methods or EVERYWHERE
+        NAME, setting, scale, seeds or range(scale.seeds), SETS, methods or usual(setting)
     )
 
 

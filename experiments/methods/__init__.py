@@ -41,9 +41,18 @@ METHODS: dict[str, type[Method]] = {
         NullSpacePartOutputs,
     )
 }
-# Those that are for large networks alone are asked for by name.
-EVERYWHERE = [name for name, method in METHODS.items() if not issubclass(method, NullSpacePart)]
+
+
+def usual(setting: str) -> list[str]:
+    """What a task measures where nothing is named.
+
+    Fewer weights than all are for large networks; in the full setting the last layer's stand beside Laplace's.
+    """
+    left_out = (NullSpacePart,) if setting == "full" else (NullSpacePart, NullSpaceLast)
+    return [name for name, method in METHODS.items() if not issubclass(method, left_out)]
+
+
 OURS = NullSpacePredictions.name
 POINT = PointEstimate.name
 
-__all__ = ["EVERYWHERE", "METHODS", "OURS", "POINT", "Case", "Draws", "Method", "Variant"]
+__all__ = ["METHODS", "OURS", "POINT", "Case", "Draws", "Method", "Variant", "usual"]

@@ -220,8 +220,8 @@ class Certificate:
         if unseen >= NOTABLE_UNSEEN and self.prior_precision > FAR_RAISED * self.evidence:
             out.append(
                 "What is kept says little of other data: keep more examples, or let fewer weights move (`parameters=`, "
-                "the names of the last layers; a twentieth of the weights, say), of which the data determine more. That "
-                "is often the better posterior of a large network."
+                "the names of the last layers; a twentieth of the weights, say), of which the data determine more. "
+                "That is often the better posterior of a large network."
             )
         if unseen >= NOTABLE_UNSEEN:
             out.append(

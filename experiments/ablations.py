@@ -147,7 +147,7 @@ def report(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
                 rows = rows_of(some)
                 words = (ITEMS[item][1].__doc__ or "").splitlines()[0]
                 page.table(
-                    f"{title} ({task}, {len(some)} seeds)",
+                    f"{title} ({task}, {len(some)} seed{'s' if len(some) > 1 else ''})",
                     rows,
                     columns(item, rows[-1].runs[0]),
                     words,

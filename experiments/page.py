@@ -62,17 +62,20 @@ def content(what: str, results: Path, pictures: Path | None) -> str:
             make_folder(pictures)
             shutil.copyfile(source.parent / file, pictures / file)
         return f"![{words[0]}]({PICTURES}/{file})\n\n{where}"
-    return f"{shortened(section(lines, title, source))}\n\n{where}"
+    heading, table = section(lines, title, source)
+    # What stands above a table of the overview is the page's own.
+    above = "" if name == "overview" else f"**{heading}**\n\n"
+    return f"{above}{shortened(table)}\n\n{where}"
 
 
-def section(lines: list[str], title: str, source: Path) -> list[str]:
-    """The table under the first heading that begins with ``title``."""
+def section(lines: list[str], title: str, source: Path) -> tuple[str, list[str]]:
+    """The first heading that begins with ``title``, and the table under it."""
     starts = [i for i, line in enumerate(lines) if line.startswith(f"## {title}")]
     if not starts:
         raise ValueError(f"{source} has no section {title!r}: mend the marker.")
     rest = lines[starts[0] + 1 :]
     stop = next((i for i, line in enumerate(rest) if line.startswith("## ")), len(rest))
-    return [line for line in rest[:stop] if line.startswith("|")]
+    return lines[starts[0]].removeprefix("## "), [r for r in rest[:stop] if r.startswith("|")]
 
 
 def shortened(table: list[str]) -> str:

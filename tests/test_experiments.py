@@ -559,6 +559,7 @@ def test_markers_are_filled_from_the_results_and_shortened(tmp_path: Path) -> No
     filled = page.filled(text, tmp_path)
     assert "old" not in filled and "| **ours** | 1 |" in filled and "method 3" not in filled
     assert "| null-space, by evidence | 2 |" in filled and "small" in filled
+    assert "**One**\n\n| | x |" in filled  # a reader of the page sees what the table is of
     assert page.filled(filled, tmp_path) == filled
     rows = [f"| row {k} | {k} |" for k in range(20)]  # none stands for a method: all are shown
     (tmp_path / "small" / "other.md").write_text(

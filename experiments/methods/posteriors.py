@@ -118,9 +118,21 @@ class NullSpace(Method):
 
     def around(self, case: Case) -> nb.NullSpacePosterior:
         posterior: nb.NullSpacePosterior = fitted(
-            nb.NullSpacePosterior, case, preserve=self.preserve
+            nb.NullSpacePosterior,
+            case,
+            self.kept(case),
+            preserve=self.preserve,
+            **self.choices(case),
         )
         return posterior
+
+    def kept(self, case: Case) -> Split | None:
+        """The examples whose predictions are kept; None: the task's own choice."""
+        return None
+
+    def choices(self, case: Case) -> dict[str, Any]:
+        """Further arguments of the posterior."""
+        return {}
 
     def tune(self, case: Case) -> dict[str, Variant]:
         self.evidence = float(self.posterior.prior_precision)
@@ -215,14 +227,12 @@ class NullSpaceLast(NullSpace):
     name, preserve, title = "null_last", "predictions", "null-space, last layer"
     version = 4
 
-    def around(self, case: Case) -> nb.NullSpacePosterior:
-        names = last_weights(case.network)
+    def kept(self, case: Case) -> Split:
+        return case.train
+
+    def choices(self, case: Case) -> dict[str, Any]:
         # Many rows on few weights: the tolerance that a task has for all weights does not apply.
-        options: dict[str, Any] = {"parameters": names, "tolerance": None}
-        posterior: nb.NullSpacePosterior = fitted(
-            nb.NullSpacePosterior, case, case.train, preserve=self.preserve, **options
-        )
-        return posterior
+        return {"parameters": last_weights(case.network), "tolerance": None}
 
 
 class NullSpaceLastOutputs(NullSpaceLast):
@@ -237,13 +247,11 @@ class NullSpacePart(NullSpace):
     name, preserve, title = "null_part", "predictions", "null-space, last twentieth"
     version = 1
 
-    def around(self, case: Case) -> nb.NullSpacePosterior:
-        some = case.train[: MORE * len(case.task.constrained)]
-        names = last_weights(case.network, SHARE)
-        posterior: nb.NullSpacePosterior = fitted(
-            nb.NullSpacePosterior, case, some, preserve=self.preserve, parameters=names
-        )
-        return posterior
+    def kept(self, case: Case) -> Split:
+        return case.train[: MORE * len(case.task.constrained)]
+
+    def choices(self, case: Case) -> dict[str, Any]:
+        return {"parameters": last_weights(case.network, SHARE)}
 
 
 class NullSpacePartOutputs(NullSpacePart):

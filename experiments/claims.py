@@ -23,7 +23,11 @@ from nullbayes.report.writing import write_json, write_text
 CLASSIFICATION = ("digits_heldout", "fashion_lenet", "fashion_resnet", "swin")
 JUDGED = {"by evidence": "null_predictions_evidence", "calibrated": "null_predictions"}
 # Of a network whose weights leave room for few of its data also what a certificate then advises: fewer weights.
-ADVISED = {"swin": ("swin, last twentieth", "null_part_evidence", "null_part")}
+ADVISED = {
+    "swin": {
+        "swin, last twentieth": {"by evidence": "null_part_evidence", "calibrated": "null_part"}
+    }
+}
 POINT, ENSEMBLES, OURS = "point", ("ensemble", "ensemble_tuned"), "null_"
 # What counts as equal. Accuracies in points, NLL in nats.
 EQUAL_TRAINING, WITHIN_TEST, NOISE = 0.1, 0.2, 1e-3
@@ -162,21 +166,25 @@ def benches(task: str, runs: Sequence[dict[str, Any]]) -> list[Bench]:
 
 def check(task: str, runs: Sequence[dict[str, Any]]) -> list[Finding]:
     """All claims on one classification task."""
+    found = benches(task, runs)
+    return [
+        finding
+        for label, keys in {task: JUDGED, **ADVISED.get(task, {})}.items()
+        for bench in found
+        for variant, key in keys.items()
+        if key in bench.runs
+        for finding in judged(bench, label, variant, key)
+    ]
+
+
+def judged(bench: Bench, label: str, variant: str, key: str) -> list[Finding]:
+    """All claims on one variant of one seed; those against an ensemble only where there is one."""
     out = []
-    judged = {task: tuple(JUDGED.values())}
-    if task in ADVISED:
-        label, *keys = ADVISED[task]
-        judged[label] = tuple(keys)
-    for label, chosen in judged.items():
-        for bench in benches(task, runs):
-            for variant, key in zip(JUDGED, chosen, strict=True):
-                if key not in bench.runs:
-                    continue
-                for name, claim in CLAIMS.items():
-                    if name in NEEDS_ENSEMBLE and not set(ENSEMBLES) & set(bench.runs):
-                        continue
-                    margin, held, words = claim(bench, key)
-                    out.append(Finding(label, bench.seed, variant, name, margin, held, words))
+    for name, claim in CLAIMS.items():
+        if name in NEEDS_ENSEMBLE and not set(ENSEMBLES) & set(bench.runs):
+            continue
+        margin, held, words = claim(bench, key)
+        out.append(Finding(label, bench.seed, variant, name, margin, held, words))
     return out
 
 

@@ -1,8 +1,8 @@
 """What a posterior computes stays what it was: digests of samples, predictions, novelty and certificates.
 
-`tests/data/digests.json` was written by version 0.1 (``python tests/test_digests.py --write``), with a posterior file and
-a checkpoint of that version beside it. On the machine and build that wrote it, agreement is to the last bit; elsewhere
-sums run in another order, and three moments of each tensor are compared instead.
+`tests/data/digests.json` was written by version 0.1 (``python tests/test_digests.py --write``), with a posterior file
+and a checkpoint of that version beside it. On the machine and build that wrote it, agreement is to the last bit;
+elsewhere sums run in another order, and three moments of each tensor are compared instead.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import nullbayes as nb
@@ -24,6 +25,7 @@ import nullbayes as nb
 DATA = Path(__file__).parent / "data"
 DIGESTS = DATA / "digests.json"
 OLD_FILE = DATA / "posterior_0_1.safetensors"
+OLD_WEIGHTS = DATA / "weights_0_1.safetensors"
 OLD_CHECKPOINT = DATA / "checkpoint_0_1.safetensors"
 # Relative to the moment's own size, on another machine: solvers amplify the rounding of the training.
 ELSEWHERE = {torch.float64: 1e-5, torch.float32: 2e-2}
@@ -178,7 +180,9 @@ def callable_loss() -> tuple[Any, Any, Any]:
 
 @case
 def loaded_file() -> tuple[Any, Any, Any]:
-    model, _, new = trained("mlp", 3, CE, F64)
+    _, _, new = trained("mlp", 3, CE, F64)
+    model = network("mlp", F64, 3).eval()
+    model.load_state_dict(load_file(OLD_WEIGHTS))  # another machine trains to other last bits
     return nb.load(OLD_FILE, model), new, None
 
 
@@ -259,7 +263,9 @@ def test_a_checkpoint_of_version_0_1_is_gone_on_with(tmp_path: Path) -> None:
 
 def write() -> None:
     DATA.mkdir(exist_ok=True)
-    predictions_dual()[0].save(OLD_FILE)
+    posterior, _, _ = predictions_dual()
+    posterior.save(OLD_FILE)
+    save_file(posterior.model.state_dict(), OLD_WEIGHTS)
     from nullbayes.solvers import watch
 
     finish, watch.Watch.finish = watch.Watch.finish, lambda self: None  # leave the file behind

@@ -205,6 +205,15 @@ def _deltas(problem: Problem, posterior: Any, out: Verdict) -> Tensor:
         moved = [k for k in state if same[k] not in names and not torch.equal(sample[k], state[k])]
         if moved:
             out.faults.append(f"samples move tensors that take no part: {moved[:3]}")
+    for path, module in problem.model.named_modules():
+        name = f"{path}.weight"
+        if getattr(module, "padding_idx", None) is not None and name in names:
+            moved_row = any(
+                not torch.equal(s[name][module.padding_idx], state[name][module.padding_idx])
+                for s in posterior.sample()
+            )
+            if moved_row:
+                out.faults.append("samples move the row of `padding_idx`")
     if problem.dtype == torch.float64:
         return torch.stack(rows)
     # θ + Δ rounds; what the posterior holds is Δ itself, and predictions use that.

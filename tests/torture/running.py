@@ -135,7 +135,7 @@ def _fault(found: Verdict) -> tuple[str, str]:
     if found.verdict == WRONG:
         first = found.faults[0]
         return WRONG, re.sub(r"\d.*", "", first)[:20]
-    return found.verdict, found.error.split(":")[0]
+    return found.verdict, signature({"verdict": "", "error": found.error, "where": _place(found.trace)})[:70]
 
 
 def told(chosen: Problem, found: Verdict) -> str:

@@ -140,13 +140,17 @@ def precision_of(problem: Problem) -> dict[str, float] | None:
         return None
     chosen = problem.options.get("parameters")
     named = [n for n, p in problem.model.named_parameters() if p.requires_grad]
-    return {n: 0.5 + 0.75 * i for i, n in enumerate(n for n in named if chosen is None or n in chosen)}
+    return {
+        n: 0.5 + 0.75 * i for i, n in enumerate(n for n in named if chosen is None or n in chosen)
+    }
 
 
 def _fitted(problem: Problem) -> Any:
     o = problem.options
     prior = {"one": 1.0, "evidence": "evidence"}.get(o["prior"], precision_of(problem))
-    options = {k: o[k] for k in ("preserve", "directions", "memory", "parameters") if o.get(k) is not None}
+    options = {
+        k: o[k] for k in ("preserve", "directions", "memory", "parameters") if o.get(k) is not None
+    }
     kind = nb.LaplacePosterior if problem.kind == "Laplace" else nb.NullSpacePosterior
     if problem.kind != "Laplace":
         options["delta"] = o["delta"]
@@ -178,7 +182,9 @@ def _compare(problem: Problem, posterior: Any, truth: Dense, out: Verdict) -> No
         out.faults.append(f"a network with {problem.hostile} was fitted; only a refusal is right")
         return
     if truth.together > 100 * tolerance:
-        out.faults.append(f"examples depend on their batch (by {truth.together:.1e}) and the fit went through")
+        out.faults.append(
+            f"examples depend on their batch (by {truth.together:.1e}) and the fit went through"
+        )
         return
     deltas = _deltas(problem, posterior, out)
     alpha = float(posterior.prior_precision)
@@ -219,7 +225,10 @@ def _deltas(problem: Problem, posterior: Any, out: Verdict) -> Tensor:
     # θ + Δ rounds; what the posterior holds is Δ itself, and predictions use that.
     held = posterior._fit.unit.double() * float(posterior.prior_precision) ** -0.5
     apart = float((torch.stack(rows) - held).abs().max())
-    scale = max(float(held.abs().max()), max(float(p.detach().abs().max()) for p in problem.model.parameters()))
+    scale = max(
+        float(held.abs().max()),
+        max(float(p.detach().abs().max()) for p in problem.model.parameters()),
+    )
     if apart > 4 * torch.finfo(problem.dtype).eps * scale:
         out.faults.append(f"sample() and the held samples differ by {apart:.1e}")
     return held
@@ -241,7 +250,9 @@ def _judge_rows(
         drift_first = math.sqrt(float(moved[: problem.samples].mean()))
         drift = drift_first if abs(drift_first - said) < abs(drift - said) else drift
     if not abs(drift - said) <= 0.05 * max(drift, said) + tolerance * free:
-        out.faults.append(f"rows drift by {drift:.3e}, the certificate says {said:.3e} (prior {free:.3e})")
+        out.faults.append(
+            f"rows drift by {drift:.3e}, the certificate says {said:.3e} (prior {free:.3e})"
+        )
     if not certificate.held:
         return
     allowed = max(2 * certificate.tolerance, tolerance)
@@ -249,13 +260,19 @@ def _judge_rows(
         allowed = max(allowed, 2 * HELD_LEAK)
     small = certificate.natural_units and certificate.delta > 0 and drift <= 1.2 * HELD_DRIFT
     if leak > allowed and not small and float(a.abs().max()) > 0:
-        out.faults.append(f"`held`, but samples move what is preserved by {leak:.2e} of the prior's effect")
+        out.faults.append(
+            f"`held`, but samples move what is preserved by {leak:.2e} of the prior's effect"
+        )
     if certificate.delta == 0:
         known = expected > 1e-4 * expected.max()
         each = (moved.mean(0) / expected.clamp_min(1e-300)).sqrt()[known]
         worst = float(each.max()) if len(each) else 0.0
-        if worst > max(100 * allowed, 0.3) or (certificate.tolerance < 1e-3 and worst > 30 * allowed):
-            out.faults.append(f"`held`, but one example's rows move by {worst:.2e} of the prior's effect")
+        if worst > max(100 * allowed, 0.3) or (
+            certificate.tolerance < 1e-3 and worst > 30 * allowed
+        ):
+            out.faults.append(
+                f"`held`, but one example's rows move by {worst:.2e} of the prior's effect"
+            )
 
 
 def _judge_predictions(
@@ -264,7 +281,9 @@ def _judge_predictions(
     """``f + JΔ`` and ``f(θ + Δ)``, one example alone."""
     tolerance, size = TOLERANCE[problem.dtype], len(inputs[0])
     alone = truth.alone
-    points, jacobians = zip(*(alone.jacobian(alone.example(inputs, n)) for n in range(size)), strict=True)
+    points, jacobians = zip(
+        *(alone.jacobian(alone.example(inputs, n)) for n in range(size)), strict=True
+    )
     point = torch.stack(points)
     change = torch.stack([(deltas @ j.T).reshape(-1, *point.shape[1:]) for j in jacobians], 1)
     found = posterior.predict(_inputs(problem, inputs))
@@ -319,7 +338,9 @@ def _judge_size(
     z = (float(quadratic) - total) / math.sqrt(2 * max(total, 1))
     out.checks["z"] = z
     if abs(z) > 7 + (0.02 * total if problem.dtype != torch.float64 else 1e-6 * total):
-        out.faults.append(f"samples are of the wrong length: chi-square is {z:.1f} deviations from {total}")
+        out.faults.append(
+            f"samples are of the wrong length: chi-square is {z:.1f} deviations from {total}"
+        )
 
 
 def _judge_novelty(
@@ -328,7 +349,9 @@ def _judge_novelty(
     """Variance from the samples, and exactly from the factorisation, of one query batch."""
     inputs, tolerance = problem.queries[-1], TOLERANCE[problem.dtype]
     alone, size = truth.alone, len(problem.queries[-1][0])
-    jacobians = [centred(problem.task, alone.jacobian(alone.example(inputs, n))[1]) for n in range(size)]
+    jacobians = [
+        centred(problem.task, alone.jacobian(alone.example(inputs, n))[1]) for n in range(size)
+    ]
     sampled = torch.stack([(deltas @ j.T).square().sum(1).mean() for j in jacobians])
     before = torch.stack([(j.square() * prior).sum() for j in jacobians])
     scale = float(before.max()) + 1e-12
@@ -347,7 +370,9 @@ def _judge_novelty(
     if edge == 0 and not has_gap(truth.a, prior):
         return
     got = posterior.novelty(x, "variance", exact=True).double()
-    passes: list[int | None] = [None] if problem.kind == "Laplace" or not edge else list(range(1, 13))
+    passes: list[int | None] = (
+        [None] if problem.kind == "Laplace" or not edge else list(range(1, 13))
+    )
     off = math.inf
     for count in passes:
         sigma = covariance(truth.a, prior, edge, count)
@@ -366,7 +391,10 @@ def _state(problem: Problem) -> dict[str, Any]:
     return {
         "values": {k: v.detach().clone() for k, v in model.state_dict().items()},
         "modes": [m.training for m in model.modules()],
-        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],
+        "hooks": [
+            len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
+            for m in model.modules()
+        ],
         "flags": [p.requires_grad for p in model.parameters()],
         "random": torch.get_rng_state().clone(),
         "module dictionaries": [sorted(vars(m)) for m in model.modules()],
@@ -383,7 +411,11 @@ def _disturbed(problem: Problem, before: dict[str, Any]) -> list[str]:
         out.append(f"the model's tensors changed: {moved[:3]}")
     if not torch.equal(before["random"], after["random"]) and not problem.hostile:
         out.append("torch's random state changed")
-    out += [f"the model's {k} changed" for k in ("modes", "hooks", "flags", "module dictionaries") if before[k] != after[k]]
+    out += [
+        f"the model's {k} changed"
+        for k in ("modes", "hooks", "flags", "module dictionaries")
+        if before[k] != after[k]
+    ]
     if any(p.grad is not None for p in problem.model.parameters()):
         out.append("the model's parameters have gradients")
     return out
@@ -391,4 +423,6 @@ def _disturbed(problem: Problem, before: dict[str, Any]) -> list[str]:
 
 def moved_network(problem: Problem, weights: dict[str, Tensor], inputs: Any) -> Any:
     """The user's network with other weights (for people who look into a finding)."""
-    return functional_call(problem.model, weights, (), dict(zip(problem.names, inputs, strict=True)))
+    return functional_call(
+        problem.model, weights, (), dict(zip(problem.names, inputs, strict=True))
+    )

@@ -1,4 +1,4 @@
-"""Modules that people write and libraries stumble over: each a function of one example alone, but for `HOSTILE` ones."""
+"""Modules that people write and libraries stumble over: functions of one example alone, but for the hostile ones."""
 
 from __future__ import annotations
 
@@ -79,7 +79,10 @@ class Elementwise(nn.Module):
 
     def __init__(self, width: int, sliced: bool) -> None:
         super().__init__()
-        self.scale, self.shift = nn.Parameter(torch.rand(width) + 0.5), nn.Parameter(torch.zeros(width))
+        self.scale, self.shift = (
+            nn.Parameter(torch.rand(width) + 0.5),
+            nn.Parameter(torch.zeros(width)),
+        )
         self.sliced = sliced
 
     def forward(self, x: Tensor) -> Tensor:

@@ -131,7 +131,9 @@ def _step(c: Choices, d: Drawing, shape: Shape) -> Drawn:
 
 
 def _activation(c: Choices) -> list[nn.Module]:
-    made = c.pick([nn.Tanh, nn.GELU, nn.ReLU, None, nn.SiLU, nn.Softplus, nn.ELU, "inplace", "prelu"])
+    made = c.pick(
+        [nn.Tanh, nn.GELU, nn.ReLU, None, nn.SiLU, nn.Softplus, nn.ELU, "inplace", "prelu"]
+    )
     if made is None:
         return []
     c.say(made if isinstance(made, str) else made.__name__)
@@ -175,7 +177,7 @@ WRAPPERS = (
 
 def _any(c: Choices, shape: Shape, inner: nn.Module) -> Drawn:
     """``inner`` as it is, or with something around it that keeps or knows the width."""
-    how = c.pick(WRAPPERS[:-4] + ("bilinear",) if shape.kind == "vector" else WRAPPERS[:-1])
+    how = c.pick((*WRAPPERS[:-4], "bilinear") if shape.kind == "vector" else WRAPPERS[:-1])
     out, d = _width(inner, shape), shape.width
     if how in ("residual", "twice", "experts", "where", "exit") and out != d:
         inner = nn.Sequential(inner, nn.Linear(out, d))
@@ -263,7 +265,9 @@ def _grid(c: Choices, shape: Shape) -> Drawn:
     n = len(shape.size) - 1
     ins, out = shape.width, c.pick([2, 3, 4])
     options: dict[str, object] = {"padding": 1}
-    how = c.pick(["plain", "transposed", "groups", "stride", "circular", "reflect", "no bias", "even"])
+    how = c.pick(
+        ["plain", "transposed", "groups", "stride", "circular", "reflect", "no bias", "even"]
+    )
     if min(shape.size[1:]) < 2 and how in ("reflect", "circular", "stride"):
         how = "plain"
     if how == "groups":

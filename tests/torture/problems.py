@@ -88,7 +88,9 @@ def _problem(c: Choices) -> Problem:
     task = _task(c, d)
     model = _warmed(_headed(c, d, task)).to(dtype).eval()
     frozen = _frozen(c, model)
-    sizes = c.pick([[4, 2], [3, 3, 1], [6], [1, 1, 1, 1], [1, 4], [4, 1], [1, 3, 3], [2, 2, 2, 2, 2]])
+    sizes = c.pick(
+        [[4, 2], [3, 3, 1], [6], [1, 1, 1, 1], [1, 4], [4, 1], [1, 3, 3], [2, 2, 2, 2, 2]]
+    )
     data = [_batch(d, size, dtype, c) for size in sizes]
     batches = [(x, _targets(task, d, size, dtype)) for x, size in zip(data, sizes, strict=True)]
     length = d.start.size[0] if d.start.kind in ("tokens", "ids") else 3
@@ -113,7 +115,9 @@ def _problem(c: Choices) -> Problem:
     )
     # Positions without a mask can only be named; otherwise a mapping is one more way to pass the same.
     chosen.mapping = names == ("x", "positions") or c.rarely(8)
-    with torch.no_grad():  # a network that does not run is a fault of the drawing, not of the library
+    with (
+        torch.no_grad()
+    ):  # a network that does not run is a fault of the drawing, not of the library
         for inputs in [*data, *queries]:
             model(**dict(zip(names, inputs, strict=True)))
     chosen.no_disk, chosen.stored, chosen.more = c.rarely(2), c.rarely(6), c.pick([0, 0, 0, 2])
@@ -154,7 +158,9 @@ def _headed(c: Choices, d: Drawing, task: Task) -> nn.Module:
 def _warmed(model: nn.Module) -> nn.Module:
     """Norms and PReLU away from their trivial starting values, and a head that is not all confident."""
     for module in model.modules():
-        if isinstance(module, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)):
+        if isinstance(
+            module, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+        ):
             for tensor in [*module.parameters(), *module.buffers()]:
                 if tensor.is_floating_point():
                     tensor.data.copy_(torch.rand_like(tensor) + 0.5)

@@ -54,7 +54,9 @@ class Alone:
                 values = list(weights.values())
                 grads = torch.autograd.grad(value, values, retain_graph=True, allow_unused=True)
             pairs = zip(grads, weights.values(), strict=True)
-            rows.append(torch.cat([(torch.zeros_like(w) if g is None else g).reshape(-1) for g, w in pairs]))
+            rows.append(
+                torch.cat([(torch.zeros_like(w) if g is None else g).reshape(-1) for g, w in pairs])
+            )
         return out.detach(), torch.stack(rows)
 
     def together(self, inputs: Inputs) -> Tensor:
@@ -69,7 +71,9 @@ class Alone:
 # -- derivatives of the losses, by hand -------------------------------------------------------------
 
 
-def gradient_and_hessian(task: Task, out: Tensor, y: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+def gradient_and_hessian(
+    task: Task, out: Tensor, y: Tensor, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Of one example's loss by its raw output ``(*out,)``, flat: ``(O,)`` and ``(O, O)``."""
     if task.kind in ("classification", "soft"):
         return _softmax(task, out, y)
@@ -146,7 +150,9 @@ def dense(problem: Problem, names: list[str]) -> Dense:
         for n in range(len(targets)):
             out, jacobian = alone.jacobian(alone.example(inputs, n))
             found.append((out, jacobian, targets[n]))
-            apart = max(apart, float((whole.reshape(len(targets), -1)[n] - out.reshape(-1)).abs().max()))
+            apart = max(
+                apart, float((whole.reshape(len(targets), -1)[n] - out.reshape(-1)).abs().max())
+            )
             scale = max(scale, float(out.abs().max()))
     noise = _noise(problem.task, found)
     rows, ambiguous = [], False
@@ -164,11 +170,16 @@ def _noise(task: Task, found: list[Any]) -> Tensor | None:
         return None
     if task.noise is not None:
         return torch.tensor(task.noise, dtype=torch.float64)
-    squares = [(out - y.double()).square().reshape(-1, 1 if task.flat else out.shape[-1]) for out, _, y in found]
+    squares = [
+        (out - y.double()).square().reshape(-1, 1 if task.flat else out.shape[-1])
+        for out, _, y in found
+    ]
     return torch.cat(squares).mean(0) if not task.flat else torch.cat(squares).mean()
 
 
-def _cotangents(options: dict[str, Any], jacobian: Tensor, gradient: Tensor, hessian: Tensor) -> tuple[Tensor, bool]:
+def _cotangents(
+    options: dict[str, Any], jacobian: Tensor, gradient: Tensor, hessian: Tensor
+) -> tuple[Tensor, bool]:
     """Cotangents ``(C, O)`` of one example, and whether they are a matter of choice."""
     if options["preserve"] == "outputs":
         return torch.eye(len(gradient), dtype=torch.float64), False
@@ -191,7 +202,9 @@ def _cotangents(options: dict[str, Any], jacobian: Tensor, gradient: Tensor, hes
     return (vectors * values.sqrt()).T[:count], unclear
 
 
-def prior_variance(space: list[tuple[str, int]], precision: dict[str, float] | None, alpha: float) -> Tensor:
+def prior_variance(
+    space: list[tuple[str, int]], precision: dict[str, float] | None, alpha: float
+) -> Tensor:
     """``Λ⁻¹`` as ``(P,)``: one precision for all, times one per tensor where there is one."""
     parts = [torch.full((size,), 1 / (precision or {}).get(name, 1.0)) for name, size in space]
     return torch.cat(parts).double() / alpha
@@ -225,10 +238,12 @@ def centred(task: Task, jacobian: Tensor) -> Tensor:
 
 
 def has_gap(a: Tensor, prior: Tensor) -> bool:
-    """Whether the rank of the rows is beyond doubt in float64: no singular value between 1e-11 and 1e-5 of the first."""
+    """Whether the rank of the rows is beyond doubt in float64: no singular value from 1e-11 to 1e-5 of the first."""
     values = torch.linalg.svdvals(a * prior.sqrt())
     relative = values / values.max().clamp_min(1e-300)
-    return not bool(((relative > 1e-11) & (relative < 1e-5)).any()) and math.isfinite(float(values.max()))
+    return not bool(((relative > 1e-11) & (relative < 1e-5)).any()) and math.isfinite(
+        float(values.max())
+    )
 
 
 def parameters_of(model: nn.Module, names: list[str]) -> list[tuple[str, int]]:

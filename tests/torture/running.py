@@ -47,9 +47,13 @@ def _place(trace: str) -> str:
     return ":".join(found[-1]) if found else ""
 
 
-def run(seeds: Iterable[int], out: Path | None, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+def run(
+    seeds: Iterable[int], out: Path | None, say: Callable[[str], None] = print
+) -> list[dict[str, Any]]:
     """Judge ``seeds`` that ``out`` does not hold yet; append a line for each."""
-    lines = [json.loads(text) for text in out.read_text().splitlines()] if out and out.exists() else []
+    lines = (
+        [json.loads(text) for text in out.read_text().splitlines()] if out and out.exists() else []
+    )
     wanted = set(seeds)
     lines = [line for line in lines if line["seed"] in wanted]
     known = {line["seed"] for line in lines}
@@ -135,7 +139,9 @@ def _fault(found: Verdict) -> tuple[str, str]:
     if found.verdict == WRONG:
         first = found.faults[0]
         return WRONG, re.sub(r"\d.*", "", first)[:20]
-    return found.verdict, signature({"verdict": "", "error": found.error, "where": _place(found.trace)})[:70]
+    return found.verdict, signature(
+        {"verdict": "", "error": found.error, "where": _place(found.trace)}
+    )[:70]
 
 
 def told(chosen: Problem, found: Verdict) -> str:

@@ -315,7 +315,8 @@ def _unpacked(raw: bytes) -> bytes:
     data = stream.decompress(raw, 4 + 4 * _IDX_DIMENSIONS)
     expected = len(data)
     if len(data) >= 4 and data[2] in _IDX_TYPES and data[3] <= _IDX_DIMENSIONS:
-        expected = max(expected, _idx_header(data)[2])
+        # A stream grows to no more than 1032 times its length, whatever the header says.
+        expected = max(expected, min(_idx_header(data)[2], 1100 * len(raw)))
     while not stream.eof and len(data) <= expected:
         more = stream.decompress(stream.unconsumed_tail, expected + 1 - len(data))
         if not more and not stream.eof:

@@ -48,6 +48,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     """Raise `KeyError` for a setting that lacks, `DescriptionError` for one that cannot be what was written."""
     for key, check in _SETTINGS.items():
         _check(check, settings[key], key)
+    _check(_likelihood, settings["likelihood"], "likelihood")
     if settings.get("randomness") is not None:
         _check(_randomness, settings["randomness"], "randomness")
     check_fields(Certificate, settings["certificate"], "certificate")
@@ -137,14 +138,47 @@ def _options(value: Any) -> bool:
 
 def _prior(value: Any) -> bool:
     if isinstance(value, dict):
-        return all(map(_positive, value.values()))
-    return value is None or isinstance(value, str) or _positive(value)
+        return all(map(_scaling, value.values()))
+    return value is None or isinstance(value, str) or _scaling(value)
 
 
 def _randomness(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_whole, value.values()))
 
 
+def _scaling(value: Any) -> bool:
+    """Samples are multiplied by its root, which has to fit single precision."""
+    return _positive(value) and 1e-70 < value < 1e70
+
+
+def _likelihood(value: dict[str, Any]) -> bool:
+    """The settings of our own; what other classes store is theirs to judge."""
+    checks = _LIKELIHOODS.get(value["name"], {})
+    return all(check(value.get(key)) for key, check in checks.items())
+
+
+def _numbers(value: Any) -> bool:
+    """None, a finite number, or nested lists of such."""
+    if isinstance(value, list):
+        return all(item is not None and _numbers(item) for item in value)
+    return value is None or (is_of(value, float) and math.isfinite(value))
+
+
+def _axes(value: Any) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, dict) and all(k.isdecimal() and len(k) < 4 and _whole(v) for k, v in value.items())
+
+
+_LIKELIHOODS: dict[str, dict[str, Check]] = {
+    "classification": {
+        "class_axis": lambda v: v is None or _integer(v),
+        "ignore_index": lambda v: v is None or _integer(v),
+        "weight": _numbers,
+        "seen_axes": _axes,
+    },
+    "regression": {"noise_variance": _numbers, "fitted_noise_variance": _numbers},
+}
 _TOP: dict[str, Check] = {
     "format": lambda v: isinstance(v, str),
     "version": _whole,
@@ -161,7 +195,7 @@ _SETTINGS: dict[str, Check] = {
     "directions": lambda v: v is None or v == "auto" or _whole(v, 1),
     "options": _options,
     "prior": _prior,
-    "prior_precision": _positive,
+    "prior_precision": _scaling,
     "seed": _whole,
     "certificate": lambda v: isinstance(v, dict),
     "calibration": lambda v: v is None or isinstance(v, dict),

@@ -108,7 +108,7 @@ def summary(posterior: Any) -> dict[str, Any]:
         "iterations": c.iterations,
         "prior kept": c.prior_share,
         "row drift": c.row_drift,
-        "unseen divergence": c.unseen_divergence,
+        "unseen divergence": c.left_out_divergence,
         "logit drift": c.output_drift,
         "alpha": c.prior_precision,
         "accuracy lost in training": c.score_loss,

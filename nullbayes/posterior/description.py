@@ -167,7 +167,9 @@ def _numbers(value: Any) -> bool:
 def _axes(value: Any) -> bool:
     if value is None:
         return True
-    return isinstance(value, dict) and all(k.isdecimal() and len(k) < 4 and _whole(v) for k, v in value.items())
+    return isinstance(value, dict) and all(
+        k.isdecimal() and len(k) < 4 and _whole(v) for k, v in value.items()
+    )
 
 
 _LIKELIHOODS: dict[str, dict[str, Check]] = {

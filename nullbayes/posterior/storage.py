@@ -15,11 +15,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nullbayes.certificate import Certificate
 from nullbayes.common.files import atomic_file, checksum
+from nullbayes.constraints.problem import Problem
 from nullbayes.errors import NullBayesError, NullBayesWarning, StorageError
+from nullbayes.fit.result import Fit
+from nullbayes.fit.target import Target
 from nullbayes.likelihood import Likelihood, likelihood_from_config
 from nullbayes.model.fingerprint import fingerprint
 from nullbayes.model.parameters import ParameterSpace
+from nullbayes.posterior.calibration import CalibrationPath
 from nullbayes.posterior.description import DescriptionError, check_settings, parsed
 
 FORMAT = "nullbayes-posterior"
@@ -29,7 +34,6 @@ VERSION = 2
 
 def write_posterior(
     path: str | os.PathLike[str],
-    *,
     model: nn.Module,
     space: ParameterSpace,
     samples: Tensor,
@@ -57,14 +61,47 @@ def write_posterior(
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(target) as part:
             tensors = {"samples": samples.detach().cpu().contiguous()}
-            save_file(tensors, part, metadata=described(text, tensors))
+            save_file(tensors, part, metadata=signed(text, tensors))
     except (OSError, ValueError, SafetensorError) as error:  # a name with a NUL is a ValueError
         raise StorageError(f"could not write {target}: {error}.") from error
 
 
-def described(text: str, tensors: dict[str, Tensor]) -> dict[str, str]:
+def signed(text: str, tensors: dict[str, Tensor]) -> dict[str, str]:
     """The metadata of a file with this description and these tensors."""
     return {"nullbayes": text, "checksum": checksum(text, tensors)}
+
+
+def described(fit: Fit, target: Target, calibration: CalibrationPath | None) -> dict[str, Any]:
+    """The settings and figures of a fit that a file holds beside its samples; JSON-able."""
+    problem, frozen = fit.problem, fit.problem.randomness
+    return {
+        "likelihood": problem.likelihood.config(),
+        "preserve": problem.preserve.name,
+        "directions": problem.directions,
+        "options": target.options(),
+        "prior": problem.prior,
+        "randomness": None if frozen is None else frozen.config(),
+        "prior_precision": fit.alpha,
+        "seed": fit.seed,
+        "certificate": fit.certificate.as_dict(),
+        "calibration": None if calibration is None else calibration.as_dict(),
+    }
+
+
+def restored(
+    problem: Problem, samples: Tensor, settings: dict[str, Any]
+) -> tuple[Fit, CalibrationPath | None]:
+    """The inverse of :func:`described`, around the problem's model. Raises KeyError, TypeError, ValueError."""
+    path = settings["calibration"]
+    fit = Fit(
+        problem,
+        samples,
+        float(settings["prior_precision"]),
+        int(settings["seed"]),
+        Certificate.from_dict(settings["certificate"]),
+        fingerprint(problem.functional.model),
+    )
+    return fit, None if path is None else CalibrationPath(**path)
 
 
 @dataclass(frozen=True)
@@ -172,8 +209,8 @@ def read_posterior(path: str | os.PathLike[str]) -> Stored:
             f"{source} is a safetensors file, but not one that `posterior.save` wrote."
         )
     meta = _description(source, text)
-    signed = metadata.get("checksum")
-    if (meta["version"] > 1 or signed is not None) and signed != checksum(text, tensors):
+    told = metadata.get("checksum")
+    if (meta["version"] > 1 or told is not None) and told != checksum(text, tensors):
         raise StorageError(
             f"{source} cannot be read: it is not what was written (its checksum differs). It was damaged or changed "
             "since; save it again."

@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import nullbayes as nb
 from nullbayes import datasets
-from nullbayes.posterior.storage import described
+from nullbayes.posterior.storage import signed
 from nullbayes.report import read_results
 from nullbayes.report.writing import write_signed_json
 from nullbayes.solvers.checkpoint import Watch
-from safetensors.torch import load_file, save_file
 
 REFUSED, EQUAL, TAKEN = "refused", "equal", "taken"
 WRONG, RAW = "accepted, but other", "raw error"
@@ -58,7 +58,7 @@ class Target:
 
 
 def outcome(target: Target, folder: Path, seed: int) -> tuple[str, str, str]:
-    """Damage the file as ``seed`` says and read it: what was done, what came of it, and the error where there is one."""
+    """Damage the file as ``seed`` says and read it: what was done, what came of it, and the error if there is one."""
     rng = random.Random(f"{target.name} {seed}")
     how, data, signed = _damaged(target, rng)
     path = folder / "file"
@@ -193,10 +193,10 @@ def _posterior_file(folder: Path, calibrated: bool) -> Target:
     scratch = folder / "edited"
 
     def edit(rng: random.Random) -> tuple[bytes, bool]:
-        text, signed = json.dumps(strange(json.loads(head["nullbayes"]), rng)), rng.random() < 0.5
-        said = described(text, tensors) if signed else {**head, "nullbayes": text}
+        text, right = json.dumps(strange(json.loads(head["nullbayes"]), rng)), rng.random() < 0.5
+        said = signed(text, tensors) if right else {**head, "nullbayes": text}
         save_file(tensors, scratch, said)
-        return scratch.read_bytes(), signed
+        return scratch.read_bytes(), right
 
     def same(found: Any) -> bool:
         return (

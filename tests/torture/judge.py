@@ -179,6 +179,8 @@ def _compare(problem: Problem, posterior: Any, truth: Dense, out: Verdict) -> No
     certificate, dtype = posterior.certificate, problem.dtype
     tolerance = TOLERANCE[dtype]
     if problem.hostile:
+        for inputs in problem.queries:  # one that mixes its batch may be refused when it first has one
+            posterior.predict(_inputs(problem, inputs))
         out.faults.append(f"a network with {problem.hostile} was fitted; only a refusal is right")
         return
     if truth.together > 100 * tolerance:
@@ -223,7 +225,7 @@ def _deltas(problem: Problem, posterior: Any, out: Verdict) -> Tensor:
     if problem.dtype == torch.float64:
         return torch.stack(rows)
     # θ + Δ rounds; what the posterior holds is Δ itself, and predictions use that.
-    held = posterior._fit.unit.double() * float(posterior.prior_precision) ** -0.5
+    held = posterior._fitted().unit.double() * float(posterior.prior_precision) ** -0.5
     apart = float((torch.stack(rows) - held).abs().max())
     scale = max(
         float(held.abs().max()),

@@ -72,10 +72,11 @@ def run(
 
 def signature(line: dict[str, Any]) -> str:
     """What faults of one kind have in common."""
-    text = line["error"] if line["verdict"] != WRONG else "; ".join(line["faults"])
+    text = line["error"] if line["verdict"] != WRONG else line["faults"][0]
     text = re.sub(r"\[[^\]]*\]|'[^']*'|`[^`]*`", "·", text)
     text = re.sub(r"-?\d[\d.e+-]*", "#", text)[:110]
-    return f"{line.get('where', '')} {text}".strip()
+    where = line.get("where", "") if line["verdict"] != WRONG else ""
+    return f"{where} {text}".strip()
 
 
 def summary(lines: Sequence[dict[str, Any]]) -> str:

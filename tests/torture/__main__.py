@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from tests.torture import running
-from tests.torture.judge import RAW, WRONG
 
 
 def _seeds(text: str) -> range:
@@ -33,7 +32,7 @@ def main() -> int:
     if asked.part == "networks":
         lines = running.run(asked.seeds, asked.out)
         print(running.summary(lines))
-        return int(any(line["verdict"] in (WRONG, RAW) for line in lines))
+        return int(any(line["verdict"] in running.BAD for line in lines))
     if asked.part == "one":
         chosen = running.by_seed(asked.seed)
         found = running.judge(chosen)

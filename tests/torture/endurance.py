@@ -35,9 +35,22 @@ BUDGETS: dict[str, tuple[str, tuple[int, ...], int, int, dict[str, Any]]] = {
 def network(kind: str) -> nn.Module:
     """Between ten and sixty thousand weights, ten outputs."""
     if kind == "mlp":
-        layers: list[nn.Module] = [nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 96), nn.Tanh(), nn.Linear(96, 10)]
+        layers: list[nn.Module] = [
+            nn.Linear(64, 128),
+            nn.Tanh(),
+            nn.Linear(128, 96),
+            nn.Tanh(),
+            nn.Linear(96, 10),
+        ]
     elif kind == "conv":
-        layers = [nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1600, 10)]
+        layers = [
+            nn.Conv2d(1, 8, 3),
+            nn.ReLU(),
+            nn.Conv2d(8, 16, 3),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(1600, 10),
+        ]
     else:
         layers = [nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32), nn.Flatten(), nn.Linear(384, 10)]
     return nn.Sequential(*layers).eval()
@@ -91,7 +104,9 @@ def budgets() -> list[dict[str, Any]]:
     out = []
     for name in BUDGETS:
         command = [sys.executable, "-m", "tests.torture.endurance", "--budget", name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=dict(os.environ)
+        )
         if done.returncode:
             out.append({"problem": name, "error": done.stderr.strip().splitlines()[-1][:300]})
         else:
@@ -110,7 +125,7 @@ def _held() -> dict[str, int]:
 
 
 def many(count: int, warm: int = 20) -> dict[str, Any]:
-    """``count`` fits of one model, of all kinds, with predictions: what is held after ``warm`` of them and at the end."""
+    """``count`` fits of one model, of all kinds, with predictions: what is held after ``warm`` and at the end."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.LayerNorm(16), nn.Linear(16, 4)).eval()
     x, y = torch.randn(40, 8), torch.randint(0, 4, (40,))
@@ -141,7 +156,13 @@ def many(count: int, warm: int = 20) -> dict[str, Any]:
         faults.append("resident")
     if hooks or dictionaries != [sorted(vars(m)) for m in model.modules()]:
         faults.append("the model")
-    return {"fits": count, "after warming": early, "at the end": late, "hooks": hooks, "faults": faults}
+    return {
+        "fits": count,
+        "after warming": early,
+        "at the end": late,
+        "hooks": hooks,
+        "faults": faults,
+    }
 
 
 def main() -> int:

@@ -75,10 +75,16 @@ def fits(count: int, seed: int) -> dict[str, Any]:
     wanted = {1.0: fit(None)._samples(), "evidence": fit(None, "evidence")._samples()}
     seconds = (time.monotonic() - start) / 2
     with tempfile.TemporaryDirectory() as name:
-        path, answer = Path(name) / "fit.checkpoint", Path(name) / "answer"
+        path, answer, told = (Path(name) / n for n in ("fit.checkpoint", "answer", "told"))
 
         def work() -> None:
-            torch.save(fit(path, prior)._samples(), answer.with_suffix(".part"))
+            answer.unlink(missing_ok=True)
+            try:
+                samples = fit(path, prior)._samples()
+            except Exception as error:
+                told.write_text(f"{type(error).__name__}: {error}"[:300])
+                raise
+            torch.save(samples, answer.with_suffix(".part"))
             answer.with_suffix(".part").rename(answer)
 
         while kills < count:
@@ -90,7 +96,8 @@ def fits(count: int, seed: int) -> dict[str, Any]:
                 kills += not ended
                 resumed += not ended and path.exists()
             if not answer.exists():
-                faults.append(f"after {kills} kills: the fit that went on ended in an error")
+                error = told.read_text() if told.exists() else "no answer"
+                faults.append(f"after {kills} kills, prior {prior}: the fit that went on ended in {error}")
                 path.unlink(missing_ok=True)
                 continue
             found = torch.load(answer)

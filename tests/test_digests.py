@@ -266,13 +266,16 @@ def write() -> None:
     posterior, _, _ = predictions_dual()
     posterior.save(OLD_FILE)
     save_file(posterior.model.state_dict(), OLD_WEIGHTS)
-    from nullbayes.solvers import watch
+    from nullbayes.solvers import checkpoint
 
-    finish, watch.Watch.finish = watch.Watch.finish, lambda self: None  # leave the file behind
+    finish, checkpoint.Watch.finish = (
+        checkpoint.Watch.finish,
+        lambda self: None,
+    )  # leave the file behind
     try:
         checkpointed(OLD_CHECKPOINT, 20)
     finally:
-        watch.Watch.finish = finish
+        checkpoint.Watch.finish = finish
     cases = {
         name: {k: digest(v) for k, v in tensors_of(*make()).items()} for name, make in CASES.items()
     }

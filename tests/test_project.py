@@ -206,6 +206,18 @@ def test_the_guide_names_every_room() -> None:
     assert [room for room in rooms if f"{room}/" not in guide] == []
 
 
+@in_a_checkout
+def test_the_guide_points_at_files_that_exist() -> None:
+    guide = read("CONTRIBUTING.md")
+    linked = re.findall(r"\]\((?!http)([^)#]+)", guide)
+    named = re.findall(r"`((?:[a-z_]+/)+[a-z_]*(?:\.py)?|[\w./-]+\.(?:py|toml|txt|cff))`", guide)
+    assert len(linked) >= 3 and len(named) >= 8
+    places = (ROOT, ROOT / "nullbayes")  # rooms are named without their house
+    made = ("dist/", "site/")
+    for name in {*linked, *named} - {*made}:
+        assert any((place / name).exists() for place in places), name
+
+
 def test_no_text_names_a_machine() -> None:
     """No path of a home, a work folder or a temporary one, and no address of a package index."""
     somebody = re.compile(

@@ -55,13 +55,13 @@ def measure(name: str, seed: int) -> dict[str, Any]:
     batches = list(zip(data.inputs.split(250), data.targets.split(250), strict=True))
     posterior = nb.NullSpacePosterior(network, solver=SOLVERS[solver]())
     evidence: list[float] = []
-    keeping = GuaranteeCheck.keeping
+    bounded = GuaranteeCheck.bounded_precision
 
     def noted(self: GuaranteeCheck, alpha: float, *rest: float) -> float:
         evidence.append(alpha)
-        return keeping(self, alpha, *rest)
+        return bounded(self, alpha, *rest)
 
-    with mock.patch.object(GuaranteeCheck, "keeping", noted):
+    with mock.patch.object(GuaranteeCheck, "bounded_precision", noted):
         posterior.fit(batches, num_samples=30, seed=seed, progress=False)
     out: dict[str, Any] = {
         "solver": posterior.certificate.solver,

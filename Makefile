@@ -77,6 +77,7 @@ format: $(STAMP)
 bench: $(PEERS)
 	@set -e; for file in benchmarks/[a-z]*.py; do \
 	    name=$$(basename $$file .py); echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name; done
+	@echo "== experiments.unseen"; $(BIN)/python -m experiments.unseen
 
 # laplace-torch and its relatives, without their requirements: those include torchvision.
 peers: $(PEERS)

@@ -1,6 +1,6 @@
 """Leave-one-out against data that were held back: how far samples move predictions that no row keeps.
 
-    python -m benchmarks.unseen [--seeds 2] [--cases ...]
+    python -m experiments.unseen [--seeds 2] [--cases ...]
 
 Networks of the evaluation's small setting. The divergence of left-out training examples is the certificate's; beside it
 that of test images, both at the prior precision of the evidence alone and at the one that a fit ends with.
@@ -114,7 +114,7 @@ def main() -> None:
         f"Means of {options.seeds} networks each. Divergence: mean over draws and examples, nats, of left-out training",
         "examples (the certificate's `left_out_divergence`) and of test images. `bounded`: the prior precision that a",
         "fit ends with; `evidence`: what the evidence alone asks for. Iterative solvers (where all images are kept, or",
-        "where it says so) hold some out at first. `python -m benchmarks.unseen`",
+        "where it says so) hold some out at first. `python -m experiments.unseen`",
         "",
         "| network, images kept | M / P | evidence: left out | test | bounded: left out | test "
         "| NLL: network | evidence | bounded | accuracy: network | evidence | bounded |",

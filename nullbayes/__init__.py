@@ -36,6 +36,7 @@ from nullbayes.posterior.posterior import LaplacePosterior as LaplacePosterior
 from nullbayes.posterior.posterior import NullSpacePosterior as NullSpacePosterior
 from nullbayes.posterior.posterior import plan as plan
 from nullbayes.posterior.prediction import Prediction as Prediction
+from nullbayes.solvers import register_solver as register_solver
 
 try:
     __version__ = version("nullbayes")

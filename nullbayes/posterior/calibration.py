@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_calibration_error
 
 from nullbayes.common.arguments import check_choice
 from nullbayes.common.progress import stages
@@ -304,6 +303,9 @@ class _Figures:
     def result(self, examples: int) -> dict[str, float | None]:
         ece = None
         if self.confidences:
+            # Imported where it is used: torchmetrics imports matplotlib and scipy where they are installed, a second.
+            from torchmetrics.functional.classification import binary_calibration_error
+
             confidence, hit = torch.cat(self.confidences), torch.cat(self.hits)
             ece = float(binary_calibration_error(confidence, hit, n_bins=BINS))
         return {

@@ -10,7 +10,7 @@ from torch import Tensor
 from nullbayes.common.progress import CERTIFICATE, FACTORISATION, GRAM, PROJECTION
 from nullbayes.errors import SolverError
 from nullbayes.jacobian.block_storage import BLOCK_ROWS
-from nullbayes.jacobian.operator import JacobianOperator, RowOperator, Tick
+from nullbayes.jacobian.operator import RowOperator, Tick
 from nullbayes.solvers.base import (
     Cost,
     Projection,
@@ -240,11 +240,7 @@ class DualState(State):
         return out
 
     def explained(self, rows: RowOperator, width: int = 1) -> Tensor:
-        if isinstance(rows, JacobianOperator) and isinstance(self.operator, JacobianOperator):
-            cross = self.operator.cross_gram(rows)  # (M, R)
-        else:
-            parts = [rows.matvec(r).double() for r in self.operator.iter_rows(1024)]
-            cross = torch.cat(parts)
+        cross = self.operator.cross_gram(rows)  # (M, R)
         # (1 - f²)/λ with f = (s/(λ + s))^k is a sum of 2k powers of s/(λ + s) over λ + s: every half
         # of a solve with L Lᵀ gives one.
         terms = 2 * self.passes if self.numerical and self.passes else 1

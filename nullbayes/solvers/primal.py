@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.common.progress import FACTORISATION, GRAM, PROJECTION
-from nullbayes.jacobian.operator import JacobianOperator, RowOperator, Tick
+from nullbayes.jacobian.operator import RowOperator, Tick
 from nullbayes.solvers.base import (
     Cost,
     Projection,
@@ -154,7 +154,7 @@ class PrimalState(State):
         return x - ((x @ self.basis.T) * self.weights) @ self.basis
 
     def left_out(self, vectors: Tensor, spans: Sequence[slice]) -> list[Tensor] | None:
-        if not (self.shift > 0 and isinstance(self.operator, JacobianOperator)):
+        if not self.shift > 0:
             return None  # without a shift, what is left of a row is rounding
         out, x = [], vectors.double()
         for span in spans:

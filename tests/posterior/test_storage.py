@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_errors import QUIET, TRAIN, X, Y, assert_same, delicate, network, says, unchanged
+from support import QUIET, TRAIN, X, Y, assert_same, delicate, network, says, unchanged
 from torch import Tensor, nn
 from torch.testing import assert_close
 from zoo import Lambda, TiedLanguageModel

@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.torture import damage, endurance, judge, kills, modules, running
+from tests.torture import damage, endurance, judge, kills, modules, report, running
 from tests.torture.choices import from_hypothesis, from_list, from_seed
 from tests.torture.problems import Problem, problem
 from tests.torture.reference import (
@@ -301,3 +301,18 @@ def test_a_child_is_killed() -> None:
     import time
 
     assert kills.killed(lambda: time.sleep(30), 0.02) and not kills.killed(lambda: None, 5)
+
+
+def test_a_report_replaces_its_own_section_alone(tmp_path: Path) -> None:
+    path = tmp_path / "reliability.md"
+    path.write_text("# Reliability\n\n## audit\n\ncosts\n\n## torture\n\nold\n\n## more\n\nwords\n")
+    (tmp_path / "networks.jsonl").write_text(
+        '{"seed": 0, "verdict": "right", "seconds": 1.0}\n'
+        '{"seed": 1, "verdict": "silent wrong", "error": "", "faults": ["off by 0.5"], "seconds": 1.0}\n'
+    )
+    report.write(tmp_path, path)
+    text = path.read_text()
+    assert "## audit\n\ncosts\n" in text and "## more\n\nwords\n" in text and "old" not in text
+    assert "| silent wrong | 1 |" in text and "Damaged files\n\nNot run." in text
+    report.write(tmp_path, path)
+    assert path.read_text() == text

@@ -22,7 +22,18 @@ ROTATED = 2000  # rotated images at most, over all angles
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run was asked for; None: the task's own default."""
+    """What a run of the demonstration was asked for; None: the task's own default.
+
+    Attributes:
+        dataset: "digits" or "fashion-mnist"; data_dir: where Fashion-MNIST's files are, if not in a usual place.
+        seed: of the splits, the training and the samples.
+        examples: training images whose predictions are preserved; digits: also those trained on.
+        samples: weight samples of each posterior.
+        epochs: passes over the training images.
+        held_out: digits that training never sees; 0 and 4 if not given.
+        regression_epochs: steps of the network in the in-between picture.
+        test_images: a limit on the test images and on the images of each shift.
+    """
 
     dataset: str = "digits"
     data_dir: str | Path | None = None

@@ -35,6 +35,7 @@ BRIEF_METHODS = (
     "point estimate",
     "temperature scaling",
     "last-layer Laplace",
+    "Kronecker Laplace",
     "full Laplace",
     "ensemble of 5, tuned temperature",
     "null-space",

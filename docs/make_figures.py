@@ -20,7 +20,7 @@ import nullbayes as nb
 from nullbayes import datasets
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 FILE = Path(__file__).parent / "assets" / "overview.png"
 NOISE = 0.2  # standard deviation of the targets around the truth

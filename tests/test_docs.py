@@ -1,31 +1,108 @@
-"""Every Python line of the README and of the documentation runs, in order, as a newcomer would run it."""
+"""Every Python block of the README and of the documentation runs, in order, as a newcomer would run it."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from docs_setup import SETUPS
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "docs" / "extending.md", ROOT / "docs" / "generative.md"]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+SETUP = re.compile(r"<!-- setup: (\w+) -->")
+# Tags of blocks that are no Python to run: commands, output and signatures.
+OTHER = {"bash", "text", "bibtex"}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def blocks(page: Path) -> list[tuple[int, str, str]]:
+    """Line, language tag and text of each fenced block."""
+    text = page.read_text()
+    return [(text.count("\n", 0, m.start()) + 1, m[1], m[2]) for m in FENCE.finditer(text)]
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+WITH_CODE = [page for page in PAGES if any(tag == "python" for _, tag, _ in blocks(page))]
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=name)
 def test_every_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    assert len(blocks) >= 3
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {"__name__": "page"}
-    for block in blocks:
-        exec(compile(block, page.name, "exec"), names)
+    names: dict[str, Any] = {"__name__": "page"}
+    for setup in SETUP.findall(page.read_text()):
+        names.update(SETUPS[setup]())
+    for line, tag, block in blocks(page):
+        if tag == "python":
+            # Line numbers of a failure are those of the page.
+            exec(compile("\n" * line + block, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_no_block_hides_from_the_test_above(page: Path) -> None:
+    """No other tag for Python, no indented fence, and no fence without a tag."""
+    text = page.read_text()
+    assert {tag for _, tag, _ in blocks(page)} <= {"python", *OTHER}
+    assert not re.search(r"^[ >]+```", text, re.MULTILINE)
+    assert text.count("```") == 2 * len(blocks(page))
+
+
+def test_blocks_that_do_not_run_are_rare() -> None:
+    tags = [tag for page in PAGES for _, tag, _ in blocks(page)]
+    assert tags.count("text") * 5 <= tags.count("python")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_and_pictures_lead_somewhere(page: Path) -> None:
+    """Files and headings that a page points to exist, also in the README, which mkdocs does not see."""
+    text = FENCE.sub("", page.read_text())
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, heading = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), f"{name(page)} points to {target}"
+        if heading:
+            assert heading in headings(found), f"{name(page)} points to {target}"
+
+
+def headings(page: Path) -> set[str]:
+    """Anchors of a page, as mkdocs makes them."""
+    titles = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    plain = (re.sub(r"[^\w\s-]", "", title.lower(), flags=re.ASCII).strip() for title in titles)
+    return {re.sub(r"[-\s]+", "-", title) for title in plain}
+
+
+@pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS)
+def test_a_setup_is_new_each_time_and_used(setup: Callable[[], dict[str, Any]]) -> None:
+    first, second = setup(), setup()
+    assert first["model"] is not second["model"]
+    assert not first["model"].training
+    used = {found for page in PAGES for found in SETUP.findall(page.read_text())}
+    assert setup.__name__ in used
 
 
 def test_the_documents_name_no_figure_that_the_results_do_not_have() -> None:
-    """The README's table is the benchmark's own, not a copy that ages."""
-    table = (ROOT / "benchmarks" / "results" / "direct.md").read_text()
-    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    """Tables of the benchmarks are their own, not copies that age."""
+    results = ROOT / "benchmarks" / "results"
+    page = (DOCS / "benchmarks.md").read_text()
+    for file in ("direct.md",):
+        rows = [r for r in (results / file).read_text().splitlines() if r.startswith("| ")]
+        assert len(rows) >= 4
+        for row in rows:
+            assert row in page
     readme = (ROOT / "README.md").read_text()
-    assert len(rows) >= 4
-    for row in rows:
-        assert row in readme
+    for file, figures in {
+        "whole.md": ("0.0404", "335.7", "6.994"),
+        "swin.md": ("1,603", "| 5.2 |", "| 7.7 |"),
+        "direct.md": ("| 7.8 |", "2127"),
+    }.items():
+        assert all(figure in (results / file).read_text() for figure in figures)
+    for figure in ("336 s", "7.0 GB", "5.2 min", "7.7 GB", "7.8 s", "2.1 GB"):
+        assert figure in readme

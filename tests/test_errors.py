@@ -198,15 +198,15 @@ def test_other_dtypes_of_data_and_model() -> None:
 def test_predict_with_inputs_of_a_wrong_shape(method: str) -> None:
     posterior = fit(network())
     with says(nb.InputError, "`x`", "(2, 5)", "trained on", "forward="):
-        posterior.predict(torch.randn(2, 5), method)
+        posterior.predict(torch.randn(2, 5), method=method)
     with says(nb.InputError, "`x`", "no examples", "at least one"):
-        posterior.predict(X[:0], method)
+        posterior.predict(X[:0], method=method)
     with says(nb.InputError, "`x`", "list", "torch.as_tensor"):
-        posterior.predict([[1.0, 2.0, 3.0]], method)
+        posterior.predict([[1.0, 2.0, 3.0]], method=method)
     with says(nb.InputError, "`x`", "(2, 3)", "forward="):
-        posterior.predict((X[:2], X[:2]), method)
+        posterior.predict((X[:2], X[:2]), method=method)
     with says(nb.InputError, "`x`", "unexpected keyword", "mapping"):
-        posterior.predict({"a": X[:2]}, method)
+        posterior.predict({"a": X[:2]}, method=method)
 
 
 def test_a_token_outside_the_table() -> None:
@@ -293,7 +293,7 @@ def test_the_cut_into_batches_does_not_matter(sizes: list[int], seed: int) -> No
         "examples",
         "checked_examples",
         "held",
-        "map_accuracy",
+        "network_score",
     ):
         assert one[name] == other[name], name
 

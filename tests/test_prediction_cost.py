@@ -223,7 +223,7 @@ def test_novelty_from_samples_is_their_spread(
     prediction = posterior.predict(x)
     change = posterior.likelihood.centre(prediction.outputs - prediction.point)
     spread = change.square().mean(0).sum(1)
-    assert_close(posterior.novelty(x, "variance", exact=False), spread)
+    assert_close(posterior.novelty(x, score="variance", exact=False), spread)
 
 
 def test_an_input_that_fails_late_in_the_batch_is_explained() -> None:

@@ -17,4 +17,6 @@ def changelog(text: str) -> str:
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Called by mkdocs for every page."""
-    return changelog(CHANGELOG.read_text("utf-8")) if page.file.src_uri == "changelog.md" else markdown
+    return (
+        changelog(CHANGELOG.read_text("utf-8")) if page.file.src_uri == "changelog.md" else markdown
+    )

@@ -28,6 +28,7 @@ SAMPLES = 200
 SHOWN = 15  # of the samples, as lines
 SEED = 0
 REACH = 2.2
+STEPS = 1500  # of training
 PANELS = {
     "Laplace posterior:\nsamples leave the training predictions": (nb.LaplacePosterior, "#a11d33"),
     "null-space posterior:\nsamples preserve the training predictions": (
@@ -44,8 +45,8 @@ def trained(data: datasets.Split) -> nn.Module:
         layers = [nn.Linear(1, 50), nn.Tanh(), nn.Linear(50, 50), nn.Tanh(), nn.Linear(50, 1)]
         network = nn.Sequential(*layers).double()
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-2, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 1500)
-    for _ in range(1500):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
+    for _ in range(STEPS):
         optimiser.zero_grad()
         F.mse_loss(network(data.inputs), data.targets).backward()
         optimiser.step()
@@ -61,7 +62,7 @@ def draw(path: Path) -> dict[str, Tensor]:
     at_training: dict[str, Tensor] = {}
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+        figure, axes = plt.subplots(1, 2, figsize=(7.6, 3.4), sharey=True, layout="constrained")
         for axis, (title, (kind, colour)) in zip(axes, PANELS.items(), strict=True):
             # QR of the rows: a Gram matrix would square the condition number of so smooth a problem.
             posterior = kind(network, nb.Regression(NOISE**2), solver=nb.solvers.PrimalQR())
@@ -84,7 +85,7 @@ def draw(path: Path) -> dict[str, Tensor]:
         handles, labels = axes[1].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
+        figure.savefig(path, dpi=130)
         plt.close(figure)
     return at_training
 

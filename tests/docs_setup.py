@@ -99,7 +99,7 @@ def _segmenter() -> tuple[nn.Module, datasets.Split]:
 
 
 def segmenter() -> Names:
-    """A small network that says of each pixel of eight noisy digits which of three classes it is: outputs (B, 3, 8, 8)."""
+    """A small network that gives each pixel of eight noisy digits one of three classes: outputs (B, 3, 8, 8)."""
     model, split = _segmenter()
     return {
         "model": copy.deepcopy(model),

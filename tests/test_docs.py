@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from docs_setup import SETUPS
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +79,44 @@ def headings(page: Path) -> set[str]:
     titles = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.MULTILINE)
     plain = (re.sub(r"[^\w\s-]", "", title.lower(), flags=re.ASCII).strip() for title in titles)
     return {re.sub(r"[-\s]+", "-", title) for title in plain}
+
+
+def test_the_navigation_names_every_page() -> None:
+    named = re.findall(r"[\w/-]+\.md$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(named) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+
+
+def script(file: str) -> Any:
+    """A Python file beside the pages, as a module."""
+    spec = importlib.util.spec_from_file_location(file, DOCS / f"{file}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_changes_is_the_changelog() -> None:
+    hooks = script("hooks")
+    text = (
+        "## 1.0\n<!-- a note -->\n- one ([why](CONTRIBUTING.md#why), [what](https://example.org))\n"
+    )
+    assert hooks.changelog(text) == "## 1.0\n- one (why, [what](https://example.org))\n"
+    page = hooks.changelog((ROOT / "CHANGELOG.md").read_text())
+    assert page.startswith("# Changelog") and "NullSpacePosterior" in page
+
+
+def test_the_picture_shows_what_its_titles_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = script("make_figures")
+    monkeypatch.setattr(figures, "STEPS", 300)
+    monkeypatch.setattr(figures, "SAMPLES", 30)
+    laplace, null_space = figures.draw(tmp_path / "picture.png").values()
+    assert null_space.shape == laplace.shape == (30, 16, 1)
+    assert null_space.std(0).max() < 0.01 * laplace.std(0).min()
+    torch.testing.assert_close(null_space.mean(0), null_space[0], rtol=0, atol=1e-2)
+    for file in (tmp_path / "picture.png", figures.FILE):
+        assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size < 150_000
 
 
 @pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS)

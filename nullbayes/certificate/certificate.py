@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from html import escape
 from typing import Any
 
@@ -92,6 +92,30 @@ class Certificate:
     stages: dict[str, float] = field(default_factory=dict)
     left_out_divergence: float | None = None
     evidence: float | None = None
+
+    def joined(self, new: dict[str, Any], measured: dict[str, Any] | None) -> Certificate:
+        """The certificate of these samples and ``new["num_samples"]`` more.
+
+        Args:
+            new: residual, row drift, share of the prior, status and iterations of the new ones.
+            measured: drifts and scores of all of them; None where that cannot be measured.
+        """
+        here, there = self.num_samples, new["num_samples"]
+
+        def mean(a: float, b: float) -> float:
+            return (here * a + there * b) / (here + there)
+
+        worse = new["status"] not in (Status.CONVERGED, Status.NUMERICAL)
+        return replace(
+            self,
+            residual=max(self.residual, new["residual"]),
+            row_drift=math.sqrt(mean(self.row_drift**2, new["row_drift"] ** 2)),
+            prior_share=mean(self.prior_share, new["prior_share"]),
+            status=new["status"].value if worse else self.status,
+            iterations=self.iterations + new["iterations"],
+            num_samples=here + there,
+            **(measured or {}),
+        )
 
     @property
     def promises(self) -> bool:

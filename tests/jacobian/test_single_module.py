@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_errors import unchanged
+from support import unchanged
 from torch import Tensor, nn
 from torch.testing import assert_close
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from nullbayes import metrics
-from nullbayes.errors import InputError, MissingExtraError
+from nullbayes.errors import InputError, MissingExtraError, StorageError
 from nullbayes.report import headline, read_results, render_report, words, write_report
-from nullbayes.report.writing import plain, write_json, write_text
+from nullbayes.report.writing import plain, write_json, write_signed_json, write_text
 
 SHIFTS = {
     "held_out": {"title": "held-out classes", "words": "digits <3> & 7", "count": 40, "groups": []},
@@ -309,7 +309,7 @@ def test_numbers_as_people_write_them(value, text):
 
 
 def test_results_round_trip_and_report_is_written(results, tmp_path):
-    write_json(tmp_path / "results.json", results)
+    write_signed_json(tmp_path / "results.json", results)
     again = read_results(tmp_path / "results.json")
     assert again == results
     path = write_report(again, tmp_path / "deep" / "report.html")
@@ -329,13 +329,13 @@ def test_other_files_are_refused(tmp_path, content, words_):
     path = tmp_path / "results.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(InputError, match=words_):
+    with pytest.raises(StorageError, match=words_):
         read_results(path)
 
 
 def test_results_of_another_layout_are_refused(results, tmp_path):
     write_json(tmp_path / "r.json", {**results, "schema": 99})
-    with pytest.raises(InputError, match="99"):
+    with pytest.raises(StorageError, match="99"):
         read_results(tmp_path / "r.json")
 
 

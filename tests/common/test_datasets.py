@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nullbayes import datasets
-from nullbayes.errors import InputError, MissingExtraError
+from nullbayes.errors import InputError, MissingExtraError, StorageError
 
 TYPES = {"u1": 0x08, "i1": 0x09, ">i2": 0x0B, ">i4": 0x0C, ">f4": 0x0D, ">f8": 0x0E}
 
@@ -52,13 +52,13 @@ def test_idx_round_trip(tmp_path, dtype, packed):
 def test_broken_idx_files_are_named(tmp_path, damage, words):
     path = tmp_path / "t10k-images-idx3-ubyte"
     path.write_bytes(damage(idx_bytes(np.arange(60).reshape(3, 4, 5))))
-    with pytest.raises(InputError, match=words) as caught:
+    with pytest.raises(StorageError, match=words) as caught:
         datasets.read_idx(path)
     assert path.name in str(caught.value)
 
 
 def test_a_missing_idx_file_is_an_input_error(tmp_path):
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(StorageError, match="cannot be read"):
         datasets.read_idx(tmp_path / "nothing")
 
 
@@ -98,7 +98,7 @@ def test_missing_fashion_mnist_says_how_to_get_it(tmp_path):
 
 def test_files_that_do_not_belong_together_are_refused(fashion_dir):
     (fashion_dir / "t10k-labels-idx1-ubyte").write_bytes(idx_bytes(np.arange(19)))
-    with pytest.raises(InputError, match="one release"):
+    with pytest.raises(StorageError, match="one release"):
         datasets.fashion_mnist(fashion_dir, validation=5)
 
 

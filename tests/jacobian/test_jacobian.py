@@ -8,14 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import all_rows, operator_for
 from torch import Tensor, nn
 from torch.testing import assert_close
 from zoo import ZOO, Case, dense_jacobian
 
 from nullbayes import jacobian
 from nullbayes.errors import ModelError
-from nullbayes.jacobian.capture.batches import capture_batch, output_operators
-from nullbayes.jacobian.capture.plan import CapturePlan
+from nullbayes.jacobian.capture.batches import capture_batch
 from nullbayes.jacobian.capture.verify import prove
 from nullbayes.jacobian.factors import contraction
 from nullbayes.jacobian.factors import products as sizes
@@ -23,18 +23,6 @@ from nullbayes.jacobian.factors.products import flushed
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.model.batch import batch_size
 from nullbayes.model.functional import FunctionalModel
-
-
-def all_rows(functional: FunctionalModel, plan: CapturePlan, inputs: object) -> JacobianOperator:
-    outputs = functional.outputs(inputs)[0].numel()
-    parts = output_operators(functional, plan, inputs, outputs)
-    return JacobianOperator(functional.space, [block for part in parts for block in part.blocks])
-
-
-def operator_for(model: nn.Module, inputs: object) -> tuple[JacobianOperator, object]:
-    functional = FunctionalModel(model, jacobian.ParameterSpace.from_model(model))
-    plan = prove(functional, inputs)
-    return all_rows(functional, plan, inputs), plan
 
 
 @pytest.mark.parametrize("case", ZOO, ids=str)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_jacobian import operator_for
+from support import operator_for
 from torch import Tensor
 from torch.testing import assert_close
 from zoo import ZOO, dense_jacobian

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.progress import Progress
-from test_errors import QUIET, TRAIN, X, Y, assert_threads, fit, network, says, unchanged
+from support import QUIET, TRAIN, X, Y, assert_threads, fit, network, says, unchanged
 from torch import Tensor, nn
 from torch.testing import assert_close
 

@@ -15,7 +15,7 @@ from nullbayes.demo import models
 from nullbayes.demo.evaluation import Shift
 from nullbayes.errors import InputError
 
-HELD_OUT = (0, 4)  # digits that training never sees; on other pairs see docs/guarantee.md
+HELD_OUT = (0, 4)  # digits that training never sees; on other pairs see docs/concepts/null-space.md
 ANGLES = (30, 60, 90, 120, 150)
 ROTATED = 2000  # rotated images at most, over all angles
 

@@ -1,7 +1,6 @@
 """The demonstration on tiny settings: both files, one seed one result, nothing half-done."""
 
 import io
-import json
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from nullbayes import datasets
 from nullbayes.demo import Settings, models, run_demo, running, training
 from nullbayes.demo.evaluation import Method, Shift, evaluate, number_of_inputs, point_method
 from nullbayes.errors import InputError
+from nullbayes.report.writing import read_signed_json
 
 TINY = {"examples": 40, "samples": 4, "epochs": 60, "regression_epochs": 40, "test_images": 50}
 FIGURES = (
@@ -38,7 +38,7 @@ def demo(tmp_path_factory):
 def test_both_files_are_written_and_nothing_else(demo):
     out, _, results = demo
     assert sorted(path.name for path in out.iterdir()) == ["report.html", "results.json"]
-    assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results
+    assert read_signed_json(out / "results.json", "") == results
     assert "://" not in (out / "report.html").read_text(encoding="utf-8")
 
 

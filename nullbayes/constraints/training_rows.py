@@ -14,9 +14,8 @@ from nullbayes.constraints.directions import Cotangents, Directions
 from nullbayes.constraints.memory_budget import FitMemory
 from nullbayes.constraints.preserve import Preserve
 from nullbayes.jacobian.block_storage import Keeper
-from nullbayes.jacobian.capture.batches import capture_batch
+from nullbayes.jacobian.capture.batches import capture_batch, ready
 from nullbayes.jacobian.capture.plan import CapturePlan
-from nullbayes.jacobian.capture.verify import prove
 from nullbayes.jacobian.operator import JacobianOperator, check_block
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.batch import Inputs, batch_size, select, take, tensor_leaves
@@ -100,15 +99,15 @@ def capture_training(
         outputs = functional.outputs(inputs, where)
         likelihood.validate(outputs, targets, where)
         targets = likelihood.prepare_targets(outputs, targets)
-        if plan is None or keeper is None:
-            plan = prove(functional, inputs)
+        plan, inputs = ready(functional, plan, inputs, outputs, where, index)
+        if keeper is None:
             likelihood.check_reach(outputs, targets)
             keeper = Keeper(functional, plan, scales, memory.rows, memory.block)
         rows = preserve.rows(likelihood, tuple(outputs.shape[1:]), directions)
         for some, make, count, which in row_groups(
             likelihood, preserve, directions, inputs, outputs, targets, rows
         ):
-            pieces = capture_batch(functional, plan, some, make, count, scales, memory.temporaries)
+            pieces = capture_batch(functional, plan, some, make, count, scales, memory.temporaries, where)
             numbers = which + examples
             for block, piece, made in pieces:
                 check_block(block, captured)

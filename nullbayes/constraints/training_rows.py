@@ -107,7 +107,9 @@ def capture_training(
         for some, make, count, which in row_groups(
             likelihood, preserve, directions, inputs, outputs, targets, rows
         ):
-            pieces = capture_batch(functional, plan, some, make, count, scales, memory.temporaries, where)
+            pieces = capture_batch(
+                functional, plan, some, make, count, scales, memory.temporaries, where
+            )
             numbers = which + examples
             for block, piece, made in pieces:
                 check_block(block, captured)

@@ -238,7 +238,7 @@ class Keeper:
         """
         for cotangents in list(self._groups):
             self._flush(cotangents)
-        self._plan.check_reached()
+        self._plan.check_reached(self._functional.model)
         if len(self._forms) > 1:
             self._arrange(common_layout(self._forms.values()))
         return self.kept
@@ -261,7 +261,7 @@ class Keeper:
                 else:
                     raise MemoryBudgetError(
                         f"the rows of {new.examples} examples take {format_bytes(new.nbytes)} written out, which some "
-                        "batches need because no layer's rule serves them, and neither `memory=` nor the disk has room. "
+                        "batches need because no rule of a layer serves them; neither `memory=` nor the disk has room. "
                         "Raise `memory=`, free disk space, or make batches alike (padding to one length, no routing)."
                     )
 

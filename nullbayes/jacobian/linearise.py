@@ -141,7 +141,11 @@ class _Mathematical(TorchFunctionMode):
     """
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
             return _attention(*args, **(kwargs or {}))
@@ -204,11 +208,7 @@ def _double_reverse(
             f, list(leaves.values()), dummy, create_graph=True, allow_unused=True
         )
         along = sum(
-            (
-                (g * tangent[n]).sum()
-                for n, g in zip(leaves, pulled, strict=True)
-                if g is not None
-            ),
+            ((g * tangent[n]).sum() for n, g in zip(leaves, pulled, strict=True) if g is not None),
             start=f.new_zeros(()),
         )
         return torch.autograd.grad(along, dummy)[0]

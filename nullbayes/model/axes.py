@@ -148,4 +148,3 @@ def _subsets(items: list[int]) -> Iterator[tuple[int, ...]]:
     """Of growing size, the empty one first."""
     for count in range(len(items) + 1):
         yield from itertools.combinations(items, count)
-

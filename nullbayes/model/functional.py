@@ -28,10 +28,13 @@ from nullbayes.model.batch import (
     repeated,
     tensor_leaves,
 )
+from nullbayes.model.checks import check_kind, check_scripted
 from nullbayes.model.parameters import HALF, ParameterSpace
+from nullbayes.model.precision import Watch, alike, in_half, tolerance, widening
 from nullbayes.model.private import Hooks, Modules
 from nullbayes.model.randomness import FrozenRandomness, Replay, keyed
 from nullbayes.model.structure import Layouts
+from nullbayes.model.transformer import has_nested
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -55,6 +58,7 @@ class FunctionalModel:
         layouts: Layouts | None = None,
         randomness: FrozenRandomness | None = None,
     ) -> None:
+        check_scripted(model, space.names)
         self.model, self.space = model, space
         self.user_forward = forward
         self.layouts, self.randomness = layouts, randomness
@@ -62,8 +66,11 @@ class FunctionalModel:
         self.axes = Axes(self._evaluated)
         # What half-precision tensors are computed in, once that was found to work; None: they stay as they are.
         self.widened: torch.dtype | None = None
+        # Whether transformer encoders give zeros at padded positions, as they do without gradients.
+        self.padded = False
         # The least precise numbers that a forward pass was seen to compute with.
         self.rounding: torch.dtype = space.dtype
+        self._settled = False
         self._shape: _OutputShape | None = None
 
     @property
@@ -81,7 +88,24 @@ class FunctionalModel:
 
     def batch(self, inputs: Inputs, size: int | None = None) -> Inputs:
         """``inputs`` with the knowledge which of their tensors have the batch; ``size`` of it, where it is known."""
-        return inputs if isinstance(inputs, (Batch, Keyed)) else self.axes.batch(inputs, size)
+        if isinstance(inputs, (Batch, Keyed)):
+            return inputs
+        batch = self.axes.batch(inputs, size)
+        if not self._settled:
+            self._settle(batch)
+        return batch
+
+    def _settle(self, inputs: Inputs) -> None:
+        """Find out, on the first batch, what the network computes with."""
+        self._settled = True
+        if in_half(self.model):
+            deployed = self.model_output(inputs)
+            self.widened = torch.float32
+            if not alike(self.model_output(inputs), deployed):
+                self.widened = None
+        with Watch() as watch:
+            self.model_output(inputs)
+        self.rounding = watch.found or self.space.dtype
 
     def _evaluated(self, inputs: Inputs) -> Tensor:
         """Outputs of inputs that may not fit together, for :class:`Axes`; anything may be raised."""
@@ -107,19 +131,25 @@ class FunctionalModel:
         return Replay(inputs.keys, inputs.seed) if isinstance(inputs, Keyed) else nullcontext()
 
     def __call__(
-        self, weights: Mapping[str, Tensor], inputs: Inputs, hooks: Hooks = ()
+        self,
+        weights: Mapping[str, Tensor],
+        inputs: Inputs,
+        hooks: Hooks = (),
+        *,
+        deployed: bool = False,
     ) -> Tensor:
         """Outputs ``(B, *out)``, in the working precision where the model's own are in half.
 
         Args:
             hooks: forward hooks by the path of their module; the user's modules never see them.
+            deployed: as the network runs by itself, whatever stands in for what has no derivative.
         """
         if isinstance(inputs, Keyed):
             with self.drawing(inputs):
-                return self(weights, inputs.inputs, hooks)
+                return self(weights, inputs.inputs, hooks, deployed=deployed)
         given = plain(inputs)
         if self.widened is not None:
-            given = tree_map(_wide(self.widened), given)
+            given = tree_map(widening(self.widened), given)
         named = {n: p for n, p in self.model.named_parameters() if n in weights}
         tensors = {
             id(p): weights[n] if self.widened is not None else weights[n].to(p.dtype)
@@ -129,7 +159,9 @@ class FunctionalModel:
             with self.modules.lent(tensors, hooks) as lent:
                 out = _called(lent, self.user_forward, given)
         else:
-            private, copier = self.modules.private(tensors, hooks, widened=self.widened)
+            private, copier = self.modules.private(
+                tensors, hooks, widened=self.widened, padded=self.padded and not deployed
+            )
             forward = self.user_forward
             out = _called(private, forward and copier.rebound(forward), given)
         if self.layouts is not None:
@@ -149,6 +181,14 @@ class FunctionalModel:
         try:
             with torch.no_grad():
                 out = self(self.weights(), inputs)
+                if self.padded and not self._as_deployed(
+                    out, self(self.weights(), inputs, deployed=True)
+                ):
+                    raise ModelError(
+                        f"{where}: `nn.TransformerEncoder` takes another path without gradients (nested tensors) than "
+                        "with them on these inputs. Build it with `enable_nested_tensor=False`, or call "
+                        "`torch.backends.mha.set_fastpath_enabled(False)`, for deployment as well."
+                    )
         except (NullBayesError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -162,6 +202,21 @@ class FunctionalModel:
                 "per-example rows: return the outputs themselves, or pass `forward=`."
             )
         return out
+
+    def mend_padding(self, inputs: Inputs) -> bool:
+        """Where gradients change the outputs, try whether padded positions of transformer encoders are why."""
+        if self.padded or self.modules.shared or not has_nested(self.model):
+            return False
+        with torch.no_grad():
+            deployed = self(self.weights(), inputs)
+            self.padded = True
+            self.padded = self._as_deployed(self(self.weights(), inputs), deployed)
+        return self.padded
+
+    def _as_deployed(self, ours: Tensor, deployed: Tensor) -> bool:
+        return ours.shape == deployed.shape and bool(
+            (ours - deployed).norm() <= tolerance(self.rounding) * deployed.norm()
+        )
 
     def _check_squeezed(self, inputs: Inputs, out: Tensor, size: int) -> None:
         """Say so where the batch axis went away because the batch is one example."""
@@ -210,9 +265,9 @@ class FunctionalModel:
         )
         if not same:
             raise InputError(
-                f"{where}: the model returns shape (B, {', '.join(map(str, shape))}) for these inputs; the posterior was "
-                f"fitted on outputs of shape (B, {', '.join(map(str, known.shape))}). Pass inputs like the training data's, "
-                "or fit a posterior of its own for this use of the model."
+                f"{where}: the model returns shape (B, {', '.join(map(str, shape))}) for these inputs; the posterior "
+                f"was fitted on outputs of shape (B, {', '.join(map(str, known.shape))}). Pass inputs like the training "
+                "data's, or fit a posterior of its own for this use of the model."
             )
 
     def _explain(self, inputs: Inputs, where: str, error: Exception) -> str:
@@ -258,15 +313,13 @@ def _called(model: nn.Module, forward: Forward | None, inputs: Any) -> Any:
     return model(inputs)
 
 
-def _wide(dtype: torch.dtype) -> Callable[[Any], Any]:
-    return lambda t: t.to(dtype) if isinstance(t, Tensor) and t.dtype in HALF else t
-
-
 def unwrapped(model: Any) -> nn.Module:
     """The module itself: ``torch.compile`` wraps it, and hooks need its layers."""
     if not isinstance(model, nn.Module):
         raise InputError(f"`model` is {type(model).__name__}, expected a torch.nn.Module.")
-    return getattr(model, "_orig_mod", model)
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    check_kind(inner)
+    return inner
 
 
 def as_tensor_output(value: Any) -> Tensor:

@@ -36,8 +36,8 @@ class ParameterSpace:
     """The parameter tensors that take part, laid end to end in a vector of ``P`` numbers.
 
     Tied tensors appear once, under the first name by which the model knows them.
-    All tensors share one device. Where dtypes differ, the vector has the widest, and each tensor is computed with in its
-    own; half precision counts as float32, since rows in it prove nothing.
+    All tensors share one device. Where dtypes differ, the vector has the widest, and each tensor is computed with in
+    its own; half precision counts as float32, since rows in it prove nothing.
 
     Attributes:
         fixed: coordinates ``(k,)`` that no sample may move, such as the row of an embedding's ``padding_idx``.

@@ -1,4 +1,4 @@
-"""A private copy of a module tree for one call: the user's modules are neither written to nor read while weights differ.
+"""A private copy of a module tree for one call: the user's modules are never written to while weights differ.
 
 `torch.func.functional_call` puts other weights into the user's own modules for the length of a call: a second
 thread sees them. Here each call gets modules of its own, which share parameters, buffers and everything else with
@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from nullbayes.model.transformer import PaddedEncoder, is_nested
 
 Hook = Callable[..., Any]
 Hooks = Sequence[tuple[str, Hook]]
@@ -61,15 +63,18 @@ class Copier:
         tensors: Mapping[int, Tensor],
         hooks: Mapping[int, list[Hook]],
         widened: torch.dtype | None,
+        *,
+        padded: bool,
     ) -> None:
-        self.tensors, self.hooks, self.widened = tensors, hooks, widened
+        self.tensors, self.hooks, self.widened, self.padded = tensors, hooks, widened, padded
         self.made: dict[int, nn.Module] = {}
 
     def tree(self, root: nn.Module) -> nn.Module:
-        modules = list(root.modules())
+        modules = list(_copied(root))
         # All modules first: attributes of one may refer to any other.
         for module in modules:
-            self.made[id(module)] = _blank(module)
+            encoder = self.padded and is_nested(module)
+            self.made[id(module)] = _blank(module, PaddedEncoder if encoder else type(module))
         for module in modules:
             self._fill(module, self.made[id(module)])
         return self.made[id(root)]
@@ -85,7 +90,7 @@ class Copier:
             for k, b in state["_buffers"].items()
         }
         state["_modules"] = {
-            k: m if m is None else self.made[id(m)] for k, m in state["_modules"].items()
+            k: m if m is None else self.made.get(id(m), m) for k, m in state["_modules"].items()
         }
         for key, value in state.items():
             if type(value) in _ATOMS or key in _OWN or value is None:
@@ -152,7 +157,7 @@ class Copier:
         return new
 
     def _function(self, value: types.FunctionType, depth: int) -> Any:
-        """A function whose closure, defaults or global names refer to modules of the tree refers to the private ones."""
+        """A function whose closure, defaults or global names refer to the tree refers to the private one."""
         if depth <= 0:
             return value
         closure, changed = value.__closure__, False
@@ -177,9 +182,7 @@ class Copier:
         scope = {**value.__globals__, **mine} if mine else value.__globals__
         if not changed and not mine:
             return value
-        new = types.FunctionType(
-            value.__code__, scope, value.__name__, value.__defaults__, closure
-        )
+        new = types.FunctionType(value.__code__, scope, value.__name__, value.__defaults__, closure)
         new.__kwdefaults__ = value.__kwdefaults__
         new.__dict__.update(value.__dict__)
         return new
@@ -198,8 +201,20 @@ class Copier:
         return True
 
 
-def _blank(module: nn.Module) -> nn.Module:
-    kind = type(module)
+def _copied(root: nn.Module) -> Iterator[nn.Module]:
+    """All modules of a tree, each once, but for TorchScript, which stays as it is."""
+    seen: set[int] = set()
+    waiting = [root]
+    while waiting:
+        module = waiting.pop()
+        if id(module) in seen or isinstance(module, torch.jit.ScriptModule):
+            continue
+        seen.add(id(module))
+        yield module
+        waiting += [child for child in module._modules.values() if child is not None]
+
+
+def _blank(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         kind = _Passthrough
     elif kind.__name__ == "OptimizedModule" and "_orig_mod" in module._modules:
@@ -256,19 +271,21 @@ class Modules:
         hooks: Hooks = (),
         root: nn.Module | None = None,
         widened: torch.dtype | None = None,
+        padded: bool = False,
     ) -> tuple[nn.Module, Copier]:
         """A copy of ``root`` (default: the whole model) with ``tensors`` by the identity of the parameter.
 
         Args:
             hooks: forward hooks by the path of their module, called with keyword arguments before the user's.
             widened: what tensors in half precision become.
+            padded: transformer encoders give zeros at padded positions, see ``transformer.py``.
         """
         root = self.model if root is None else root
         by_path = dict(root.named_modules(remove_duplicate=False)) if hooks else {}
         hooked: dict[int, list[Hook]] = {}
         for path, hook in hooks:
             hooked.setdefault(id(by_path[path]), []).append(hook)
-        copier = Copier(tensors, hooked, widened)
+        copier = Copier(tensors, hooked, widened, padded=padded)
         return copier.tree(root), copier
 
     @contextmanager
@@ -300,9 +317,7 @@ def _lend(module: nn.Module, tensors: Mapping[int, Tensor], undo: list[Callable[
     module._parameters.update(lent)
     buffers = dict(module._buffers)
     undo.append(functools.partial(module._buffers.update, buffers))
-    module._buffers.update(
-        {k: b if b is None else b.detach().clone() for k, b in buffers.items()}
-    )
+    module._buffers.update({k: b if b is None else b.detach().clone() for k, b in buffers.items()})
     if isinstance(module, nn.RNNBase):
         kept = {n: vars(module)[n] for n in ("_flat_weights", "_flat_weight_refs")}
         undo.append(functools.partial(vars(module).update, kept))

@@ -81,7 +81,9 @@ def content_hash(inputs: Any, size: int) -> Tensor:
     total: Tensor | None = None
     # What has length one counts for every example: alone, an example cannot say whether that is its own.
     flags = flags_of(inputs, size)
-    leaves = [t for t, has in zip(tree_flatten(plain(inputs))[0], flags, strict=True) if has or _one(t)]
+    leaves = [
+        t for t, has in zip(tree_flatten(plain(inputs))[0], flags, strict=True) if has or _one(t)
+    ]
     for place, leaf in enumerate(leaves):
         flat = (torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf).detach()
         flat = flat.reshape(len(flat), -1).expand(size, -1)

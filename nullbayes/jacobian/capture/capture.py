@@ -128,6 +128,8 @@ def capture(
     hooks, records, uses = _recorders(plan)
     with torch.enable_grad():
         outputs = functional(functional.weights(requires_grad=True), inputs, hooks)
+    # Copies: activation checkpointing calls modules, and so the hooks, once more in the backward pass.
+    records, uses = list(records), list(uses)
     made = make_cotangents(outputs.detach())
     cotangents = made.values.to(outputs.dtype)
     count, size = cotangents.shape[:2]

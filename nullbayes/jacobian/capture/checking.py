@@ -53,9 +53,9 @@ def captured(
     while True:
         try:
             return capture(functional, plan, inputs, make, scales)
-        except (NullBayesError, LocalFailed, *_MEMORY):
-            raise
-        except Exception as error:
+        except Exception as error:  # noqa: PERF203 - each failure changes the plan
+            if isinstance(error, (NullBayesError, LocalFailed, *_MEMORY)):
+                raise
             with _MENDING:
                 _other_way(functional, plan, inputs, error, where)
 
@@ -84,7 +84,9 @@ def checked(
         found = _unscaled(functional, found[0], scales)
         with _MENDING:
             _note_reached(functional, plan, inputs, expected)
-            bad = gradient_mismatches(functional.space, expected, found)
+            bad = gradient_mismatches(
+                functional.space, expected, found, rounding=functional.rounding
+            )
             if not bad:
                 if batch_size(inputs) > 1:
                     for site in plan.sites:
@@ -106,7 +108,7 @@ def captured_at_use(
     if signature(inputs) in plan.proved:
         return captured(functional, plan, inputs, make, scales, where)
     if functional.randomness is None:
-        check_separate(functional, inputs, functional.outputs(inputs, where), where)
+        inputs = separate(functional, inputs, functional.outputs(inputs, where), where, 0)
     return checked(functional, plan, inputs, make, scales, where)
 
 
@@ -121,9 +123,12 @@ def separate(
     try:
         check_separate(functional, inputs, outputs, where, index)
     except ModelError:
-        other = None if functional.randomness is not None else functional.axes.again(inputs)
-        if other is None:
-            raise
+        other = inputs
+        if not functional.mend_padding(inputs):
+            found = None if functional.randomness is not None else functional.axes.again(inputs)
+            if found is None:
+                raise
+            other = found
         check_separate(functional, other, functional.outputs(other, where), where, index)
         return other
     return inputs
@@ -221,6 +226,7 @@ def cannot(
 
 
 def reentrant(where: str) -> ModelError:
+    """What to say of activation checkpointing that allows no derivatives of single examples."""
     return ModelError(
         f"{where}: the network recomputes activations in the backward pass (`torch.utils.checkpoint`) in a way "
         "that gives no derivatives for single examples. Pass `use_reentrant=False` there, or turn checkpointing off in "

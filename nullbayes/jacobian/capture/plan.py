@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
 from typing import Any
 
 from torch import nn
@@ -11,6 +10,7 @@ from torch import nn
 from nullbayes.errors import ModelError
 from nullbayes.jacobian.capture.single_module import LocalSite
 from nullbayes.jacobian.layers.rule import LayerRule, rule_for
+from nullbayes.model.checks import quantised
 from nullbayes.model.functional import FunctionalModel
 
 
@@ -53,13 +53,15 @@ class CapturePlan:
     # Which of the ways to differentiate along a weight change this model takes, see `linearise.py`.
     product: int = 0
 
-    def check_reached(self) -> None:
+    def check_reached(self, model: nn.Module) -> None:
         """Raise :class:`ModelError` if there is a parameter that no example leads to."""
         if self.unreached:
+            packed = quantised(model)
             raise ModelError(
                 f"no gradient path leads from the output to {sorted(self.unreached)} on any example: nothing can be "
                 "preserved by them. Leave them out with `parameters=lambda name, p: name not in "
                 "{...}`, or look for `.detach()` / `torch.no_grad()` / integer conversions in the forward pass."
+                + (f" Quantised layers have no derivative: {packed[:5]}." if packed else "")
             )
 
     def owners(self, name: str) -> list[Site]:

@@ -9,11 +9,9 @@ time. What does not match goes to the generic path by name; what then still diff
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from nullbayes.audit.precision import tolerance
 from nullbayes.errors import ModelError, NonFiniteError
@@ -23,10 +21,7 @@ from nullbayes.jacobian.capture.plan import CapturePlan, make_plan
 from nullbayes.jacobian.capture.single_module import LocalFailed, LocalSite, ancestors
 from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.model.functional import FunctionalModel
-from nullbayes.model.parameters import HALF
 
-# Distance of a network in half precision from the same in float32, relative: its rounding, and not another network.
-HALF_ALIKE = 0.1
 PROBE_EXAMPLES = 3
 PROBE_COTANGENTS = 2
 
@@ -38,7 +33,6 @@ def prove(functional: FunctionalModel, inputs: Inputs) -> CapturePlan:
         ModelError: the output has no batch axis, an example's output depends on the other examples
             of its batch or on chance, or rows still differ when every doubtful parameter is on the generic path.
     """
-    settle_precision(functional, inputs)
     inputs = functional.batch(inputs)
     inputs = take(inputs, 0, min(batch_size(inputs), PROBE_EXAMPLES))
     size = batch_size(inputs)
@@ -62,53 +56,6 @@ def prove(functional: FunctionalModel, inputs: Inputs) -> CapturePlan:
         site.axis_proved = size > 1
     plan.settled = True
     return plan
-
-
-def settle_precision(functional: FunctionalModel, inputs: Inputs) -> None:
-    """Compute a network in half precision with float32 numbers, where it takes them; note what it rounds to.
-
-    Rows in half precision prove nothing. The same weights in float32 give the same network without its rounding.
-    """
-    model = functional.model
-    tensors = (*model.parameters(), *model.buffers())
-    if functional.widened is None and any(t.dtype in HALF for t in tensors):
-        inputs = functional.batch(inputs)
-        deployed = functional.model_output(inputs)
-        functional.widened = torch.float32
-        wide = functional.model_output(inputs)
-        if wide is None or (deployed is not None and not _alike(wide, deployed)):
-            functional.widened = None
-    functional.rounding = least_precise(functional, inputs)
-
-
-def _alike(wide: Tensor, deployed: Tensor) -> bool:
-    """Whether float32 numbers give the network in half precision, as far as its rounding lets one see."""
-    if wide.shape != deployed.shape:
-        return False
-    return bool((wide - deployed).norm() <= HALF_ALIKE * deployed.norm())
-
-
-class _Watch(TorchFunctionMode):
-    """Notes whether anything is computed in half precision."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: torch.dtype | None = None
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and out.dtype in HALF:
-            self.found = out.dtype
-        return out
-
-
-def least_precise(functional: FunctionalModel, inputs: Inputs) -> torch.dtype:
-    """The working precision, or the half precision that a forward pass was seen to compute in (autocast inside)."""
-    with _Watch() as watch:
-        functional.model_output(functional.batch(inputs))
-    return watch.found or functional.space.dtype
 
 
 def _check_outputs(functional: FunctionalModel, inputs: Inputs, outputs: Tensor, size: int) -> None:
@@ -156,8 +103,8 @@ def _one_by_one(functional: FunctionalModel, inputs: Inputs, outputs: Tensor) ->
             continue
         raise ModelError(
             f"one example alone gives outputs of shape {tuple(out.shape)}, {len(outputs)} together give "
-            f"{tuple(outputs.shape)}: the batch axis of length one is removed on the way. Look for `.squeeze()` without "
-            "an axis in the forward pass (or in `forward=`), and name the axis (`.squeeze(-1)`)."
+            f"{tuple(outputs.shape)}: the batch axis of length one is removed on the way. Look for `.squeeze()` "
+            "without an axis in the forward pass (or in `forward=`), and name the axis (`.squeeze(-1)`)."
         )
     return torch.cat(alone)
 

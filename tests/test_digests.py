@@ -36,7 +36,11 @@ FIGURES = (
     *("constraints", "parameters", "rank", "null_dim", "prior_share", "delta", "discarded_trace"),
     *("iterations", "examples", "checked_examples", "num_samples"),
 )
-RENAMED: dict[str, str] = {}
+RENAMED = {
+    "map_accuracy": "network_score",
+    "posterior_accuracy": "posterior_score",
+    "unseen_divergence": "left_out_divergence",
+}
 
 Case = Callable[[], tuple[Any, Any, Any]]
 CASES: dict[str, Case] = {}
@@ -195,13 +199,13 @@ def tensors_of(posterior: Any, new: Tensor, targets: Tensor | None) -> dict[str,
         "mean": prediction.mean,
         "variance": prediction.variance,
         "total": prediction.total,
-        "sampled": posterior.predict(new, "sampled").outputs,
+        "sampled": posterior.predict(new, method="sampled").outputs,
     }
     for score in ("information", "variance", "share"):
-        out[f"novelty {score}"] = posterior.novelty(new, score)
-        out[f"novelty {score}, sampled"] = posterior.novelty(new, score, exact=False)
+        out[f"novelty {score}"] = posterior.novelty(new, score=score)
+        out[f"novelty {score}, sampled"] = posterior.novelty(new, score=score, exact=False)
     if targets is not None:
-        out["novelty loss"] = posterior.novelty(new, "loss", targets=targets)
+        out["novelty loss"] = posterior.novelty(new, score="loss", targets=targets)
     figures = posterior.certificate.as_dict()
     out["certificate"] = torch.tensor([figure(figures, name) for name in FIGURES], dtype=F64)
     return out

@@ -10,7 +10,7 @@ from torch import Tensor, distributions, nn
 from torch.testing import assert_close
 
 import nullbayes as nb
-from nullbayes.certificate.certificate import ALLOWED_DIVERGENCE
+from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE
 from nullbayes.likelihood import Likelihood, Moments
 
 F64 = torch.float64
@@ -103,7 +103,7 @@ def test_the_evidence_gives_way_where_rows_leave_predictions_open(options: dict[
         )
 
     assert 0.9 * ALLOWED_DIVERGENCE <= divergence() <= 1.001 * ALLOWED_DIVERGENCE
-    assert posterior.certificate.posterior_accuracy == 1
+    assert posterior.certificate.posterior_score == 1
     whole = nb.NullSpacePosterior(model, delta=0).fit([(x, y)], 20, progress=False)
     # Where all rows are held, it is other data that decides: what the training data do is far below what is allowed.
     held = nb.NullSpacePosterior(model, delta=0, prior_precision=whole.prior_precision)

@@ -198,15 +198,15 @@ def test_other_dtypes_of_data_and_model() -> None:
 def test_predict_with_inputs_of_a_wrong_shape(method: str) -> None:
     posterior = fit(network())
     with says(nb.InputError, "`x`", "(2, 5)", "trained on", "forward="):
-        posterior.predict(torch.randn(2, 5), method)
+        posterior.predict(torch.randn(2, 5), method=method)
     with says(nb.InputError, "`x`", "no examples", "at least one"):
-        posterior.predict(X[:0], method)
+        posterior.predict(X[:0], method=method)
     with says(nb.InputError, "`x`", "list", "torch.as_tensor"):
-        posterior.predict([[1.0, 2.0, 3.0]], method)
+        posterior.predict([[1.0, 2.0, 3.0]], method=method)
     with says(nb.InputError, "`x`", "(2, 3)", "forward="):
-        posterior.predict((X[:2], X[:2]), method)
+        posterior.predict((X[:2], X[:2]), method=method)
     with says(nb.InputError, "`x`", "unexpected keyword", "mapping"):
-        posterior.predict({"a": X[:2]}, method)
+        posterior.predict({"a": X[:2]}, method=method)
 
 
 def test_a_token_outside_the_table() -> None:
@@ -293,7 +293,7 @@ def test_the_cut_into_batches_does_not_matter(sizes: list[int], seed: int) -> No
         "examples",
         "checked_examples",
         "held",
-        "map_accuracy",
+        "network_score",
     ):
         assert one[name] == other[name], name
 
@@ -500,10 +500,7 @@ def test_what_is_no_model() -> None:
 def test_mixed_dtypes_and_integer_parameters() -> None:
     model = network()
     model[0].double()
-    with says(
-        nb.ModelError, "one dtype", "torch.float32", "torch.float64", "model.to(", "parameters="
-    ):
-        nb.NullSpacePosterior(model)
+    assert nb.NullSpacePosterior(model).space.dtype == torch.float64
     assert nb.NullSpacePosterior(model, parameters=["2.weight"]).space.dtype == torch.float32
     complex_model = nn.Linear(3, 3, dtype=torch.complex64)
     with says(nb.ModelError, "real", "complex64"):
@@ -653,6 +650,12 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     assert_same(snapshot(model), before)
 
 
+class Countdown:
+    """Outside of the module: each call of the library has modules of its own."""
+
+    left = -1
+
+
 class Delicate(nn.Module):
     """Rules and the generic path, statistics, a call counter, a frozen weight; fails when told to."""
 
@@ -662,12 +665,20 @@ class Delicate(nn.Module):
         self.scale = nn.Parameter(torch.rand(8) + 0.5)
         self.recurrent = nn.GRU(8, 8, batch_first=True)
         self.register_buffer("calls", torch.zeros(()))
-        self.countdown, self.error = -1, KeyboardInterrupt
+        self.shared, self.error = Countdown(), KeyboardInterrupt
+
+    @property
+    def countdown(self) -> int:
+        return self.shared.left
+
+    @countdown.setter
+    def countdown(self, left: int) -> None:
+        self.shared.left = left
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1.0
         h = torch.tanh(self.norm(self.inner(x))) * self.scale
-        self.countdown -= 1
+        self.shared.left -= 1
         if self.countdown == 0:
             raise self.error("stop")
         h = self.recurrent(h[:, None])[0][:, 0]
@@ -719,14 +730,15 @@ def test_an_interrupt_in_any_forward_pass_leaves_no_trace(likelihood: str, error
     posterior = nb.NullSpacePosterior(model, likelihood).fit(loader, 3, **QUIET)
     earlier, before = same_answers(posterior), snapshot(model)
     other = [(2 * X[:4], targets.flip(0)[:4]), (X[4:], targets.flip(0)[4:])]
+    wanted = nb.NullSpacePosterior(model, likelihood).fit(loader, 3, **QUIET)
     model.countdown = 10**6
-    wanted = nb.NullSpacePosterior(model, likelihood).fit(other, 3, 1, **QUIET)
+    wanted.fit(other, 3, 1, **QUIET)
     calls, stopped = 10**6 - model.countdown, 0
-    for at in range(1, calls + 1, 2):
+    for at in range(1, calls + 1, 5):
         model.countdown = at
         try:
             posterior.fit(other, 3, 1, **QUIET)
-        except (error, nb.InputError) as caught:
+        except (error, nb.InputError, nb.ModelError) as caught:
             model.countdown, stopped = -1, stopped + 1
             assert caught.__class__ is error or caught.__cause__.__class__ is error
             assert_same(same_answers(posterior), earlier)

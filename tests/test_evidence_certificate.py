@@ -98,14 +98,14 @@ def good() -> Certificate:
     ).certificate
     assert certificate.status == Status.CONVERGED.value and certificate.residual <= 1e-10
     return replace(
-        certificate, drift=1e-3, sampled_drift=2e-3, map_accuracy=0.9, posterior_accuracy=0.9
+        certificate, drift=1e-3, sampled_drift=2e-3, network_score=0.9, posterior_score=0.9
     )
 
 
 def test_held(good: Certificate) -> None:
     assert good.held and good.verdict.startswith("The guarantee held")
     assert "0.9000 → 0.9000" in good.verdict and "the training predictions" in good.verdict
-    assert replace(good, posterior_accuracy=0.95).held
+    assert replace(good, posterior_score=0.95).held
     assert "weak" not in good.verdict and "sampled network drifts" not in good.verdict
 
 
@@ -121,10 +121,10 @@ def test_held(good: Certificate) -> None:
             {"null_dim": 0},
             ("null space is empty", "directions=", "preserve='loss'", "LaplacePosterior"),
         ),
-        ({"posterior_accuracy": 0.89}, ("accuracy 0.9000 → 0.8900",)),
-        ({"map_accuracy": math.nan, "posterior_accuracy": math.nan}, ("no training accuracy",)),
-        ({"posterior_accuracy": math.nan}, ("no training accuracy",)),
-        ({"score_name": "rmse", "posterior_accuracy": 0.902}, ("RMSE 0.9000 → 0.9020",)),
+        ({"posterior_score": 0.89}, ("accuracy 0.9000 → 0.8900",)),
+        ({"network_score": math.nan, "posterior_score": math.nan}, ("no training accuracy",)),
+        ({"posterior_score": math.nan}, ("no training accuracy",)),
+        ({"score_name": "rmse", "posterior_score": 0.902}, ("RMSE 0.9000 → 0.9020",)),
         ({"residual": math.nan}, ("nan", "misses the tolerance")),
         ({"residual": math.inf}, ("inf", "misses the tolerance")),
     ],
@@ -139,9 +139,9 @@ def test_weak(good: Certificate, changes: dict[str, Any], words: tuple[str, ...]
 
 def test_regression_scores_may_move_a_little(good: Certificate) -> None:
     regression = replace(good, score_name="rmse")
-    assert replace(regression, posterior_accuracy=0.9005).held
-    assert replace(regression, posterior_accuracy=0.1).held
-    assert not replace(regression, posterior_accuracy=0.91).held
+    assert replace(regression, posterior_score=0.9005).held
+    assert replace(regression, posterior_score=0.1).held
+    assert not replace(regression, posterior_score=0.91).held
     assert "training RMSE" in str(regression) and "accuracy" not in regression.verdict
 
 
@@ -159,9 +159,9 @@ def test_a_residual_below_delta_is_on_purpose(good: Certificate) -> None:
         ({"discarded_trace": 0.0123}, "1.23 % of the Hessians' trace was left out"),
         ({"notes": ("jitter raised to 1e-4",)}, "jitter raised to 1e-4"),
         ({"evidence": 0.1, "prior_precision": 2.0}, "prior precision to 0.1; it was raised to 2,"),
-        ({"evidence": 2.0, "unseen_divergence": 0.015}, "by 0.015 nats, more where"),
+        ({"evidence": 2.0, "left_out_divergence": 0.015}, "by 0.015 nats, more where"),
         (
-            {"evidence": 0.01, "prior_precision": 2.0, "unseen_divergence": 0.02},
+            {"evidence": 0.01, "prior_precision": 2.0, "left_out_divergence": 0.02},
             "the names of the last layers",
         ),
     ],
@@ -176,19 +176,19 @@ def test_advice_beside_a_guarantee_that_held(
 
 
 def test_a_prior_raised_a_little_is_no_reason_to_keep_more(good: Certificate) -> None:
-    raised = replace(good, evidence=0.1, prior_precision=2.0, unseen_divergence=0.02)
+    raised = replace(good, evidence=0.1, prior_precision=2.0, left_out_divergence=0.02)
     assert "it was raised" in raised.verdict and "last layers" not in raised.verdict
     # Raised for the training data's sake: other examples are no worse off.
-    kept = replace(good, evidence=0.01, prior_precision=2.0, unseen_divergence=0.001)
+    kept = replace(good, evidence=0.01, prior_precision=2.0, left_out_divergence=0.001)
     assert "it was raised" in kept.verdict and "last layers" not in kept.verdict
 
 
 def test_laplace_promises_nothing(good: Certificate) -> None:
-    laplace = replace(good, method="Laplace", posterior_accuracy=0.85)
-    assert not laplace.held and not laplace.projects
+    laplace = replace(good, method="Laplace", posterior_score=0.85)
+    assert not laplace.held and not laplace.promises
     assert "does not promise" in laplace.verdict and "costs 0.0500" in laplace.verdict
-    assert "it did here" in replace(laplace, posterior_accuracy=0.9).verdict
-    unknown = replace(laplace, map_accuracy=math.nan, posterior_accuracy=math.nan).verdict
+    assert "it did here" in replace(laplace, posterior_score=0.9).verdict
+    unknown = replace(laplace, network_score=math.nan, posterior_score=math.nan).verdict
     assert "does not promise" in unknown and "it did here" not in unknown
     stopped = replace(laplace, status=Status.MAX_ITERATIONS.value)
     assert "not exact" in stopped.verdict and "`max_iterations`" in stopped.verdict
@@ -243,7 +243,7 @@ def test_what_is_measured_is_true() -> None:
     c, p = posterior.certificate, posterior.predict(X)
     before = model(X).detach().softmax(1)
     drift = (p.outputs.softmax(2) - before).square().mean().sqrt()
-    linear = posterior.preserve.change(posterior.likelihood, p.point, p.outputs, Y, True)
+    linear = posterior.preserve.change(posterior.likelihood, p.point, p.outputs, Y, linear=True)
     assert_close(
         torch.tensor(c.drift, dtype=torch.float64),
         linear.double().square().mean().sqrt(),
@@ -251,12 +251,12 @@ def test_what_is_measured_is_true() -> None:
         atol=0,
     )
     assert float(drift) <= 3 * c.drift + 1e-6
-    sampled = posterior.predict(X, "sampled").outputs.softmax(2) - before
+    sampled = posterior.predict(X, method="sampled").outputs.softmax(2) - before
     assert c.sampled_drift == pytest.approx(
         float(sampled.double().square().mean().sqrt()), rel=1e-4
     )
-    assert c.map_accuracy == pytest.approx(float((before.argmax(1) == Y).double().mean()))
-    assert c.posterior_accuracy == pytest.approx(float((p.mean.argmax(1) == Y).double().mean()))
+    assert c.network_score == pytest.approx(float((before.argmax(1) == Y).double().mean()))
+    assert c.posterior_score == pytest.approx(float((p.mean.argmax(1) == Y).double().mean()))
     assert (c.examples, c.checked_examples, c.num_samples) == (7, 7, 8)
     assert c.rank + c.null_dim == c.parameters == 45 and c.constraints == 14
     assert 0 < c.prior_share < 1 and c.seconds > 0 and c.peak_memory > 2**20
@@ -461,7 +461,7 @@ def test_bars_go_to_standard_error_and_vanish(capfd: pytest.CaptureFixture[str])
 def test_tracking_yields_the_items(items: Any, show: bool) -> None:
     items = list(items) if isinstance(items, list) else iter([1, 2, 3])
     wanted = [] if items == [] else [1, 2, 3]
-    with progress.stages(show) as stage:
+    with progress.stages(show=show) as stage:
         assert list(stage.track(items, "work")) == wanted
         tick = stage.fraction("share")
         if show:
@@ -509,7 +509,7 @@ def test_examples_that_are_left_out_are_spoken_of() -> None:
     def told(limit: int | None, given: Any = loader) -> bool:
         posterior = nb.NullSpacePosterior(network())
         notes = posterior.fit(given, 2, max_examples=limit, **QUIET).certificate.notes
-        return any(f"3 of {len(X)} examples were kept" in note for note in notes)
+        return any(f"3 of {len(X)} examples are constrained" in note for note in notes)
 
     assert told(3)
     assert not told(None) and not told(len(X)) and not told(len(X) + 5)

@@ -61,20 +61,22 @@ def test_exact_information_is_the_log_determinant(solver: str, kind: Any) -> Non
     natural = posterior.certificate.rank / weights_squared(model)
     new = 3 * inputs(6, 2)
     wanted = dense(model, new, covariance / natural)
-    found = posterior.novelty(new, "information", exact=True)
+    found = posterior.novelty(new, score="information", exact=True)
     assert_close(found, wanted, rtol=1e-5, atol=1e-7)
     assert float(wanted.max()) > 0.1  # nats
     posterior.prior_precision = 50.0  # what is new stays what it is
-    assert_close(posterior.novelty(new, "information", exact=True), found)
-    assert posterior.novelty(new, "variance").max() < found.max()
+    assert_close(posterior.novelty(new, score="information", exact=True), found)
+    assert posterior.novelty(new, score="variance").max() < found.max()
 
 
 def test_information_of_samples_approaches_it() -> None:
     model, x, y = network(), inputs(10), torch.arange(10) % 3
     posterior = nb.NullSpacePosterior(model).fit([(x, y)], 4000, **QUIET)
     new = 2 * inputs(5, 2)
-    exact = posterior.novelty(new, "information", exact=True)
-    assert_close(posterior.novelty(new, "information", exact=False), exact, rtol=0.05, atol=0.01)
+    exact = posterior.novelty(new, score="information", exact=True)
+    assert_close(
+        posterior.novelty(new, score="information", exact=False), exact, rtol=0.05, atol=0.01
+    )
     assert_close(posterior.novelty(new), exact)  # the default score, exact where that is cheap
 
 
@@ -83,7 +85,7 @@ def test_more_outputs_than_samples_or_fewer(samples: int, tmp_path: Path) -> Non
     model, x, y = network(20), inputs(3), torch.arange(3)
     posterior = nb.NullSpacePosterior(model).fit([(x, y)], samples, **QUIET)
     new = inputs(4, 2)
-    found = posterior.novelty(new, "information", exact=False)
+    found = posterior.novelty(new, score="information", exact=False)
     prediction = posterior.predict(new)
     change = posterior.likelihood.centre(prediction.outputs - prediction.point)
     natural = posterior.certificate.rank / weights_squared(model)
@@ -91,7 +93,9 @@ def test_more_outputs_than_samples_or_fewer(samples: int, tmp_path: Path) -> Non
     covariance = covariance * posterior.prior_precision / natural
     assert_close(found, 0.5 * torch.logdet(torch.eye(20).double() + covariance))
     posterior.save(tmp_path / "p.safetensors")
-    assert_close(nb.load(tmp_path / "p.safetensors", model).novelty(new, "information"), found)
+    assert_close(
+        nb.load(tmp_path / "p.safetensors", model).novelty(new, score="information"), found
+    )
 
 
 def test_regression_counts_in_noise() -> None:
@@ -105,7 +109,9 @@ def test_regression_counts_in_noise() -> None:
     covariance = torch.eye(rows.shape[1]).double() - torch.linalg.pinv(rows) @ rows
     natural = posterior.certificate.rank / weights_squared(model)
     wanted = dense(model, new, covariance / natural, noise.sqrt()[:, None])
-    assert_close(posterior.novelty(new, "information", exact=True), wanted, rtol=1e-6, atol=1e-8)
+    assert_close(
+        posterior.novelty(new, score="information", exact=True), wanted, rtol=1e-6, atol=1e-8
+    )
 
 
 def test_one_output_keeps_the_order_of_the_variance() -> None:
@@ -113,7 +119,7 @@ def test_one_output_keeps_the_order_of_the_variance() -> None:
     posterior = nb.NullSpacePosterior(model, nb.Regression(0.1)).fit([(x, x[:, :1])], 9, **QUIET)
     new = 2 * inputs(50, 2)
     order = posterior.novelty(new, exact=True).argsort()
-    assert torch.equal(posterior.novelty(new, "information", exact=True).argsort(), order)
+    assert torch.equal(posterior.novelty(new, score="information", exact=True).argsort(), order)
 
 
 def test_weights_without_a_size() -> None:

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 import nullbayes as nb
 from nullbayes import solvers
 from nullbayes.certificate import leave_one_out as leaving
-from nullbayes.certificate.certificate import ALLOWED_UNSEEN
+from nullbayes.certificate.verdict import ALLOWED_LEFT_OUT
 from nullbayes.fit.prior_samples import standard_normal
 from nullbayes.jacobian.operator import DenseOperator
 from nullbayes.solvers import block_cg
@@ -62,7 +62,7 @@ def test_first_without_some_rows_then_with_all(
         there[span] = False
     # A shift far below every eigenvalue: the numerical null space is the exact one.
     state = solvers.ConjugateGradient(1e-9, 2000, equilibrate=equilibrate).prepare(DenseOperator(a))
-    state.factorise(1e-12 if numerical else 0.0, numerical)
+    state.factorise(1e-12 if numerical else 0.0, numerical=numerical)
     some = state.project_without(v, spans)
     assert some is not None
     rest = a[there]
@@ -108,14 +108,14 @@ def test_what_joins_late_saw_a_fit_without_it(monkeypatch: pytest.MonkeyPatch) -
 def test_the_prior_heeds_it_and_the_rest_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     with_some = fitted()
     c = with_some.certificate
-    assert c.unseen_divergence is not None and 0 < c.unseen_divergence <= ALLOWED_UNSEEN
+    assert c.left_out_divergence is not None and 0 < c.left_out_divergence <= ALLOWED_LEFT_OUT
     exact = fitted(solver=solvers.DualCholesky()).certificate
     # Half of these few examples are held out together, not one at a time: more of their rows are free.
-    assert exact.unseen_divergence is not None
+    assert exact.left_out_divergence is not None
     assert 0.5 < c.prior_precision / exact.prior_precision < 20
     monkeypatch.setattr("nullbayes.fit.pipeline.held_out", lambda *_: [])
     at_once = fitted(prior_precision=c.prior_precision).certificate
-    assert at_once.unseen_divergence is None
+    assert at_once.left_out_divergence is None
     assert c.residual == pytest.approx(at_once.residual, rel=0.2)
     assert c.prior_share == pytest.approx(at_once.prior_share, rel=0.02)
     assert c.held and at_once.held
@@ -131,7 +131,7 @@ def test_the_prior_heeds_it_and_the_rest_stays(monkeypatch: pytest.MonkeyPatch) 
     ids=["preconditioned", "alternating", "prior given"],
 )
 def test_where_nothing_is_held_out(options: dict[str, Any]) -> None:
-    assert fitted(**options).certificate.unseen_divergence is None
+    assert fitted(**options).certificate.left_out_divergence is None
 
 
 def test_two_examples_are_enough_and_one_is_not() -> None:
@@ -139,7 +139,7 @@ def test_two_examples_are_enough_and_one_is_not() -> None:
     for examples, told in ((1, False), (2, True)):
         posterior = nb.NullSpacePosterior(model, solver=solvers.ConjugateGradient())
         c = posterior.fit([(x[:examples], y[:examples])], 3, **QUIET).certificate
-        assert (c.unseen_divergence is not None) is told
+        assert (c.left_out_divergence is not None) is told
 
 
 class Killed(BaseException):
@@ -152,11 +152,11 @@ def test_killed_and_resumed(at: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = tmp_path / "fit.ckpt"
     offer = Watch.offer
 
-    def killing(self: Watch, state: dict[str, Tensor], now: bool = False) -> None:
+    def killing(self: Watch, state: dict[str, Tensor], *, now: bool = False) -> None:
         second = self._before is not None
         if at == "between" and second:
             raise Killed
-        offer(self, state, now)
+        offer(self, state, now=now)
         if (at == "first" and not second) or second:
             raise Killed
 
@@ -176,7 +176,7 @@ def test_killed_and_resumed(at: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     found = fitted(checkpoint=path).certificate
     assert len(calls) == (0 if at == "second" else 1)
     assert not path.exists()
-    assert found.unseen_divergence == pytest.approx(wanted.unseen_divergence, rel=1e-2)
+    assert found.left_out_divergence == pytest.approx(wanted.left_out_divergence, rel=1e-2)
     assert found.prior_precision == pytest.approx(wanted.prior_precision, rel=1e-2)
 
 
@@ -195,6 +195,6 @@ def test_interrupted_while_some_are_held_out(
         m.setattr(block_cg, "_advance", interrupted)
         c = fitted(checkpoint=path).certificate
     assert c.status == solvers.Status.INTERRUPTED.value and not c.held
-    assert c.unseen_divergence is None and 1e-3 < c.residual < 1
+    assert c.left_out_divergence is None and 1e-3 < c.residual < 1
     assert path.exists()
-    assert fitted(checkpoint=path).certificate.unseen_divergence is not None
+    assert fitted(checkpoint=path).certificate.left_out_divergence is not None

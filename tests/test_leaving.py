@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import nullbayes as nb
 from nullbayes import datasets
 from nullbayes.certificate import leave_one_out as leaving
-from nullbayes.certificate.certificate import ALLOWED_UNSEEN
+from nullbayes.certificate.verdict import ALLOWED_LEFT_OUT
 from nullbayes.fit.prior_samples import standard_normal
 from nullbayes.jacobian.operator import DenseOperator
 
@@ -98,14 +98,14 @@ def test_the_certificate_tells_and_the_prior_heeds_it() -> None:
         model[2].weight *= 6  # type: ignore[index]
     posterior = nb.NullSpacePosterior(model).fit([(x, y)], 20, **QUIET)
     c = posterior.certificate
-    assert c.unseen_divergence is not None and 0 < c.unseen_divergence <= ALLOWED_UNSEEN
-    assert c.unseen_divergence > 0.5 * ALLOWED_UNSEEN  # the bound is what decided
+    assert c.left_out_divergence is not None and 0 < c.left_out_divergence <= ALLOWED_LEFT_OUT
+    assert c.left_out_divergence > 0.5 * ALLOWED_LEFT_OUT  # the bound is what decided
     assert c.evidence is not None and c.prior_precision > c.evidence
     assert "it was raised to" in c.verdict and "divergence, left out" in str(c)
     assert "`calibrate` decides" in c.verdict
-    tight = c.unseen_divergence
+    tight = c.left_out_divergence
     posterior.prior_precision = c.prior_precision / 100
-    assert (posterior.certificate.unseen_divergence or 0) > 3 * tight
+    assert (posterior.certificate.left_out_divergence or 0) > 3 * tight
     assert posterior.certificate.held  # the training data are kept as before
     assert "evidence" not in posterior.certificate.verdict  # which no longer decides
 
@@ -123,7 +123,7 @@ def test_where_it_cannot_be_told_it_is_not(options: dict[str, Any]) -> None:
     model, x, y = problem()
     targets = torch.randn(len(y), 3).double() if "likelihood" in options else y
     posterior = nb.NullSpacePosterior(model, **options).fit([(x, targets)], 4, **QUIET)
-    assert posterior.certificate.unseen_divergence is None
+    assert posterior.certificate.left_out_divergence is None
     assert "left out" not in str(posterior.certificate)
 
 
@@ -146,7 +146,7 @@ def test_the_estimate_is_that_of_data_never_seen() -> None:
         posterior.prior_precision = alpha
         prediction = posterior.predict(x)
         seen = posterior.likelihood.divergence(prediction.point, prediction.outputs, y)
-        estimate = posterior.certificate.unseen_divergence
+        estimate = posterior.certificate.left_out_divergence
         assert estimate is not None and 0.4 < estimate / float(seen.mean()) < 1.6
 
 

@@ -146,7 +146,7 @@ def test_dtype_grad_mode_and_rng_are_left_alone(case):
             Likelihood.loss_gradient(likelihood, outputs, targets),
             Likelihood.hessian_factor(likelihood, outputs, targets),
             likelihood.log_predictive(outputs[None], targets),
-            likelihood.moments(outputs[None], outputs, True).total,
+            likelihood.moments(outputs[None], outputs, linearised=True).total,
         ):
             assert result.dtype == torch.float32
             assert not result.requires_grad
@@ -287,10 +287,10 @@ def test_axis_seen_in_training_is_used_for_predictions():
     assert likelihood.hessian_rank((5, 4)) == 5 * 3  # nothing seen: the last axis
     likelihood.validate(outputs, labels(5, 3, 4), "train_loader, batch 0")
     assert likelihood.hessian_rank((5, 4)) == 4 * 4
-    mean = likelihood.moments(outputs[None], outputs, True).mean
+    mean = likelihood.moments(outputs[None], outputs, linearised=True).mean
     assert_close(mean.sum(1), torch.ones(3, 4, dtype=F64))
     loaded = likelihood_from_config(json.loads(json.dumps(likelihood.config())))
-    assert_close(loaded.moments(outputs[None], outputs, True).mean, mean)
+    assert_close(loaded.moments(outputs[None], outputs, linearised=True).mean, mean)
     with pytest.raises(
         InputError, match=r"batch 1: the labels put the classes on axis 2.*class_axis=2"
     ):
@@ -403,7 +403,7 @@ def test_draws_that_agree_carry_no_epistemic_part(case):
     likelihood, point, targets = case
     draws = point.expand(7, *point.shape)
     for linearised in (True, False):
-        moments = likelihood.moments(draws, point, linearised)
+        moments = likelihood.moments(draws, point, linearised=linearised)
         assert_close(moments.variance, torch.zeros_like(point), atol=1e-14, rtol=0)
         assert_close(moments.epistemic, torch.zeros_like(moments.epistemic), atol=1e-14, rtol=0)
         assert_close(moments.total, moments.aleatoric)
@@ -418,7 +418,7 @@ def test_moments_add_up(case):
     likelihood, point, _ = case
     draws = point + 1.5 * normal(9, *point.shape, seed=11)
     for linearised in (True, False):
-        moments = likelihood.moments(draws, point, linearised)
+        moments = likelihood.moments(draws, point, linearised=linearised)
         assert moments.mean.shape == moments.variance.shape == point.shape
         assert_close(moments.total, moments.aleatoric + moments.epistemic)
         assert moments.epistemic.min() >= 0 and moments.epistemic.max() > 1e-3
@@ -430,19 +430,19 @@ def test_moments_add_up(case):
 def test_classification_moments_by_hand():
     draws = normal(5, 2, 4, 3)
     p = draws.softmax(-1)
-    moments = Classification().moments(draws, draws[0], False)
+    moments = Classification().moments(draws, draws[0], linearised=False)
     assert_close(moments.mean, p.mean(0))
     assert_close(moments.total, torch.distributions.Categorical(probs=p.mean(0)).entropy())
     assert_close(moments.aleatoric, torch.distributions.Categorical(probs=p).entropy().mean(0))
     assert moments.total.shape == (2, 4)
-    moments = Classification().moments(normal(5, 2, 3), normal(2, 3), True)
+    moments = Classification().moments(normal(5, 2, 3), normal(2, 3), linearised=True)
     assert moments.total.shape == moments.epistemic.shape == (2,)
 
 
 def test_binary_moments_by_hand():
     draws = 3 * normal(5, 4, 2)
     p = draws.sigmoid()
-    moments = Binary().moments(draws, draws[0], False)
+    moments = Binary().moments(draws, draws[0], linearised=False)
     assert_close(moments.mean, p.mean(0))
     assert_close(moments.total, torch.distributions.Bernoulli(probs=p.mean(0)).entropy())
     assert_close(moments.aleatoric, torch.distributions.Bernoulli(probs=p).entropy().mean(0))
@@ -450,16 +450,16 @@ def test_binary_moments_by_hand():
 
 def test_regression_moments_by_hand():
     draws, point = normal(5, 4, 2), normal(4, 2, seed=3)
-    moments = Regression([0.5, 2.0]).moments(draws, point, True)
+    moments = Regression([0.5, 2.0]).moments(draws, point, linearised=True)
     assert_close(moments.mean, point)
     assert_close(moments.aleatoric, torch.tensor([[0.5, 2.0]] * 4, dtype=F64))
-    assert_close(Regression(1.0).moments(draws, point, False).mean, draws.mean(0))
+    assert_close(Regression(1.0).moments(draws, point, linearised=False).mean, draws.mean(0))
 
 
 def test_moments_at_extreme_logits_are_finite_in_float32():
     draws = torch.tensor([[[300.0, -300.0]], [[-300.0, 300.0]]])
     for likelihood, shape in ((Classification(), (1,)), (Binary(), (1, 2))):
-        moments = likelihood.moments(draws, draws.mean(0), True)
+        moments = likelihood.moments(draws, draws.mean(0), linearised=True)
         # Two sure draws that contradict each other: all of ln 2 is epistemic.
         assert_close(moments.total, torch.full(shape, math.log(2)))
         assert_close(moments.epistemic, moments.total)
@@ -471,11 +471,11 @@ def test_moments_at_extreme_logits_are_finite_in_float32():
 )
 def test_too_few_draws_are_refused(likelihood):
     point = normal(3, 2)
-    likelihood.moments(point[None], point, True)
+    likelihood.moments(point[None], point, linearised=True)
     with pytest.raises(InputError, match="got 1 draws of the outputs, expected at least 2"):
-        likelihood.moments(point[None], point, False)
+        likelihood.moments(point[None], point, linearised=False)
     with pytest.raises(InputError, match="got 0 draws"):
-        likelihood.moments(point[None][:0], point, True)
+        likelihood.moments(point[None][:0], point, linearised=True)
 
 
 def test_mutual_information_is_never_negative():
@@ -483,7 +483,7 @@ def test_mutual_information_is_never_negative():
     for likelihood in (Classification(), Binary()):
         point = normal(500, 5, dtype=torch.float32)
         draws = point + 1e-5 * normal(4, 500, 5, seed=1, dtype=torch.float32)
-        moments = likelihood.moments(draws, point, True)
+        moments = likelihood.moments(draws, point, linearised=True)
         assert (moments.total < moments.aleatoric).any()
         assert moments.epistemic.min() == 0
 
@@ -492,8 +492,8 @@ def test_masked_classes_have_no_entropy():
     draws = normal(4, 3, 5)
     masked = draws.clone()
     masked[..., 3:] = -math.inf
-    moments = Classification().moments(masked, masked[0], True)
-    expected = Classification().moments(draws[..., :3], draws[0, :, :3], True)
+    moments = Classification().moments(masked, masked[0], linearised=True)
+    expected = Classification().moments(draws[..., :3], draws[0, :, :3], linearised=True)
     assert_close(moments.total, expected.total)
     assert_close(moments.aleatoric, expected.aleatoric)
 
@@ -579,7 +579,7 @@ def test_noise_channels_by_output_shape(shape, dims):
     regression.fit_noise([(outputs, targets)])
     expected = (outputs - targets).square().mean(dims, keepdim=True)
     assert_close(regression.noise_variance, expected.flatten())
-    aleatoric = regression.moments(outputs[None], outputs, True).aleatoric
+    aleatoric = regression.moments(outputs[None], outputs, linearised=True).aleatoric
     assert_close(aleatoric, expected.expand(shape))
 
 
@@ -659,7 +659,7 @@ class Poisson(Likelihood):
         return nll.flatten(1).sum(1)
 
     def moments(self, draws, point, linearised):
-        rate, variance = draws.exp(), epistemic_variance(draws, point, linearised)
+        rate, variance = draws.exp(), epistemic_variance(draws, point, linearised=linearised)
         return Moments(
             rate.mean(0), variance, rate.mean(0) + rate.var(0), rate.mean(0), rate.var(0)
         )

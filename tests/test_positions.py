@@ -14,6 +14,7 @@ from nullbayes.constraints.preserve import resolve_preserve
 from nullbayes.jacobian import linearise
 from nullbayes.likelihood import Classification, Likelihood
 from nullbayes.likelihood.softmax import position_directions
+from nullbayes.model.batch import batch_size
 from nullbayes.posterior import novelty
 
 F64 = torch.float64
@@ -102,13 +103,13 @@ def test_novelty_of_an_image_needs_no_row_for_each_output(
     x = normal(3, 1, 5, 5).float()
     with monkeypatch.context() as patch:
         patch.setattr(novelty, "output_rows", None)
-        got = posterior.novelty(x, "variance", exact=False)
+        got = posterior.novelty(x, score="variance", exact=False)
     change = posterior.predict(x).outputs - posterior.predict(x).point
     change = posterior.likelihood.centre(change)
     assert_close(got, change.square().mean(0).flatten(1).sum(1), rtol=1e-4, atol=0)
     monkeypatch.setattr(novelty, "REVERSE_OUTPUTS_PER_SAMPLE", 10**9)
     monkeypatch.setattr(novelty, "forward_mode", None)
-    assert_close(posterior.novelty(x, "variance", exact=False), got, rtol=1e-4, atol=0)
+    assert_close(posterior.novelty(x, score="variance", exact=False), got, rtol=1e-4, atol=0)
 
 
 def test_large_outputs_are_predicted_a_piece_at_a_time(
@@ -118,7 +119,7 @@ def test_large_outputs_are_predicted_a_piece_at_a_time(
     whole, sizes, forward = posterior.predict(x).outputs, [], linearise._forward
 
     def noted(functional: Any, tangent: Any, inputs: Any) -> Tensor:
-        sizes.append(len(inputs))
+        sizes.append(batch_size(inputs))
         return forward(functional, tangent, inputs)
 
     monkeypatch.setattr(linearise, "_forward", noted)

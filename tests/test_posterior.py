@@ -184,7 +184,7 @@ def test_the_guarantee_on_a_trained_network(
     model, train, _ = trained
     posterior = nb.NullSpacePosterior(model).fit(train, num_samples=30, **QUIET)
     c = posterior.certificate
-    assert c.posterior_accuracy == c.map_accuracy
+    assert c.posterior_score == c.network_score
     assert c.held and "held" in c.verdict and c.null_dim > 0
     assert c.drift < 0.01 and c.residual < 0.05
     laplace = nb.LaplacePosterior(model).fit(train, num_samples=30, **QUIET).certificate
@@ -244,7 +244,7 @@ def test_two_classes_never_change_places() -> None:
     moved = labels.predict(elsewhere)
     assert_close(moved.mean >= 0.5, moved.point >= 0)
     # The network with sampled weights has no such symmetry, and is not given one.
-    sampled = classes.predict(elsewhere, "sampled")
+    sampled = classes.predict(elsewhere, method="sampled")
     assert_close(sampled.mean, sampled.outputs.softmax(2).mean(0))
 
 
@@ -299,7 +299,7 @@ def test_one_seed_gives_one_posterior_and_draw_continues_it(trained: Any) -> Non
 
 def test_evidence_is_stationary(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # The evidence alone, without the bounds that predictions set it.
-    monkeypatch.setattr(GuaranteeCheck, "keeping", lambda _, alpha: alpha)
+    monkeypatch.setattr(GuaranteeCheck, "bounded_precision", lambda _, alpha: alpha)
     model, train, _ = trained
     model = copy.deepcopy(model)
     norm = sum(float(p.detach().square().sum()) for p in model.parameters())
@@ -331,10 +331,13 @@ def test_novelty_exact_and_from_samples(trained: Any, kind: Any, solver: nb.solv
     posterior = kind(model, solver=solver).fit(train, num_samples=600, **QUIET)
     near, far = val[0][0][:8], 6 * torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
     for x in (near, far):
-        exact = posterior.novelty(x, "variance", exact=True)
-        estimate = posterior.novelty(x, "variance", exact=False)
+        exact = posterior.novelty(x, score="variance", exact=True)
+        estimate = posterior.novelty(x, score="variance", exact=False)
         assert_close(
-            estimate, exact, rtol=0.35, atol=1e-4 * float(posterior.novelty(far, "variance").max())
+            estimate,
+            exact,
+            rtol=0.35,
+            atol=1e-4 * float(posterior.novelty(far, score="variance").max()),
         )
         prediction = posterior.predict(x)
         change = posterior.likelihood.centre(prediction.outputs - prediction.point)
@@ -345,8 +348,8 @@ def test_novelty_exact_and_from_samples(trained: Any, kind: Any, solver: nb.solv
         prior = (rows - rows.mean(1, keepdim=True)).square().sum((1, 2))
         assert_close(share * prior / posterior.prior_precision, exact, rtol=1e-3, atol=1e-3)
         assert bool(((share >= 0) & (share <= 1)).all())
-    assert float(posterior.novelty(far, "variance").mean()) > float(
-        posterior.novelty(near, "variance").mean()
+    assert float(posterior.novelty(far, score="variance").mean()) > float(
+        posterior.novelty(near, score="variance").mean()
     )
     assert_close(posterior.novelty(near, score="entropy"), posterior.predict(near).total)
     assert_close(
@@ -488,7 +491,7 @@ def test_regression_noise_and_intervals() -> None:
     assert (
         c.score_name == "rmse"
         and c.held
-        and c.map_accuracy == pytest.approx(float(residual.sqrt()), rel=1e-3)
+        and c.network_score == pytest.approx(float(residual.sqrt()), rel=1e-3)
     )
 
 
@@ -592,5 +595,8 @@ def test_novelty_does_not_see_what_all_logits_share(trained: Any) -> None:
     plain = nb.NullSpacePosterior(model).fit(train, num_samples=300, **QUIET)
     shifted = nb.NullSpacePosterior(Shifted().eval()).fit(train, num_samples=300, **QUIET)
     for exact, rtol in ((True, 1e-3), (False, 0.4)):
-        a, b = (p.novelty(x, "variance", exact=exact) * p.prior_precision for p in (plain, shifted))
+        a, b = (
+            p.novelty(x, score="variance", exact=exact) * p.prior_precision
+            for p in (plain, shifted)
+        )
         assert_close(a, b, rtol=rtol, atol=1e-3 * float(a.max()))

@@ -324,7 +324,7 @@ def test_acceleration_changes_the_path_and_not_the_end() -> None:
     v = torch.randn(4, 60, dtype=torch.float64)
     cycles = {}
     for accelerate in (False, True):
-        solver = solvers.AlternatingProjections(1e-10, 5000, 6, accelerate)
+        solver = solvers.AlternatingProjections(1e-10, 5000, 6, accelerate=accelerate)
         state = solver.prepare(DenseOperator(a))
         state.factorise()
         done = state.project(v)
@@ -338,7 +338,7 @@ def test_drift_ends_the_work_early() -> None:
 
     def fitted(drift: float | None) -> nb.Certificate:
         posterior = nb.NullSpacePosterior(
-            network(), solver=solver, drift=drift, prior_precision=1.0, delta=0
+            network(), solver=solver, row_drift=drift, prior_precision=1.0, delta=0
         )
         return posterior.fit(data(100), 20, **QUIET).certificate
 
@@ -370,8 +370,8 @@ def test_resuming_after_a_kill_gives_the_same_answer(
     written: list[int] = []
     offer = Watch.offer
 
-    def killing(self: Watch, state: dict[str, Tensor], now: bool = False) -> None:
-        offer(self, state, now)
+    def killing(self: Watch, state: dict[str, Tensor], *, now: bool = False) -> None:
+        offer(self, state, now=now)
         written.append(int(state["done"]))
         if len(written) == 3:
             raise Killed
@@ -434,8 +434,7 @@ def test_an_interrupted_reference_method_keeps_its_best(monkeypatch: pytest.Monk
             if done == 3:
                 raise KeyboardInterrupt
 
-    state.watch = Stop()
-    done = state.project(torch.randn(3, 120, dtype=torch.float64))
+    done = state.project(torch.randn(3, 120, dtype=torch.float64), None, Stop())
     assert done.status is solvers.Status.INTERRUPTED and done.iterations == 3
     assert float(done.residual.max()) < 1
 

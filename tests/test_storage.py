@@ -30,13 +30,13 @@ def path(tmp_path: Path) -> Path:
 def answers(posterior: Any, x: Any) -> list[Any]:
     out: list[Any] = []
     for method in ("linearised", "sampled"):
-        p = posterior.predict(x, method)
+        p = posterior.predict(x, method=method)
         out += [p.mean, p.outputs, p.point, p.variance, p.total, p.aleatoric, p.epistemic]
     out += [posterior.novelty(x, score=s, exact=False) for s in ("variance", "share", "entropy")]
     out += [posterior.certificate, posterior.certificate.as_dict(), str(posterior.certificate)]
     out += [posterior.prior_precision, posterior.num_samples, posterior.likelihood.config()]
     out += [type(posterior), posterior.preserve.name, posterior.directions, posterior.delta]
-    out += [posterior.space.names, posterior._settings.prior, posterior._fitted().seed]
+    out += [posterior.space.names, posterior.problem.prior, posterior._fitted().seed]
     out += [None if posterior.calibration is None else posterior.calibration.as_dict()]
     return out + [list(weights.values()) for weights in posterior.sample()]
 
@@ -170,7 +170,7 @@ def test_numbers_that_json_does_not_know(path: Path) -> None:
         posterior = nb.NullSpacePosterior(network(), prior_precision="evidence").fit(
             [(X, lost)], 3, **QUIET
         )
-    assert posterior.certificate.map_accuracy != posterior.certificate.map_accuracy
+    assert posterior.certificate.network_score != posterior.certificate.network_score
     assert (
         not posterior.certificate.held and "no training accuracy" in posterior.certificate.verdict
     )
@@ -443,7 +443,7 @@ def poisson() -> type[nb.Likelihood]:
         def moments(self, draws: Tensor, point: Tensor, linearised: bool) -> base.Moments:
             rate = self.exposure * draws.exp()
             mean, spread = rate.mean(0), rate.var(0)
-            variance = epistemic_variance(draws, point, linearised)
+            variance = epistemic_variance(draws, point, linearised=linearised)
             return base.Moments(mean, variance, mean + spread, mean, spread)
 
     return Poisson

@@ -6,7 +6,6 @@ posterior does to other data of the same kind; then the few join in, and the sea
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,16 +14,9 @@ from torch import Tensor
 
 from nullbayes.certificate.leave_one_out import Held
 from nullbayes.constraints.training_rows import TrainingRows
+from nullbayes.fit.result import Checkpoint
 from nullbayes.solvers import Projection, State, Status
-from nullbayes.solvers.checkpoint import QUIET, Report, Watch, describe_problem, probe_of
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Where a long fit leaves its state, and how often (seconds)."""
-
-    path: str | os.PathLike[str]
-    every: float = 60.0
+from nullbayes.solvers.checkpoint import Report, Watch, describe_problem, probe_of
 
 
 @dataclass(frozen=True)
@@ -66,19 +58,14 @@ def projected(
 
     Those are empty where nothing is held out, where the solver has no use for it, or after an interrupt.
     """
-    state = work.state
     first, second = work.watches()
-    try:
-        found, spent = _before(work, held, changes, first, second)
-        if isinstance(found, Projection):
-            return found, []
-        second.carried = {f"unseen.{i}": c for i, c in enumerate(found)}
-        state.watch = second
-        done = state.project(work.vectors, noise)
-        if done.status is not Status.INTERRUPTED:
-            second.finish()
-    finally:
-        state.watch = QUIET
+    found, spent = _before(work, held, changes, first, second)
+    if isinstance(found, Projection):
+        return found, []
+    second.carried = {f"unseen.{i}": c for i, c in enumerate(found)}
+    done = work.state.project(work.vectors, noise, second)
+    if done.status is not Status.INTERRUPTED:
+        second.finish()
     return replace(done, iterations=spent + done.iterations), found
 
 
@@ -96,9 +83,8 @@ def _before(
     if there is not None:
         kept = [there.get(f"unseen.{i}") for i in range(len(held))]
         return [c.to(work.vectors.device) for c in kept if c is not None], 0
-    work.state.watch = first
     spans = [span for h in held for span in h.spans]
-    done = work.state.project_without(work.vectors, spans)
+    done = work.state.project_without(work.vectors, spans, first)
     if done is None:
         return [], 0
     if done.status is Status.INTERRUPTED:

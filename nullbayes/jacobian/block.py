@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nullbayes.jacobian.factors.base import DenseFactor, Factor, LookupFactor, concatenate
+from nullbayes.jacobian.factors.base import Factor, concatenate
+from nullbayes.jacobian.factors.dense import DenseFactor
+from nullbayes.jacobian.factors.lookup import LookupFactor
 from nullbayes.jacobian.factors.outer import OuterFactor
 from nullbayes.model.parameters import Slot
 

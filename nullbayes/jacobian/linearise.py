@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,6 +38,16 @@ def first_output(functional: FunctionalModel, inputs: Inputs, where: str = "the 
         raise
 
 
+@contextmanager
+def blaming_inputs(functional: FunctionalModel, inputs: Inputs, where: str) -> Iterator[None]:
+    """Errors within it are said to be those of the inputs where a plain forward pass fails on them too."""
+    try:
+        yield
+    except Exception:
+        functional.outputs(inputs, where)
+        raise
+
+
 def output_rows(
     functional: FunctionalModel,
     plan: CapturePlan,
@@ -45,7 +55,6 @@ def output_rows(
     outputs: int,
     vectors: Tensor,
     scales: dict[str, float] | None = None,
-    where: str = "the inputs",
     centre: Centre = lambda values: values,
 ) -> Iterator[tuple[Tensor, JacobianOperator]]:
     """``f(θ̂, x) (b, *out)`` and all rows ``J(x)`` of its ``outputs`` numbers, a piece at a time.
@@ -68,7 +77,7 @@ def output_rows(
     size, step = batch_size(inputs), examples_per_capture(functional, plan, outputs, room)
     for start in range(0, size, step):
         piece = take(inputs, start, min(start + step, size))
-        block, made = captured_at_use(functional, plan, piece, every_output, scales, where)
+        block, made = captured_at_use(functional, plan, piece, every_output, scales)
         yield made.point, JacobianOperator(functional.space, [block])
 
 
@@ -86,10 +95,10 @@ def linearised_outputs(
     if shape.numel() > REVERSE_OUTPUTS_PER_SAMPLE * len(samples):
         return functional.outputs(inputs, where), forward_mode(functional, plan, samples, inputs)
     points, changes = [], []
-    pieces = output_rows(functional, plan, inputs, shape.numel(), samples, where=where)
-    for point, rows in pieces:
-        points.append(point)
-        changes.append(rows.matvec(samples).reshape(len(samples), -1, *shape))
+    with blaming_inputs(functional, inputs, where):
+        for point, rows in output_rows(functional, plan, inputs, shape.numel(), samples):
+            points.append(point)
+            changes.append(rows.matvec(samples).reshape(len(samples), -1, *shape))
     return torch.cat(points), torch.cat(changes, dim=1)
 
 
@@ -121,8 +130,9 @@ def _along(
 ) -> Tensor | None:
     """``J(x) Δ (B, *out)`` by the first way that this model's operations allow; None: by none of them."""
     tangent = functional.space.unflatten(delta)
-    while plan.product < len(PRODUCTS):
-        product, mode = PRODUCTS[plan.product]
+    ways = _products()
+    while plan.product < len(ways):
+        product, mode = ways[plan.product]
         try:
             with mode():
                 return product(functional, tangent, inputs).detach()
@@ -214,13 +224,14 @@ def _double_reverse(
         return torch.autograd.grad(along, dummy)[0]
 
 
-# Ways to differentiate along a weight change, the cheapest first; rows serve where none of them does.
-PRODUCTS: tuple[tuple[Product, Callable[[], AbstractContextManager[Any]]], ...] = (
-    (_forward, nullcontext),
-    (_double_reverse, nullcontext),
-    (_forward, _Mathematical),
-    (_double_reverse, _Mathematical),
-)
+def _products() -> tuple[tuple[Product, Callable[[], AbstractContextManager[Any]]], ...]:
+    """Ways to differentiate along a weight change, the cheapest first; rows serve where none of them does."""
+    return (
+        (_forward, nullcontext),
+        (_double_reverse, nullcontext),
+        (_forward, _Mathematical),
+        (_double_reverse, _Mathematical),
+    )
 
 
 def sampled_outputs(

@@ -80,8 +80,8 @@ class Axes:
     ) -> int:
         if len(lengths) == 1:
             return next(iter(lengths))
-        if size in lengths:
-            return int(size)  # type: ignore[arg-type]
+        if size is not None and size in lengths:
+            return size
         for place, t in zip(places, leaves, strict=True):
             if self._known.get(place):
                 return len(t)

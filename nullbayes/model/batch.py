@@ -129,7 +129,7 @@ def batch_size(inputs: Inputs, where: str = "the batch") -> int:
         if isinstance(leaf, Tensor) and leaf.ndim:
             return int(leaf.shape[0])
     raise InputError(
-        f"{where} holds no tensor with a batch axis; found {type(inputs).__name__}. Convert it first "
+        f"{where} holds no tensor with a batch axis; found {type(plain(inputs)).__name__}. Convert it first "
         "(`torch.as_tensor(...)`, or a collate function that makes tensors)."
     )
 

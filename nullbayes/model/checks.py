@@ -70,7 +70,7 @@ def quantised(model: nn.Module) -> list[str]:
     ]
 
 
-def check_mode(model: nn.Module, frozen: bool = False) -> None:
+def check_mode(model: nn.Module, *, frozen: bool = False) -> None:
     """Refuse modules whose training mode ties examples together or, unless ``frozen``, makes outputs random."""
 
     def random(module: nn.Module) -> bool:

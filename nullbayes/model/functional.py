@@ -29,7 +29,7 @@ from nullbayes.model.batch import (
     tensor_leaves,
 )
 from nullbayes.model.checks import check_kind, check_scripted
-from nullbayes.model.parameters import HALF, ParameterSpace
+from nullbayes.model.parameters import HALF, ParameterChoice, ParameterSpace
 from nullbayes.model.precision import Watch, alike, in_half, tolerance, widening
 from nullbayes.model.private import Hooks, Modules
 from nullbayes.model.randomness import FrozenRandomness, Replay, keyed
@@ -81,7 +81,7 @@ class FunctionalModel:
     def dtype(self) -> torch.dtype:
         return self.space.dtype
 
-    def weights(self, requires_grad: bool = False) -> dict[str, Tensor]:
+    def weights(self, *, requires_grad: bool = False) -> dict[str, Tensor]:
         """The trained weights by name, fresh leaves; half precision in the working one, others share storage."""
         current = self.space.current(self.model)
         return {n: t.detach().requires_grad_(requires_grad) for n, t in current.items()}
@@ -147,14 +147,7 @@ class FunctionalModel:
         if isinstance(inputs, Keyed):
             with self.drawing(inputs):
                 return self(weights, inputs.inputs, hooks, deployed=deployed)
-        given = plain(inputs)
-        if self.widened is not None:
-            given = tree_map(widening(self.widened), given)
-        named = {n: p for n, p in self.model.named_parameters() if n in weights}
-        tensors = {
-            id(p): weights[n] if self.widened is not None else weights[n].to(p.dtype)
-            for n, p in named.items()
-        }
+        given, tensors = self._given(inputs), self._placed(weights)
         if self.modules.shared:
             with self.modules.lent(tensors, hooks) as lent:
                 out = _called(lent, self.user_forward, given)
@@ -162,11 +155,57 @@ class FunctionalModel:
             private, copier = self.modules.private(
                 tensors, hooks, widened=self.widened, padded=self.padded and not deployed
             )
-            forward = self.user_forward
-            out = _called(private, forward and copier.rebound(forward), given)
+            forward = self.user_forward and copier.rebound(self.user_forward)
+            out = _called(private, forward, given)
+        return self._flat(out, inputs)
+
+    def _given(self, inputs: Inputs) -> Any:
+        given = plain(inputs)
+        return given if self.widened is None else tree_map(widening(self.widened), given)
+
+    def _placed(self, weights: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """``weights`` by the identity of the parameter that each stands for, in the dtype that it computes in."""
+        wide = self.widened is not None
+        return {
+            id(p): weights[n] if wide else weights[n].to(p.dtype)
+            for n, p in self.model.named_parameters()
+            if n in weights
+        }
+
+    def _flat(self, out: Any, inputs: Inputs) -> Tensor:
         if self.layouts is not None:
             return self._working(self.layouts.flatten(out, batch_size(inputs)))
         return self._working(as_tensor_output(out))
+
+    def _watched(self, inputs: Inputs, where: str) -> Tensor:
+        """Outputs at the trained weights, from a network that has been called before as from a fresh one.
+
+        Raises:
+            ModelError: a state that the network keeps between calls changes them.
+        """
+        if self.modules.shared:
+            return self(self.weights(), inputs)
+        private, copier = self.modules.private(
+            self._placed(self.weights()), widened=self.widened, padded=self.padded
+        )
+        forward = self.user_forward and copier.rebound(self.user_forward)
+
+        def called() -> Tensor:
+            given = self._given(inputs)
+            with self.drawing(inputs):
+                return self._flat(_called(private, forward, given), inputs)
+
+        out, written = called(), copier.written()
+        if not written:
+            return out
+        second = called()
+        if second.shape != out.shape or not self._as_deployed(second, out):
+            raise ModelError(
+                f"{where}: two forward passes on the same inputs differ, because the model keeps a state between calls "
+                f"(it writes {written[:5]}). Random numbers of NumPy or `random` have the same effect, and "
+                '`randomness="frozen"` covers neither. Reset the state in the forward pass, or pass it as an input.'
+            )
+        return out
 
     def _working(self, out: Tensor) -> Tensor:
         return out.to(self.space.dtype) if out.dtype in HALF else out
@@ -180,7 +219,7 @@ class FunctionalModel:
         """
         try:
             with torch.no_grad():
-                out = self(self.weights(), inputs)
+                out = self._watched(inputs, where)
                 if self.padded and not self._as_deployed(
                     out, self(self.weights(), inputs, deployed=True)
                 ):
@@ -266,8 +305,8 @@ class FunctionalModel:
         if not same:
             raise InputError(
                 f"{where}: the model returns shape (B, {', '.join(map(str, shape))}) for these inputs; the posterior "
-                f"was fitted on outputs of shape (B, {', '.join(map(str, known.shape))}). Pass inputs like the training "
-                "data's, or fit a posterior of its own for this use of the model."
+                f"was fitted on outputs of shape (B, {', '.join(map(str, known.shape))}). Pass inputs like the "
+                "training data's, or fit a posterior of its own for this use of the model."
             )
 
     def _explain(self, inputs: Inputs, where: str, error: Exception) -> str:
@@ -311,6 +350,19 @@ def _called(model: nn.Module, forward: Forward | None, inputs: Any) -> Any:
     if isinstance(inputs, tuple):
         return model(*inputs)
     return model(inputs)
+
+
+def functional_model(
+    model: nn.Module,
+    parameters: ParameterChoice,
+    forward: Forward | None,
+    layouts: Layouts | None,
+    randomness: FrozenRandomness | None,
+) -> FunctionalModel:
+    """From a user's arguments. Raises `InputError` or `ModelError` for what cannot be used."""
+    model = unwrapped(model)
+    space = ParameterSpace.from_model(model, parameters)
+    return FunctionalModel(model, space, forward, layouts=layouts, randomness=randomness)
 
 
 def unwrapped(model: Any) -> nn.Module:

@@ -33,6 +33,8 @@ _ATOMS = frozenset(
 _OWN = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
 # What a module that stands in for a wrapper needs of the wrapper's state.
 _BASICS = frozenset(vars(nn.Module())) - {"forward"}
+# Attributes that a forward pass may write anew without keeping a state.
+_CHANGING = frozenset({"_flat_weights", "_flat_weight_refs", "use_nested_tensor"})
 # How deep containers are searched for modules, and how long they may be.
 DEPTH = 3
 LENGTH = 1000
@@ -44,6 +46,8 @@ _GUARD = threading.Lock()
 
 class _Passthrough(nn.Module):
     """Calls its one child: in place of wrappers that act on gradients of the user's own parameters."""
+
+    module: nn.Module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
@@ -68,6 +72,8 @@ class Copier:
     ) -> None:
         self.tensors, self.hooks, self.widened, self.padded = tensors, hooks, widened, padded
         self.made: dict[int, nn.Module] = {}
+        # State of each private module as it was made: attributes, and versions of its buffers.
+        self._states: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
 
     def tree(self, root: nn.Module) -> nn.Module:
         modules = list(_copied(root))
@@ -104,10 +110,23 @@ class Copier:
         if state.get("_compiled_call_impl") is not None:
             state["_compiled_call_impl"] = None
         vars(new).update(state)
+        buffers = {k: (b, b._version) for k, b in state["_buffers"].items() if b is not None}
+        self._states.append((new, state, buffers))
         if isinstance(module, nn.RNNBase) and isinstance(new, nn.RNNBase):
             _refer(new)
         for hook in self.hooks.get(id(module), ()):
             new.register_forward_hook(hook, with_kwargs=True, prepend=True)
+
+    def written(self) -> list[str]:
+        """Names of attributes and buffers that a forward pass has written to the private modules."""
+        found: list[str] = []
+        for module, state, buffers in self._states:
+            now = vars(module)
+            found += [k for k in now if k not in state or now[k] is not state[k]]
+            held = now["_buffers"]
+            found += [k for k in held if k not in buffers and held[k] is not None]
+            found += [k for k, (b, v) in buffers.items() if held.get(k) is not b or b._version != v]
+        return sorted(set(found) - _CHANGING)
 
     def _wide(self, tensor: Tensor) -> Tensor:
         if self.widened is None or tensor.dtype not in HALF:

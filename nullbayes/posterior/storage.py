@@ -15,11 +15,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nullbayes.certificate import Certificate
 from nullbayes.common.files import atomic_file
+from nullbayes.constraints.problem import Problem
 from nullbayes.errors import NullBayesWarning, StorageError
+from nullbayes.fit.result import Fit
+from nullbayes.fit.target import Target
 from nullbayes.likelihood import Likelihood, likelihood_from_config
 from nullbayes.model.fingerprint import fingerprint
 from nullbayes.model.parameters import ParameterSpace
+from nullbayes.posterior.calibration import CalibrationPath
 
 FORMAT = "nullbayes-posterior"
 VERSION = 1
@@ -27,7 +32,6 @@ VERSION = 1
 
 def write_posterior(
     path: str | os.PathLike[str],
-    *,
     model: nn.Module,
     space: ParameterSpace,
     samples: Tensor,
@@ -58,6 +62,39 @@ def write_posterior(
             save_file(tensors, part, metadata={"nullbayes": text})
     except (OSError, SafetensorError) as error:
         raise StorageError(f"could not write {target}: {error}.") from error
+
+
+def described(fit: Fit, target: Target, calibration: CalibrationPath | None) -> dict[str, Any]:
+    """The settings and figures of a fit that a file holds beside its samples; JSON-able."""
+    problem, frozen = fit.problem, fit.problem.randomness
+    return {
+        "likelihood": problem.likelihood.config(),
+        "preserve": problem.preserve.name,
+        "directions": problem.directions,
+        "options": target.options(),
+        "prior": problem.prior,
+        "randomness": None if frozen is None else frozen.config(),
+        "prior_precision": fit.alpha,
+        "seed": fit.seed,
+        "certificate": fit.certificate.as_dict(),
+        "calibration": None if calibration is None else calibration.as_dict(),
+    }
+
+
+def restored(
+    problem: Problem, samples: Tensor, settings: dict[str, Any]
+) -> tuple[Fit, CalibrationPath | None]:
+    """The inverse of :func:`described`, around the problem's model. Raises KeyError, TypeError, ValueError."""
+    path = settings["calibration"]
+    fit = Fit(
+        problem,
+        samples,
+        float(settings["prior_precision"]),
+        int(settings["seed"]),
+        Certificate.from_dict(settings["certificate"]),
+        fingerprint(problem.functional.model),
+    )
+    return fit, None if path is None else CalibrationPath(**path)
 
 
 @dataclass(frozen=True)

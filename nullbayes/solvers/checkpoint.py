@@ -50,7 +50,7 @@ class Watch:
         if self._report is not None:
             self._report(done, reached)
 
-    def offer(self, state: dict[str, Tensor], now: bool = False) -> None:
+    def offer(self, state: dict[str, Tensor], *, now: bool = False) -> None:
         """Write a checkpoint if one is due (or ``now``): to a temporary name, then renamed."""
         if self._path is None or not (now or time.monotonic() - self._last >= self._every):
             return

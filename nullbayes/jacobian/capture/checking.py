@@ -203,11 +203,12 @@ def _other_way(
         if plan.vmapped:
             plan.vmapped = False
             return
-        raise cannot(functional, inputs, error, where) from error
-    if plan.batched_backward:
+    elif plan.batched_backward:
         plan.batched_backward = False
         return
-    raise cannot(functional, inputs, error, where) from error
+    root = error.__cause__ if isinstance(error, GenericPathFailed) else error
+    assert isinstance(root, Exception)
+    raise cannot(functional, inputs, root, where) from root
 
 
 def cannot(

@@ -95,11 +95,10 @@ def _one_by_one(functional: FunctionalModel, inputs: Inputs, outputs: Tensor) ->
     for n in range(len(outputs)):
         one = take(inputs, n, n + 1)
         out = functional.model_output(one)
-        if out is not None and out.shape == outputs[:1].shape:
-            alone.append(out)
-            continue
         if out is None:  # the model's own words
-            functional.outputs(one, "one example alone")
+            out = functional.outputs(one, "one example alone")
+        if out.shape == outputs[:1].shape:
+            alone.append(out)
             continue
         raise ModelError(
             f"one example alone gives outputs of shape {tuple(out.shape)}, {len(outputs)} together give "

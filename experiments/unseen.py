@@ -1,6 +1,6 @@
 """Leave-one-out against data that were held back: how far samples move predictions that no row keeps.
 
-    python -m benchmarks.unseen [--seeds 2] [--cases ...]
+    python -m experiments.unseen [--seeds 2] [--cases ...]
 
 Networks of the evaluation's small setting. The divergence of left-out training examples is the certificate's; beside it
 that of test images, both at the prior precision of the evidence alone and at the one that a fit ends with.
@@ -55,13 +55,13 @@ def measure(name: str, seed: int) -> dict[str, Any]:
     batches = list(zip(data.inputs.split(250), data.targets.split(250), strict=True))
     posterior = nb.NullSpacePosterior(network, solver=SOLVERS[solver]())
     evidence: list[float] = []
-    keeping = GuaranteeCheck.keeping
+    bounded = GuaranteeCheck.bounded_precision
 
     def noted(self: GuaranteeCheck, alpha: float, *rest: float) -> float:
         evidence.append(alpha)
-        return keeping(self, alpha, *rest)
+        return bounded(self, alpha, *rest)
 
-    with mock.patch.object(GuaranteeCheck, "keeping", noted):
+    with mock.patch.object(GuaranteeCheck, "bounded_precision", noted):
         posterior.fit(batches, num_samples=30, seed=seed, progress=False)
     out: dict[str, Any] = {
         "solver": posterior.certificate.solver,
@@ -74,7 +74,7 @@ def measure(name: str, seed: int) -> dict[str, Any]:
         posterior.prior_precision = alpha
         out[kind] = {
             "alpha": alpha,
-            "left out": posterior.certificate.unseen_divergence,
+            "left out": posterior.certificate.left_out_divergence,
             **figures(posterior, test.inputs, test.targets),
         }
     with torch.no_grad():
@@ -112,9 +112,9 @@ def main() -> None:
         "# Predictions that no row keeps: leave-one-out against test data",
         "",
         f"Means of {options.seeds} networks each. Divergence: mean over draws and examples, nats, of left-out training",
-        "examples (the certificate's `unseen_divergence`) and of test images. `bounded`: the prior precision that a",
+        "examples (the certificate's `left_out_divergence`) and of test images. `bounded`: the prior precision that a",
         "fit ends with; `evidence`: what the evidence alone asks for. Iterative solvers (where all images are kept, or",
-        "where it says so) hold some out at first. `python -m benchmarks.unseen`",
+        "where it says so) hold some out at first. `python -m experiments.unseen`",
         "",
         "| network, images kept | M / P | evidence: left out | test | bounded: left out | test "
         "| NLL: network | evidence | bounded | accuracy: network | evidence | bounded |",

@@ -35,7 +35,7 @@ IN_SDIST = (
     "pyproject.toml",
     "nullbayes/py.typed",
     "nullbayes/report/template.html",
-    "tests/test_project.py",
+    "tests/project/test_project.py",
     "tools/check_dist.py",
 )
 IN_WHEEL = ("nullbayes/__init__.py", "nullbayes/py.typed", "nullbayes/report/template.html")

@@ -114,7 +114,8 @@ def _chosen(rows: TrainingRows, limit: int) -> list[tuple[int, range, Tensor]]:
 
 def _changed(unit: Tensor, cotangents: Tensor, values: Tensor) -> Tensor:
     """``(S, *out)``: the change ``unit`` with ``values (S, k)`` along the rows of ``cotangents (C, *out)``."""
-    flat, b = unit.flatten(1).double(), cotangents.flatten(1)
+    flat = unit.reshape(len(unit), -1).double()
+    b = cotangents.reshape(len(cotangents), -1)
     b = b[
         : values.shape[1]
     ]  # with directions="auto", rows that an example does not need are not there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +39,8 @@ class GuaranteeCheck:
         samples: Tensor,
     ) -> None:
         self.problem, self.likelihood, self.samples = problem, problem.likelihood, samples
-        functional = problem.functional
+        functional, self.plan = problem.functional, plan
+        self.inputs = [inputs for inputs, _ in examples]
         self.batches: list[Batch] = [
             (*linearised_outputs(functional, plan, samples, inputs), targets)
             for inputs, targets in examples
@@ -53,6 +55,19 @@ class GuaranteeCheck:
             if size:
                 self.few.append((take(inputs, 0, size), take(targets, 0, size, whole)))
             room -= size
+
+    def with_more(self, samples: Tensor) -> GuaranteeCheck:
+        """The same examples under more samples ``(S', P)``; those left out stay with the samples that they had."""
+        more = copy.copy(self)
+        more.samples = torch.cat([self.samples, samples])
+        more.batches = [
+            (point, torch.cat([unit, self._changes(inputs, samples)]), targets)
+            for (point, unit, targets), inputs in zip(self.batches, self.inputs, strict=True)
+        ]
+        return more
+
+    def _changes(self, inputs: Inputs, samples: Tensor) -> Tensor:
+        return linearised_outputs(self.problem.functional, self.plan, samples, inputs)[1]
 
     @property
     def examples(self) -> int:

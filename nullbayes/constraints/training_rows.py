@@ -204,7 +204,8 @@ def row_groups(
         yield RowGroup(inputs, computed, count, torch.arange(len(outputs)))
         return
     made = problem.cotangents(outputs, targets)
-    used = (made.values.flatten(2) != 0).any(2).sum(0).clamp(min=1)  # (B,)
+    rows = made.values.reshape(*made.values.shape[:2], -1)
+    used = (rows != 0).any(2).sum(0).clamp(min=1)  # (B,)
     for count in used.unique().tolist():
         index = (used == count).nonzero()[:, 0]
         some = Cotangents(made.values[:count, index], made.discarded[index], made.trace[index])

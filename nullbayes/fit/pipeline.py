@@ -6,6 +6,8 @@ interrupt on the way leaves what was there before.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Sized
 from dataclasses import replace
 from typing import Any
@@ -36,7 +38,7 @@ from nullbayes.common.progress import (
 from nullbayes.constraints.memory_budget import FitMemory, default_budget
 from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import TrainingRows, capture_training, with_fitted_noise
-from nullbayes.errors import MemoryBudgetError
+from nullbayes.errors import MemoryBudgetError, ModelError
 from nullbayes.fit.evidence import fixed_point, null_space_precision
 from nullbayes.fit.prior_samples import standard_normal
 from nullbayes.fit.projection import Work, projected
@@ -45,7 +47,7 @@ from nullbayes.fit.target import DELTA
 from nullbayes.jacobian.block_storage import fits_on_disk
 from nullbayes.jacobian.linearise import linearised_outputs
 from nullbayes.jacobian.operator import JacobianOperator
-from nullbayes.model.fingerprint import fingerprint
+from nullbayes.model.fingerprint import fingerprint, quick_digest
 from nullbayes.solvers import Choice, Projection, Size, choose
 from nullbayes.solvers.base import relative
 from nullbayes.solvers.block_cg import row_norms
@@ -57,7 +59,7 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
     Raises:
         MemoryBudgetError: the plan does not fit the budget, or the machine ran out of memory.
     """
-    laps = Laps()
+    laps, before = Laps(), quick_digest(problem.functional.model)
     budget = settings.memory or default_budget(available_bytes(problem.device))
     with explained_out_of_memory(budget), stages(show=run.progress) as stage:
         problem = with_fitted_noise(problem, loader, run.max_examples, stage)
@@ -71,6 +73,11 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
         check, evidence = fitting.check()
         notes = [*fitting.notes, *_where_kept(rows.operator)]
         notes += _not_kept(loader, rows, run.max_examples)
+    if quick_digest(problem.functional.model) != before:
+        raise ModelError(
+            "the model's weights or buffers changed while it was fitted: something else wrote to them (a training "
+            "loop, an averaging hook, another thread). Stop that, then fit again."
+        )
     return fitting.finish(check, evidence, notes)
 
 
@@ -92,6 +99,12 @@ class _Fitting:
         self.stage, self.laps = stage, laps
         self.theta = problem.trained_weights()
         self.by_evidence = settings.target.preserves and problem.by_evidence
+        self.digest = fingerprint(problem.functional.model)
+
+    @property
+    def identity(self) -> str:
+        """Of the network that is fitted around, for checkpoints."""
+        return hashlib.sha256(json.dumps(self.digest, sort_keys=True).encode()).hexdigest()
 
     def factorise(self) -> None:
         """A solver ready to project, and the prior precision that it was made ready for."""
@@ -136,6 +149,7 @@ class _Fitting:
             self.run.checkpoint,
             f"{target.name}|{seed}|{self.theta.norm():.3e}",
             self.stage.towards(PROJECTION) if self.solver.iterative else None,
+            self.identity,
         )
         early = self.by_evidence and self.solver.iterative
         held = held_out(problem, self.rows, v) if early else []
@@ -175,7 +189,6 @@ class _Fitting:
         problem, target, p = self.problem, self.settings.target, self.problem.space.total
         measured = _measured_rows(self.rows, self.done, self.prior, self.alpha)
         measured |= check.measure(self.alpha**-0.5)
-        digest = fingerprint(problem.functional.model)
         self.laps.lap(CERTIFICATE)
         certificate = Certificate(
             method=target.name,
@@ -204,7 +217,7 @@ class _Fitting:
             self.alpha,
             self.run.seed,
             certificate,
-            digest,
+            self.digest,
             self.rows.plan,
             self.state,
             check,
@@ -287,14 +300,30 @@ def extended(fit: Fit, settings: Settings, count: int) -> Fit:
     noise_rows = settings.target.noise_rows(m)
     v, noise = standard_normal(fit.seed, indices, p, noise_rows, fit.unit)
     done = fit.state.project(v, noise if noise_rows else None)
-    residual = _residual(operator.matvec(done.value), operator.matvec(v))
-    unit = torch.cat([fit.unit, fit.problem.weight_changes(done.value)])
-    certificate = replace(
-        fit.certificate,
-        residual=max(fit.certificate.residual, residual),
-        num_samples=len(unit),
+    more = fit.problem.weight_changes(done.value)
+    unit = torch.cat([fit.unit, more])
+    check = fit.check and fit.check.with_more(more)
+    certificate = fit.certificate.joined(
+        _new_samples(fit, done, v), None if check is None else check.measure(fit.alpha**-0.5)
     )
-    return replace(fit, unit=unit, certificate=certificate)
+    return replace(fit, unit=unit, certificate=certificate, check=check)
+
+
+def _new_samples(fit: Fit, done: Projection, prior: Tensor) -> dict[str, Any]:
+    """What a certificate says of samples that were drawn later, by the fit's rows."""
+    assert fit.state is not None
+    after = fit.state.operator.matvec(done.value)
+    count = len(prior) * fit.certificate.examples
+    return {
+        "residual": _residual(after, fit.state.operator.matvec(prior)),
+        "row_drift": (float(row_norms(after).square().sum()) / count / fit.alpha) ** 0.5,
+        "prior_share": float(
+            row_norms(done.value).square().sum() / row_norms(prior).square().sum()
+        ),
+        "status": done.status,
+        "iterations": done.iterations,
+        "num_samples": len(prior),
+    }
 
 
 def rescaled(fit: Fit, alpha: float) -> Fit:

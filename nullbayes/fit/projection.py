@@ -26,6 +26,7 @@ class Work:
     Attributes:
         problem: tells this fit from others, beside what is measured here.
         report: of progress.
+        identity: of the network's weights; a checkpoint around others is refused.
     """
 
     state: State
@@ -34,6 +35,7 @@ class Work:
     checkpoint: Checkpoint | None
     problem: str
     report: Report | None
+    identity: str = ""
 
     def watches(self) -> tuple[Watch, Watch]:
         """For the search without some examples and for that with all: their checkpoints fit only the same equations."""
@@ -45,7 +47,10 @@ class Work:
         problem = describe_problem(self.problem, operator.shape, len(v), shift, probe)
         place = (self.report, self.checkpoint.path, self.checkpoint.every)
         before = f"{problem}|without some"
-        return Watch(*place, before), Watch(*place, problem, before)
+        both = Watch(*place, before), Watch(*place, problem, before)
+        for watch in both:
+            watch.identity = self.identity
+        return both
 
 
 def projected(

@@ -25,7 +25,7 @@ from nullbayes.jacobian.linearise import linearised_outputs, sampled_outputs, st
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.batch import Inputs, batch_size, check_inputs, to_device
 from nullbayes.model.checks import check_mode
-from nullbayes.model.fingerprint import check_unchanged
+from nullbayes.model.fingerprint import check_unchanged, quick_digest
 from nullbayes.model.functional import FunctionalModel, undisturbed_method
 from nullbayes.model.loader import check_reusable, first_inputs
 from nullbayes.model.parameters import ParameterSpace
@@ -74,8 +74,8 @@ class Posterior:
         self.problem, self._settings = problem, settings
         self.calibration: CalibrationPath | None = None
         self._fit: Fit | None = None
-        # Identity and version of the model's tensors when they were last found unchanged.
-        self._seen: list[tuple[int, int]] = []
+        # Of the model's tensors when they were last found unchanged.
+        self._seen: int | None = None
         # A loaded posterior proves its rows on the first inputs that it sees.
         self._proven: CapturePlan | None = None
 
@@ -366,12 +366,10 @@ class Posterior:
         """Refuse a model that is in training mode, or no longer the one that was fitted."""
         check_mode(self.model, frozen=self.problem.randomness is not None)
         fit = self._fitted()
-        tensors = (*self.model.parameters(), *self.model.buffers())
-        versions = [(id(t), t._version) for t in tensors]
-        if versions == self._seen:
-            return
-        check_unchanged(self.model, fit.fingerprint)
-        self._seen = versions
+        digest = quick_digest(self.model)
+        if digest != self._seen:
+            check_unchanged(self.model, fit.fingerprint)
+            self._seen = digest
 
     def _inputs(self, x: Inputs, draws: list[int] | None) -> Inputs:
         """Checked, on the device, and keyed for ``draws`` of the frozen noise unless that is None."""

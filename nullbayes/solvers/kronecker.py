@@ -160,7 +160,8 @@ def _side(moment: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _decomposed(moment: Tensor) -> tuple[Tensor, Tensor]:
-    values, basis = torch.linalg.eigh(moment)
+    # In float64: float32 fails to converge on moments of nearly equal inputs, and bfloat16 has no decomposition.
+    values, basis = (t.to(moment.dtype) for t in torch.linalg.eigh(moment.double()))
     return values.clamp(min=0), basis
 
 

@@ -147,11 +147,11 @@ class Certificate:
         """Within tolerance, or left on purpose in directions below ``delta`` and small."""
         if self.residual <= self.tolerance:
             return True
-        # Where the network is sure of everything, rows and residual are small over small; what counts
-        # is how far a sample moves the predictions.
-        unseen = self.natural_units and self.row_drift <= NUMERICAL_DRIFT
+        # For very confident networks both norms in the residual are close to zero, so their ratio means
+        # little; `row_drift`, in nats, decides.
+        little = self.natural_units and self.row_drift <= NUMERICAL_DRIFT
         return self.status == Status.NUMERICAL.value and (
-            self.residual <= NUMERICAL_RESIDUAL or unseen
+            self.residual <= NUMERICAL_RESIDUAL or little
         )
 
     @property
@@ -189,7 +189,7 @@ class Certificate:
         """Label and value of each line of the printed table."""
         score = self.score_label
         out = [
-            ("method", f"{self.method} posterior, keeps {self.preserve}"),
+            ("method", f"{self.method} posterior, preserves {self.preserve}"),
             ("residual ‖AΔ‖/‖Aε‖", f"{self.residual:.2e}  ({self._residual_note()})"),
             (f"training {score}", f"{self.network_score:.4f} → {self.posterior_score:.4f}"),
             ("drift, linearised", f"{self.drift:.3g}  (raw outputs {self.output_drift:.3g})"),
@@ -198,7 +198,7 @@ class Certificate:
             *self._left_out(),
             ("constraints × weights", f"{self.constraints:,} × {self.parameters:,}"),
             ("rank, null space", f"{self.rank:,}, {self.null_dim:,}"),
-            ("prior variance kept", f"{100 * self.prior_share:.1f} %"),
+            ("prior variance left", f"{100 * self.prior_share:.1f} %"),
             ("prior precision", f"{self.prior_precision:.4g}"),
             ("solver", f"{self.solver}, {self.iterations} iterations, {self.num_samples} samples"),
             ("examples", f"{self.examples:,}  ({self.checked_examples:,} checked)"),

@@ -15,9 +15,8 @@ from nullbayes.constraints.directions import Cotangents
 from nullbayes.constraints.memory_budget import FitMemory
 from nullbayes.constraints.problem import Problem
 from nullbayes.jacobian.block_storage import Keeper
-from nullbayes.jacobian.capture.batches import capture_batch
+from nullbayes.jacobian.capture.batches import capture_batch, ready
 from nullbayes.jacobian.capture.plan import CapturePlan
-from nullbayes.jacobian.capture.verify import prove
 from nullbayes.jacobian.operator import JacobianOperator, check_block
 from nullbayes.model.batch import Inputs, batch_size, select, take, tensor_leaves
 from nullbayes.model.loader import limited
@@ -81,16 +80,17 @@ def capture_training(
     """
     functional = problem.functional
     capturing: _Capturing | None = None
+    plan: CapturePlan | None = None
     track = stage.track(loader, ROWS)
     for index, inputs, targets in limited(functional, track, "train_loader", limit):
         where = f"train_loader, batch {index}"
         outputs = functional.outputs(inputs, where)
         targets = problem.checked_targets(outputs, targets, where)
+        plan, inputs = ready(functional, plan, inputs, outputs, where, index)
         if capturing is None:
-            plan = prove(functional, inputs)
             problem.likelihood.check_reach(outputs, targets)
             capturing = _Capturing(problem, plan, memory)
-        capturing.add(inputs, outputs, targets)
+        capturing.add(inputs, outputs, targets, where)
     assert capturing is not None
     return capturing.finish()
 
@@ -113,14 +113,14 @@ class _Capturing:
         self.checked_numbers: list[range] = []
         self.left, self.count = memory.check, 0
 
-    def add(self, inputs: Inputs, outputs: Tensor, targets: Any) -> None:
+    def add(self, inputs: Inputs, outputs: Tensor, targets: Any, where: str) -> None:
         """The rows of one batch, of which the examples are numbered on."""
         for group in row_groups(self.problem, inputs, outputs, targets):
-            self._add_group(group)
+            self._add_group(group, where)
         self._check_later(inputs, outputs, targets)
         self.examples += batch_size(inputs)
 
-    def _add_group(self, group: RowGroup) -> None:
+    def _add_group(self, group: RowGroup, where: str) -> None:
         memory, numbers = self.memory, group.which + self.examples
         scales = self.problem.scale_by_name
         pieces = capture_batch(
@@ -131,6 +131,7 @@ class _Capturing:
             group.count,
             scales,
             memory.temporaries,
+            where,
         )
         for block, piece, made in pieces:
             check_block(block, self.captured)

@@ -112,9 +112,9 @@ def fits(count: int, seed: int) -> dict[str, Any]:
             answer.unlink()
             told.unlink(missing_ok=True)
             off = float((found - wanted[asked]).abs().max() / wanted[asked].abs().max())
-            if not off < (
-                1e-6 if asked[0] == 1.0 else 2e-2
-            ):  # the evidence is kept to a few per cent by a search
+            # With an edge, to the accuracy of a pass; the evidence is kept to a few per cent by a search.
+            allowed = 2e-2 if asked[0] == "evidence" else 1e-4 if asked[1] else 1e-6
+            if not off < allowed:
                 faults.append(f"after {kills} kills, {asked}: samples differ by {off:.1e}")
             left = [
                 p.name

@@ -102,7 +102,8 @@ def problem_of(sample: Sample) -> Problem | None:
     apart = [made for made in found if separate(made)]
     if apart:
         return apart[0]
-    if found:
+    # (Of several inputs, some may be taken for shared by all examples, and then the examples are separate after all.)
+    if found and len(found[0].names) == 1:
         found[0].hostile = "mixed examples"
         return found[0]
     return None

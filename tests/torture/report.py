@@ -68,7 +68,7 @@ def _networks(folder: Path) -> str:
     table = "\n".join(f"| {v} | {n:,} |" for v, n in counts.most_common())
     kinds = running.summary(lines).splitlines()[1:]
     listed = "\n".join(line for line in kinds[:40])
-    what = f"```\n{listed}\n```" if kinds else "No disagreement is left."
+    what = f"What is wrong as yet:\n\n```\n{listed}\n```" if kinds else "No disagreement is left."
     return (
         f"### Random networks\n\nSeeds {min(seeds)} to {max(seeds)}, {len(lines):,} networks, "
         f"{sum(line.get('seconds', 0) for line in lines) / 60:.0f} minutes of one core. *Refused*: with an error of "

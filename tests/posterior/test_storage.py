@@ -562,6 +562,7 @@ def test_a_changed_number_or_word_is_noticed(saved: Path) -> None:
         ({"likelihood": {}}, "'likelihood'"),
         ({"likelihood": {"name": "classification", "class_axis": "x"}}, "'likelihood'"),
         ({"likelihood": {"name": "classification", "seen_axes": {"x": 1}}}, "'likelihood'"),
+        ({"likelihood": {"name": "classification", "seen_axes": {"2": 2}}}, "'likelihood'"),
         ({"likelihood": {"name": "regression", "noise_variance": ["x"]}}, "'likelihood'"),
         ({"calibration": {"chosen": "x"}}, "calibration: 'chosen'"),
         ({"certificate": {"residual": "x"}}, "certificate: 'residual'"),

@@ -260,10 +260,13 @@ class _Contributions:
             sizes = {item.name: item.values[0, 0].numel()}
             lead = [item.values.shape[0]]
         elif isinstance(item, Lookup):
-            rows = site.module._parameters[item.name].shape[0]
+            table = self.slots.get(site.names.get(item.name, ""))
+            rows = 0 if table is None else table.shape[0]
             sizes, lead = {item.name: rows * item.g.shape[-1]}, [item.g.shape[0]]
             if item.g.shape[1:3] != item.index.shape:
-                raise RuleMismatch(site.path, "its rule looks up other tokens than it has gradients of")
+                raise RuleMismatch(
+                    site.path, "its rule looks up other tokens than it has gradients of"
+                )
         else:
             outputs = item.g.shape[3] * item.g.shape[4]
             sizes = {item.weight: outputs * item.a.shape[3]}

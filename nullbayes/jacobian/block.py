@@ -87,8 +87,9 @@ class Block:
         for key in layout.keys:
             own = self.factors.get(key)
             if key == layout.written:
-                written = isinstance(own, DenseFactor)
-                factors[key] = own if written else self._written(layout.slots, layout.sample)
+                if not isinstance(own, DenseFactor):
+                    own = self._written(layout.slots, layout.sample)
+                factors[key] = own
             else:
                 factors[key] = self._nothing(layout.like[key]) if own is None else own
         return Block(factors, self.examples, self.cotangents)

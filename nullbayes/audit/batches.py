@@ -107,7 +107,11 @@ def counter_generator(seed: int, *counters: int) -> torch.Generator:
 
 
 def gradient_mismatches(
-    space: ParameterSpace, expected: Tensor, found: Tensor, scale: float | None = None
+    space: ParameterSpace,
+    expected: Tensor,
+    found: Tensor,
+    scale: float | None = None,
+    rounding: torch.dtype | None = None,
 ) -> list[str]:
     """Names of the parameters whose part of ``found (P,)`` is not that of ``expected (P,)``.
 
@@ -117,10 +121,12 @@ def gradient_mismatches(
     Args:
         scale: the size of a whole row; a gradient that is zero in exact arithmetic is held against it. Default:
             the norm of ``expected``.
+        rounding: the least precise numbers that the network computes with (autocast inside); None: the working ones.
     """
-    allowed = tolerance(space.dtype, space.device)
+    rounding = rounding or space.dtype
+    allowed = tolerance(rounding, space.device)
     whole = float(expected.double().norm()) if scale is None else scale
-    floor = min(FLOOR * torch.finfo(space.dtype).eps, allowed) * whole
+    floor = min(FLOOR * torch.finfo(rounding).eps, allowed) * whole
     bad = []
     for slot in space.slots:
         right = expected[slot.start : slot.stop].double()
@@ -154,7 +160,7 @@ def check_separate(
         piece = select(inputs, torch.tensor(part, device=functional.device))
         with _drawing_nothing(functional, where), torch.enable_grad():
             again = _evaluated(functional, weights, piece, part, size, where)
-        worst = _difference(again.detach(), outputs[part], outputs)
+        worst = _difference(again.detach(), outputs[part], outputs, functional.rounding)
         if worst is not None:
             raise _explained(functional, inputs, outputs, part, worst, where)
 
@@ -198,7 +204,9 @@ def _evaluated(
     return again
 
 
-def _difference(again: Tensor, outputs: Tensor, batch: Tensor) -> tuple[int, float, float] | None:
+def _difference(
+    again: Tensor, outputs: Tensor, batch: Tensor, rounding: torch.dtype
+) -> tuple[int, float, float] | None:
     """The example that differs most, by how much, and what outputs reach; None: no more than rounding explains."""
     if again.shape != outputs.shape:
         return 0, float("inf"), float(batch.abs().max())
@@ -209,7 +217,7 @@ def _difference(again: Tensor, outputs: Tensor, batch: Tensor) -> tuple[int, flo
     # An output that is small against the others by rounding is not held against itself.
     scale = column.clamp_min(SMALL_OUTPUT * largest)
     away = (again - outputs).abs()
-    off = ~(away <= tolerance(batch.dtype, batch.device) * scale)
+    off = ~(away <= tolerance(rounding, batch.device) * scale)
     if not bool(off.any()):
         return None
     flat = (away / scale.clamp_min(torch.finfo(batch.dtype).tiny)).flatten(1).amax(1)
@@ -232,7 +240,7 @@ def _explained(
     weights = functional.weights()
     with torch.no_grad():
         same = functional(weights, inputs)
-    if _difference(same, outputs, outputs) is not None:
+    if _difference(same, outputs, outputs, functional.rounding) is not None:
         return ModelError(
             f"{found}from one call of the network to the next: it draws random numbers of its own or keeps a state "
             "between calls. Call `model.eval()`, reset the state in the forward pass, pass random numbers as inputs, "
@@ -240,7 +248,7 @@ def _explained(
         )
     with torch.enable_grad():
         graded = functional(functional.weights(requires_grad=True), inputs).detach()
-    if _difference(graded, outputs, outputs) is not None:
+    if _difference(graded, outputs, outputs, functional.rounding) is not None:
         return ModelError(
             f"{found}when gradients are recorded: the network takes another path then, such as the fused one of "
             "`nn.TransformerEncoder` in evaluation mode, and derivatives belong to that other path. Call "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
+from nullbayes.common.deprecation import formerly_positional
 from nullbayes.errors import InputError, ModelError, NullBayesError
 from nullbayes.likelihood.base import Likelihood, Moments, resolve_likelihood
 from nullbayes.likelihood.helpers import (
@@ -18,7 +19,7 @@ from nullbayes.likelihood.helpers import (
     to_float64,
 )
 from nullbayes.likelihood.output_hessian import OutputHessian, detached
-from nullbayes.model.batch import take, to_device
+from nullbayes.model.batch import plain, take, to_device
 from nullbayes.model.structure import Layouts
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -67,6 +68,8 @@ class CallableLoss(Likelihood):
 
     name = "callable"
     score_name = "loss"
+    describes_targets = False
+    inputs_are_targets = True
 
     def __init__(self, function: LossFunction) -> None:
         self.function = function
@@ -83,7 +86,7 @@ class CallableLoss(Likelihood):
 
     def loss(self, outputs: Tensor, targets: Any) -> Tensor:
         """The function's values ``(B,)`` for flat ``outputs``. Raises `InputError` for any other shape."""
-        losses: object = self.function(self.layouts.unflatten(outputs), targets)
+        losses: object = self.function(self.layouts.unflatten(outputs), plain(targets))
         if not isinstance(losses, Tensor):
             raise InputError(
                 f"the loss {self._called} returned {type(losses).__name__}, expected a tensor of shape "
@@ -227,9 +230,10 @@ class CallableLoss(Likelihood):
 
     # -- predictions -----------------------------------------------------------------------------
 
-    def moments(self, draws: Tensor, point: Tensor, linearised: bool) -> Moments:
+    @formerly_positional("linearised")
+    def moments(self, draws: Tensor, point: Tensor, *, linearised: bool) -> Moments:
         """Mean and epistemic variance of the flat outputs."""
-        variance = epistemic_variance(draws, point, linearised)
+        variance = epistemic_variance(draws, point, linearised=linearised)
         mean = point if linearised else draws.mean(0)
         return Moments(mean, variance, variance, torch.zeros_like(variance), variance)
 
@@ -242,7 +246,7 @@ class CallableLoss(Likelihood):
         return self.loss(mean, targets)
 
     def score_draws(
-        self, draws: Tensor, point: Tensor, linearised: bool, targets: Any
+        self, draws: Tensor, point: Tensor, *, linearised: bool, targets: Any
     ) -> tuple[float, int]:
         """Losses of the draws themselves: that of their mean would say nothing of their spread."""
         total = sum(float(to_float64(self.loss(draw, targets)).sum()) for draw in draws)

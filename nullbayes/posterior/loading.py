@@ -36,7 +36,7 @@ def load(
         StorageError: the file is missing, truncated, not ours, or for another model.
     """
     stored = read_posterior(path)
-    kinds: dict[str, type[Posterior]] = {
+    kinds: dict[str, type[NullSpacePosterior] | type[LaplacePosterior]] = {
         c.__name__: c for c in (NullSpacePosterior, LaplacePosterior)
     }
     stored.check_model(unwrapped(model))

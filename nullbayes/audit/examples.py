@@ -7,10 +7,9 @@ copy of the network: whatever its operations allow. None of it shares code with 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,16 +18,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from nullbayes.audit.batches import counter_generator
-from nullbayes.audit.precision import provable
+from nullbayes.audit.network import NetworkCopy
 from nullbayes.errors import ModelError
-from nullbayes.model.batch import Inputs, batch_size, take, tensor_leaves
+from nullbayes.model.batch import Inputs, Keyed, batch_size, take, tensor_leaves
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.parameters import ParameterSpace
-from nullbayes.model.randomness import Keyed
 
 # Examples that an audit takes unless told otherwise, and what their inputs and targets may occupy in bytes.
 EXAMPLES = 32
-EXAMPLE_BYTES = 2**28
+EXAMPLE_BYTES = 2**26
 # Samples, and as many prior directions, that each example is moved along; fewer where weights are very many.
 DIRECTIONS = 8
 DIRECTION_BYTES = 2**28
@@ -68,8 +66,7 @@ class Reservoir:
         self.wanted, self.nbytes, self.seed = wanted, nbytes, seed
         self.seen = 0
         self.batches = 0
-        #: whether ``nbytes`` allowed fewer than ``wanted``
-        self.cut = False
+        self._cut = False  # whether `nbytes` allowed fewer than `wanted`
         self._bound = math.inf
         self._kept: list[tuple[float, int, Example]] = []  # priority, bytes
 
@@ -101,7 +98,17 @@ class Reservoir:
                 break
             # From now on nothing above this priority is taken, so what stays remains a uniform sample.
             self._bound = self._kept.pop()[0]
-            self.cut |= over
+            self._cut |= over
+
+    @property
+    def reduced(self) -> str | None:
+        """What is less than a full audit, and why; None: nothing."""
+        kept = len(self._kept)
+        if self._cut:
+            return f"Only {kept:,} examples were drawn: more would take over {self.nbytes / 2**20:.0f} MiB."
+        if kept < min(EXAMPLES, self.seen):
+            return f"Only {kept:,} examples were drawn, as `audit={self.wanted}` asked, instead of {EXAMPLES}."
+        return None
 
     @property
     def examples(self) -> list[Example]:
@@ -133,10 +140,13 @@ class Moved:
     """What happens to one example: ``K`` of the samples, and ``K`` prior directions of the same length.
 
     Attributes:
-        moved: ``‖A_n Δ_s‖ (K,)`` for the samples ``which``.
+        moved: ``‖A_n Δ_s‖ (K,)`` for the samples ``which``, to first order.
         prior: ``‖A_n ε_k‖ (K,)``.
         rows: ``‖A_n Δ_s‖ (K,)`` as the captured rows have it; None where nobody claims anything.
-        before, after: outputs of the trained network and of the first of the samples, re-weighted ``(*out)``.
+        before, after: outputs of a copy of the network and of the first of those samples, re-weighted ``(*out)``;
+            None where the network cannot be copied.
+        reweighted: how far that moves what is preserved, ``‖v_nᵀ (after - before)‖``.
+        deployed: distance of ``before`` from the outputs that the rows belong to, relative.
     """
 
     number: int
@@ -144,8 +154,10 @@ class Moved:
     moved: Tensor
     prior: Tensor
     rows: Tensor | None
-    before: Tensor
-    after: Tensor
+    before: Tensor | None = None
+    after: Tensor | None = None
+    reweighted: float = 0.0
+    deployed: float = 0.0
 
     @property
     def scale(self) -> float:
@@ -159,113 +171,119 @@ class Moved:
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """All audited examples, how they were measured, and what was not done."""
+class Question:
+    """What is asked of every example.
 
-    examples: tuple[Moved, ...]
-    method: str
-    dtype: torch.dtype
-    directions: int
+    Attributes:
+        cotangents: what is preserved, evaluated on one example alone.
+        samples: weight changes ``Δ (S, P)`` at prior precision one; ``scale``: what they are multiplied with where the
+            network is re-weighted.
+        prior: directions ``(K, P)`` as long as samples are.
+        claimed: what the captured rows say, to be compared.
+    """
+
+    cotangents: MakeCotangents
+    samples: Tensor
+    prior: Tensor
+    scale: float = 1.0
+    claimed: Claimed | None = None
+
+    def which(self, place: int) -> tuple[int, ...]:
+        """The samples that example ``place`` of those audited is moved along: in turn, so that all are used."""
+        count = len(self.prior)
+        return tuple((place * count + k) % len(self.samples) for k in range(count))
 
 
-def measure_examples(
-    functional: FunctionalModel,
-    examples: Sequence[Example],
-    cotangents: MakeCotangents,
-    samples: Tensor,
-    scales: Tensor | None = None,
-    claimed: Claimed | None = None,
-    tolerance: float = 0.0,
-) -> Measurement:
-    """Move each example along some of the samples, and along prior directions of the same length.
+def prior_directions(
+    space: ParameterSpace, samples: Tensor, scales: Tensor | None = None
+) -> Tensor:
+    """``(K, P)`` from the prior, independent of the samples and as long as they are (RMS).
 
     Args:
-        cotangents: what is preserved, evaluated on one example alone.
-        samples: weight changes ``Δ (S, P)``.
-        scales: prior standard deviations ``(P,)`` where they are not all the same.
-        claimed: what the captured rows say, to be compared.
-        tolerance: where measurement and rows differ by more than this share of the prior, central differences of the
-            network itself decide: forward-mode formulas of rarely used operations have been wrong.
-
-    Raises:
-        ModelError: no method works on this network, or it is a network in half precision without a float32 copy.
+        scales: prior standard deviations ``(P,)`` where they are not all the same; lengths are counted in them.
     """
-    if not provable(functional.dtype):
-        functional = _in_float32(functional)
-    samples = samples.to(functional.dtype)
-    each = functional.dtype.itemsize * functional.space.total
-    count = max(1, min(DIRECTIONS, len(samples), DIRECTION_BYTES // (2 * each)))
-    prior = _prior_directions(samples, scales, count)
-    push = Pushing(functional)
-    found = []
-    for place, example in enumerate(examples):
-        which = [(place * count + k) % len(samples) for k in range(count)]
-        directions = torch.cat([samples[which], prior])
-        moved = _moved(push, example, cotangents, directions, which, claimed)
-        if moved.apart > tolerance * moved.scale and push.method != DIFFERENCES:
-            moved = _arbitrated(functional, moved, example, cotangents, directions, claimed)
-        found.append(moved)
-    return Measurement(tuple(found), push.method, functional.dtype, count)
-
-
-def _prior_directions(samples: Tensor, scales: Tensor | None, count: int) -> Tensor:
-    """``(K, P)`` from the prior, as long as samples are (RMS), where the prior is isotropic."""
+    count = DIRECTION_BYTES // (2 * samples.element_size() * space.total)
+    count = max(1, min(DIRECTIONS, len(samples), count))
     white = samples if scales is None else samples / scales.to(samples)
     length = float(torch.linalg.vector_norm(white, dim=1).double().square().mean().sqrt())
-    generator = counter_generator(1, samples.shape[1], count)
-    drawn = torch.randn(count, samples.shape[1], generator=generator).to(samples)
-    drawn = drawn * (length / torch.linalg.vector_norm(drawn, dim=1, keepdim=True))
+    generator = counter_generator(1, space.total, count)
+    drawn = torch.randn(count, space.total, generator=generator, dtype=torch.float32).to(samples)
+    space.fix_(drawn)
+    drawn *= length / torch.linalg.vector_norm(drawn, dim=1, keepdim=True)
     return drawn if scales is None else drawn * scales.to(samples)
 
 
-def _moved(
-    push: Pushing,
-    example: Example,
-    cotangents: MakeCotangents,
-    directions: Tensor,
-    which: list[int],
-    claimed: Claimed | None,
-) -> Moved:
-    functional = push.functional
-    inputs = _as(example.inputs, functional.dtype)
-    before = functional.outputs(inputs, f"training example {example.number}")
-    change = push(inputs, directions).double().flatten(1)  # (2K, out)
-    rows = cotangents(before, example.targets).detach().double().flatten(1)
-    norms = torch.linalg.vector_norm(change @ rows.T, dim=1).cpu()
-    weights, delta = functional.weights(), functional.space.unflatten(directions[0])
-    with torch.no_grad():
-        after = functional({n: weights[n] + d for n, d in delta.items()}, inputs)
-    told = None if claimed is None else claimed(example.number).double().cpu()[which]
-    count = len(which)
-    return Moved(
-        example.number,
-        tuple(which),
-        norms[:count],
-        norms[count:],
-        told,
-        before[0],
-        after[0],
-    )
+class Examiner:
+    """Moves examples of a network, one at a time."""
+
+    def __init__(self, functional: FunctionalModel) -> None:
+        self.functional = functional
+        self.along = Derivative(functional)
+        #: why no copy of the network could be made; None where one was
+        self.no_copy: str | None = None
+        try:
+            self._copy: NetworkCopy | None = NetworkCopy(functional)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a network's attributes make of being copied
+            self._copy, self.no_copy = None, f"{type(error).__name__}: {error}"
+
+    def examine(
+        self, example: Example, place: int, question: Question, tolerance: float = 0.0
+    ) -> Moved:
+        """One example under some of the samples.
+
+        Args:
+            place: which of the audited examples this is.
+            tolerance: where measurement and rows differ by more than this share of the prior, central differences of a
+                copy of the network decide: they know no formula that could be wrong, as some of PyTorch's have been.
+
+        Raises:
+            ModelError: no derivative along a weight change can be computed.
+        """
+        found = self._moved(self.along, example, place, question)
+        if found.apart > tolerance * found.scale and self.along.method != DIFFERENCES:
+            try:
+                again = self._moved(
+                    Derivative(self.functional, (DIFFERENCES,)), example, place, question
+                )
+            except ModelError:
+                return found
+            if again.apart < found.apart:
+                return again
+        return found
+
+    def _moved(
+        self, along: Derivative, example: Example, place: int, question: Question
+    ) -> Moved:
+        where = f"training example {example.number}"
+        outputs = self.functional.outputs(example.inputs, where)
+        rows = question.cotangents(outputs, example.targets).detach().double().flatten(1)
+        which = question.which(place)
+        directions = torch.cat([question.samples[list(which)], question.prior])
+        change = along(example.inputs, directions).double().flatten(1)  # (2K, out)
+        norms = torch.linalg.vector_norm(change @ rows.T, dim=1).cpu()
+        claimed = None
+        if question.claimed is not None:
+            claimed = question.claimed(example.number).double().cpu()[list(which)]
+        count = len(which)
+        found = Moved(example.number, which, norms[:count], norms[count:], claimed)
+        if self._copy is None:
+            return found
+        before = self._copy.outputs(example.inputs)
+        after = self._copy.outputs(example.inputs, directions[0] * question.scale)
+        away = rows @ (after - before).double().flatten() / question.scale
+        off = (before.double() - outputs.double()).norm() / outputs.double().norm().clamp_min(1e-300)
+        return replace(
+            found,
+            before=before[0],
+            after=after[0],
+            reweighted=float(away.norm()),
+            deployed=float(off),
+        )
 
 
-def _arbitrated(
-    functional: FunctionalModel,
-    moved: Moved,
-    example: Example,
-    cotangents: MakeCotangents,
-    directions: Tensor,
-    claimed: Claimed | None,
-) -> Moved:
-    """The same by central differences if those agree better with the rows; they know no formula that could be wrong."""
-    try:
-        push = Pushing(functional, (DIFFERENCES,))
-        again = _moved(push, example, cotangents, directions, list(moved.which), claimed)
-    except (ModelError, RuntimeError):
-        return moved
-    return again if again.apart < moved.apart else moved
-
-
-class Pushing:
+class Derivative:
     """``J(x) Δ_k (K, *out)`` of one example for directions ``(K, P)``, by the first method that works.
 
     What fails on one example is not tried again on the others.
@@ -279,7 +297,7 @@ class Pushing:
         self.functional = functional
         self._left = list(methods)
         self._together = True
-        self._precise: FunctionalModel | None = None
+        self._precise: NetworkCopy | None = None
 
     @property
     def method(self) -> str:
@@ -293,12 +311,12 @@ class Pushing:
                 return run[self.method](inputs, directions).detach()
             except (MemoryError, torch.OutOfMemoryError):
                 raise
-            except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            except Exception as error:  # an operation without a derivative of that kind, in whatever words
                 if len(self._left) == 1:
                     raise ModelError(
-                        "no derivative of this network along a weight change could be computed for one example alone: "
-                        f"{self.method} ended with {type(error).__name__}: {error}. Leave out the parameters behind "
-                        "the operation named there (`parameters=`), or replace the operation."
+                        "the audit found no way to differentiate this network along a weight change, one example "
+                        f"alone; {self.method} ended with {type(error).__name__}: {error}. Leave out the parameters "
+                        "before the operation named there (`parameters=`), or replace the operation."
                     ) from error
                 self._left.pop(0)
 
@@ -318,79 +336,43 @@ class Pushing:
             try:
                 together: Tensor = torch.vmap(one)(directions)
                 return together
-            except (RuntimeError, NotImplementedError, TypeError, ValueError):
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception:
                 self._together = False
         return torch.stack([one(delta).detach() for delta in directions])
 
     def _reverse(self, inputs: Inputs, directions: Tensor) -> Tensor:
         weights = self.functional.weights(requires_grad=True)
-        leaves = list(weights.values())
         with torch.enable_grad():
             outputs = self.functional(weights, inputs)
             dual = torch.zeros_like(outputs, requires_grad=True)
             pulled = torch.autograd.grad(
-                outputs, leaves, dual, create_graph=True, allow_unused=True
+                outputs, list(weights.values()), dual, create_graph=True, allow_unused=True
             )
+            # Unused weights move nothing, and what is not a function of `dual` is zero.
+            used = {
+                n: g for n, g in zip(weights, pulled, strict=True) if g is not None and g.requires_grad
+            }
             found = []
             for delta in directions:
                 tangent = self.functional.space.unflatten(delta)
-                parts = [
-                    (g * tangent[n]).sum()
-                    for n, g in zip(weights, pulled, strict=True)
-                    if g is not None and g.requires_grad
-                ]
-                total = sum(parts, start=outputs.new_zeros(()))
-                if not parts:
+                if not used:
                     found.append(torch.zeros_like(outputs))
                     continue
+                total = torch.stack([(g * tangent[n]).sum() for n, g in used.items()]).sum()
                 found.append(torch.autograd.grad(total, dual, retain_graph=True)[0])
         return torch.stack(found)
 
     def _differences(self, inputs: Inputs, directions: Tensor) -> Tensor:
-        functional = self._in_float64()
-        weights = functional.weights()
-        inputs = _as(inputs, torch.float64)
-        size = math.sqrt(sum(float(w.square().sum()) for w in weights.values())) or 1.0
-        found = []
-        with torch.no_grad():
-            for delta in directions.double():
-                step = STEP * size / max(float(delta.norm()), 1e-300)
-                moved = functional.space.unflatten(delta * step)
-                ahead = functional({n: weights[n] + d for n, d in moved.items()}, inputs)
-                behind = functional({n: weights[n] - d for n, d in moved.items()}, inputs)
-                found.append((ahead - behind) / (2 * step))
-        return torch.stack(found)
-
-    def _in_float64(self) -> FunctionalModel:
         if self._precise is None:
-            self._precise = converted(self.functional, torch.float64)
-        return self._precise
-
-
-def converted(functional: FunctionalModel, dtype: torch.dtype) -> FunctionalModel:
-    """The same network in another precision: a copy, the user's stays as it is."""
-    if functional.dtype == dtype:
-        return functional
-    model = copy.deepcopy(functional.model).to(dtype)
-    named = dict(model.named_parameters())
-    space = ParameterSpace({name: named[name] for name in functional.space.names})
-    return FunctionalModel(
-        model, space, functional.user_forward, functional.layouts, functional.randomness
-    )
-
-
-def _in_float32(functional: FunctionalModel) -> FunctionalModel:
-    try:
-        return converted(functional, torch.float32)
-    except Exception as error:
-        raise ModelError(
-            f"a network in {functional.dtype} is audited on a float32 copy, but copying it failed "
-            f"({type(error).__name__}: {error}). Convert it first: `model.float()`."
-        ) from error
-
-
-def _as(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """Floating-point inputs in ``dtype``."""
-    return tree_map(
-        lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, inputs
-    )
+            self._precise = NetworkCopy(self.functional, torch.float64)
+        weights = self.functional.weights().values()
+        size = math.sqrt(sum(float(w.double().square().sum()) for w in weights)) or 1.0
+        found = []
+        for delta in directions.double():
+            step = STEP * size / max(float(delta.norm()), 1e-300)
+            ahead = self._precise.outputs(inputs, step * delta).double()
+            behind = self._precise.outputs(inputs, -step * delta).double()
+            found.append((ahead - behind) / (2 * step))
+        return torch.stack(found)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from html import escape
 from typing import Any
 
+from nullbayes.audit.audit import Audit
 from nullbayes.certificate.verdict import NUMERICAL_DRIFT, NUMERICAL_RESIDUAL, verdict_of
 from nullbayes.common.deprecation import warn_deprecated
 from nullbayes.common.memory import format_bytes
@@ -56,6 +57,8 @@ class Certificate:
         generic: parameters without a layer rule, served by the slower generic path.
         notes: what else deserves a look.
         evidence: the prior precision that the evidence alone asks for; None where something else decided.
+        audit: the same effects measured without these rows, on examples of all the data; None in files of versions
+            that had none.
     """
 
     method: str
@@ -92,6 +95,11 @@ class Certificate:
     stages: dict[str, float] = field(default_factory=dict)
     left_out_divergence: float | None = None
     evidence: float | None = None
+    audit: Audit | None = None
+
+    def audited_too(self, audit: Audit) -> Certificate:
+        """The same with what was found of samples that were drawn later."""
+        return replace(self, audit=self.audit and self.audit.joined(audit))
 
     def joined(self, new: dict[str, Any], measured: dict[str, Any] | None) -> Certificate:
         """The certificate of these samples and ``new["num_samples"]`` more.
@@ -133,14 +141,19 @@ class Certificate:
 
     @property
     def held(self) -> bool:
-        """Residual within tolerance (or only below ``delta``), a null space, no training score lost.
+        """Residual within tolerance (or only below ``delta``), a null space, no training score lost, audit passed.
 
         Regression: RMSE grown by less than 1e-3 of itself; classification: no accuracy lost; a callable loss:
         its mean over the samples, which is second order, grown by less than 1e-2 of itself.
         """
         allowed = score_named(self.score_name).allowed_growth * abs(self.network_score)
         kept = not math.isnan(self.score_loss) and self.score_loss <= allowed + 1e-12
-        return self.promises and self.small_residual and self.null_dim > 0 and kept
+        return self.promises and self.small_residual and self.null_dim > 0 and kept and self.audited
+
+    @property
+    def audited(self) -> bool:
+        """Whether the audit found the fit's rows to be true."""
+        return self.audit is not None and self.audit.passed
 
     @property
     def small_residual(self) -> bool:
@@ -168,6 +181,7 @@ class Certificate:
     def as_dict(self) -> dict[str, Any]:
         """All fields, ``held`` and ``verdict``; JSON-able."""
         out = asdict(self) | {"held": self.held, "verdict": self.verdict}
+        out |= {"audit": None if self.audit is None else self.audit.as_dict()}
         return out | {"generic": list(self.generic), "notes": list(self.notes)}
 
     @classmethod
@@ -178,6 +192,8 @@ class Certificate:
         kept: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known
         }
+        if kept.get("audit") is not None:
+            kept["audit"] = Audit.from_dict(kept["audit"])
         return cls(**kept)
 
     def _residual_note(self) -> str:
@@ -202,6 +218,7 @@ class Certificate:
             ("prior precision", f"{self.prior_precision:.4g}"),
             ("solver", f"{self.solver}, {self.iterations} iterations, {self.num_samples} samples"),
             ("examples", f"{self.examples:,}  ({self.checked_examples:,} checked)"),
+            *(self.audit.rows() if self.audit is not None else [("audit", "none")]),
             ("time, peak memory", f"{self.seconds:.1f} s, {format_bytes(self.peak_memory)}"),
         ]
         if self.discarded_trace > 0:

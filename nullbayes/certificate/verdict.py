@@ -37,10 +37,10 @@ def verdict_of(c: Certificate) -> str:
         text = f"{keep} ({scores})."
         if c.status not in (Status.CONVERGED.value, Status.NUMERICAL.value):
             text += f" Its samples are not exact: {c.status}."
-        return text
+        return f"{text} {_audit(c)}"
     if c.held:
         text = f"The guarantee held: {scores}. Samples move {c.preserve} by "
-        text += f"{c.drift:.2g} (RMS), {_left(c)} of what the prior would."
+        text += f"{c.drift:.2g} (RMS), {_left(c)} of what the prior would. {_audit(c)}"
     else:
         text = " ".join(_weaknesses(c, scores, name))
     return " ".join([text, *_advice(c)])
@@ -62,7 +62,16 @@ def _weaknesses(c: Certificate, scores: str, name: str) -> list[str]:
         out.append(f"no training {name} could be measured.")
     elif c.score_loss > 0:
         out.append(f"{scores}.")
-    return out
+    return [*out, _audit(c)]
+
+
+def _audit(c: Certificate) -> str:
+    if c.audit is None:
+        return (
+            "Its rows were never audited, as it was written by a version of nullbayes that could not; fit again to "
+            "know that they are those of the network."
+        )
+    return c.audit.words()
 
 
 def _advice(c: Certificate) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nullbayes.audit.examples import EXAMPLES, Reservoir
 from nullbayes.common.progress import ROWS, Stages
 from nullbayes.constraints.directions import Cotangents
 from nullbayes.constraints.memory_budget import FitMemory
@@ -33,6 +34,7 @@ class TrainingRows:
     plan: CapturePlan
     examples: int
     discarded_trace: float
+    drawn: Reservoir  # examples for the audit, of all the data
     checked: list[tuple[Inputs, Any]] = field(default_factory=list)  # examples for the certificate
     checked_numbers: list[range] = field(default_factory=list)  # which of the data set's those are
     spans: list[slice] = field(default_factory=list)  # by example: its rows
@@ -66,6 +68,7 @@ def capture_training(
     limit: int | None,
     memory: FitMemory,
     stage: Stages,
+    audited: int = EXAMPLES,
 ) -> TrainingRows:
     """Rows of all training examples, in the order of the loader.
 
@@ -74,6 +77,7 @@ def capture_training(
 
     Args:
         memory: what rows may take (more goes elsewhere, see ``block_storage.py``), and temporaries.
+        audited: examples to draw for the audit.
 
     Raises:
         MemoryBudgetError: what has to stay in memory outgrows ``memory.rows``.
@@ -89,7 +93,7 @@ def capture_training(
         plan, inputs = ready(functional, plan, inputs, outputs, where, index)
         if capturing is None:
             problem.likelihood.check_reach(outputs, targets)
-            capturing = _Capturing(problem, plan, memory)
+            capturing = _Capturing(problem, plan, memory, Reservoir(audited))
         capturing.add(inputs, outputs, targets, where)
     assert capturing is not None
     return capturing.finish()
@@ -102,8 +106,10 @@ class _Capturing:
     augmented loader would not see the same ones.
     """
 
-    def __init__(self, problem: Problem, plan: CapturePlan, memory: FitMemory) -> None:
-        self.problem, self.plan, self.memory = problem, plan, memory
+    def __init__(
+        self, problem: Problem, plan: CapturePlan, memory: FitMemory, drawn: Reservoir
+    ) -> None:
+        self.problem, self.plan, self.memory, self.drawn = problem, plan, memory, drawn
         self.keeper = Keeper(
             problem.functional, plan, problem.scale_by_name, memory.rows, memory.block
         )
@@ -118,6 +124,7 @@ class _Capturing:
         for group in row_groups(self.problem, inputs, outputs, targets):
             self._add_group(group, where)
         self._check_later(inputs, outputs, targets)
+        self.drawn.offer(inputs, targets)
         self.examples += batch_size(inputs)
 
     def _add_group(self, group: RowGroup, where: str) -> None:
@@ -157,7 +164,14 @@ class _Capturing:
         share = self.discarded / self.trace if self.trace > 0 else 0.0
         spans = _spans(operator, self.keeper.numbers, self.examples)
         return TrainingRows(
-            operator, self.plan, self.examples, share, self.checked, self.checked_numbers, spans
+            operator,
+            self.plan,
+            self.examples,
+            share,
+            self.drawn,
+            self.checked,
+            self.checked_numbers,
+            spans,
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nullbayes.audit.audit import Audit, Auditor
 from nullbayes.certificate.certificate import Certificate
 from nullbayes.certificate.leave_one_out import held_out, left_out
 from nullbayes.certificate.measure import GuaranteeCheck
@@ -25,6 +26,7 @@ from nullbayes.common.memory import (
     peak_bytes,
 )
 from nullbayes.common.progress import (
+    AUDIT,
     CERTIFICATE,
     FACTORISATION,
     GRAM,
@@ -64,13 +66,15 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
     with explained_out_of_memory(budget), stages(show=run.progress) as stage:
         problem = with_fitted_noise(problem, loader, run.max_examples, stage)
         memory = FitMemory.of(budget, run.num_samples, problem.space.total, problem.dtype)
-        rows = capture_training(problem, loader, run.max_examples, memory, stage)
+        rows = capture_training(problem, loader, run.max_examples, memory, stage, run.audited)
         laps.lap(ROWS)
+        laps.move(rows.plan.checking_seconds, ROWS, AUDIT)
         choice = _chosen(settings, rows.operator, run.num_samples, budget)
         fitting = _Fitting(problem, settings, run, rows, choice, stage, laps)
         fitting.factorise()
         fitting.project()
         check, evidence = fitting.check()
+        auditor, audit = fitting.audit()
         notes = [*fitting.notes, *_where_kept(rows.operator)]
         notes += _not_kept(loader, rows, run.max_examples)
     if quick_digest(problem.functional.model) != before:
@@ -78,7 +82,7 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
             "the model's weights or buffers changed while it was fitted: something else wrote to them (a training "
             "loop, an averaging hook, another thread). Stop that, then fit again."
         )
-    return fitting.finish(check, evidence, notes)
+    return fitting.finish(check, evidence, notes, auditor, audit)
 
 
 class _Fitting:
@@ -182,12 +186,37 @@ class _Fitting:
         evidence = self.alpha if self.by_evidence else None
         if evidence is not None:
             self.alpha = check.bounded_precision(evidence)
+        self.effects = rows.operator.matvec(self.done.value)
+        self.laps.lap(CERTIFICATE)
         return check, evidence
 
-    def finish(self, check: GuaranteeCheck, evidence: float | None, notes: list[str]) -> Fit:
+    def audit(self) -> tuple[Auditor, Audit]:
+        """What plain differentiation says of these samples, on examples of all the data."""
+        problem, rows = self.problem, self.rows
+        auditor = Auditor(
+            problem.functional,
+            rows.drawn,
+            lambda outputs, targets: problem.cotangents(outputs, targets).values,
+            rows.spans,
+            problem.space.scales(problem.precision_by_name),
+            rows.plan.checking_seconds,
+        )
+        tick = self.stage.fraction(AUDIT)
+        audit = auditor.audit(self.unit, self.effects, self.alpha**-0.5, tick)
+        self.laps.lap(AUDIT)
+        return auditor, audit
+
+    def finish(
+        self,
+        check: GuaranteeCheck,
+        evidence: float | None,
+        notes: list[str],
+        auditor: Auditor,
+        audit: Audit,
+    ) -> Fit:
         """The certificate, and all that a posterior holds from now on."""
         problem, target, p = self.problem, self.settings.target, self.problem.space.total
-        measured = _measured_rows(self.rows, self.done, self.prior, self.alpha)
+        measured = _measured_rows(self.rows, self.done, self.prior, self.effects, self.alpha)
         measured |= check.measure(self.alpha**-0.5)
         self.laps.lap(CERTIFICATE)
         certificate = Certificate(
@@ -210,6 +239,7 @@ class _Fitting:
             stages=self.laps.seconds,
             seconds=self.laps.total,
             peak_memory=peak_bytes(problem.device),
+            audit=audit,
         )
         return Fit(
             problem,
@@ -221,6 +251,7 @@ class _Fitting:
             self.rows.plan,
             self.state,
             check,
+            auditor,
         )
 
 
@@ -269,11 +300,10 @@ def _where_kept(operator: JacobianOperator) -> list[str]:
 
 
 def _measured_rows(
-    rows: TrainingRows, done: Projection, prior: Tensor, alpha: float
+    rows: TrainingRows, done: Projection, prior: Tensor, after: Tensor, alpha: float
 ) -> dict[str, Any]:
-    """What the certificate says of the rows: computed once more from them, outside the solver."""
+    """What the certificate says of the rows, outside the solver; ``after``: samples by all rows, once more."""
     m, p = rows.operator.shape
-    after = rows.operator.matvec(done.value)
     count = len(prior) * rows.examples
     return {
         "residual": _residual(after, rows.operator.matvec(prior)),
@@ -303,16 +333,20 @@ def extended(fit: Fit, settings: Settings, count: int) -> Fit:
     more = fit.problem.weight_changes(done.value)
     unit = torch.cat([fit.unit, more])
     check = fit.check and fit.check.with_more(more)
+    effects = operator.matvec(done.value)
     certificate = fit.certificate.joined(
-        _new_samples(fit, done, v), None if check is None else check.measure(fit.alpha**-0.5)
+        _new_samples(fit, done, v, effects),
+        None if check is None else check.measure(fit.alpha**-0.5),
     )
+    if fit.auditor is not None:
+        audit = fit.auditor.audit(more, effects, fit.alpha**-0.5)
+        certificate = certificate.audited_too(audit)
     return replace(fit, unit=unit, certificate=certificate, check=check)
 
 
-def _new_samples(fit: Fit, done: Projection, prior: Tensor) -> dict[str, Any]:
+def _new_samples(fit: Fit, done: Projection, prior: Tensor, after: Tensor) -> dict[str, Any]:
     """What a certificate says of samples that were drawn later, by the fit's rows."""
     assert fit.state is not None
-    after = fit.state.operator.matvec(done.value)
     count = len(prior) * fit.certificate.examples
     return {
         "residual": _residual(after, fit.state.operator.matvec(prior)),

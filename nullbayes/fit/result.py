@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from nullbayes.audit.audit import Auditor
+from nullbayes.audit.examples import EXAMPLES
 from nullbayes.certificate.certificate import Certificate
 from nullbayes.certificate.measure import GuaranteeCheck
 from nullbayes.common.arguments import check_positive
@@ -70,20 +72,21 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Run:
-    """One call of ``fit``: see `nullbayes.Posterior.fit` for what each of these is."""
+    """One call of ``fit``: see `nullbayes.Posterior.fit` for what each of these is; ``audited``: examples to audit."""
 
     num_samples: int
     seed: int
     max_examples: int | None
     progress: bool
     checkpoint: Checkpoint | None = None
+    audited: int = EXAMPLES
 
 
 @dataclass(frozen=True)
 class Fit:
     """What a fit left: samples at prior precision one, and what more of them would take.
 
-    ``plan``, ``state`` and ``check`` are None for a posterior that was loaded from a file.
+    ``plan``, ``state``, ``check`` and ``auditor`` are None for a posterior that was loaded from a file.
 
     Attributes:
         problem: the question, with observation noise as it was estimated.
@@ -100,6 +103,7 @@ class Fit:
     plan: CapturePlan | None = None
     state: State | None = None
     check: GuaranteeCheck | None = None
+    auditor: Auditor | None = None
 
     def explained_by(self, likelihood: Likelihood) -> Fit:
         """The same samples, read with other observation noise."""

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from nullbayes.audit.audit import FULL, check_audit
 from nullbayes.certificate import Certificate
 from nullbayes.common.arguments import check_choice, check_count, check_positive
 from nullbayes.common.deprecation import formerly_positional
@@ -183,6 +184,7 @@ class Posterior:
         progress: bool = True,
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: float = 60.0,
+        audit: str | int = FULL,
     ) -> Self:
         """Build the posterior from the training data; nothing of an earlier fit is kept until it is done.
 
@@ -195,6 +197,8 @@ class Posterior:
             progress: bars on standard error.
             checkpoint: file for the state of an iterative solver, written every ``checkpoint_every``
                 seconds; after a kill, the same call goes on from there. Removed when the fit is done.
+            audit: how many examples, drawn from all the data, ``certificate.audit`` differentiates one at a time;
+                ``"full"``: 32. Every batch is compared with plain differentiation in any case.
 
         Ctrl-C while the solver iterates ends it early: the best samples so far are kept, with a
         certificate that says what they reached. At any other time it leaves the earlier fit as it was.
@@ -213,6 +217,7 @@ class Posterior:
             None if max_examples is None else check_count(max_examples, "max_examples"),
             progress,
             place,
+            check_audit(audit),
         )
         self._check_data(train_loader, "train_loader")
         self._take(build(self.problem, self._settings, train_loader, run))

@@ -8,6 +8,7 @@ still wrong is a :class:`ModelError` with the parameter and the batch. Internal 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,6 +77,7 @@ def checked(
     """
     while True:
         block, made = captured(functional, plan, inputs, make, scales, where)
+        since = time.perf_counter()
         weights, total = random_weights(made.values, 0, index)
         expected = plain_gradient(functional, inputs, total)
         found = torch.zeros_like(expected)[None]
@@ -83,6 +85,7 @@ def checked(
             factor.rmatvec(weights[None].to(expected), found)
         found = _unscaled(functional, found[0], scales)
         with _MENDING:
+            plan.checking_seconds += time.perf_counter() - since
             _note_reached(functional, plan, inputs, expected)
             bad = gradient_mismatches(
                 functional.space, expected, found, rounding=functional.rounding

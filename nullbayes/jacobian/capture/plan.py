@@ -50,6 +50,8 @@ class CapturePlan:
     proved: set[Any] = field(default_factory=set)
     # Parameters that no example so far has a gradient path to.
     unreached: set[str] = field(default_factory=set)
+    # What comparing captured rows with plain differentiation has taken.
+    checking_seconds: float = 0.0
     # Which of the ways to differentiate along a weight change this model takes, see `linearise.py`.
     product: int = 0
 

@@ -580,6 +580,21 @@ def test_all_weights_zero_have_no_evidence() -> None:
 # -- nothing is left behind ----------------------------------------------------------------------
 
 
+def same_answers(posterior: Any) -> list[Any]:
+    prediction = posterior.predict(X)
+    return [
+        prediction.mean,
+        prediction.outputs,
+        prediction.total,
+        posterior.novelty(X),
+        posterior.certificate,
+        posterior.prior_precision,
+        posterior.likelihood.config(),
+        posterior.num_samples,
+        None if posterior.calibration is None else posterior.calibration.as_dict(),
+    ]
+
+
 @contextmanager
 def still_answers(posterior: Any) -> Iterator[None]:
     before = same_answers(posterior)

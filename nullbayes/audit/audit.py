@@ -1,4 +1,4 @@
-"""What the audit of a fit saw, in figures and in words: whether the rows that a certificate is computed from are true."""
+"""What the audit of a fit saw, in figures and in words: are the rows that a certificate is computed from true?"""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ class Auditor:
     Args:
         drawn: examples of all the data that went by.
         cotangents: ``(outputs (1, *out), targets) -> (C, 1, *out)``, what is preserved.
-        spans: by number of an example, the rows that it has in the constraint matrix.
+        spans: by number of an example, the rows that it has in the constraint matrix; None: nobody claims anything.
         scales: prior standard deviations ``(P,)`` where they are not all the same.
         batch_seconds: what comparing the batches took.
     """
@@ -199,20 +199,20 @@ class Auditor:
         functional: FunctionalModel,
         drawn: Reservoir,
         cotangents: MakeCotangents,
-        spans: Sequence[slice],
+        spans: Sequence[slice] | None,
         scales: Tensor | None = None,
         batch_seconds: float = 0.0,
     ) -> None:
         self.functional, self.cotangents, self.scales = functional, cotangents, scales
         self.examples, self.batches, self.of_examples = drawn.examples, drawn.batches, drawn.seen
-        self.spans = {e.number: spans[e.number] for e in self.examples}
+        self.spans = {} if spans is None else {e.number: spans[e.number] for e in self.examples}
         self.batch_seconds = batch_seconds
         self._reduced = drawn.reduced
 
     def audit(
         self,
         samples: Tensor,
-        effects: Tensor,
+        effects: Tensor | None = None,
         scale: float = 1.0,
         tick: Callable[[float], None] | None = None,
     ) -> Audit:
@@ -220,7 +220,7 @@ class Auditor:
 
         Args:
             samples: weight changes ``Δ (S, P)`` at prior precision one.
-            effects: ``A Δ (S, M)`` as the rows have it.
+            effects: ``A Δ (S, M)`` as the rows have it; None: they are not compared.
             scale: what samples are multiplied with where the network is re-weighted.
             tick: told the share done.
 
@@ -230,11 +230,13 @@ class Auditor:
         since = time.perf_counter()
 
         def claimed(number: int) -> Tensor:
+            assert effects is not None
             return effects[:, self.spans[number]].double().norm(dim=1)
 
         functional = self.functional
         prior = prior_directions(functional.space, samples, self.scales)
-        question = Question(self.cotangents, samples, prior, scale, claimed)
+        told = None if effects is None else claimed
+        question = Question(self.cotangents, samples, prior, scale, told)
         allowed = tolerance(functional.rounding, functional.device)
         examiner, found = Examiner(functional), []
         for place, example in enumerate(self.examples):
@@ -279,6 +281,8 @@ def _judged(found: Sequence[Moved], rounding: float) -> dict[str, Any]:
             apart, apart_example = off, m.number
         total += float(m.moved.square().mean())
         reweighted += m.reweighted**2
+    if any(m.rows is None for m in found):  # nothing was compared, so nothing agrees
+        apart = math.nan
     copied = bool(found) and found[0].before is not None
     count = max(1, len(found))
     return {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,21 +19,22 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from nullbayes.audit.batches import counter_generator
-from nullbayes.audit.network import NetworkCopy
+from nullbayes.audit.network import NetworkCopy, WrittenOut
 from nullbayes.errors import ModelError
 from nullbayes.model.batch import Inputs, Keyed, batch_size, take, tensor_leaves
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.parameters import ParameterSpace
 
 # Examples that an audit takes unless told otherwise, and what their inputs and targets may occupy in bytes.
-EXAMPLES = 32
+EXAMPLES = 20
 EXAMPLE_BYTES = 2**26
 # Samples, and as many prior directions, that each example is moved along; fewer where weights are very many.
 DIRECTIONS = 8
 DIRECTION_BYTES = 2**28
 FORWARD, REVERSE, DIFFERENCES = "forward mode", "two reverse passes", "central differences"
-# Half a step of central differences, relative to the weights, in float64.
-STEP = 1e-5
+# Half a step of central differences, relative to the weights, in float64: short, as a step across the kink of a ReLU
+# counts in full, and long against rounding.
+STEP = 3e-8
 
 #: ``(outputs (1, *out), targets) -> (C, 1, *out)``: the rows of what is preserved, for one example.
 MakeCotangents = Callable[[Tensor, Any], Tensor]
@@ -206,6 +208,8 @@ def prior_directions(
     count = max(1, min(DIRECTIONS, len(samples), count))
     white = samples if scales is None else samples / scales.to(samples)
     length = float(torch.linalg.vector_norm(white, dim=1).double().square().mean().sqrt())
+    # Samples of no length, where the data determine every weight, are rounding; they move nothing.
+    length = max(length, float(torch.finfo(samples.dtype).eps) * space.total**0.5)
     generator = counter_generator(1, space.total, count)
     drawn = torch.randn(count, space.total, generator=generator, dtype=torch.float32).to(samples)
     space.fix_(drawn)
@@ -253,9 +257,7 @@ class Examiner:
                 return again
         return found
 
-    def _moved(
-        self, along: Derivative, example: Example, place: int, question: Question
-    ) -> Moved:
+    def _moved(self, along: Derivative, example: Example, place: int, question: Question) -> Moved:
         where = f"training example {example.number}"
         outputs = self.functional.outputs(example.inputs, where)
         rows = question.cotangents(outputs, example.targets).detach().double().flatten(1)
@@ -273,7 +275,9 @@ class Examiner:
         before = self._copy.outputs(example.inputs)
         after = self._copy.outputs(example.inputs, directions[0] * question.scale)
         away = rows @ (after - before).double().flatten() / question.scale
-        off = (before.double() - outputs.double()).norm() / outputs.double().norm().clamp_min(1e-300)
+        off = (before.double() - outputs.double()).norm() / outputs.double().norm().clamp_min(
+            1e-300
+        )
         return replace(
             found,
             before=before[0],
@@ -307,11 +311,16 @@ class Derivative:
         """Raises ModelError: every method failed."""
         run = {FORWARD: self._forward, REVERSE: self._reverse, DIFFERENCES: self._differences}
         while True:
+            # Fused attention has neither forward mode nor a derivative of its backward pass.
+            fused = self.method == DIFFERENCES
             try:
-                return run[self.method](inputs, directions).detach()
+                with nullcontext() if fused else WrittenOut():
+                    return run[self.method](inputs, directions).detach()
             except (MemoryError, torch.OutOfMemoryError):
                 raise
-            except Exception as error:  # an operation without a derivative of that kind, in whatever words
+            except (
+                Exception
+            ) as error:  # an operation without a derivative of that kind, in whatever words
                 if len(self._left) == 1:
                     raise ModelError(
                         "the audit found no way to differentiate this network along a weight change, one example "
@@ -326,10 +335,10 @@ class Derivative:
 
         def one(delta: Tensor) -> Tensor:
             tangent = functional.space.unflatten(delta)
-            pushed: tuple[Tensor, Tensor] = torch.func.jvp(
+            change: Tensor = torch.func.jvp(
                 lambda w: functional(w, inputs), (weights,), (tangent,)
-            )
-            return pushed[1]
+            )[1]
+            return change
 
         # Frozen randomness knows its examples by the first axis, which `vmap` takes away.
         if self._together and not isinstance(inputs, Keyed):
@@ -352,7 +361,9 @@ class Derivative:
             )
             # Unused weights move nothing, and what is not a function of `dual` is zero.
             used = {
-                n: g for n, g in zip(weights, pulled, strict=True) if g is not None and g.requires_grad
+                n: g
+                for n, g in zip(weights, pulled, strict=True)
+                if g is not None and g.requires_grad
             }
             found = []
             for delta in directions:

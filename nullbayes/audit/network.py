@@ -7,11 +7,14 @@ that is used, so that a mistake in it would show.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from nullbayes.model.batch import Inputs, batch_size, plain
@@ -34,7 +37,7 @@ class NetworkCopy:
         if dtype is not None:
             self.model.to(dtype)
         named = dict(self.model.named_parameters())
-        self._parameters = [named[name] for name in functional.space.names]
+        self._parameters: list[Tensor] = [named[name] for name in functional.space.names]
         self._trained = [p.detach().clone() for p in self._parameters]
 
     def outputs(self, inputs: Inputs, delta: Tensor | None = None) -> Tensor:
@@ -62,16 +65,59 @@ class NetworkCopy:
         return self.model(*given) if isinstance(given, tuple) else self.model(given)
 
     def _write(self, delta: Tensor | None) -> None:
-        slots = self.functional.space.slots
+        values = self._trained
+        if delta is not None:
+            moved = self.functional.space.unflatten(delta)
+            values = [t + d.to(t) for t, d in zip(values, moved.values(), strict=True)]
         with torch.no_grad():
-            for slot, parameter, trained in zip(
-                slots, self._parameters, self._trained, strict=True
-            ):
-                parameter.copy_(trained)
-                if delta is not None:
-                    parameter.add_(delta[slot.start : slot.stop].reshape(slot.shape).to(parameter))
+            torch._foreach_copy_(self._parameters, values)
 
 
 def as_floating(leaf: Any, dtype: torch.dtype | None) -> Any:
     """Floating-point tensors in ``dtype``, anything else as it is."""
     return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+class WrittenOut(TorchFunctionMode):
+    """Within it, in this thread, attention is the operations that it is made of; each has all its derivatives."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        if func is F.multi_head_attention_forward and kwargs.get("need_weights") is False:
+            # A mode does not see what a function calls; this one writes attention out itself if asked for weights.
+            return func(*args, **(kwargs | {"need_weights": True}))[0], None
+        return func(*args, **kwargs)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``softmax(Q Kᵀ / √d + mask) V``."""
+    if enable_gqa:
+        times = query.shape[-3] // key.shape[-3]
+        key, value = (t.repeat_interleave(times, -3) for t in (key, value))
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~allowed, -math.inf)
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, -math.inf)
+        else:
+            scores = scores + attn_mask
+    return F.dropout(scores.softmax(-1), dropout_p) @ value

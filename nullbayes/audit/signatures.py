@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from nullbayes.model.batch import Inputs, batch_size, select
+from nullbayes.model.batch import Inputs, batch_size, flags_of, plain
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,13 @@ class Signature:
     """What can send a network, or the capture of its rows, down another path.
 
     Attributes:
-        several: more than one example.
+        alone: one example, and not several.
         structure: how inputs are nested.
-        leaves: of each tensor its shape without the batch (whole where it has none), dtype and memory format; of
-            anything else its value, where that can be compared.
+        leaves: of each tensor whether it has the batch, its shape without that, its dtype, its order in memory, and
+            whether another axis is as long as the batch; of anything else its value, where values can be compared.
     """
 
-    several: bool
+    alone: bool
     structure: str
     leaves: tuple[Any, ...]
 
@@ -32,60 +32,43 @@ class Signature:
     def of(cls, inputs: Inputs, size: int | None = None) -> Signature:
         """Of a batch of ``size`` examples."""
         size = batch_size(inputs) if size is None else size
-        # Which tensors have the batch is decided where batches are cut, not here: two examples are taken, and what
-        # comes out with another length, or as a copy, has it.
-        leaves, spec = tree_flatten(inputs)
-        chosen = torch.zeros(size + 1, dtype=torch.long, device=_device(leaves))
-        cut = tree_flatten(select(inputs, chosen))[0]
-        described = tuple(_leaf(a, b) for a, b in zip(leaves, cut, strict=True))
-        return cls(size > 1, str(spec), described)
+        leaves, spec = tree_flatten(plain(inputs))
+        flags = flags_of(inputs, size)
+        described = [_leaf(leaf, size, has) for leaf, has in zip(leaves, flags, strict=True)]
+        return cls(size == 1, str(spec), tuple(described))
 
 
-@dataclass
 class SignatureSet:
-    """All the signatures that were proved."""
+    """The kinds of batches that were proved."""
 
-    known: set[Signature] = field(default_factory=set)
+    def __init__(self, signatures: Iterable[Signature] = ()) -> None:
+        self._known = set(signatures)
 
     def add(self, signature: Signature) -> None:
-        self.known.add(signature)
+        self._known.add(signature)
 
     def covers(self, signature: Signature) -> bool:
         """Whether a batch like this one was proved."""
-        return signature in self.known
+        return signature in self._known
 
-    @classmethod
-    def of(cls, signatures: Iterable[Signature]) -> SignatureSet:
-        return cls(set(signatures))
+    def __len__(self) -> int:
+        return len(self._known)
 
 
-def _leaf(leaf: Any, cut: Any) -> tuple[Any, ...]:
+def _leaf(leaf: Any, size: int, batched: bool) -> tuple[Any, ...]:
     if not isinstance(leaf, Tensor):
-        return (type(leaf).__name__, repr(leaf) if _plain(leaf) else None)
-    batched = cut.ndim == leaf.ndim and cut.shape != leaf.shape
-    shape = tuple(leaf.shape)
-    # Which axes the examples lie on, by where the shapes differ.
-    trailing = tuple(
-        "B" if batched and cut.shape[axis] != length else length
-        for axis, length in enumerate(shape)
-    )
-    return (str(leaf.dtype), trailing, _memory_format(leaf, batched))
+        comparable = isinstance(leaf, (bool, int, float, str, bytes, type(None)))
+        return type(leaf).__name__, leaf if comparable else None
+    shape = tuple(leaf.shape[1:] if batched else leaf.shape)
+    return batched, shape, leaf.dtype, _order(leaf, batched), size in shape
 
 
-def _plain(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, str, bytes, type(None)))
-
-
-def _memory_format(leaf: Tensor, batched: bool) -> str:
+def _order(leaf: Tensor, batched: bool) -> Any:
+    """Axes by their distance in memory, but for that of the batch: contiguous, channels last, or any other."""
     if leaf.layout != torch.strided:
         return str(leaf.layout)
-    if leaf.ndim == 4 and leaf.is_contiguous(memory_format=torch.channels_last):
-        # Where one channel, or one pixel, makes both formats the same it is called the ordinary one.
-        return "contiguous" if leaf.is_contiguous() else "channels last"
-    if leaf.ndim == 5 and leaf.is_contiguous(memory_format=torch.channels_last_3d):
-        return "contiguous" if leaf.is_contiguous() else "channels last"
-    return "contiguous" if leaf.is_contiguous() else "strided"
-
-
-def _device(leaves: list[Any]) -> torch.device:
-    return next((t.device for t in leaves if isinstance(t, Tensor)), torch.device("cpu"))
+    strides = leaf.stride()[1:] if batched else leaf.stride()
+    # Of an axis of length one, the distance means nothing.
+    lengths = leaf.shape[1:] if batched else leaf.shape
+    axes = [axis for axis, length in enumerate(lengths) if length > 1]
+    return tuple(sorted(axes, key=lambda axis: -strides[axis]))

@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from nullbayes.audit.audit import Auditor
+from nullbayes.audit.examples import EXAMPLES, Reservoir
 from nullbayes.certificate.measure import SAMPLED_DRAWS, SAMPLED_EXAMPLES, GuaranteeCheck
-from nullbayes.common.progress import CERTIFICATE
+from nullbayes.common.progress import AUDIT, CERTIFICATE
 from nullbayes.constraints.memory_budget import FitMemory
 from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import CHECK_EXAMPLES
@@ -30,6 +32,7 @@ TRIAL_BYTES = 2**29
 LOOKS = 4
 CHECKED_IN_TRIAL = (8, 96)
 FIRST_USE = 3.0  # seconds
+AUDITED_IN_TRIAL = 2  # examples
 
 T = TypeVar("T")
 
@@ -84,7 +87,10 @@ class Trial:
             self.problem.likelihood.mean_moves,
             drawing,
         )
-        out = {CERTIFICATE: self._certificate(rehearsal.samples_like) + rehearsal.one_pass}
+        out = {
+            CERTIFICATE: self._certificate(rehearsal.samples_like) + rehearsal.one_pass,
+            AUDIT: self._audit(rehearsal.samples_like),
+        }
         for stage, more in solver.forecast(rehearsal).items():
             out[stage] = out.get(stage, 0.0) + more
         return out
@@ -97,6 +103,20 @@ class Trial:
             return self
         blocks = merge_blocks([b for b in self.operator.blocks for _ in range(times)])  # type: ignore[misc]
         return replace(self, operator=JacobianOperator(self.operator.space, blocks))
+
+    def _audit(self, v: Tensor) -> float:
+        """Examples moved one at a time, once whatever that uses for the first time is there."""
+        drawn = Reservoir(AUDITED_IN_TRIAL)
+        drawn.offer(self.inputs, self.targets)
+        problem = self.problem
+        auditor = Auditor(
+            problem.functional,
+            drawn,
+            lambda outputs, targets: problem.cotangents(outputs, targets).values,
+            None,
+        )
+        seconds, _ = settled(lambda: auditor.audit(v))
+        return seconds / min(self.size, AUDITED_IN_TRIAL) * min(self.examples, EXAMPLES)
 
     def _certificate(self, v: Tensor) -> float:
         """Linearised outputs of the checked examples, looks at them, and a few sampled networks."""

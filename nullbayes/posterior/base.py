@@ -198,7 +198,7 @@ class Posterior:
             checkpoint: file for the state of an iterative solver, written every ``checkpoint_every``
                 seconds; after a kill, the same call goes on from there. Removed when the fit is done.
             audit: how many examples, drawn from all the data, ``certificate.audit`` differentiates one at a time;
-                ``"full"``: 32. Every batch is compared with plain differentiation in any case.
+                ``"full"``: 20. Every batch is compared with plain differentiation in any case.
 
         Ctrl-C while the solver iterates ends it early: the best samples so far are kept, with a
         certificate that says what they reached. At any other time it leaves the earlier fit as it was.

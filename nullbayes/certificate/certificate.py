@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from html import escape
 from typing import Any
 
-from nullbayes.audit.audit import Audit
+from nullbayes.audit import Audit
 from nullbayes.certificate.verdict import NUMERICAL_DRIFT, NUMERICAL_RESIDUAL, verdict_of
 from nullbayes.common.deprecation import warn_deprecated
 from nullbayes.common.memory import format_bytes
@@ -56,9 +56,8 @@ class Certificate:
         examples, checked_examples: how many are constrained, and how many of them were checked.
         generic: parameters without a layer rule, served by the slower generic path.
         notes: what else deserves a look.
+        audit: what plain derivatives of examples drawn from all the data say; None for a posterior of version 0.1.
         evidence: the prior precision that the evidence alone asks for; None where something else decided.
-        audit: the same effects measured without these rows, on examples of all the data; None in files of versions
-            that had none.
     """
 
     method: str
@@ -96,10 +95,6 @@ class Certificate:
     left_out_divergence: float | None = None
     evidence: float | None = None
     audit: Audit | None = None
-
-    def audited_too(self, audit: Audit) -> Certificate:
-        """The same with what was found of samples that were drawn later."""
-        return replace(self, audit=self.audit and self.audit.joined(audit))
 
     def joined(self, new: dict[str, Any], measured: dict[str, Any] | None) -> Certificate:
         """The certificate of these samples and ``new["num_samples"]`` more.
@@ -141,19 +136,15 @@ class Certificate:
 
     @property
     def held(self) -> bool:
-        """Residual within tolerance (or only below ``delta``), a null space, no training score lost, audit passed.
+        """The audit passed, residual within tolerance (or only below ``delta``), a null space, no training score lost.
 
         Regression: RMSE grown by less than 1e-3 of itself; classification: no accuracy lost; a callable loss:
         its mean over the samples, which is second order, grown by less than 1e-2 of itself.
         """
         allowed = score_named(self.score_name).allowed_growth * abs(self.network_score)
         kept = not math.isnan(self.score_loss) and self.score_loss <= allowed + 1e-12
-        return self.promises and self.small_residual and self.null_dim > 0 and kept and self.audited
-
-    @property
-    def audited(self) -> bool:
-        """Whether the audit found the fit's rows to be true."""
-        return self.audit is not None and self.audit.passed
+        true = self.audit is None or self.audit.passed
+        return self.promises and true and self.small_residual and self.null_dim > 0 and kept
 
     @property
     def small_residual(self) -> bool:
@@ -181,8 +172,8 @@ class Certificate:
     def as_dict(self) -> dict[str, Any]:
         """All fields, ``held`` and ``verdict``; JSON-able."""
         out = asdict(self) | {"held": self.held, "verdict": self.verdict}
-        out |= {"audit": None if self.audit is None else self.audit.as_dict()}
-        return out | {"generic": list(self.generic), "notes": list(self.notes)}
+        audit = None if self.audit is None else self.audit.as_dict()
+        return out | {"generic": list(self.generic), "notes": list(self.notes), "audit": audit}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Certificate:
@@ -212,13 +203,13 @@ class Certificate:
             ("drift of a row, RMS", f"{self.row_drift:.3g}"),
             ("drift, sampled network", f"{self.sampled_drift:.3g}"),
             *self._left_out(),
+            *self._audited(),
             ("constraints × weights", f"{self.constraints:,} × {self.parameters:,}"),
             ("rank, null space", f"{self.rank:,}, {self.null_dim:,}"),
             ("prior variance left", f"{100 * self.prior_share:.1f} %"),
             ("prior precision", f"{self.prior_precision:.4g}"),
             ("solver", f"{self.solver}, {self.iterations} iterations, {self.num_samples} samples"),
             ("examples", f"{self.examples:,}  ({self.checked_examples:,} checked)"),
-            *(self.audit.rows() if self.audit is not None else [("audit", "none")]),
             ("time, peak memory", f"{self.seconds:.1f} s, {format_bytes(self.peak_memory)}"),
         ]
         if self.discarded_trace > 0:
@@ -232,6 +223,14 @@ class Certificate:
         if self.left_out_divergence is None:
             return []
         return [("divergence, left out", f"{self.left_out_divergence:.3g} nats")]
+
+    def _audited(self) -> list[tuple[str, str]]:
+        a = self.audit
+        if a is None:
+            return []
+        state = "passed" if a.passed else "FAILED"
+        told = f"{state}: {a.examples} examples, {a.batches} batches, worst {a.worst:.1e}"
+        return [("audit", told)]
 
     def __repr__(self) -> str:
         return f"Certificate(held={self.held}, {self.method}, preserves {self.preserve})"

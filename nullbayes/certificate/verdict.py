@@ -37,17 +37,20 @@ def verdict_of(c: Certificate) -> str:
         text = f"{keep} ({scores})."
         if c.status not in (Status.CONVERGED.value, Status.NUMERICAL.value):
             text += f" Its samples are not exact: {c.status}."
-        return f"{text} {_audit(c)}"
+        return text
     if c.held:
         text = f"The guarantee held: {scores}. Samples move {c.preserve} by "
-        text += f"{c.drift:.2g} (RMS), {_left(c)} of what the prior would. {_audit(c)}"
+        text += f"{c.drift:.2g} (RMS), {_left(c)} of what the prior would."
     else:
         text = " ".join(_weaknesses(c, scores, name))
-    return " ".join([text, *_advice(c)])
+    audited = [c.audit.verdict] if c.audit is not None and c.audit.passed else []
+    return " ".join([text, *audited, *_advice(c)])
 
 
 def _weaknesses(c: Certificate, scores: str, name: str) -> list[str]:
     out = ["The guarantee is weak:"]
+    if c.audit is not None and not c.audit.passed:
+        out.append(c.audit.verdict)
     if c.null_dim == 0:
         out.append(
             f"the null space is empty, the data determine all {c.parameters} weights. Constrain "
@@ -62,16 +65,7 @@ def _weaknesses(c: Certificate, scores: str, name: str) -> list[str]:
         out.append(f"no training {name} could be measured.")
     elif c.score_loss > 0:
         out.append(f"{scores}.")
-    return [*out, _audit(c)]
-
-
-def _audit(c: Certificate) -> str:
-    if c.audit is None:
-        return (
-            "Its rows were never audited, as it was written by a version of nullbayes that could not; fit again to "
-            "know that they are those of the network."
-        )
-    return c.audit.words()
+    return out
 
 
 def _advice(c: Certificate) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nullbayes.audit.examples import EXAMPLES, Reservoir
+from nullbayes.audit.sampling import Drawn, Reservoir
 from nullbayes.common.progress import ROWS, Stages
 from nullbayes.constraints.directions import Cotangents
 from nullbayes.constraints.memory_budget import FitMemory
@@ -34,10 +34,11 @@ class TrainingRows:
     plan: CapturePlan
     examples: int
     discarded_trace: float
-    drawn: Reservoir  # examples for the audit, of all the data
     checked: list[tuple[Inputs, Any]] = field(default_factory=list)  # examples for the certificate
     checked_numbers: list[range] = field(default_factory=list)  # which of the data set's those are
     spans: list[slice] = field(default_factory=list)  # by example: its rows
+    audited: list[Drawn] = field(default_factory=list)  # drawn from all examples, for the audit
+    batches: int = 0  # batches whose rows were proved
 
 
 def with_fitted_noise(
@@ -68,7 +69,7 @@ def capture_training(
     limit: int | None,
     memory: FitMemory,
     stage: Stages,
-    audited: int = EXAMPLES,
+    audited: int = 0,
 ) -> TrainingRows:
     """Rows of all training examples, in the order of the loader.
 
@@ -77,7 +78,7 @@ def capture_training(
 
     Args:
         memory: what rows may take (more goes elsewhere, see ``block_storage.py``), and temporaries.
-        audited: examples to draw for the audit.
+        audited: examples that are drawn for the audit.
 
     Raises:
         MemoryBudgetError: what has to stay in memory outgrows ``memory.rows``.
@@ -93,7 +94,7 @@ def capture_training(
         plan, inputs = ready(functional, plan, inputs, outputs, where, index)
         if capturing is None:
             problem.likelihood.check_reach(outputs, targets)
-            capturing = _Capturing(problem, plan, memory, Reservoir(audited))
+            capturing = _Capturing(problem, plan, memory, Reservoir(audited, 0, memory.check))
         capturing.add(inputs, outputs, targets, where)
     assert capturing is not None
     return capturing.finish()
@@ -107,9 +108,10 @@ class _Capturing:
     """
 
     def __init__(
-        self, problem: Problem, plan: CapturePlan, memory: FitMemory, drawn: Reservoir
+        self, problem: Problem, plan: CapturePlan, memory: FitMemory, audited: Reservoir
     ) -> None:
-        self.problem, self.plan, self.memory, self.drawn = problem, plan, memory, drawn
+        self.problem, self.plan, self.memory = problem, plan, memory
+        self.audited, self.batches = audited, 0
         self.keeper = Keeper(
             problem.functional, plan, problem.scale_by_name, memory.rows, memory.block
         )
@@ -124,7 +126,8 @@ class _Capturing:
         for group in row_groups(self.problem, inputs, outputs, targets):
             self._add_group(group, where)
         self._check_later(inputs, outputs, targets)
-        self.drawn.offer(inputs, targets)
+        self.audited.offer(inputs, targets)
+        self.batches += 1
         self.examples += batch_size(inputs)
 
     def _add_group(self, group: RowGroup, where: str) -> None:
@@ -168,10 +171,11 @@ class _Capturing:
             self.plan,
             self.examples,
             share,
-            self.drawn,
             self.checked,
             self.checked_numbers,
             spans,
+            self.audited.drawn,
+            self.batches,
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sized
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nullbayes.audit.audit import Audit, Auditor
+from nullbayes.audit import Audit
 from nullbayes.certificate.certificate import Certificate
 from nullbayes.certificate.leave_one_out import held_out, left_out
 from nullbayes.certificate.measure import GuaranteeCheck
@@ -41,6 +42,7 @@ from nullbayes.constraints.memory_budget import FitMemory, default_budget
 from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import TrainingRows, capture_training, with_fitted_noise
 from nullbayes.errors import MemoryBudgetError, ModelError
+from nullbayes.fit.auditing import audited, auditing_of
 from nullbayes.fit.evidence import fixed_point, null_space_precision
 from nullbayes.fit.prior_samples import standard_normal
 from nullbayes.fit.projection import Work, projected
@@ -54,6 +56,9 @@ from nullbayes.solvers import Choice, Projection, Size, choose
 from nullbayes.solvers.base import relative
 from nullbayes.solvers.block_cg import row_norms
 
+# Seconds that the audit of examples may take beside a fit: a share of it, and at least so many.
+AUDIT_SHARE, LEAST_AUDIT = 0.08, 1.0
+
 
 def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run) -> Fit:
     """Capture rows, factorise, draw samples, measure.
@@ -66,7 +71,7 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
     with explained_out_of_memory(budget), stages(show=run.progress) as stage:
         problem = with_fitted_noise(problem, loader, run.max_examples, stage)
         memory = FitMemory.of(budget, run.num_samples, problem.space.total, problem.dtype)
-        rows = capture_training(problem, loader, run.max_examples, memory, stage, run.audited)
+        rows = capture_training(problem, loader, run.max_examples, memory, stage, run.audit)
         laps.lap(ROWS)
         laps.move(rows.plan.checking_seconds, ROWS, AUDIT)
         choice = _chosen(settings, rows.operator, run.num_samples, budget)
@@ -74,7 +79,7 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
         fitting.factorise()
         fitting.project()
         check, evidence = fitting.check()
-        auditor, audit = fitting.audit()
+        audit = fitting.audit()
         notes = [*fitting.notes, *_where_kept(rows.operator)]
         notes += _not_kept(loader, rows, run.max_examples)
     if quick_digest(problem.functional.model) != before:
@@ -82,7 +87,7 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
             "the model's weights or buffers changed while it was fitted: something else wrote to them (a training "
             "loop, an averaging hook, another thread). Stop that, then fit again."
         )
-    return fitting.finish(check, evidence, notes, auditor, audit)
+    return fitting.finish(check, evidence, audit, notes)
 
 
 class _Fitting:
@@ -186,33 +191,26 @@ class _Fitting:
         evidence = self.alpha if self.by_evidence else None
         if evidence is not None:
             self.alpha = check.bounded_precision(evidence)
-        self.effects = rows.operator.matvec(self.done.value)
-        self.laps.lap(CERTIFICATE)
         return check, evidence
 
-    def audit(self) -> tuple[Auditor, Audit]:
-        """What plain differentiation says of these samples, on examples of all the data."""
-        problem, rows = self.problem, self.rows
-        auditor = Auditor(
-            problem.functional,
-            rows.drawn,
-            lambda outputs, targets: problem.cotangents(outputs, targets).values,
-            rows.spans,
-            problem.space.scales(problem.precision_by_name),
-            rows.plan.checking_seconds,
+    def audit(self) -> Audit:
+        """What samples do to examples of all the data, by someone else than the rows."""
+        self.effects = self.rows.operator.matvec(self.done.value)
+        self.laps.lap(CERTIFICATE)
+        self.auditing = auditing_of(self.problem, self.rows, self.run.audit)
+        allowed = max(LEAST_AUDIT, AUDIT_SHARE * self.laps.total)
+        found = audited(
+            self.problem, self.auditing, self.unit, self.prior, self.effects, allowed
         )
-        tick = self.stage.fraction(AUDIT)
-        audit = auditor.audit(self.unit, self.effects, self.alpha**-0.5, tick)
         self.laps.lap(AUDIT)
-        return auditor, audit
+        return replace(found, seconds=self.laps.seconds[AUDIT])
 
     def finish(
         self,
         check: GuaranteeCheck,
         evidence: float | None,
-        notes: list[str],
-        auditor: Auditor,
         audit: Audit,
+        notes: list[str],
     ) -> Fit:
         """The certificate, and all that a posterior holds from now on."""
         problem, target, p = self.problem, self.settings.target, self.problem.space.total
@@ -236,10 +234,10 @@ class _Fitting:
             checked_examples=check.examples,
             num_samples=self.run.num_samples,
             notes=tuple(notes),
+            audit=audit,
             stages=self.laps.seconds,
             seconds=self.laps.total,
             peak_memory=peak_bytes(problem.device),
-            audit=audit,
         )
         return Fit(
             problem,
@@ -251,7 +249,7 @@ class _Fitting:
             self.rows.plan,
             self.state,
             check,
-            auditor,
+            self.auditing,
         )
 
 
@@ -302,7 +300,7 @@ def _where_kept(operator: JacobianOperator) -> list[str]:
 def _measured_rows(
     rows: TrainingRows, done: Projection, prior: Tensor, after: Tensor, alpha: float
 ) -> dict[str, Any]:
-    """What the certificate says of the rows, outside the solver; ``after``: samples by all rows, once more."""
+    """What the certificate says of the rows; ``after (S, M)``: samples by all rows, computed outside the solver."""
     m, p = rows.operator.shape
     count = len(prior) * rows.examples
     return {
@@ -338,9 +336,9 @@ def extended(fit: Fit, settings: Settings, count: int) -> Fit:
         _new_samples(fit, done, v, effects),
         None if check is None else check.measure(fit.alpha**-0.5),
     )
-    if fit.auditor is not None:
-        audit = fit.auditor.audit(more, effects, fit.alpha**-0.5)
-        certificate = certificate.audited_too(audit)
+    if fit.auditing is not None and certificate.audit is not None:
+        audit = audited(fit.problem, fit.auditing, more, v, effects, math.inf)
+        certificate = replace(certificate, audit=certificate.audit.joined(audit))
     return replace(fit, unit=unit, certificate=certificate, check=check)
 
 

@@ -9,14 +9,15 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from nullbayes.audit.audit import Auditor
-from nullbayes.audit.examples import EXAMPLES, Reservoir
+from nullbayes.audit.examples import SAMPLES, Claim, Question, audit_examples
+from nullbayes.audit.sampling import Reservoir
 from nullbayes.certificate.measure import SAMPLED_DRAWS, SAMPLED_EXAMPLES, GuaranteeCheck
 from nullbayes.common.progress import AUDIT, CERTIFICATE
 from nullbayes.constraints.memory_budget import FitMemory
 from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import CHECK_EXAMPLES
 from nullbayes.fit.prior_samples import standard_normal
+from nullbayes.fit.result import AUDITED
 from nullbayes.jacobian.block_storage import merge_blocks
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.linearise import sampled_outputs
@@ -106,17 +107,18 @@ class Trial:
 
     def _audit(self, v: Tensor) -> float:
         """Examples moved one at a time, once whatever that uses for the first time is there."""
-        drawn = Reservoir(AUDITED_IN_TRIAL)
-        drawn.offer(self.inputs, self.targets)
-        problem = self.problem
-        auditor = Auditor(
+        few = Reservoir(AUDITED_IN_TRIAL, 0, self.memory.check)
+        few.offer(self.inputs, self.targets)
+        problem, count = self.problem, min(SAMPLES, len(v))
+        question = Question(
             problem.functional,
-            drawn,
+            v[:count],
+            v[:count],
             lambda outputs, targets: problem.cotangents(outputs, targets).values,
-            None,
         )
-        seconds, _ = settled(lambda: auditor.audit(v))
-        return seconds / min(self.size, AUDITED_IN_TRIAL) * min(self.examples, EXAMPLES)
+        nothing = [Claim(v.new_zeros(count).double())] * len(few.drawn)
+        seconds, _ = settled(lambda: audit_examples(question, few.drawn, nothing, self.size))
+        return seconds / max(1, len(few.drawn)) * min(self.examples, AUDITED)
 
     def _certificate(self, v: Tensor) -> float:
         """Linearised outputs of the checked examples, looks at them, and a few sampled networks."""

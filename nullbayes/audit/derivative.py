@@ -18,7 +18,7 @@ from nullbayes.model.functional import FunctionalModel
 
 FORWARD, TWICE, ROWS = "forward mode", "two reverse passes", "reverse mode"
 DIFFERENCES = "central differences"
-#: in this order; the first two share nothing with the backward pass that rows are captured from but the third's rules
+#: in this order: the later ones are slower, or share more with the backward passes that rows come from
 WAYS = (FORWARD, TWICE, ROWS, DIFFERENCES)
 # Half steps of central differences, relative to the weights: short, as a step across the kink of a ReLU counts in full;
 # longer where a network rounds to less than float64 inside.
@@ -64,7 +64,9 @@ class Derivative:
                     return run[self.way](inputs, directions).detach()
             except (MemoryError, torch.OutOfMemoryError):
                 raise
-            except Exception as error:  # an operation without a derivative of that kind, in whatever words
+            except (
+                Exception
+            ) as error:  # an operation without a derivative of that kind, in whatever words
                 if len(self._left) == 1:
                     raise ModelError(
                         "the guarantee could not be audited: no way was found to differentiate the network along a "
@@ -127,7 +129,7 @@ class Derivative:
         if not float((parts.sum() - here).abs()) <= allowed * float(parts.norm() + here.abs()):
             raise ValueError("two reverse passes disagree with one: no second derivative")
 
-    def _pulled(self, inputs: Inputs, cotangent: Tensor, outputs: Tensor | None = None) -> Tensor:
+    def _pulled(self, inputs: Inputs, cotangent: Tensor) -> Tensor:
         """``Jᵀ w (P,)`` by one backward pass."""
         space, weights = self.functional.space, self.functional.weights(requires_grad=True)
         with torch.enable_grad():
@@ -161,7 +163,9 @@ class Derivative:
         away: list[float] = []
         for step in STEPS[1:]:
             found.append(self._stepped(inputs, directions, step))
-            away.append(float((found[-1] - found[-2]).reshape(len(directions), -1).norm(dim=1).max()))
+            away.append(
+                float((found[-1] - found[-2]).reshape(len(directions), -1).norm(dim=1).max())
+            )
             if away[-1] <= SAME * float(found[-1].reshape(len(directions), -1).norm(dim=1).max()):
                 break
         best = min(range(len(away)), key=lambda k: away[k])

@@ -199,9 +199,7 @@ class _Fitting:
         self.laps.lap(CERTIFICATE)
         self.auditing = auditing_of(self.problem, self.rows, self.run.audit)
         allowed = max(LEAST_AUDIT, AUDIT_SHARE * self.laps.total)
-        found = audited(
-            self.problem, self.auditing, self.unit, self.prior, self.effects, allowed
-        )
+        found = audited(self.problem, self.auditing, self.unit, self.prior, self.effects, allowed)
         self.laps.lap(AUDIT)
         return replace(found, seconds=self.laps.seconds[AUDIT])
 

@@ -1,0 +1,118 @@
+"""Convolutions: the input of the kernel is a patch, one for each position of the output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from nullbayes.jacobian.convolution import patches
+from nullbayes.moments.rule import InputRule, Layout, Read, Seen, argument, register
+
+# Bytes of patches written out at a time.
+_PATCH_BYTES = 2**25
+
+
+def _pieces(x: Tensor, each: int) -> Iterator[Tensor]:
+    """``x (N, ...)`` in parts whose patches, ``each`` numbers an example, stay small."""
+    step = max(1, _PATCH_BYTES // max(1, each * x.element_size()))
+    for start in range(0, len(x), step):
+        yield x[start : start + step]
+
+
+def _batched(x: Tensor, spatial: int) -> Tensor:
+    """With a batch axis, which a single example may come without."""
+    return x if x.ndim == spatial + 2 else x.unsqueeze(0)
+
+
+def _inputs(seen: Tensor, groups: int) -> Tensor:
+    """Patches ``(N, Ch, K, *positions)`` as ``(N, T, G, I)``."""
+    flat = seen.flatten(3)  # (N, Ch, K, T)
+    n, channels, taps, count = flat.shape
+    split = flat.reshape(n, groups, channels // groups * taps, count)
+    return split.permute(0, 3, 1, 2)
+
+
+@register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+class ConvInputs(InputRule):
+    """``weight (O, I / groups, *K)``; stride, dilation, groups and every padding mode."""
+
+    def reads(self, module: Any) -> tuple[Read, ...]:
+        groups, taps = module.groups, math.prod(module.kernel_size)
+        layout = Layout(
+            groups, module.out_channels // groups, module.in_channels // groups * taps
+        )
+        return (Read("weight", layout, "bias"),)
+
+    def inputs(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Iterator[Seen]:
+        spatial = len(module.kernel_size)
+        x = _batched(argument(args, kwargs, 0, "input"), spatial)
+        positions = output.shape[-spatial:]
+        each = x.shape[1] * math.prod(module.kernel_size) * math.prod(positions)
+        # PyTorch keeps the amount of padding per side, last axis first, also for "same".
+        amount = module._reversed_padding_repeated_twice
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        for part in _pieces(x, each):
+            seen = patches(
+                pad(part, amount, mode=mode),
+                module.kernel_size,
+                module.stride,
+                module.dilation,
+                positions,
+            )
+            yield Seen("weight", _inputs(seen, module.groups))
+
+
+@register(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+class ConvTransposeInputs(InputRule):
+    """``weight (I, O / groups, *K)``.
+
+    Output position ``q`` is ``Σ_k W_k x[(q + padding - k · dilation) / stride]`` over taps ``k`` for which that is a position
+    of the input. So it is a convolution, by the kernel turned round, of the input with ``stride - 1`` zeros between its
+    entries; and the input of the weight is a patch of that. (Asking each input position's own products to stand would
+    be more than the outputs need: several of them are added up in one output.)
+    """
+
+    def reads(self, module: Any) -> tuple[Read, ...]:
+        groups, taps = module.groups, math.prod(module.kernel_size)
+        inputs = module.in_channels // groups * taps
+        return (Read("weight", Layout(groups, module.out_channels // groups, inputs, taps), "bias"),)
+
+    def inputs(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Iterator[Seen]:
+        spatial = len(module.kernel_size)
+        x = _batched(argument(args, kwargs, 0, "input"), spatial)
+        positions = output.shape[-spatial:]
+        each = x.shape[1] * math.prod(module.kernel_size) * math.prod(positions)
+        for part in _pieces(x, each):
+            spread = _spread(part, module.stride)
+            amount: list[int] = []
+            for k, d, p, size, out in zip(
+                module.kernel_size,
+                module.dilation,
+                module.padding,
+                spread.shape[2:],
+                positions,
+                strict=True,
+            ):
+                before = d * (k - 1) - p  # negative: cut off
+                amount = [before, out + d * (k - 1) - size - before, *amount]
+            seen = patches(
+                pad(spread, amount), module.kernel_size, [1] * spatial, module.dilation, positions
+            )
+            yield Seen("weight", _inputs(seen.flip(2), module.groups))
+
+
+def _spread(x: Tensor, stride: Sequence[int]) -> Tensor:
+    """``x (N, Ch, *space)`` with ``stride - 1`` zeros between neighbours."""
+    sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
+    out = torch.zeros(*x.shape[:2], *sizes, dtype=x.dtype, device=x.device)
+    out[(slice(None), slice(None), *(slice(None, None, s) for s in stride))] = x
+    return out

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nullbayes import datasets, files
+from nullbayes import datasets
+from nullbayes.common.files import atomic_file
+from nullbayes.common.memory import peak_bytes
 from nullbayes.demo.models import lenet
-from nullbayes.memory import peak_bytes
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -82,6 +83,6 @@ def write_results(name: str, results: dict[str, Any], table: str) -> Path:
     RESULTS.mkdir(exist_ok=True)
     for suffix, text in ((".json", json.dumps(results, indent=1) + "\n"), (".md", table)):
         target = RESULTS / f"{name}{suffix}"
-        with files.whole(target) as part:
+        with atomic_file(target) as part:
             part.write_text(text)
     return RESULTS / f"{name}.md"

@@ -20,10 +20,10 @@ from torch.func import jvp, vmap
 
 import nullbayes as nb
 from benchmarks import common, published
-from nullbayes import draws
+from nullbayes.common.progress import GRAM, ROWS
 from nullbayes.demo.models import lenet
 from nullbayes.demo.running import Clock
-from nullbayes.progress import GRAM, ROWS
+from nullbayes.fit.prior_samples import standard_normal
 
 SAMPLES = 20
 TOLERANCE = 1e-4
@@ -34,7 +34,7 @@ def load(path: str) -> tuple[torch.nn.Module, Tensor, Tensor, Tensor]:
     model = lenet(10)
     model.load_state_dict(stored["model"])
     parameters = sum(p.numel() for p in model.parameters())
-    noise, _ = draws.standard_normal(0, range(SAMPLES), parameters, 0, torch.empty(0))
+    noise, _ = standard_normal(0, range(SAMPLES), parameters, 0, torch.empty(0))
     return model.eval(), stored["x"], stored["y"], noise
 
 

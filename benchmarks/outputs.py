@@ -30,8 +30,8 @@ from torch.nn import functional as F
 import nullbayes as nb
 from benchmarks import common
 from benchmarks.scaling import COLOURS, exponent, forget_peak, plain_tick, slope_text
+from nullbayes.common.memory import peak_bytes
 from nullbayes.demo.models import seeded
-from nullbayes.memory import peak_bytes
 
 EXAMPLES, SAMPLES = 16, 5
 TARGET = 0.1

@@ -15,8 +15,8 @@ import nullbayes as nb
 from benchmarks import common
 from benchmarks.networks import resnet18
 from benchmarks.scaling import cnn, forget_peak, mlp, peak_resident
+from nullbayes.common.memory import format_bytes
 from nullbayes.demo.models import lenet, seeded
-from nullbayes.memory import format_bytes
 
 WITHIN = 0.3
 

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 import nullbayes as nb
 from benchmarks import common
-from nullbayes import assembly, solvers
+from nullbayes import solvers
+from nullbayes.common.memory import peak_bytes
 from nullbayes.demo.models import lenet, seeded
-from nullbayes.memory import peak_bytes
+from nullbayes.fit import pipeline
 
 # Mean entropy, in nats, that the last layer of the O law is scaled to: LeNet after one pass over
 # Fashion-MNIST has 0.4, published ImageNet classifiers between 0.4 and 1. Two classes reach 0.69 at most.
@@ -206,7 +207,7 @@ def stage_clock() -> Iterator[dict[str, float]]:
         return run
 
     places: list[tuple[Any, str, str]]
-    places = [(assembly, "capture_training", "rows"), (assembly, "GuaranteeCheck", "certificate")]
+    places = [(pipeline, "capture_training", "rows"), (pipeline, "GuaranteeCheck", "certificate")]
     places += [(c, "prepare", "Gram") for c in subclasses(solvers.Solver)]
     places += [(c, "factorise", "factorisation") for c in subclasses(solvers.State)]
     places += [(c, "project", "projection") for c in subclasses(solvers.State)]

@@ -19,8 +19,8 @@ from torch import Tensor
 
 import nullbayes as nb
 from benchmarks import common
-from nullbayes.guarantee import GuaranteeCheck
-from nullbayes.solvers.auto import EQUILIBRATE
+from nullbayes.certificate.measure import GuaranteeCheck
+from nullbayes.solvers.registry import EQUILIBRATE
 
 DIRECT, ITERATIVE = "direct", "iterative"
 #: name -> (experiment, training images whose predictions are kept, of those the network was trained on, solver)

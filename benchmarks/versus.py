@@ -29,10 +29,10 @@ from torch import Tensor
 import nullbayes as nb
 from benchmarks import common, published, published_jax
 from benchmarks.direct import independent_residual
-from nullbayes import draws
+from nullbayes.common.memory import peak_bytes
 from nullbayes.demo.models import lenet
 from nullbayes.demo.running import Clock
-from nullbayes.memory import peak_bytes
+from nullbayes.fit.prior_samples import standard_normal
 
 TARGETS = (1e-1, 1e-2, 1e-3, 1e-5)
 RATIO_AT = 1e-2
@@ -81,7 +81,7 @@ def load(path: str, samples: int) -> tuple[torch.nn.Module, Tensor, Tensor, Tens
     model = lenet(10)
     model.load_state_dict(stored["model"])
     parameters = sum(p.numel() for p in model.parameters())
-    noise, _ = draws.standard_normal(0, range(samples), parameters, 0, torch.empty(0))
+    noise, _ = standard_normal(0, range(samples), parameters, 0, torch.empty(0))
     return model.eval(), stored["x"], stored["y"], noise
 
 

@@ -22,11 +22,12 @@ from torch import Tensor
 
 import nullbayes as nb
 from benchmarks import common
-from nullbayes import datasets, draws, metrics
+from nullbayes import datasets, metrics
+from nullbayes.certificate.measure import GuaranteeCheck
+from nullbayes.common.memory import peak_bytes
 from nullbayes.demo.models import lenet
-from nullbayes.guarantee import GuaranteeCheck
-from nullbayes.memory import peak_bytes
-from nullbayes.solvers.watch import Watch
+from nullbayes.fit.prior_samples import standard_normal
+from nullbayes.solvers.checkpoint import Watch
 
 TEST = 2000
 TARGETS = {
@@ -145,13 +146,15 @@ def curve(path: str, options: argparse.Namespace) -> dict[str, Any]:
         seen.append((time.perf_counter() - started, int(state["done"]), state["x"].clone()))
         offer(self, state, now)
 
-    whole = mock.patch("nullbayes.assembly.held_out", return_value=[])  # one search from end to end
+    whole = mock.patch(
+        "nullbayes.fit.pipeline.held_out", return_value=[]
+    )  # one search from end to end
     with mock.patch.object(Watch, "offer", recording), whole:
         posterior = fitted(model, batches, options.curve_to, options)
     end = posterior._fit
     seen.append((time.perf_counter() - started, end.certificate.iterations, end.unit))
     operator = end.state.operator
-    prior, _ = draws.standard_normal(0, range(options.samples), operator.shape[1], 0, end.unit)
+    prior, _ = standard_normal(0, range(options.samples), operator.shape[1], 0, end.unit)
     before = operator.matvec(prior).double().norm(dim=1)
     others = inputs_from_elsewhere(data.test.inputs[:TEST])
     norm = float(posterior.functional.space.flatten(posterior.functional.weights()).square().sum())

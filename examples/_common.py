@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import nullbayes as nb
 from nullbayes import metrics
-from nullbayes.likelihood.pieces import mirrored
+from nullbayes.likelihood.helpers import mirrored
 
 DOCS = Path(__file__).parent.parent / "docs" / "assets"
 LARGEST_PICTURE = 300_000  # bytes of a PNG in the documentation

@@ -22,7 +22,7 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 import nullbayes as nb
 from examples import _common as common
 from nullbayes import datasets, metrics
-from nullbayes.prediction import make_prediction
+from nullbayes.posterior.prediction import make_prediction
 
 HELD_OUT_DIGITS = (8, 9)
 CLOTHING = (0, 1, 2, 3, 4, 6)  # Fashion-MNIST's classes that training has as backgrounds

@@ -27,7 +27,7 @@ from examples import _texts as texts
 from examples import _transformers as models
 from examples._transformers import BATCH, IGNORED, LETTERS, Batch, batches
 from nullbayes import metrics
-from nullbayes.prediction import make_prediction
+from nullbayes.posterior.prediction import make_prediction
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 CHECKED = 200  # training texts that figures are given for

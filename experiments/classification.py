@@ -15,7 +15,7 @@ from experiments.networks import FIRST, train_job, trained
 from experiments.runner import Job, forget_peak
 from experiments.store import Key
 from experiments.tasks import Scale, Task
-from nullbayes.memory import peak_bytes
+from nullbayes.common.memory import peak_bytes
 
 TIMED = 200  # inputs on which each variant's prediction is timed
 

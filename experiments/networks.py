@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from experiments import tasks
 from experiments.store import OUT
 from experiments.tasks import DROPOUT, Task
-from nullbayes import files, storage
+from nullbayes.common.files import atomic_file
 from nullbayes.demo import training
 from nullbayes.demo.models import seeded
+from nullbayes.model.fingerprint import fingerprint
 from nullbayes.report.writing import plain
 
 FOLDER = OUT / "networks"
@@ -72,7 +73,7 @@ def trained(task: Task, which: str = FIRST, folder: Path | None = None) -> nn.Mo
 def write(path: Path, network: nn.Module, seconds: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().clone().contiguous() for name, t in network.state_dict().items()}
-    with files.whole(path) as part:  # two processes may train the same one
+    with atomic_file(path) as part:  # two processes may train the same one
         save_file(tensors, part, metadata={"seconds": f"{seconds:.3f}"})
 
 
@@ -90,7 +91,7 @@ def outputs(network: nn.Module, inputs: Tensor) -> Tensor:
 
 def identity(network: nn.Module) -> str:
     """Twelve digits that tell its weights from all others: training need not end at the same ones on two machines."""
-    digests = json.dumps(storage.fingerprint(network), sort_keys=True)
+    digests = json.dumps(fingerprint(network), sort_keys=True)
     return hashlib.sha256(digests.encode()).hexdigest()[:12]
 
 

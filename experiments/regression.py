@@ -21,8 +21,8 @@ from experiments.methods.point import tuned_temperature
 from experiments.runner import Job, forget_peak
 from experiments.store import Key
 from experiments.tasks import Scale
+from nullbayes.common.memory import peak_bytes
 from nullbayes.datasets import Split
-from nullbayes.memory import peak_bytes
 
 TIMED = 200
 RULE = 2  # raised when what is tuned changes

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from experiments.store import Key, Store
-from nullbayes.memory import peak_bytes
+from nullbayes.common.memory import peak_bytes
 from nullbayes.report.writing import write_text
 
 PRELOAD = ["experiments.preload"]

@@ -9,10 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from nullbayes import errors as errors
 from nullbayes import jacobian as jacobian
 from nullbayes import solvers as solvers
-from nullbayes.calibration import CalibrationPath as CalibrationPath
-from nullbayes.certificate import Certificate as Certificate
-from nullbayes.constraints import Preserve as Preserve
-from nullbayes.constraints import register_preserve as register_preserve
+from nullbayes.certificate.certificate import Certificate as Certificate
+from nullbayes.constraints.preserve import Preserve as Preserve
+from nullbayes.constraints.preserve import register_preserve as register_preserve
 from nullbayes.errors import InputError as InputError
 from nullbayes.errors import MemoryBudgetError as MemoryBudgetError
 from nullbayes.errors import ModelError as ModelError
@@ -22,19 +21,20 @@ from nullbayes.errors import NullBayesError as NullBayesError
 from nullbayes.errors import NullBayesWarning as NullBayesWarning
 from nullbayes.errors import SolverError as SolverError
 from nullbayes.errors import StorageError as StorageError
-from nullbayes.jacobian.randomness import FrozenRandomness as FrozenRandomness
+from nullbayes.fit.plan import Plan as Plan
+from nullbayes.fit.plan import plan as plan
 from nullbayes.likelihood import Binary as Binary
 from nullbayes.likelihood import Classification as Classification
 from nullbayes.likelihood import Likelihood as Likelihood
 from nullbayes.likelihood import Regression as Regression
 from nullbayes.likelihood import register_likelihood as register_likelihood
-from nullbayes.loading import load as load
-from nullbayes.planning import Plan as Plan
-from nullbayes.planning import plan as plan
-from nullbayes.posterior import LaplacePosterior as LaplacePosterior
-from nullbayes.posterior import NullSpacePosterior as NullSpacePosterior
-from nullbayes.posterior_base import Posterior as Posterior
-from nullbayes.prediction import Prediction as Prediction
+from nullbayes.model.randomness import FrozenRandomness as FrozenRandomness
+from nullbayes.posterior.base import Posterior as Posterior
+from nullbayes.posterior.calibration import CalibrationPath as CalibrationPath
+from nullbayes.posterior.loading import load as load
+from nullbayes.posterior.posterior import LaplacePosterior as LaplacePosterior
+from nullbayes.posterior.posterior import NullSpacePosterior as NullSpacePosterior
+from nullbayes.posterior.prediction import Prediction as Prediction
 
 try:
     __version__ = version("nullbayes")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from .errors import InputError, NullBayesError
+from nullbayes.errors import InputError, NullBayesError
 
 
 def _optional(name: str) -> Any:
@@ -43,7 +43,7 @@ def demo(
     ] = None,
 ) -> None:
     """Train a network, fit both posteriors, measure, and write a report."""
-    from .demo import run_demo
+    from nullbayes.demo import run_demo
 
     run_demo(
         dataset,
@@ -64,7 +64,7 @@ def report(
     ] = None,
 ) -> None:
     """Render the HTML report from a results.json."""
-    from .report import read_results, write_report
+    from nullbayes.report import read_results, write_report
 
     path = write_report(read_results(results), out or results.with_name("report.html"))
     typer.echo(f"Written: {path}")
@@ -72,7 +72,7 @@ def report(
 
 def version() -> None:
     """Print the versions of nullbayes and of what it runs on."""
-    from .demo.running import environment
+    from nullbayes.demo.running import environment
 
     about = environment()
     typer.echo(

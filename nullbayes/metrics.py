@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .errors import InputError, NonFiniteError
+from nullbayes.errors import InputError, NonFiniteError
 
 # A class predicted with probability 0 that then happens costs -log of this, 87.3 nats, instead of infinity, so that one
 # example cannot hide all others. It is float32's smallest normal number, for every dtype, so that figures compare.

@@ -11,15 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from nullbayes.constraints import (
+from nullbayes.constraints.directions import (
     AUTO_SHARE,
     Cotangents,
-    Preserve,
     leading_directions,
-    register_preserve,
     resolve_directions,
-    resolve_preserve,
 )
+from nullbayes.constraints.preserve import Preserve, register_preserve, resolve_preserve
 from nullbayes.errors import InputError, NonFiniteError
 from nullbayes.likelihood import Binary, Classification, Likelihood, Moments, Regression
 
@@ -229,7 +227,7 @@ def test_float32_keeps_its_digits_for_confident_predictions():
 def test_blocks_of_examples_change_nothing(monkeypatch, directions):
     factor = normal(4, 7, 6) * torch.tensor([1, 0.3, 0.1, 1e-2, 1e-3, 1e-4], dtype=F64)
     whole = leading_directions(factor, directions)
-    monkeypatch.setattr("nullbayes.constraints._BLOCK", 4 * 6 * 3)
+    monkeypatch.setattr("nullbayes.constraints.directions._BLOCK", 4 * 6 * 3)
     blocks = leading_directions(factor, directions)
     assert_close(gram(blocks.values), gram(whole.values))
     assert blocks.values.shape == whole.values.shape
@@ -333,7 +331,7 @@ class Margin(Preserve):
 
 
 def test_adding_a_thing_to_preserve(monkeypatch):
-    monkeypatch.setattr("nullbayes.constraints._REGISTRY", {})
+    monkeypatch.setattr("nullbayes.constraints.preserve._REGISTRY", {})
     register_preserve(Margin)
     result = resolve_preserve("margin").cotangents(Classification(), normal(3, 4), labels(4, 3))
     assert isinstance(result, Cotangents)

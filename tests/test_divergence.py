@@ -10,7 +10,7 @@ from torch import Tensor, distributions, nn
 from torch.testing import assert_close
 
 import nullbayes as nb
-from nullbayes.certificate import ALLOWED_DIVERGENCE
+from nullbayes.certificate.certificate import ALLOWED_DIVERGENCE
 from nullbayes.likelihood import Likelihood, Moments
 
 F64 = torch.float64

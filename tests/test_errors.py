@@ -20,6 +20,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import nullbayes as nb
+from nullbayes.certificate.measure import GuaranteeCheck
 from nullbayes.solvers.dual import DualState
 
 QUIET: dict[str, Any] = {"progress": False}
@@ -791,7 +792,7 @@ def test_an_interrupt_in_the_solver_leaves_no_trace(
     with unchanged(model), still_answers(posterior), monkeypatch.context() as patch:
         if stage in ("measure", "kept"):
             name = "measure" if stage == "measure" else "__init__"
-            patch.setattr(nb.guarantee.GuaranteeCheck, name, stop)
+            patch.setattr(GuaranteeCheck, name, stop)
         else:
             patch.setattr(DualState, stage, stop)
         with pytest.raises(KeyboardInterrupt):

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import nullbayes as nb
-from nullbayes import memory, planning, progress
-from nullbayes.calibration import CalibrationPath
-from nullbayes.certificate import Certificate
-from nullbayes.evidence import fixed_point, null_space_precision
+from nullbayes.certificate.certificate import Certificate
+from nullbayes.common import memory, progress
+from nullbayes.fit import plan as planning
+from nullbayes.fit.evidence import fixed_point, null_space_precision
+from nullbayes.posterior.calibration import CalibrationPath
 from nullbayes.solvers import Spectrum
 from nullbayes.solvers.base import Status
 

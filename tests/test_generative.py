@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import nullbayes as nb
-from nullbayes.constraints import resolve_preserve
-from nullbayes.jacobian.outputs import Layouts
+from nullbayes.constraints.preserve import resolve_preserve
 from nullbayes.likelihood import CallableLoss
-from nullbayes.likelihood.curvature import OutputHessian
+from nullbayes.likelihood.output_hessian import OutputHessian
+from nullbayes.model.structure import Layouts
 
 F64 = torch.float64
 QUIET: dict[str, Any] = {"progress": False}

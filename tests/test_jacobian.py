@@ -14,14 +14,15 @@ from zoo import ZOO, Case, dense_jacobian
 
 from nullbayes import jacobian
 from nullbayes.errors import ModelError
-from nullbayes.jacobian import columns as sizes
-from nullbayes.jacobian import contraction
-from nullbayes.jacobian.build import capture_batch, output_operators
-from nullbayes.jacobian.columns import flushed
-from nullbayes.jacobian.functional import FunctionalModel, batch_size
+from nullbayes.jacobian.capture.batches import capture_batch, output_operators
+from nullbayes.jacobian.capture.plan import CapturePlan
+from nullbayes.jacobian.capture.verify import prove
+from nullbayes.jacobian.factors import contraction
+from nullbayes.jacobian.factors import products as sizes
+from nullbayes.jacobian.factors.products import flushed
 from nullbayes.jacobian.operator import JacobianOperator
-from nullbayes.jacobian.plan import CapturePlan
-from nullbayes.jacobian.probe import prove
+from nullbayes.model.batch import batch_size
+from nullbayes.model.functional import FunctionalModel
 
 
 def all_rows(functional: FunctionalModel, plan: CapturePlan, inputs: object) -> JacobianOperator:

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import nullbayes as nb
-from nullbayes import draws, leaving, solvers
-from nullbayes.certificate import ALLOWED_UNSEEN
+from nullbayes import solvers
+from nullbayes.certificate import leave_one_out as leaving
+from nullbayes.certificate.certificate import ALLOWED_UNSEEN
+from nullbayes.fit.prior_samples import standard_normal
 from nullbayes.jacobian.operator import DenseOperator
-from nullbayes.solvers import krylov
-from nullbayes.solvers.watch import Watch
+from nullbayes.solvers import block_cg
+from nullbayes.solvers.checkpoint import Watch
+from nullbayes.solvers.conjugate_gradient import ConjugateGradientState
 
 QUIET: dict[str, Any] = {"progress": False}
 
@@ -90,7 +93,7 @@ def test_what_joins_late_saw_a_fit_without_it(monkeypatch: pytest.MonkeyPatch) -
     kept = torch.ones(60, dtype=torch.bool)
     kept[held] = False
     rest = constraints[kept].flatten(0, 1)
-    prior, _ = draws.standard_normal(0, range(12), rows.shape[2], 0, unit)
+    prior, _ = standard_normal(0, range(12), rows.shape[2], 0, unit)
     values, vectors = torch.linalg.eigh(rest.T @ rest)
     shift = fit.state.shift
     centre = posterior.likelihood.centre
@@ -110,7 +113,7 @@ def test_the_prior_heeds_it_and_the_rest_stays(monkeypatch: pytest.MonkeyPatch) 
     # Half of these few examples are held out together, not one at a time: more of their rows are free.
     assert exact.unseen_divergence is not None
     assert 0.5 < c.prior_precision / exact.prior_precision < 20
-    monkeypatch.setattr("nullbayes.assembly.held_out", lambda *_: [])
+    monkeypatch.setattr("nullbayes.fit.pipeline.held_out", lambda *_: [])
     at_once = fitted(prior_precision=c.prior_precision).certificate
     assert at_once.unseen_divergence is None
     assert c.residual == pytest.approx(at_once.residual, rel=0.2)
@@ -163,13 +166,13 @@ def test_killed_and_resumed(at: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
             fitted(checkpoint=path)
     assert path.exists()
     calls: list[int] = []
-    without = solvers.iterative.ConjugateGradientState.project_without
+    without = ConjugateGradientState.project_without
 
     def counted(self: Any, *args: Any) -> Any:
         calls.append(1)
         return without(self, *args)
 
-    monkeypatch.setattr(solvers.iterative.ConjugateGradientState, "project_without", counted)
+    monkeypatch.setattr(ConjugateGradientState, "project_without", counted)
     found = fitted(checkpoint=path).certificate
     assert len(calls) == (0 if at == "second" else 1)
     assert not path.exists()
@@ -180,7 +183,7 @@ def test_killed_and_resumed(at: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_interrupted_while_some_are_held_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    advance, calls = krylov._advance, iter(range(1000))
+    advance, calls = block_cg._advance, iter(range(1000))
 
     def interrupted(*args: Any) -> Any:
         if next(calls) == 3:
@@ -189,7 +192,7 @@ def test_interrupted_while_some_are_held_out(
 
     path = tmp_path / "fit.ckpt"
     with monkeypatch.context() as m:
-        m.setattr(krylov, "_advance", interrupted)
+        m.setattr(block_cg, "_advance", interrupted)
         c = fitted(checkpoint=path).certificate
     assert c.status == solvers.Status.INTERRUPTED.value and not c.held
     assert c.unseen_divergence is None and 1e-3 < c.residual < 1

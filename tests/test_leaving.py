@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import nullbayes as nb
-from nullbayes import datasets, draws, leaving
-from nullbayes.certificate import ALLOWED_UNSEEN
+from nullbayes import datasets
+from nullbayes.certificate import leave_one_out as leaving
+from nullbayes.certificate.certificate import ALLOWED_UNSEEN
+from nullbayes.fit.prior_samples import standard_normal
 from nullbayes.jacobian.operator import DenseOperator
 
 QUIET: dict[str, Any] = {"progress": False}
@@ -68,7 +70,7 @@ def test_examples_left_out_are_those_of_a_fit_without_them(solver: Any, directio
     unit = torch.cat([u for _, u, _ in fit.check.left_out], 1)
     assert_close(point, model(x).detach())  # all of them, in order
     p = posterior.space.total
-    prior, _ = draws.standard_normal(0, range(samples), p, 0, unit)
+    prior, _ = standard_normal(0, range(samples), p, 0, unit)
     jacobian = torch.func.jacrev(lambda w: torch.func.functional_call(model, w, (x,)))(
         dict(model.named_parameters())
     )

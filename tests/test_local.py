@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import nullbayes as nb
-from nullbayes.jacobian import local
-from nullbayes.jacobian.capture import capture
-from nullbayes.jacobian.functional import FunctionalModel
-from nullbayes.jacobian.generic import generic_rows
-from nullbayes.jacobian.parameters import ParameterSpace
-from nullbayes.jacobian.plan import CapturePlan
-from nullbayes.jacobian.probe import block_rows, prove
+from nullbayes.jacobian.capture import single_module as local
+from nullbayes.jacobian.capture.capture import capture
+from nullbayes.jacobian.capture.generic import generic_rows
+from nullbayes.jacobian.capture.plan import CapturePlan
+from nullbayes.jacobian.capture.verify import block_rows, prove
+from nullbayes.model.functional import FunctionalModel
+from nullbayes.model.parameters import ParameterSpace
 
 BATCH, CLASSES = 5, 3
 

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import nullbayes as nb
-from nullbayes import draws, novelty
-from nullbayes.constraints import resolve_preserve
+from nullbayes.constraints.preserve import resolve_preserve
+from nullbayes.jacobian import linearise
 from nullbayes.likelihood import Classification, Likelihood
 from nullbayes.likelihood.softmax import position_directions
+from nullbayes.posterior import novelty
 
 F64 = torch.float64
 
@@ -114,13 +115,13 @@ def test_large_outputs_are_predicted_a_piece_at_a_time(
     posterior: nb.NullSpacePosterior, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = normal(5, 1, 5, 5).float()
-    whole, sizes, forward = posterior.predict(x).outputs, [], draws._forward
+    whole, sizes, forward = posterior.predict(x).outputs, [], linearise._forward
 
     def noted(functional: Any, tangent: Any, inputs: Any) -> Tensor:
         sizes.append(len(inputs))
         return forward(functional, tangent, inputs)
 
-    monkeypatch.setattr(draws, "_forward", noted)
-    monkeypatch.setattr(draws, "examples_per_capture", lambda *_: 2)
+    monkeypatch.setattr(linearise, "_forward", noted)
+    monkeypatch.setattr(linearise, "examples_per_capture", lambda *_: 2)
     assert_close(posterior.predict(x).outputs, whole)
     assert sizes == [2] * 8 + [1] * 4  # 4 samples of each piece

@@ -14,7 +14,11 @@ from torch.testing import assert_close
 from zoo import ZOO, Case, dense_jacobian
 
 import nullbayes as nb
-from nullbayes.jacobian.functional import batch_size
+from nullbayes.certificate.measure import GuaranteeCheck
+from nullbayes.fit.evidence import fixed_point
+from nullbayes.fit.prior_samples import standard_normal
+from nullbayes.jacobian import linearise
+from nullbayes.model.batch import batch_size
 
 QUIET: dict[str, Any] = {"progress": False}
 # Settings whose dense reference is exact: the projection refined to the end, a fixed prior.
@@ -161,7 +165,7 @@ def test_residual_on_every_layer_kind(case: Case, preserve: str, dtype: torch.dt
     )
     delta = posterior._samples().double()
     rows = dense_rows(model.double(), double, y, preserve)
-    v, _ = nb.draws.standard_normal(0, range(4), delta.shape[1], 0, torch.empty(0, dtype=dtype))
+    v, _ = standard_normal(0, range(4), delta.shape[1], 0, torch.empty(0, dtype=dtype))
     ratio = (delta @ rows.T).norm(dim=1) / (v.double() @ rows.T).norm(dim=1)
     # The reference rows differ from float32 ones by rounding, whatever the solver does.
     assert float(ratio.max()) <= (3e-5 if dtype == torch.float32 else 1e-9)
@@ -249,7 +253,7 @@ def test_forward_mode_agrees_with_rows(trained: Any, monkeypatch: pytest.MonkeyP
     posterior = nb.NullSpacePosterior(model).fit(train, num_samples=5, **QUIET)
     x = val[0][0]
     by_rows = posterior.predict(x).outputs
-    monkeypatch.setattr(nb.draws, "REVERSE_OUTPUTS_PER_SAMPLE", 0)
+    monkeypatch.setattr(linearise, "REVERSE_OUTPUTS_PER_SAMPLE", 0)
     assert_close(posterior.predict(x).outputs, by_rows, atol=1e-5, rtol=1e-5)
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -295,7 +299,7 @@ def test_one_seed_gives_one_posterior_and_draw_continues_it(trained: Any) -> Non
 
 def test_evidence_is_stationary(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # The evidence alone, without the bounds that predictions set it.
-    monkeypatch.setattr(nb.guarantee.GuaranteeCheck, "keeping", lambda _, alpha: alpha)
+    monkeypatch.setattr(GuaranteeCheck, "keeping", lambda _, alpha: alpha)
     model, train, _ = trained
     model = copy.deepcopy(model)
     norm = sum(float(p.detach().square().sum()) for p in model.parameters())
@@ -309,7 +313,7 @@ def test_evidence_is_stationary(trained: Any, monkeypatch: pytest.MonkeyPatch) -
     gamma = float((squared / (squared + laplace.prior_precision)).sum())
     assert laplace.prior_precision == pytest.approx(gamma / norm, rel=1e-6)
     numerical = nb.NullSpacePosterior(model, delta=0.1).fit(double, num_samples=400, **QUIET)
-    start = nb.evidence.fixed_point(
+    start = fixed_point(
         nb.solvers.Spectrum(squared, torch.ones_like(squared), True),
         torch.full((1,), norm**0.5),
         0.1,

@@ -12,15 +12,17 @@ from torch.testing import assert_close
 from zoo import Lambda, dense_jacobian
 
 import nullbayes as nb
-from nullbayes import draws
 from nullbayes.errors import InputError
-from nullbayes.jacobian import columns, outer
-from nullbayes.jacobian.columns import gather, product, scatter_add
-from nullbayes.jacobian.functional import FunctionalModel
+from nullbayes.jacobian import linearise
+from nullbayes.jacobian.capture.verify import prove
+from nullbayes.jacobian.factors import outer
+from nullbayes.jacobian.factors import products as columns
+from nullbayes.jacobian.factors.outer import OuterFactor
+from nullbayes.jacobian.factors.products import gather, product, scatter_add
+from nullbayes.jacobian.linearise import output_rows
 from nullbayes.jacobian.operator import JacobianOperator
-from nullbayes.jacobian.outer import OuterFactor
-from nullbayes.jacobian.parameters import ParameterSpace, Slot
-from nullbayes.jacobian.probe import prove
+from nullbayes.model.functional import FunctionalModel
+from nullbayes.model.parameters import ParameterSpace, Slot
 
 ORDERS = ("rows", "copied", "in place")
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -69,7 +71,7 @@ def rows_of(
     model, inputs = model.to(dtype), inputs.to(dtype)
     functional = FunctionalModel(model, ParameterSpace.from_model(model))
     plan, none = prove(functional, inputs), torch.empty(0, functional.space.total)
-    ((_, operator),) = draws.output_rows(functional, plan, inputs, 3, none, scales)
+    ((_, operator),) = output_rows(functional, plan, inputs, 3, none, scales)
     return operator, dense
 
 
@@ -207,7 +209,7 @@ def test_pieces_of_a_batch_make_no_difference(
 ) -> None:
     _, posterior, x = counted
     whole, score = posterior.predict(x), posterior.novelty(x, exact=False)
-    monkeypatch.setattr(draws, "examples_per_capture", lambda *args: step)
+    monkeypatch.setattr(linearise, "examples_per_capture", lambda *args: step)
     pieces = posterior.predict(x)
     assert_close(pieces.outputs, whole.outputs)
     assert_close(pieces.point, whole.point)

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import nullbayes as nb
-from nullbayes.jacobian.functional import FunctionalModel, take
-from nullbayes.jacobian.generic import generic_rows
-from nullbayes.jacobian.parameters import ParameterSpace
-from nullbayes.jacobian.randomness import FrozenRandomness, Keyed, Replay, content_hash, keyed
+from nullbayes.jacobian.capture.generic import generic_rows
+from nullbayes.model.batch import take
+from nullbayes.model.functional import FunctionalModel
+from nullbayes.model.parameters import ParameterSpace
+from nullbayes.model.randomness import FrozenRandomness, Keyed, Replay, content_hash, keyed
 
 F64 = torch.float64
 Draw = Callable[[Tensor], Tensor]

@@ -19,15 +19,15 @@ from zoo import ZOO, Case, dense_jacobian
 
 import nullbayes as nb
 from nullbayes import solvers
-from nullbayes.fitting import FitMemory
-from nullbayes.jacobian import keeping
-from nullbayes.jacobian.capture import Block
-from nullbayes.jacobian.keeping import Keeper, OnDisk
+from nullbayes.common.memory import parse_bytes, peak_bytes
+from nullbayes.constraints.memory_budget import FitMemory
+from nullbayes.jacobian import block_storage as keeping
+from nullbayes.jacobian.block import Block
+from nullbayes.jacobian.block_storage import Keeper, OnDisk
 from nullbayes.jacobian.operator import DenseOperator, JacobianOperator
-from nullbayes.memory import peak_bytes
-from nullbayes.solvers import krylov
+from nullbayes.solvers import block_cg
+from nullbayes.solvers.checkpoint import Watch
 from nullbayes.solvers.kronecker import layer_curvatures
-from nullbayes.solvers.watch import Watch
 
 QUIET: dict[str, Any] = {"progress": False}
 
@@ -54,9 +54,9 @@ def elsewhere(where: str, monkeypatch: pytest.MonkeyPatch, case: Case) -> tuple[
     from types import SimpleNamespace
 
     from nullbayes.jacobian import ParameterSpace
-    from nullbayes.jacobian.build import capture_batch
-    from nullbayes.jacobian.functional import FunctionalModel
-    from nullbayes.jacobian.probe import prove
+    from nullbayes.jacobian.capture.batches import capture_batch
+    from nullbayes.jacobian.capture.verify import prove
+    from nullbayes.model.functional import FunctionalModel
 
     monkeypatch.setattr(keeping, "fits_on_disk", lambda nbytes, device: where == "disk")
     monkeypatch.setattr(keeping, "BLOCK_ROWS", 6)
@@ -142,7 +142,7 @@ def test_a_small_budget_gives_the_same_posterior(preserve: str) -> None:
     monkey = pytest.MonkeyPatch()
     with monkey.context() as m:
         m.setattr(keeping, "BLOCK_ROWS", 64)
-        m.setattr("nullbayes.assembly.FitMemory.of", lambda *a: FitMemory(0, 10**5))
+        m.setattr("nullbayes.fit.pipeline.FitMemory.of", lambda *a: FitMemory(0, 10**5))
         tight.fit(train, 4, **QUIET)
     assert any("on disk" in note for note in tight.certificate.notes)
     assert not any("on disk" in note for note in ample.certificate.notes)
@@ -171,7 +171,7 @@ def test_peak_memory_stays_inside_the_budget(memory: str) -> None:
     process.start()
     taken, notes = queue.get(timeout=300)
     process.join()
-    assert taken <= nb.memory.parse_bytes(memory)
+    assert taken <= parse_bytes(memory)
     assert memory != "160MB" or any("on disk" in note for note in notes)
 
 
@@ -189,7 +189,7 @@ def test_running_out_of_memory_names_the_knob(
     def fails(*args: Any) -> Any:
         raise error
 
-    monkeypatch.setattr("nullbayes.assembly.capture_training", fails)
+    monkeypatch.setattr("nullbayes.fit.pipeline.capture_training", fails)
     with pytest.raises(nb.MemoryBudgetError, match="lower `memory=`"):
         nb.NullSpacePosterior(network()).fit(data(), 2, **QUIET)
 
@@ -403,14 +403,14 @@ def test_a_checkpoint_of_other_data_is_refused(
 def test_an_interrupt_keeps_the_best_samples_with_an_honest_certificate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    advance, calls = krylov._advance, iter(range(100))
+    advance, calls = block_cg._advance, iter(range(100))
 
     def interrupted(*args: Any) -> Any:
         if next(calls) == 12:
             raise KeyboardInterrupt
         return advance(*args)
 
-    monkeypatch.setattr(krylov, "_advance", interrupted)
+    monkeypatch.setattr(block_cg, "_advance", interrupted)
     path = tmp_path / "fit.ckpt"
     posterior = long_fit(path)
     certificate = posterior.certificate
@@ -420,7 +420,7 @@ def test_an_interrupt_keeps_the_best_samples_with_an_honest_certificate(
     after = operator.matvec(posterior._fit.unit).norm(dim=1)
     assert 1e-3 < certificate.residual < 1 and float(after.max()) > 0
     assert path.exists()  # the same call goes on from here
-    monkeypatch.setattr(krylov, "_advance", advance)
+    monkeypatch.setattr(block_cg, "_advance", advance)
     assert long_fit(path).certificate.status != solvers.Status.INTERRUPTED.value
 
 

@@ -17,7 +17,7 @@ from zoo import ZOO, dense_jacobian
 
 from nullbayes import solvers
 from nullbayes.errors import InputError, MemoryBudgetError, NonFiniteError
-from nullbayes.evidence import apart, fixed_point, interval
+from nullbayes.fit.evidence import apart, fixed_point, interval
 from nullbayes.jacobian.operator import DenseOperator, RowOperator
 from nullbayes.solvers import Size, Spectrum
 from nullbayes.solvers import spectrum as spectra

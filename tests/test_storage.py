@@ -17,8 +17,9 @@ from torch.testing import assert_close
 from zoo import Lambda, TiedLanguageModel
 
 import nullbayes as nb
-from nullbayes import constraints, storage
+from nullbayes.constraints import preserve as constraints
 from nullbayes.likelihood import base, epistemic_variance
+from nullbayes.posterior import storage
 
 
 @pytest.fixture

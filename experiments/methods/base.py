@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from experiments import measures, networks
 from experiments.runner import forget_peak
 from experiments.tasks import Scale, Task
+from nullbayes.common.memory import peak_bytes
 from nullbayes.datasets import Split
-from nullbayes.likelihood.pieces import mirrored
-from nullbayes.memory import peak_bytes
+from nullbayes.likelihood.helpers import mirrored
 
 # The rule: validation NLL along a path of whole decades around a starting value, then thirds of a decade around the
 # best. Its upper end is the trained network itself, so a method can always fall back to that.

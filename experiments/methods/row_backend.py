@@ -12,11 +12,11 @@ import torch
 from laplace.curvature import CurvlinopsGGN
 from torch import Tensor
 
-from nullbayes import draws
-from nullbayes.jacobian.functional import FunctionalModel
-from nullbayes.jacobian.parameters import ParameterSpace
-from nullbayes.jacobian.probe import prove
+from nullbayes.jacobian.capture.verify import prove
+from nullbayes.jacobian.linearise import output_rows
 from nullbayes.likelihood.softmax import softmax_factor
+from nullbayes.model.functional import FunctionalModel
+from nullbayes.model.parameters import ParameterSpace
 
 ELEMENTS = 2**24  # numbers of rows written out at a time
 
@@ -41,7 +41,7 @@ class RowsGGN(CurvlinopsGGN):
         for part, labels in zip(x.split(step), y.split(step), strict=True):
             room = torch.zeros(0, total, dtype=x.dtype)
             done = 0
-            for point, rows in draws.output_rows(self.functional, self.plan, part, outputs, room):
+            for point, rows in output_rows(self.functional, self.plan, part, outputs, room):
                 every = torch.cat(list(rows.iter_rows(len(point) * outputs)))
                 jacobian = every.reshape(len(point), outputs, total)
                 if self.likelihood == "classification":

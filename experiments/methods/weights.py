@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from nullbayes import draws
-from nullbayes.jacobian.functional import FunctionalModel
-from nullbayes.jacobian.parameters import ParameterSpace
-from nullbayes.jacobian.probe import prove
+from nullbayes.jacobian.capture.verify import prove
+from nullbayes.jacobian.linearise import linearised_outputs
+from nullbayes.model.functional import FunctionalModel
+from nullbayes.model.parameters import ParameterSpace
 
 
 def sampled(
@@ -56,7 +56,7 @@ class Linearised:
     def __call__(self, changes: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """``(B, O)`` and ``(S, B, O)`` for ``changes (S, P)``."""
         with _derivatives():
-            return draws.linearised(self.functional, self.plan, changes, x)
+            return linearised_outputs(self.functional, self.plan, changes, x)
 
 
 def _derivatives() -> Any:

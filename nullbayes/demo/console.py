@@ -20,9 +20,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from ..report import headline
-from .evaluation import Advance
-from .training import Tick
+from nullbayes.demo.evaluation import Advance
+from nullbayes.demo.training import Tick
+from nullbayes.report import headline
 
 HEADINGS = {
     "point": "point\nestimate",

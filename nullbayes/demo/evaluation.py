@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import metrics
-from ..datasets import Dataset
+from nullbayes import metrics
+from nullbayes.datasets import Dataset
 
 BATCH = 256
 HISTOGRAM_BINS = 36

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .. import metrics
-from ..datasets import in_between, in_between_truth
-from ..posterior import LaplacePosterior, NullSpacePosterior
-from ..solvers import PrimalQR
-from . import models, training
+from nullbayes import metrics
+from nullbayes.datasets import in_between, in_between_truth
+from nullbayes.demo import models, training
+from nullbayes.posterior import LaplacePosterior, NullSpacePosterior
+from nullbayes.solvers import PrimalQR
 
 POINTS, NOISE = 16, 0.05
 REACH = 2.8  # the picture runs from -REACH to REACH; the data end at 2

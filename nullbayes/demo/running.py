@@ -14,15 +14,21 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from .. import report
-from ..errors import NullBayesWarning
-from ..posterior import LaplacePosterior, NullSpacePosterior
-from ..report.writing import make_folder, plain, write_json, write_text
-from . import console as say
-from . import training
-from .evaluation import Method, evaluate, number_of_inputs, point_method, posterior_method
-from .regression import certificate_fields, run_regression
-from .tasks import Settings, Task, make_task
+from nullbayes import report
+from nullbayes.demo import console as say
+from nullbayes.demo import training
+from nullbayes.demo.evaluation import (
+    Method,
+    evaluate,
+    number_of_inputs,
+    point_method,
+    posterior_method,
+)
+from nullbayes.demo.regression import certificate_fields, run_regression
+from nullbayes.demo.tasks import Settings, Task, make_task
+from nullbayes.errors import NullBayesWarning
+from nullbayes.posterior import LaplacePosterior, NullSpacePosterior
+from nullbayes.report.writing import make_folder, plain, write_json, write_text
 
 SCHEMA = 1
 POSTERIORS = (

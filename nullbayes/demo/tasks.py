@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from .. import datasets
-from ..datasets import Dataset
-from ..errors import InputError
-from . import models
-from .evaluation import Shift
+from nullbayes import datasets
+from nullbayes.datasets import Dataset
+from nullbayes.demo import models
+from nullbayes.demo.evaluation import Shift
+from nullbayes.errors import InputError
 
 HELD_OUT = (0, 4)  # digits that training never sees; on other pairs see docs/guarantee.md
 ANGLES = (30, 60, 90, 120, 150)

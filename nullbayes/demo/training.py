@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..datasets import Split
+from nullbayes.datasets import Split
 
 SMALL = 2**17  # numbers in a batch
 Tick = Callable[[str], None]  # called once an epoch with a few words

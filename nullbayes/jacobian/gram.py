@@ -8,10 +8,10 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from nullbayes.jacobian.capture import Block
-from nullbayes.jacobian.factors import Factor
-from nullbayes.jacobian.keeping import Openable
-from nullbayes.jacobian.outer import OuterFactor
+from nullbayes.jacobian.block import Block
+from nullbayes.jacobian.block_storage import Openable
+from nullbayes.jacobian.factors.base import Factor
+from nullbayes.jacobian.factors.outer import OuterFactor
 
 # Bytes of written-out rows that a Gram build may hold for one layer.
 GRAM_ROWS_BYTES = 2**30

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from nullbayes.errors import NonFiniteError
-from nullbayes.jacobian.capture import Block
-from nullbayes.jacobian.columns import CHUNK_ELEMENTS
-from nullbayes.jacobian.counting import gram_flops_per_pair, product_flops
-from nullbayes.jacobian.factors import Factor
+from nullbayes.jacobian.block import Block
+from nullbayes.jacobian.block_storage import Openable, Part, moved_out
+from nullbayes.jacobian.factors.base import Factor
+from nullbayes.jacobian.factors.cost import gram_flops_per_pair, product_flops
+from nullbayes.jacobian.factors.outer import OuterFactor
+from nullbayes.jacobian.factors.products import CHUNK_ELEMENTS
 from nullbayes.jacobian.gram import gram_matrix
-from nullbayes.jacobian.keeping import Openable, Part, moved_out
-from nullbayes.jacobian.outer import OuterFactor
-from nullbayes.jacobian.parameters import ParameterSpace
+from nullbayes.model.parameters import ParameterSpace
 
 Tick = Callable[[float], None]
 
@@ -112,7 +112,7 @@ class JacobianOperator(RowOperator):
 
     Args:
         space: the parameters (columns).
-        blocks: captured rows in the order of the data, in memory or elsewhere (``keeping.py``).
+        blocks: captured rows in the order of the data, in memory or elsewhere (``block_storage.py``).
     """
 
     def __init__(self, space: ParameterSpace, blocks: Sequence[Openable]) -> None:

@@ -14,7 +14,7 @@ from nullbayes.likelihood.callable import CallableLoss as CallableLoss
 from nullbayes.likelihood.callable import LossFunction as LossFunction
 from nullbayes.likelihood.callable import resolve_loss as resolve_loss
 from nullbayes.likelihood.classification import Classification as Classification
-from nullbayes.likelihood.pieces import epistemic_variance as epistemic_variance
+from nullbayes.likelihood.helpers import epistemic_variance as epistemic_variance
 from nullbayes.likelihood.regression import Regression as Regression
 from nullbayes.likelihood.softmax import softmax_directions as softmax_directions
 from nullbayes.likelihood.softmax import softmax_factor as softmax_factor

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from nullbayes.errors import InputError, NullBayesError, StorageError
-from nullbayes.jacobian.outputs import Layouts
-from nullbayes.likelihood.curvature import detached
-from nullbayes.likelihood.pieces import check_batch, log_mean_exp, require_draws, to_float64
+from nullbayes.likelihood.helpers import check_batch, log_mean_exp, require_draws, to_float64
+from nullbayes.likelihood.output_hessian import detached
+from nullbayes.model.structure import Layouts
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from nullbayes.errors import InputError
 from nullbayes.likelihood.base import Likelihood, Moments, register_likelihood
-from nullbayes.likelihood.pieces import (
+from nullbayes.likelihood.helpers import (
     check_batch,
     check_same_shape,
     diagonal_factor,

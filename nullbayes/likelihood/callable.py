@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from nullbayes.errors import InputError, ModelError, NullBayesError
-from nullbayes.jacobian.functional import take, to_device
-from nullbayes.jacobian.outputs import Layouts
 from nullbayes.likelihood.base import Likelihood, Moments, resolve_likelihood
-from nullbayes.likelihood.curvature import OutputHessian, detached
-from nullbayes.likelihood.pieces import (
+from nullbayes.likelihood.helpers import (
     check_finite,
     diagonal_factor,
     epistemic_variance,
     to_float64,
 )
+from nullbayes.likelihood.output_hessian import OutputHessian, detached
+from nullbayes.model.batch import take, to_device
+from nullbayes.model.structure import Layouts
 
 LossFunction = Callable[[Any, Any], Tensor]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nullbayes.errors import InputError
 from nullbayes.likelihood.base import Likelihood, Moments, register_likelihood
-from nullbayes.likelihood.pieces import (
+from nullbayes.likelihood.helpers import (
     check_batch,
     entropy_terms,
     epistemic_variance,
@@ -20,11 +20,7 @@ from nullbayes.likelihood.pieces import (
     require_draws,
     to_float64,
 )
-from nullbayes.likelihood.softmax import (
-    position_directions,
-    softmax_directions,
-    softmax_factor,
-)
+from nullbayes.likelihood.softmax import position_directions, softmax_directions, softmax_factor
 
 
 @register_likelihood

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nullbayes.errors import InputError, NotFittedError
 from nullbayes.likelihood.base import Likelihood, Moments, register_likelihood
-from nullbayes.likelihood.pieces import (
+from nullbayes.likelihood.helpers import (
     check_batch,
     check_same_shape,
     diagonal_factor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nullbayes.likelihood.pieces import to_float64
+from nullbayes.likelihood.helpers import to_float64
 
 # Elements of the float64 blocks held at a time (32 MB each).
 _BLOCK = 1 << 22

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from .words import METHODS
+from nullbayes.report.words import METHODS
 
 # Colours that stand for the page's own: replaced by CSS variables in the finished SVG.
 INK, MUTED, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"

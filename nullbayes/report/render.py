@@ -9,9 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, MissingExtraError
-from . import words
-from .writing import write_text
+from nullbayes.errors import InputError, MissingExtraError
+from nullbayes.report import words
+from nullbayes.report.writing import write_text
 
 SCHEMA = 1
 _NEEDED = (
@@ -64,7 +64,7 @@ def render_report(results: Mapping[str, Any]) -> str:
     import jinja2
     from markupsafe import Markup
 
-    from .figures import all_figures
+    from nullbayes.report.figures import all_figures
 
     page = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined

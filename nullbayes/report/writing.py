@@ -7,14 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .. import files
-from ..errors import InputError
+from nullbayes.common.files import atomic_file
+from nullbayes.errors import InputError
 
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` under a temporary name beside ``path``, then rename: nobody, not even after Ctrl-C, sees half."""
     make_folder(path.parent)
-    with files.whole(path) as part:
+    with atomic_file(path) as part:
         part.write_text(text, encoding="utf-8")
 
 

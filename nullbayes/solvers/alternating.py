@@ -8,19 +8,10 @@ import torch
 from torch import Tensor
 
 from nullbayes.jacobian.operator import RowOperator, Tick
-from nullbayes.solvers.base import (
-    GAP,
-    MAX_PASSES,
-    Cost,
-    Projection,
-    Size,
-    Solver,
-    Status,
-    relative,
-    require_finite,
-)
-from nullbayes.solvers.iterative import IterativeState
-from nullbayes.solvers.krylov import row_norms
+from nullbayes.solvers.base import Cost, Projection, Size, Solver, Status, relative, require_finite
+from nullbayes.solvers.block_cg import row_norms
+from nullbayes.solvers.conjugate_gradient import IterativeState
+from nullbayes.solvers.refinement import GAP, MAX_PASSES
 
 BATCH_ROWS = 144  # sixteen examples with nine softmax directions each, as published
 STALLED = 0.999  # a cycle that leaves more than this of the residual, many times in a row

@@ -17,11 +17,10 @@ from nullbayes.solvers.base import (
     Solver,
     Spectrum,
     State,
-    conjugate_gradients,
-    iterate,
     require_finite,
 )
-from nullbayes.solvers.krylov import blocks
+from nullbayes.solvers.block_cg import blocks
+from nullbayes.solvers.refinement import conjugate_gradients, iterate
 from nullbayes.solvers.spectrum import EXACT_UP_TO, gram_spectrum
 
 TRACE_PROBES = 32

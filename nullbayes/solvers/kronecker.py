@@ -7,10 +7,10 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from nullbayes.jacobian.columns import gather, scatter_add
-from nullbayes.jacobian.factors import Factor
+from nullbayes.jacobian.factors.base import Factor
+from nullbayes.jacobian.factors.outer import OuterFactor
+from nullbayes.jacobian.factors.products import gather, scatter_add
 from nullbayes.jacobian.operator import JacobianOperator, Tick
-from nullbayes.jacobian.outer import OuterFactor
 
 # A side of a layer wider than this is not decomposed: its diagonal stands for it.
 WIDEST = 2048

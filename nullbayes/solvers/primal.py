@@ -17,11 +17,11 @@ from nullbayes.solvers.base import (
     Spectrum,
     State,
     Status,
-    iterate,
     relative,
     require_finite,
 )
-from nullbayes.solvers.krylov import blocks
+from nullbayes.solvers.block_cg import blocks
+from nullbayes.solvers.refinement import iterate
 
 
 class PrimalQR(Solver):

@@ -1,0 +1,139 @@
+"""How far samples move the predictions of training examples that the posterior has not seen.
+
+The guarantee is about the training data. What a posterior does to other data of the same kind can be told from the
+training data as well, without holding any back: leave an example's rows out, and see where its predictions go. From
+one factorisation that costs a few columns of an inverse (``State.left_out``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nullbayes.certificate.measure import Batch, GuaranteeCheck
+from nullbayes.constraints.directions import Directions
+from nullbayes.constraints.preserve import Preserve
+from nullbayes.constraints.training_rows import TrainingRows
+from nullbayes.likelihood import Likelihood
+from nullbayes.model.batch import Inputs, batch_size, select
+from nullbayes.solvers import State
+
+# Examples left out at most, each by itself, and multiplications of all that: about a second's work.
+MOST_EXAMPLES = 500
+MOST_WORK = 1e10
+MOST_BYTES = 2**27  # of what samples do to their outputs
+FEWEST_ROWS = 128
+# Examples held out together while a solver iterates: a share of all, at least so many where there are twice as many.
+HELD_SHARE = 0.02
+FEWEST_HELD = 64
+
+
+@dataclass(frozen=True)
+class Held:
+    """Training examples that a projection does without at first, and their rows."""
+
+    inputs: Inputs
+    targets: Any
+    spans: list[slice]
+
+
+def held_out(rows: TrainingRows, likelihood: Likelihood, vectors: Tensor) -> list[Held]:
+    """Some examples, evenly spaced, for :meth:`State.project_without`; none where their predictions cannot move.
+
+    Args:
+        vectors: ``(S, P)``, what is projected.
+    """
+    if likelihood.score_name != "accuracy" or not rows.kept:
+        return []
+    wanted = max(FEWEST_HELD, round(HELD_SHARE * rows.examples))
+    limit = min(wanted, MOST_EXAMPLES, rows.examples // 2)
+    out = []
+    for which, numbers, index in _chosen(rows, limit) if limit else []:
+        inputs, targets = rows.kept[which]
+        size = batch_size(inputs)
+        assert size == len(numbers)
+        some = index.to(vectors.device)
+        spans = [rows.spans[numbers[i]] for i in index.tolist()]
+        out.append(Held(select(inputs, some), select(targets, some), spans))
+    return out
+
+
+def left_out(
+    state: State,
+    prior: Tensor,
+    rows: TrainingRows,
+    check: GuaranteeCheck,
+    likelihood: Likelihood,
+    preserve: Preserve,
+    directions: Directions,
+) -> list[Batch]:
+    """Some checked examples with what samples at prior precision one do to each if it is left out.
+
+    Along the rows of an example the change is that of a posterior without it; what else its outputs do is what they do
+    under the posterior itself. With ``preserve="predictions"`` and all directions, rows are all that counts.
+
+    Args:
+        prior: ``(S, P)``, what the samples were projected from.
+
+    Returns:
+        Batches as ``check`` has them; empty where the solver cannot tell, or for a likelihood whose predictions
+        keep their mean whatever the samples do.
+    """
+    if likelihood.score_name != "accuracy" or not check.batches:
+        return []
+    each = check.batches[0][1][:, :1].nbytes
+    m = rows.operator.shape[0]
+    limit = rows_left_out(m) // max(1, m // rows.examples)
+    limit = min(limit, MOST_BYTES // max(1, each), MOST_EXAMPLES)
+    chosen = _chosen(rows, max(1, limit))
+    spans = [rows.spans[numbers[i]] for _, numbers, index in chosen for i in index.tolist()]
+    found = state.left_out(prior, spans)
+    if found is None:
+        return []
+    out, at = [], 0
+    for which, _, index in chosen:
+        point, unit, targets = check.batches[which]
+        index = index.to(point.device)
+        point, unit = point[index], unit[:, index]
+        targets = select(targets, index)
+        values = found[at : at + len(index)]
+        at += len(index)
+        cotangents = preserve.cotangents(likelihood, point, targets, directions).values.double()
+        changes = [_changed(unit[:, b], cotangents[:, b], values[b]) for b in range(len(index))]
+        out.append((point, torch.stack(changes, 1), targets))
+    return out
+
+
+def rows_left_out(m: int) -> int:
+    """Of ``m`` rows, how many are left out at most: their columns of the inverse stay well below a factorisation."""
+    return max(FEWEST_ROWS, min(m // 4, int(MOST_WORK / max(1, m) ** 2)))
+
+
+def _chosen(rows: TrainingRows, limit: int) -> list[tuple[int, range, Tensor]]:
+    """Evenly spaced examples, ``limit`` at most: which checked batch, its examples' numbers, and which of them."""
+    total = sum(len(numbers) for numbers in rows.kept_numbers)
+    step = max(1.0, total / limit)
+    wanted = torch.arange(0, total, step).long().unique()
+    out, before = [], 0
+    for which, numbers in enumerate(rows.kept_numbers):
+        index = wanted[(wanted >= before) & (wanted < before + len(numbers))] - before
+        if len(index):
+            out.append((which, numbers, index))
+        before += len(numbers)
+    return out
+
+
+def _changed(unit: Tensor, cotangents: Tensor, values: Tensor) -> Tensor:
+    """``(S, *out)``: the change ``unit`` with ``values (S, k)`` along the rows of ``cotangents (C, *out)``."""
+    flat, b = unit.flatten(1).double(), cotangents.flatten(1)
+    b = b[
+        : values.shape[1]
+    ]  # with directions="auto", rows that an example does not need are not there
+    scale = torch.linalg.vector_norm(b, dim=1)
+    live = scale > 0
+    b = b[live] / scale[live, None]
+    missing = values[:, live] / scale[live] - flat @ b.T
+    return (flat + missing @ torch.linalg.pinv(b, rtol=1e-6).T).to(unit.dtype).reshape(unit.shape)

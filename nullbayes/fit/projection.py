@@ -1,0 +1,107 @@
+"""The projection of prior samples, and on its way what samples do to examples that they have not seen.
+
+A solver that iterates can begin with all rows but those of a few examples. What its samples do to these is what a
+posterior does to other data of the same kind; then the few join in, and the search goes on from where it was.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nullbayes.certificate.leave_one_out import Held
+from nullbayes.constraints.training_rows import TrainingRows
+from nullbayes.solvers import Projection, State, Status
+from nullbayes.solvers.checkpoint import QUIET, Report, Watch, describe_problem, probe_of
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a long fit leaves its state, and how often (seconds)."""
+
+    path: str | os.PathLike[str]
+    every: float = 60.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is projected: ``vectors (S, P)``.
+
+    Attributes:
+        problem: tells this fit from others, beside what is measured here.
+        report: of progress.
+    """
+
+    state: State
+    rows: TrainingRows
+    vectors: Tensor
+    checkpoint: Checkpoint | None
+    problem: str
+    report: Report | None
+
+    def watches(self) -> tuple[Watch, Watch]:
+        """For the search without some examples and for that with all: their checkpoints fit only the same equations."""
+        if self.checkpoint is None:
+            return Watch(self.report), Watch(self.report)
+        operator, v = self.rows.operator, self.vectors
+        probe = operator.matvec(probe_of(operator.shape[1], v)).double().norm()
+        shift = f"{self.state.shift:.4e}"
+        problem = describe_problem(self.problem, operator.shape, len(v), shift, probe)
+        place = (self.report, self.checkpoint.path, self.checkpoint.every)
+        before = f"{problem}|without some"
+        return Watch(*place, before), Watch(*place, problem, before)
+
+
+def projected(
+    work: Work,
+    noise: Tensor | None,
+    held: Sequence[Held],
+    changes: Callable[[Tensor], list[Tensor]],
+) -> tuple[Projection, list[Tensor]]:
+    """Project; see :meth:`State.project`. With what ``changes`` says of vectors that have not seen ``held``.
+
+    Those are empty where nothing is held out, where the solver has no use for it, or after an interrupt.
+    """
+    state = work.state
+    first, second = work.watches()
+    try:
+        found, spent = _before(work, held, changes, first, second)
+        if isinstance(found, Projection):
+            return found, []
+        second.carried = {f"unseen.{i}": c for i, c in enumerate(found)}
+        state.watch = second
+        done = state.project(work.vectors, noise)
+        if done.status is not Status.INTERRUPTED:
+            second.finish()
+    finally:
+        state.watch = QUIET
+    return replace(done, iterations=spent + done.iterations), found
+
+
+def _before(
+    work: Work,
+    held: Sequence[Held],
+    changes: Callable[[Tensor], list[Tensor]],
+    first: Watch,
+    second: Watch,
+) -> tuple[list[Tensor] | Projection, int]:
+    """What samples that have not seen ``held`` do to it (or where the search was interrupted), and iterations."""
+    if not held:
+        return [], 0
+    there = second.resume()  # of an earlier run, which had come further than this
+    if there is not None:
+        kept = [there.get(f"unseen.{i}") for i in range(len(held))]
+        return [c.to(work.vectors.device) for c in kept if c is not None], 0
+    work.state.watch = first
+    spans = [span for h in held for span in h.spans]
+    done = work.state.project_without(work.vectors, spans)
+    if done is None:
+        return [], 0
+    if done.status is Status.INTERRUPTED:
+        return done, done.iterations
+    with torch.no_grad():
+        return changes(done.value), done.iterations

@@ -1,0 +1,1 @@
+"""From a batch to its Jacobian rows: hooks, one batched backward, and the paths beside them."""

@@ -1,0 +1,91 @@
+"""Data in, operator out: capture every batch of a loader in pieces that fit in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nullbayes.jacobian.block import Block
+from nullbayes.jacobian.capture.capture import capture
+from nullbayes.jacobian.capture.plan import CapturePlan
+from nullbayes.jacobian.operator import JacobianOperator
+from nullbayes.model.batch import Inputs, batch_size, take
+from nullbayes.model.functional import FunctionalModel
+
+# Bytes of temporaries that one capture may take.
+CAPTURE_BYTES = 2**29
+# Rows of one capture.
+CAPTURE_ROWS = 1024
+
+MakeCotangents = Callable[[Tensor], Any]
+
+
+def examples_per_capture(
+    functional: FunctionalModel,
+    plan: CapturePlan,
+    cotangents: int,
+    temporaries: int | None = None,
+) -> int:
+    """How many examples one backward pass may carry, with so many bytes of ``temporaries``."""
+    fits = (temporaries or CAPTURE_BYTES) // capture_bytes(functional, plan, cotangents)
+    return max(1, min(fits, CAPTURE_ROWS // max(1, cotangents)))
+
+
+def capture_bytes(functional: FunctionalModel, plan: CapturePlan, cotangents: int) -> int:
+    """What the capture of one example takes for a while, counted from what passed through the layers."""
+    per_example = plan.activations * (cotangents + 2)
+    per_example += cotangents * sum(functional.space.by_name[n].numel for n in plan.generic)
+    return max(1, 2 * functional.dtype.itemsize * per_example)
+
+
+def capture_batch(
+    functional: FunctionalModel,
+    plan: CapturePlan,
+    inputs: Inputs,
+    make: Callable[[Tensor, slice], Any],
+    cotangents: int,
+    scales: dict[str, float] | None = None,
+    temporaries: int | None = None,
+) -> Iterator[tuple[Block, Inputs, Any]]:
+    """One batch, cut into pieces: the block of each, its inputs, and its cotangents.
+
+    Args:
+        make: ``(outputs, piece) -> `` the cotangents of a piece.
+    """
+    size = batch_size(inputs)
+    step = examples_per_capture(functional, plan, cotangents, temporaries)
+    for start in range(0, size, step):
+        piece = slice(start, min(start + step, size))
+        some = take(inputs, piece.start, piece.stop)
+        block, made = capture(
+            functional, plan, some, lambda outputs, piece=piece: make(outputs, piece), scales
+        )
+        yield block, some, made
+
+
+def output_operators(
+    functional: FunctionalModel,
+    plan: CapturePlan,
+    inputs: Inputs,
+    outputs: int,
+    scales: dict[str, float] | None = None,
+) -> Iterator[JacobianOperator]:
+    """All rows ``J_n`` of the ``outputs`` numbers of each example, a piece of the batch at a time."""
+    size = batch_size(inputs)
+    step = examples_per_capture(functional, plan, outputs)
+    for start in range(0, size, step):
+        piece = take(inputs, start, min(start + step, size))
+        block, _ = capture(functional, plan, piece, _identity, scales)
+        yield JacobianOperator(functional.space, [block])
+
+
+def _identity(outputs: Tensor) -> SimpleNamespace:
+    """One cotangent per output number: ``(O, B, *out)``."""
+    size = outputs[0].numel()
+    eye = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
+    values = eye[:, None].expand(size, len(outputs), size)
+    return SimpleNamespace(values=values.reshape(size, *outputs.shape))

@@ -1,0 +1,269 @@
+"""Proof on a probe batch that every use of every parameter is accounted for.
+
+Layer rules see modules, not mathematics: a weight used through ``F.linear(x, self.w.T)`` or a
+module called with its batch on another axis would be missed in silence. So each fit compares the
+rows of a few examples with plain automatic differentiation of the whole model, one example at a
+time. What does not match goes to the generic path by name; what then still differs is an error.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from nullbayes.errors import ModelError, NonFiniteError
+from nullbayes.jacobian.block import Block
+from nullbayes.jacobian.capture.capture import GenericPathFailed, RuleMismatch, capture
+from nullbayes.jacobian.capture.plan import CapturePlan, make_plan
+from nullbayes.jacobian.capture.single_module import LocalFailed, LocalSite, ancestors
+from nullbayes.model.batch import Inputs, batch_size, take
+from nullbayes.model.functional import FunctionalModel
+
+PROBE_EXAMPLES = 3
+PROBE_COTANGENTS = 2
+
+
+def prove(functional: FunctionalModel, inputs: Inputs) -> CapturePlan:
+    """A capture plan whose rows equal those of automatic differentiation on ``inputs``.
+
+    Raises:
+        ModelError: the output has no batch axis, an example's output depends on the other examples
+            of its batch or on chance, a chosen parameter has no gradient path, or rows still
+            differ when every doubtful parameter is on the generic path.
+    """
+    inputs = take(inputs, 0, min(batch_size(inputs), PROBE_EXAMPLES))
+    size = batch_size(inputs)
+    outputs = functional.outputs(inputs)
+    _check_outputs(functional, inputs, outputs, size)
+    generator = torch.Generator().manual_seed(0)
+    cots = torch.randn(PROBE_COTANGENTS, *outputs.shape, generator=generator, dtype=torch.float64)
+    cots = cots.to(outputs)
+    truth = _reference_rows(functional, inputs, cots)
+    plan = make_plan(functional)
+    while True:
+        rows = _captured_rows(functional, plan, inputs, cots)
+        bad = _mismatches(functional, rows, truth) if rows is not None else []
+        if rows is None:
+            continue  # the plan was changed; look again
+        if not bad:
+            break
+        _repair(plan, bad)
+    if plan.generic and size > 1 and functional.randomness is None:
+        _localise(functional, plan, inputs, cots, truth)
+    plan.written_out.clear()
+    plan.settled = True
+    return plan
+
+
+def _check_outputs(functional: FunctionalModel, inputs: Inputs, outputs: Tensor, size: int) -> None:
+    if not bool(outputs.isfinite().all()):
+        raise NonFiniteError(
+            "the model's outputs on the first batch hold NaN or infinity; check the inputs' "
+            "scaling and the weights."
+        )
+    scale = outputs.abs().max()
+    allowed = _tolerance(outputs.dtype) * scale
+    again = functional.outputs(inputs)
+    if not bool((again - outputs).abs().max() <= allowed):
+        raise ModelError(
+            f"two forward passes on the same inputs differ (by {float((again - outputs).abs().max()):.2e}, outputs "
+            f"reach {float(scale):.2e}): the model draws random numbers"
+            + (
+                '. Pass `randomness="frozen"` to freeze them for each example, or call `model.eval()`.'
+                if functional.randomness is None
+                else " that do not come from PyTorch (NumPy, `random`), or keeps a state between calls, which "
+                '`randomness="frozen"` does not cover. Draw them with torch, or pass them as inputs.'
+            )
+        )
+    alone = torch.cat([functional.outputs(take(inputs, n, n + 1)) for n in range(size)])
+    if not bool((alone - outputs).abs().max() <= allowed):
+        raise ModelError(
+            "an example's output changes when it is evaluated alone "
+            f"(by {float((alone - outputs).abs().max()):.2e}, outputs reach {float(scale):.2e}): "
+            "the model mixes the examples of a batch, or draws random numbers for the batch as a whole. Call "
+            "`model.eval()`, replace layers that use batch statistics, and draw random numbers one per example, "
+            "the batch on the first axis."
+        )
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Relative difference explained by rounding: sums in another order over deep networks."""
+    return 2e4 * torch.finfo(dtype).eps
+
+
+def _reference_rows(functional: FunctionalModel, inputs: Inputs, cots: Tensor) -> Tensor:
+    """Rows ``(B*C, P)`` by automatic differentiation of the whole model, one example at a time."""
+    count, size = cots.shape[:2]
+    space = functional.space
+    rows = torch.zeros(size * count, space.total, dtype=space.dtype, device=space.device)
+    unreached = set(space.names)
+    for n in range(size):
+        weights = functional.weights(requires_grad=True)
+        with torch.enable_grad():
+            out = functional(weights, take(inputs, n, n + 1))
+        if not out.requires_grad:
+            break
+        for c in range(count):
+            grads = torch.autograd.grad(
+                out,
+                list(weights.values()),
+                cots[c, n : n + 1],
+                retain_graph=c + 1 < count,
+                allow_unused=True,
+            )
+            for slot, g in zip(space.slots, grads, strict=True):
+                if g is not None:
+                    unreached.discard(slot.name)
+                    g = g.to_dense() if g.is_sparse else g
+                    rows[n * count + c, slot.start : slot.stop] = g.reshape(-1)
+    if unreached:
+        raise ModelError(
+            f"no gradient path leads from the output to {sorted(unreached)}: nothing can be "
+            "preserved by them. Leave them out with `parameters=lambda name, p: name not in "
+            "{...}`, or look for `.detach()` / `torch.no_grad()` in the forward pass."
+        )
+    return rows
+
+
+def _captured_rows(
+    functional: FunctionalModel, plan: CapturePlan, inputs: Inputs, cots: Tensor
+) -> Tensor | None:
+    """Rows ``(B*C, P)`` as the plan gives them; None when the plan had to be changed instead."""
+    try:
+        block, _ = capture(functional, plan, inputs, lambda _: SimpleNamespace(values=cots))
+    except RuleMismatch as error:
+        _next_layout(plan, error.path, str(error))
+        return None
+    except GenericPathFailed:
+        plan.vmapped = False
+        return None
+    except (RuntimeError, NotImplementedError):
+        if not plan.batched_backward:
+            raise
+        plan.batched_backward = False
+        return None
+    return block_rows(functional, block)
+
+
+def block_rows(functional: FunctionalModel, block: Block) -> Tensor:
+    """All rows of a block written out: ``(B*C, P)``. For probes and tests."""
+    space = functional.space
+    out = torch.zeros(block.num_rows, space.total, dtype=space.dtype, device=space.device)
+    for factor in block.factors.values():
+        start, rows = 0, factor.rows()
+        for slot in factor.slots:
+            out[:, slot.start : slot.stop] += rows[:, start : start + slot.numel]
+            start += slot.numel
+    return out
+
+
+def _mismatches(functional: FunctionalModel, rows: Tensor, truth: Tensor) -> list[str]:
+    tolerance = _tolerance(truth.dtype)
+    # A gradient that is zero in exact arithmetic (a key's bias under softmax) is pure rounding:
+    # it is held against the whole row, not against itself.
+    floor = 10 * torch.finfo(truth.dtype).eps * float(truth.norm())
+    bad = []
+    for slot in functional.space.slots:
+        ours, theirs = rows[:, slot.start : slot.stop], truth[:, slot.start : slot.stop]
+        if not float((ours - theirs).norm()) <= tolerance * float(theirs.norm()) + floor:
+            bad.append(slot.name)
+    return bad
+
+
+def _repair(plan: CapturePlan, bad: list[str]) -> None:
+    """Try the next explanation for each mismatching parameter."""
+    stuck = [name for name in bad if name in plan.generic]
+    if stuck and not plan.vmapped:
+        raise ModelError(
+            f"the Jacobian rows of {stuck} differ from automatic differentiation even on the "
+            "generic path; the forward pass is not a fixed function of weights and inputs "
+            "(randomness, caches, custom backward). Make it one, or leave them out of "
+            "`parameters=`."
+        )
+    if stuck:
+        plan.vmapped = False
+    doubtful = {site.path for name in bad for site in plan.owners(name)}
+    for path in sorted(doubtful):
+        _next_layout(plan, path, "its rows did not match automatic differentiation")
+
+
+def _localise(
+    functional: FunctionalModel, plan: CapturePlan, inputs: Inputs, cots: Tensor, truth: Tensor
+) -> None:
+    """Serve what has no rule from the smallest module that gives the right rows by itself.
+
+    From a parameter's owner outwards; what no module near it can serve stays with the whole model. One example alone
+    would not tell an axis of the batch from any other.
+    """
+    modules = dict(functional.model.named_modules())
+    owners = _owners(functional)
+    line = {name: list(ancestors(owners[name])) for name in plan.generic}  # what is yet to be tried
+    trying = _sites(line, modules, list(line))
+    kept: list[LocalSite] = []
+    while trying:
+        plan.local = kept + trying
+        hopeless: list[LocalSite] = []
+        try:
+            rows = _captured_rows(functional, plan, inputs, cots)
+        except LocalFailed as failure:
+            bad = [site for site in failure.sites if site in trying]
+            hopeless = failure.hopeless
+            if not bad:  # what ran before does not run now: not to be relied on
+                kept = []
+                break
+        else:
+            if rows is None:
+                continue
+            wrong = set(_mismatches(functional, rows, truth))
+            bad = [site for site in trying if wrong & set(site.names)]
+            kept += [site for site in trying if site not in bad]
+            trying = []
+        for site in bad:
+            trying = [other for other in trying if other is not site]
+            if site not in hopeless and _next_try(site):
+                trying.append(site)
+                continue
+            for name in site.names:
+                line[name].pop(0)
+            trying += _sites(line, modules, site.names)
+    plan.local = kept
+
+
+def _sites(
+    line: dict[str, list[str]], modules: dict[str, nn.Module], names: list[str]
+) -> list[LocalSite]:
+    """One site for each module that is next in line for some of ``names``."""
+    by_path: dict[str, list[str]] = {}
+    for name in names:
+        if line[name]:
+            by_path.setdefault(line[name][0], []).append(name)
+    return [LocalSite(path, modules[path], names) for path, names in by_path.items()]
+
+
+def _next_try(site: LocalSite) -> bool:
+    """A loop instead of one vectorised pass, then the batch on the second axis; False: neither is left."""
+    site.batched = {}
+    if site.vmapped:
+        site.vmapped = False
+    elif site.axis == 0:
+        site.axis, site.vmapped = 1, True
+    else:
+        return False
+    return True
+
+
+def _owners(functional: FunctionalModel) -> dict[str, str]:
+    """Path of the module that owns each parameter."""
+    return {name: name.rpartition(".")[0] for name, _ in functional.model.named_parameters()}
+
+
+def _next_layout(plan: CapturePlan, path: str, reason: str) -> None:
+    """Batch on the second axis (sequence-first layers); after that, the generic path."""
+    for site in [s for s in plan.sites if s.path == path]:
+        if site.batch_axis == 0:
+            site.batch_axis = 1
+        else:
+            for name in list(site.names.values()):
+                plan.to_generic(name, reason)

@@ -1,0 +1,1 @@
+"""Rows in the shape in which layers give them, and products with them."""

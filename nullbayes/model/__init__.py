@@ -1,0 +1,1 @@
+"""The user's network as a pure function of weights and inputs; batches, loaders, randomness."""

@@ -1,0 +1,273 @@
+"""The whole prior-scale path from one pass over validation data; or, for regression, that of the noise.
+
+Linearised function draws scale with ``α^{-1/2}``: the Jacobian products are computed once, and every
+prior precision is a multiplication away. The far end of the path is the trained network itself.
+
+Observation noise that was estimated from training residuals is too small wherever the network fits its training data
+better than new data, and no prior precision mends that: the null space is where training data say nothing. So there
+the noise is what validation data are asked for (measured in docs/evaluation.md, tables).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import binary_calibration_error
+
+from nullbayes.common.arguments import check_choice
+from nullbayes.common.progress import stages
+from nullbayes.errors import InputError, NullBayesWarning
+from nullbayes.jacobian.capture.plan import CapturePlan
+from nullbayes.jacobian.linearise import linearised_outputs
+from nullbayes.likelihood import Likelihood
+from nullbayes.likelihood.helpers import mirrored
+from nullbayes.metrics import ood_metrics
+from nullbayes.model.functional import FunctionalModel
+from nullbayes.model.loader import limited
+from nullbayes.posterior.prediction import per_example
+
+METRICS = ("nll", "ece")
+TUNED = ("prior", "noise")
+NO_GAIN = 1e-4  # of the metric: what lies below is rounding
+POINTS = 49
+DECADES = (-4.0, 8.0)
+NOISE_DECADES = (-1.0, 3.0)
+BINS = 15
+
+
+@dataclass(frozen=True)
+class CalibrationPath:
+    """Validation figures along the prior-scale path, or along that of the noise.
+
+    Attributes:
+        prior_precision: ascending; the path covers twelve decades around the starting value. All the same where the
+            noise was tuned.
+        nll: mean negative log predictive density per example, nats.
+        accuracy: accuracy, or RMSE for regression (``score_name``).
+        ece: expected calibration error (15 equal bins, top class), or None for regression.
+        auroc: of the predictive uncertainty against ``ood_loader``, or None without one.
+        chosen: index of the value that was set.
+        metric: what it minimises.
+        start: the prior precision before.
+        point: the same figures of the trained network; where the noise was tuned, with the noise that is best for it.
+        at_edge: the best value lies at an end of the path.
+        tuned: ``"prior"`` or ``"noise"``.
+        noise_scale: factors on the noise variance, ascending over four decades; None where the prior was tuned.
+    """
+
+    prior_precision: list[float]
+    nll: list[float]
+    accuracy: list[float]
+    ece: list[float] | None
+    auroc: list[float] | None
+    chosen: int
+    metric: str
+    score_name: str
+    start: float
+    point: dict[str, float | None]
+    examples: int
+    at_edge: bool
+    tuned: str = "prior"
+    noise_scale: list[float] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields; JSON-able."""
+        return asdict(self)
+
+
+def calibration_path(
+    functional: FunctionalModel,
+    plan: CapturePlan,
+    likelihood: Likelihood,
+    samples: Tensor,
+    start: float,
+    loader: Iterable[Any],
+    ood_loader: Iterable[Any] | None,
+    metric: str,
+    tune: str | None,
+    show: bool,
+) -> CalibrationPath:
+    """Evaluate the path for unit-precision ``samples (S, P)`` and choose the best point.
+
+    Args:
+        tune: one of `TUNED`; None: the noise where it was estimated from training data, else the prior.
+
+    Raises:
+        InputError: an unknown metric, or one that this likelihood does not have; noise that is not to be tuned.
+    """
+    tune = _what(tune, likelihood)
+    if tune == "prior":
+        scales, path = None, _decades(start, DECADES)
+        figures, points = [_Figures(likelihood) for _ in path], [_Figures(likelihood)]
+    else:
+        scales, path = _decades(1.0, NOISE_DECADES), [start] * POINTS
+        figures, points = ([_Figures(_noised(likelihood, c)) for c in scales] for _ in range(2))
+    scores_in: list[list[Tensor]] = [[] for _ in path]
+    scores_out: list[list[Tensor]] = [[] for _ in path]
+    examples = 0
+    with stages(show) as stage:
+        for index, inputs, targets in stage.track(
+            limited(functional, loader, "val_loader", None), "calibration"
+        ):
+            where = f"val_loader, batch {index}"
+            point, unit = linearised_outputs(functional, plan, samples, inputs, where)
+            likelihood.validate(point, targets, where)
+            targets = likelihood.prepare_targets(point, targets)
+            examples += len(point)
+            for precision, figure, kept in zip(path, figures, scores_in, strict=True):
+                total = figure.add(point, point + unit / math.sqrt(precision), targets)
+                kept.append(total)
+            for alone in points:
+                alone.add(point, point[None], targets)
+        if ood_loader is not None:
+            for index, inputs, _ in stage.track(
+                limited(functional, ood_loader, "ood_loader", None), "out of distribution"
+            ):
+                where = f"ood_loader, batch {index}"
+                point, unit = linearised_outputs(functional, plan, samples, inputs, where)
+                for precision, figure, out in zip(path, figures, scores_out, strict=True):
+                    moved = mirrored(point + unit / math.sqrt(precision), point)
+                    moments = figure.likelihood.moments(moved, point, True)
+                    out.append(per_example(moments.total))
+    rows = [figure.result(examples) for figure in figures]
+    has_ece = rows[0]["ece"] is not None
+    if metric == "ece" and not has_ece:
+        raise InputError(f"metric='ece' needs class probabilities, not {likelihood!r}; use 'nll'.")
+    finite = [_finite(row[metric]) for row in rows]
+    by_itself = min((p.result(examples) for p in points), key=lambda row: _finite(row[metric]))
+    chosen = min(range(len(path)), key=lambda i: (finite[i], path[i]))
+    at_edge = chosen in (0, len(path) - 1)
+    auroc = None
+    if ood_loader is not None:
+        pairs = zip(scores_in, scores_out, strict=True)
+        auroc = [ood_metrics(torch.cat(a), torch.cat(b))["auroc"] for a, b in pairs]
+    result = CalibrationPath(
+        path,
+        [_number(row["nll"]) for row in rows],
+        [_number(row["accuracy"]) for row in rows],
+        [_number(row["ece"]) for row in rows] if has_ece else None,
+        auroc,
+        chosen,
+        metric,
+        likelihood.score_name,
+        start,
+        by_itself,
+        examples,
+        at_edge,
+        tune,
+        scales,
+    )
+    _warn(result, finite)
+    return result
+
+
+def check_arguments(metric: str, ood_loader: Iterable[Any] | None) -> None:
+    """Before anything is computed."""
+    check_choice(metric, METRICS, "metric")
+    if ood_loader is not None and not isinstance(ood_loader, Iterable):
+        raise InputError(
+            f"`ood_loader` is {type(ood_loader).__name__}, expected an iterable of (inputs, targets) "
+            "batches, e.g. a DataLoader."
+        )
+
+
+def _what(tune: str | None, likelihood: Likelihood) -> str:
+    estimated = likelihood.with_noise(1.0) is not None
+    if tune is None:
+        return "noise" if estimated else "prior"
+    check_choice(tune, TUNED, "tune")
+    if tune == "noise" and not estimated:
+        raise InputError(
+            f"tune='noise' needs a regression whose noise was estimated from training data, not {likelihood!r}; "
+            "use likelihood='regression', or tune='prior'."
+        )
+    return tune
+
+
+def _noised(likelihood: Likelihood, factor: float) -> Likelihood:
+    other = likelihood.with_noise(factor)
+    assert other is not None
+    return other
+
+
+def _decades(start: float, decades: tuple[float, float]) -> list[float]:
+    low, high = decades
+    return [start * 10 ** (low + (high - low) * i / (POINTS - 1)) for i in range(POINTS)]
+
+
+def _finite(value: float | None) -> float:
+    return value if value is not None and math.isfinite(value) else math.inf
+
+
+def _warn(path: CalibrationPath, values: list[float]) -> None:
+    best, point = values[path.chosen], path.point[path.metric]
+    if path.at_edge and path.noise_scale is not None:
+        text = (
+            f"the best noise lies at an end of the path ({path.noise_scale[path.chosen]:g} times that of the training "
+            f"residuals) on {path.examples} validation examples. Are they of the same kind as the training data?"
+        )
+    elif path.at_edge and path.chosen:
+        text = (
+            f"the best prior precision lies at the upper end of the path ({best:.4f}; the trained "
+            f"network alone has {point:.4f}): on these data the posterior adds nothing to "
+            f"{path.metric}. It now predicts almost as the trained network; its novelty score is "
+            "unaffected. Is the validation set separate from the training set, and large enough?"
+        )
+    elif path.at_edge:
+        text = (
+            "the best prior precision lies at the lower end of the path; the validation data ask "
+            "for still wider functions. Set a smaller `prior_precision` and calibrate again."
+        )
+    elif point is not None and point - best <= NO_GAIN * abs(point):
+        text = (
+            f"no point of the path beats the trained network ({path.metric} {best:.4f} against "
+            f"{point:.4f}) on {path.examples} validation examples: on these the posterior adds nothing."
+        )
+    else:
+        return
+    warnings.warn(text, NullBayesWarning, stacklevel=4)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+class _Figures:
+    """Sums over batches for one prior precision."""
+
+    def __init__(self, likelihood: Likelihood) -> None:
+        self.likelihood = likelihood
+        self.nll, self.score, self.count = 0.0, 0.0, 0
+        self.confidences: list[Tensor] = []
+        self.hits: list[Tensor] = []
+
+    def add(self, point: Tensor, moved: Tensor, targets: Tensor) -> Tensor:
+        """Count one batch; returns the uncertainty of each example ``(B,)``."""
+        with torch.no_grad():
+            both = mirrored(moved, point)
+            moments = self.likelihood.moments(both, point, True)
+            self.nll -= float(self.likelihood.log_predictive(both, targets).double().sum())
+            total, count = self.likelihood.score(moments.mean, targets)
+            self.score, self.count = self.score + total, self.count + count
+            confidence = self.likelihood.confidence(moments.mean, targets)
+            if confidence is not None:
+                self.confidences.append(confidence.flatten())
+                self.hits.append(self.likelihood.correct(moments.mean, targets).flatten().long())
+            return per_example(moments.total)
+
+    def result(self, examples: int) -> dict[str, float | None]:
+        ece = None
+        if self.confidences:
+            confidence, hit = torch.cat(self.confidences), torch.cat(self.hits)
+            ece = float(binary_calibration_error(confidence, hit, n_bins=BINS))
+        return {
+            "nll": self.nll / max(1, examples),
+            "accuracy": self.likelihood.final_score(self.score, self.count),
+            "ece": ece,
+        }

@@ -1,0 +1,68 @@
+"""A posterior back from its file, around the model that it was fitted for."""
+
+from __future__ import annotations
+
+import os
+
+from torch import nn
+
+from nullbayes.errors import InputError, StorageError
+from nullbayes.likelihood import Likelihood, LossFunction
+from nullbayes.model.functional import Forward, unwrapped
+from nullbayes.model.randomness import FrozenRandomness
+from nullbayes.posterior.base import Posterior
+from nullbayes.posterior.posterior import LaplacePosterior, NullSpacePosterior
+from nullbayes.posterior.storage import read_posterior
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    likelihood: Likelihood | LossFunction | None = None,
+    loss: LossFunction | None = None,
+    forward: Forward | None = None,
+) -> Posterior:
+    """A posterior from :meth:`Posterior.save`, around the same trained model.
+
+    Args:
+        model: the network that the posterior was fitted for; the file's fingerprint is checked.
+            Another device or floating-point dtype is fine, other weights are not.
+        likelihood, loss: needed for a callable loss, which no file holds, and for a likelihood class that this
+            process does not know.
+        forward: as it was given to the posterior.
+
+    Raises:
+        StorageError: the file is missing, truncated, not ours, or for another model.
+    """
+    stored = read_posterior(path)
+    kinds: dict[str, type[Posterior]] = {
+        c.__name__: c for c in (NullSpacePosterior, LaplacePosterior)
+    }
+    stored.check_model(unwrapped(model))
+    try:
+        settings = stored.settings
+        frozen = settings.get("randomness")  # files of earlier versions have none
+        posterior = kinds[settings["class"]](
+            model,
+            likelihood or loss or stored.likelihood(),
+            preserve=settings["preserve"],
+            directions=settings["directions"],
+            **settings["options"],
+            parameters=stored.names,
+            prior_precision=settings["prior"],
+            forward=forward,
+            randomness=frozen and FrozenRandomness(**frozen),
+        )
+        posterior._restore(stored.samples(posterior.space), settings)
+    except InputError as error:  # a likelihood or a preserve mode that this process does not know
+        raise StorageError(
+            f"{stored.path} holds a setting that cannot be used here: {error} Import the module that "
+            "registers it (`@nb.register_likelihood`, `@nb.register_preserve`) before loading."
+        ) from error
+    except (KeyError, TypeError) as error:
+        raise StorageError(
+            f"{stored.path} lacks, or does not understand, a setting ({type(error).__name__}: {error}); "
+            "it was written by another version of nullbayes or changed since. Fit and save it again."
+        ) from error
+    return posterior

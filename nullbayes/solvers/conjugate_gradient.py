@@ -1,0 +1,320 @@
+"""Conjugate gradients: nothing but products with the rows, linear in weights and examples."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nullbayes.errors import InputError
+from nullbayes.jacobian.operator import RowOperator, Tick
+from nullbayes.solvers.base import (
+    Cost,
+    Projection,
+    Settled,
+    Size,
+    Solver,
+    Spectrum,
+    State,
+    Status,
+    relative,
+)
+from nullbayes.solvers.block_cg import Goal, Solved, block_cg, blocks, row_norms, sample_size
+from nullbayes.solvers.preconditioners import Preconditioner, resolve
+from nullbayes.solvers.refinement import MAX_PASSES, conjugate_gradients
+from nullbayes.solvers.row_scaling import RowScaled, RowWeighted
+from nullbayes.solvers.spectrum import operator_spectrum
+
+# How exactly one pass of the numerical null space solves its equations, relative to the tolerance. The
+# gradient falls long before the residual does: it weighs directions by the squares of the rows.
+PASS_ACCURACY = 1e-3
+# Passes over the rows that a fit takes, for counting its cost beforehand (benchmarks/whole.py).
+EXPECTED_ITERATIONS = 67
+
+
+class ConjugateGradient(Solver):
+    """Block conjugate gradients, preconditioned; the one solver for data sets of any size.
+
+    Memory: about eight vectors of ``P`` numbers a sample, and the preconditioner.
+
+    Args:
+        tolerance: on the relative residual; None: 5e-2.
+        max_iterations: passes over all rows at most.
+        preconditioner: ``"none"``, ``"kronecker"``, ``"subset"``, ``"sketch"``, ``"pivoted"`` or an object
+            from ``nb.solvers``.
+        equilibrate: power of its length by which a row is shortened, 0 to 1 (not for Laplace, nor with
+            a preconditioner). It leaves the null space as it is; what ends early keeps the outputs of
+            confident examples better. With an edge of the null space, that too is one of scaled rows.
+    """
+
+    name = "conjugate gradients"
+    iterative = True
+
+    def __init__(
+        self,
+        tolerance: float | None = None,
+        max_iterations: int = 300,
+        preconditioner: str | Preconditioner = "none",
+        equilibrate: float = 0.0,
+    ) -> None:
+        self.tolerance, self.max_iterations = tolerance, max_iterations
+        resolve(preconditioner)  # raises now, not after the capture
+        self.preconditioner = preconditioner
+        if not 0 <= equilibrate <= 1:
+            raise InputError(f"`equilibrate` is {equilibrate!r}; expected a number from 0 to 1.")
+        self.equilibrate = equilibrate
+
+    def cost(self, size: Size) -> Cost:
+        flops = EXPECTED_ITERATIONS * 2.2 * size.samples * size.product_flops
+        return Cost(flops, 9 * size.samples * size.columns * size.itemsize)
+
+    def prepare(self, operator: RowOperator, tick: Tick | None = None) -> ConjugateGradientState:
+        return ConjugateGradientState(self, operator)
+
+
+class IterativeState(State):
+    """What iterative solvers share: spectrum, novelty and rank without a factorisation."""
+
+    solver: Solver
+
+    def spectrum(self, settled: Settled | None = None) -> Spectrum:
+        return operator_spectrum(self.operator, settled)
+
+    def explained(self, rows: RowOperator, width: int = 1) -> Tensor:
+        """By projecting the rows themselves: as exact as the solver is."""
+        parts = []
+        for values in rows.iter_rows(width * max(1, 64 // width)):
+            done = self._mean(values)
+            before = blocks(values.double().T, width)
+            if self.shift and not self.numerical:  # Laplace: the covariance is the filter itself
+                parts.append(before - blocks(values.double().T, width, done.double().T))
+            else:
+                parts.append(before - blocks(done.double().T, width))
+        return torch.cat(parts)
+
+    def explained_flops(self, rows: int) -> float:
+        return float("inf")
+
+    def _scale(self, vectors: Tensor, noise: Tensor | None) -> Tensor | None:
+        """Norm ``(S,)`` of Laplace samples, which residuals are relative to; None for a projection."""
+        if self.numerical or not self.shift:
+            return None
+        return self.shift**0.5 * sample_size(vectors, noise)
+
+    def _mean(self, vectors: Tensor) -> Tensor:
+        return self.project(vectors).value
+
+
+class ConjugateGradientState(IterativeState):
+    """Holds the preconditioner. Each pass of the numerical null space is one Tikhonov problem."""
+
+    def __init__(self, solver: ConjugateGradient, operator: RowOperator) -> None:
+        self.solver: ConjugateGradient = solver
+        self.operator = operator
+        self._preconditioner: Preconditioner | None = None
+        #: the rows that the search works on; residuals are always those of ``operator``
+        self._rows = operator
+        self._begin: Tensor | None = None
+
+    def factorise(
+        self, shift: float = 0.0, numerical: bool = False, tick: Tick | None = None
+    ) -> None:
+        self.shift, self.numerical = shift, numerical
+        chosen = resolve(self.solver.preconditioner)
+        if self.solver.equilibrate and chosen is None and (numerical or not shift):
+            self._rows = RowScaled(self.operator, self.solver.equilibrate)
+        if chosen is not None and not chosen.keeps_range and not shift:
+            raise InputError(
+                f"preconditioner={chosen.name!r} needs an edge of the null space (`delta` above 0): it would "
+                "end in the null space, but not at the projection. Use 'subset' or 'none' with `delta=0`."
+            )
+        if chosen is not None:
+            chosen.prepare(self.operator, shift, tick)
+            self.notes = (*self.notes, f"Preconditioner: {'; '.join(chosen.notes)}.")
+        self._preconditioner = chosen
+        if tick:
+            tick(1.0)
+
+    def project(self, vectors: Tensor, noise: Tensor | None = None) -> Projection:
+        if self.numerical:
+            return self._numerical(vectors)
+        if self._preconditioner is not None and self._preconditioner.dual:
+            tolerance, limit = self.solver.tolerance_for(vectors.dtype), self.solver.max_iterations
+            return self._dual(vectors, noise, limit, tolerance, self._scale(vectors, noise))
+        linear = None
+        if self.shift and noise is not None:
+            linear = -self.operator.rmatvec((self.shift**0.5 * noise).to(vectors.dtype))
+        tolerance = self.solver.tolerance_for(vectors.dtype)
+        scale = self._scale(vectors, noise)
+        resumed = self.watch.resume()
+        start = _Start(resumed)
+
+        def goal(image: Tensor, gradient: Tensor) -> Tensor:
+            start.see(image, gradient)
+            if scale is not None:
+                return relative(gradient, tolerance * self.shift**0.5 * scale)
+            return relative(image, (asked * start.image).clamp(min=self.enough))
+
+        limit, asked, iterations = self.solver.max_iterations, tolerance, 0
+        solved = self._block(vectors, linear, goal, limit, resumed, start.carried)
+        if self.shift:
+            residual = solved.reached * tolerance
+            return Projection(solved.value, residual, solved.status, solved.iterations)
+        before = self._image(vectors)
+        while True:
+            iterations += solved.iterations
+            image = self._image(solved.value)
+            excess = float(relative(image, (tolerance * before).clamp(min=self.enough)).max())
+            if excess <= 1 or solved.status is not Status.CONVERGED or iterations >= limit:
+                break
+            # Scaled rows were small enough, the rows themselves are not yet.
+            asked *= 0.5 / excess
+            left = limit - iterations
+            solved = self._block(solved.value, linear, goal, left, None, start.carried)
+        return Projection(solved.value, relative(image, before), solved.status, iterations)
+
+    def project_without(self, vectors: Tensor, spans: Sequence[slice]) -> Projection | None:
+        if self._preconditioner is not None:
+            return None
+        there = torch.ones(self.operator.shape[0], dtype=self.operator.dtype)
+        for span in spans:
+            there[span] = 0
+        there = there.to(self.operator.device)
+        some = copy.copy(self)
+        some.operator = RowWeighted(self.operator, there)
+        some._rows = RowWeighted(self._rows, there)
+        done = some.project(vectors)
+        self._begin = done.value
+        return done
+
+    def _numerical(self, vectors: Tensor) -> Projection:
+        """Passes until the tolerance, or until two of them stand and a third would gain little."""
+        tolerance = self.solver.tolerance_for(vectors.dtype)
+        before = self._image(vectors)
+        target = (tolerance * before).clamp(min=self.enough)
+        x, done, iterations = vectors, 0, 0
+        resumed = self.watch.resume()
+        if resumed is not None:
+            x, done = resumed["anchor"].to(vectors), int(resumed["passes"])
+        after, status = before, Status.NUMERICAL
+        while True:
+            previous, anchor = after, x
+            solved = self._pass(anchor, after, target, tolerance, done, iterations, resumed)
+            resumed = None
+            x, done, iterations = solved.value, done + 1, iterations + solved.iterations
+            after = self._image(x)
+            if bool((after <= target).all()):
+                status = Status.CONVERGED
+                break
+            if solved.status is not Status.CONVERGED:
+                status = solved.status
+                break
+            if self.passes is not None:
+                if done >= self.passes:
+                    break
+            elif (done >= 2 and float(after.norm()) > float(previous.norm()) / 3) or (
+                done >= MAX_PASSES
+            ):
+                break
+        self.passes = done if self.passes is None else self.passes
+        return Projection(x, relative(after, before), status, iterations)
+
+    def _pass(
+        self,
+        anchor: Tensor,
+        before: Tensor,
+        target: Tensor,
+        tolerance: float,
+        done: int,
+        iterations: int,
+        resumed: dict[str, Tensor] | None,
+    ) -> Solved:
+        left = max(1, self.solver.max_iterations - iterations)
+        rounding = 30 * torch.finfo(anchor.dtype).eps
+        accuracy = max(PASS_ACCURACY * min(tolerance, 1e-2), rounding)
+        if self._preconditioner is not None and self._preconditioner.dual:
+            dual = self._dual(anchor, None, left, accuracy, None)
+            ratio = dual.residual / accuracy
+            return Solved(dual.value, ratio, dual.status, dual.iterations)
+        start = _Start(resumed)
+        # The first pass may end at the tolerance itself; whatever is left by then is small enough.
+        free = self.passes is None or done + 1 < self.passes
+
+        def goal(image: Tensor, gradient: Tensor) -> Tensor:
+            start.see(image, gradient)
+            solved = relative(gradient, accuracy * start.gradient)
+            allowed = target * relative(start.image, before)  # in the units of the scaled rows
+            return torch.minimum(solved, relative(image, allowed)) if free else solved
+
+        start.carried |= {"anchor": anchor, "passes": torch.tensor(done)}
+        return self._block(anchor, None, goal, left, resumed, start.carried)
+
+    def _block(
+        self,
+        anchor: Tensor,
+        linear: Tensor | None,
+        goal: Goal,
+        limit: int,
+        resumed: dict[str, Tensor] | None,
+        carried: dict[str, Tensor],
+    ) -> Solved:
+        apply = None if self._preconditioner is None else self._preconditioner.apply
+        begin, self._begin = self._begin, None
+        if begin is not None:  # goals are relative to the anchor, not to where the search begins
+            gradient, square = self._rows.normal(anchor)
+            carried |= {"image": square.sqrt(), "gradient": row_norms(gradient)}
+        return block_cg(
+            self._rows,
+            anchor,
+            self.shift,
+            linear,
+            apply,
+            goal,
+            limit,
+            self.watch,
+            resumed,
+            carried,
+            begin,
+        )
+
+    def _dual(
+        self,
+        vectors: Tensor,
+        noise: Tensor | None,
+        limit: int,
+        tolerance: float,
+        scale: Tensor | None,
+    ) -> Projection:
+        assert self._preconditioner is not None
+        precondition = self._preconditioner.apply
+        return conjugate_gradients(
+            self.operator, vectors, noise, self.shift, precondition, tolerance, limit, scale
+        )
+
+    def _image(self, x: Tensor) -> Tensor:
+        return self.operator.matvec(x).double().norm(dim=1)
+
+
+class _Start:
+    """Norms where a search began: what its goals are relative to. They travel with its checkpoints."""
+
+    def __init__(self, resumed: dict[str, Tensor] | None) -> None:
+        #: one dictionary for the whole search: it is handed over before the first measurement
+        self.carried: dict[str, Tensor] = {}
+        if resumed is not None:
+            self.carried.update({name: resumed[name] for name in ("image", "gradient")})
+
+    def see(self, image: Tensor, gradient: Tensor) -> None:
+        """The first measurement is the one that counts."""
+        if "image" not in self.carried:
+            self.carried.update({"image": image, "gradient": gradient})
+
+    @property
+    def image(self) -> Tensor:
+        return self.carried["image"]
+
+    @property
+    def gradient(self) -> Tensor:
+        return self.carried["gradient"]

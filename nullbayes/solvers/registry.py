@@ -1,0 +1,85 @@
+"""Choose a solver by counted cost and memory, and say why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nullbayes.common.memory import format_bytes
+from nullbayes.errors import InputError, MemoryBudgetError
+from nullbayes.solvers.base import Size, Solver
+from nullbayes.solvers.conjugate_gradient import ConjugateGradient
+from nullbayes.solvers.dual import DualCholesky
+from nullbayes.solvers.primal import PrimalQR
+
+# An exact solution is worth so many times the work of an approximate one.
+EXACT_IS_WORTH = 3.0
+# How far rows are brought to one length before iterating. On 6,000 Fashion-MNIST images, 30 iterations: 0 leaves
+# residual .039, logit drift .65 and AUROC .93/.91/.93 (digits, rotated, noise); 0.5 leaves .022, .35, .97/.93/.97.
+EQUILIBRATE = 0.5
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A solver, the reason for it, and the bytes that it needs."""
+
+    solver: Solver
+    why: str
+    nbytes: int = 0
+
+
+def choose(solver: str | Solver, size: Size, budget: int, tolerance: float | None = None) -> Choice:
+    """The cheapest direct solver that fits, unless iterating costs far less; or the one asked for.
+
+    Args:
+        budget: bytes that a solver may take.
+        tolerance: for the solver that is chosen.
+
+    Raises:
+        MemoryBudgetError: none fits ``budget`` bytes.
+        InputError: ``solver`` is neither ``"auto"`` nor a solver.
+    """
+    if isinstance(solver, Solver):
+        return Choice(solver, "chosen by the user", solver.cost(size).nbytes)
+    if solver != "auto":
+        raise InputError(
+            f"`solver` is {solver!r}; expected 'auto' or an object from `nullbayes.solvers`: "
+            "DualCholesky(), PrimalQR(), ConjugateGradient(), AlternatingProjections()."
+        )
+    direct: list[Solver] = [DualCholesky(tolerance), PrimalQR(tolerance)]
+    iterative = ConjugateGradient(tolerance, equilibrate=EQUILIBRATE)
+    costs = {s.name: s.cost(size) for s in (*direct, iterative)}
+    listed = "; ".join(
+        f"{name}: {cost.flops:.1e} flop, {format_bytes(cost.nbytes)}"
+        for name, cost in costs.items()
+    )
+    if costs[iterative.name].nbytes > budget:
+        fitting = [s for s in direct if costs[s.name].nbytes <= budget]
+        if not fitting:
+            raise MemoryBudgetError(
+                f"no solver fits in {format_bytes(budget)} for {size.rows} rows and {size.columns} "
+                f"weights with {size.samples} samples ({listed}). Draw fewer samples at a time "
+                "(`num_samples=`, then `draw`), choose fewer weights (`parameters=`), raise `memory=`, or, "
+                "for an exact solver, take fewer rows (`max_examples=`, `directions='auto'`, "
+                "`preserve='loss'`)."
+            )
+        best = min(fitting, key=lambda s: costs[s.name].flops)
+        return Choice(
+            best, f"the only kind that fits in memory ({listed})", costs[best.name].nbytes
+        )
+    worth = EXACT_IS_WORTH * costs[iterative.name].flops
+    # Small problems are exact whatever the count says: both take no time.
+    exact = [
+        s
+        for s in direct
+        if costs[s.name].nbytes <= budget and costs[s.name].flops <= max(worth, 1e13)
+    ]
+    if exact:
+        best = min(exact, key=lambda s: costs[s.name].flops)
+        return Choice(
+            best, f"exact, and least work of its kind ({listed})", costs[best.name].nbytes
+        )
+    return Choice(
+        iterative,
+        f"no exact solver fits in {format_bytes(budget)} at a comparable cost ({listed})",
+        costs[iterative.name].nbytes,
+    )

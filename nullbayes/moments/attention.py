@@ -56,7 +56,9 @@ class AttentionInputs(InputRule):
             ):
                 yield Seen(name, x.unsqueeze(-2))
         weight = module.out_proj.weight
-        identity = {"out_proj.weight": torch.eye(len(weight), dtype=weight.dtype, device=weight.device)}
+        identity = {
+            "out_proj.weight": torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+        }
         if module.out_proj.bias is not None:
             identity["out_proj.bias"] = torch.zeros_like(module.out_proj.bias)
         heads = torch.func.functional_call(module, identity, args, kwargs)[0]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from nullbayes.jacobian.parameters import ParameterSpace
+from nullbayes.model.parameters import ParameterSpace
 from nullbayes.moments.rule import InputRule, Layout, Read, rule_for
 
 NO_RULE = "no rule says what it multiplies"
@@ -32,6 +32,7 @@ class Block:
     biases: tuple[str, ...]
     bias_shapes: tuple[tuple[int, ...], ...]
     table: bool  # whether rows of it are looked up
+    multiplied: bool  # whether it multiplies inputs
 
     @property
     def columns(self) -> int:
@@ -72,7 +73,9 @@ class Site:
     path: str
     module: nn.Module
     rule: InputRule
-    places: Mapping[str, tuple[int, int | None]]  # local weight: its block, and its bias's column there
+    places: Mapping[
+        str, tuple[int, int | None]
+    ]  # local weight: its block, and its bias's column there
     claimed: tuple[str, ...]  # local names of all weights and biases that the rule accounts for
 
 
@@ -90,6 +93,7 @@ class _Weight:
     layouts: set[Layout] = field(default_factory=set)
     biases: list[str] = field(default_factory=list)
     table: bool = False
+    multiplied: bool = False
 
 
 def find_blocks(
@@ -117,6 +121,7 @@ def find_blocks(
             entry = found[weight]
             entry.layouts.add(read.layout)
             entry.table |= read.table
+            entry.multiplied |= not read.table
             if bias is not None and bias not in entry.biases:
                 entry.biases.append(bias)
             reads.append((read, weight, bias))
@@ -137,13 +142,17 @@ def find_blocks(
         number[name] = len(blocks)
         shapes = tuple(tuple(named[b].shape) for b in biases)
         shape = tuple(named[name].shape)
-        blocks.append(Block(name, layout, shape, own, tuple(biases), shapes, entry.table))
+        blocks.append(
+            Block(name, layout, shape, own, tuple(biases), shapes, entry.table, entry.multiplied)
+        )
     sites = [_site(*call, blocks, number) for call in calls]
     covered = {n for block in blocks for n in block.names}
     for name in space.names:
         if name not in covered:
             reasons.setdefault(name, NO_RULE)
-    return Blocks(blocks, [s for s in sites if s.places], {n: reasons[n] for n in space.names if n in reasons})
+    return Blocks(
+        blocks, [s for s in sites if s.places], {n: reasons[n] for n in space.names if n in reasons}
+    )
 
 
 def _parameter(module: nn.Module, local: str, canonical: Mapping[int, str]) -> str | None:

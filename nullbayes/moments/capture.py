@@ -37,7 +37,9 @@ def recording(sites: Sequence[Site], receive: Receive) -> Iterator[None]:
     busy = False
 
     def hook_of(number: int, site: Site) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+        ) -> None:
             nonlocal busy
             if busy:  # a rule may call its module again
                 return

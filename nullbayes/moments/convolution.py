@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from nullbayes.jacobian.convolution import patches
+from nullbayes.jacobian.layers.convolution import patches
 from nullbayes.moments.rule import InputRule, Layout, Read, Seen, argument, register
 
 # Bytes of patches written out at a time.
@@ -43,9 +43,7 @@ class ConvInputs(InputRule):
 
     def reads(self, module: Any) -> tuple[Read, ...]:
         groups, taps = module.groups, math.prod(module.kernel_size)
-        layout = Layout(
-            groups, module.out_channels // groups, module.in_channels // groups * taps
-        )
+        layout = Layout(groups, module.out_channels // groups, module.in_channels // groups * taps)
         return (Read("weight", layout, "bias"),)
 
     def inputs(
@@ -82,7 +80,9 @@ class ConvTransposeInputs(InputRule):
     def reads(self, module: Any) -> tuple[Read, ...]:
         groups, taps = module.groups, math.prod(module.kernel_size)
         inputs = module.in_channels // groups * taps
-        return (Read("weight", Layout(groups, module.out_channels // groups, inputs, taps), "bias"),)
+        return (
+            Read("weight", Layout(groups, module.out_channels // groups, inputs, taps), "bias"),
+        )
 
     def inputs(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

@@ -37,7 +37,9 @@ class _ChannelNorm(InputRule):
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Iterator[Seen]:
         x = self.normed(module, argument(args, kwargs, 0, "input"))
-        yield Seen("weight", x.flatten(2).transpose(1, 2).unsqueeze(-1) if x.ndim > 2 else x.unsqueeze(-1))
+        yield Seen(
+            "weight", x.flatten(2).transpose(1, 2).unsqueeze(-1) if x.ndim > 2 else x.unsqueeze(-1)
+        )
 
 
 @register(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

@@ -1,7 +1,7 @@
 """Inputs of layers: one rule a layer kind, their second moments, factorisations and leverages.
 
-The layer null space (docs/layers.md): where no layer's map moves on the inputs that it receives from the training data, no
-output of the network does, at any size of the weight change.
+The layer null space (docs/layers.md): where no layer's map moves on the inputs that it receives from the training
+data, no output of the network does, at any size of the weight change.
 """
 
 from nullbayes.moments import attention as attention

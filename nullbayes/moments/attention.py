@@ -1,7 +1,8 @@
 """Packed attention: queries, keys and values through one weight, and what the heads give through another.
 
-``nn.MultiheadAttention`` hands its weights to one function and calls no module inside, so their inputs are taken here: those
-of the projections are the arguments; that of ``out_proj`` is the output of the same call with the identity in its place.
+``nn.MultiheadAttention`` hands its weights to one function and calls no module inside, so their inputs are taken
+here: those of the projections are the arguments; that of ``out_proj`` is the output of the same call with the identity
+in its place.
 """
 
 from __future__ import annotations

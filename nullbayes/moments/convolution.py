@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from nullbayes.jacobian.layers.convolution import patches
 from nullbayes.moments.rule import InputRule, Layout, Read, Seen, argument, register
 
 # Bytes of patches written out at a time.
@@ -29,12 +28,23 @@ def _batched(x: Tensor, spatial: int) -> Tensor:
     return x if x.ndim == spatial + 2 else x.unsqueeze(0)
 
 
+def patches(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """What the kernel sees at each position, ``(N, Ch, *positions, *K)``, a view of ``x``, which is already padded."""
+    for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
+        x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
+    return x
+
+
 def _inputs(seen: Tensor, groups: int) -> Tensor:
-    """Patches ``(N, Ch, K, *positions)`` as ``(N, T, G, I)``."""
-    flat = seen.flatten(3)  # (N, Ch, K, T)
-    n, channels, taps, count = flat.shape
-    split = flat.reshape(n, groups, channels // groups * taps, count)
-    return split.permute(0, 3, 1, 2)
+    """Patches ``(N, Ch, *positions, *K)`` as ``(N, T, G, I)``."""
+    spatial = (seen.ndim - 2) // 2
+    n, channels = seen.shape[:2]
+    rows = seen.movedim(1, 1 + spatial)  # (N, *positions, Ch, *K)
+    count = math.prod(seen.shape[2 : 2 + spatial])
+    inputs = channels // groups * math.prod(seen.shape[2 + spatial :])
+    return rows.reshape(n, count, groups, inputs)
 
 
 @register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -58,11 +68,7 @@ class ConvInputs(InputRule):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         for part in _pieces(x, each):
             seen = patches(
-                pad(part, amount, mode=mode),
-                module.kernel_size,
-                module.stride,
-                module.dilation,
-                positions,
+                pad(part, amount, mode=mode), module.kernel_size, module.stride, module.dilation
             )
             yield Seen("weight", _inputs(seen, module.groups))
 
@@ -71,10 +77,10 @@ class ConvInputs(InputRule):
 class ConvTransposeInputs(InputRule):
     """``weight (I, O / groups, *K)``.
 
-    Output position ``q`` is ``Σ_k W_k x[(q + padding - k · dilation) / stride]`` over taps ``k`` for which that is a position
-    of the input. So it is a convolution, by the kernel turned round, of the input with ``stride - 1`` zeros between its
-    entries; and the input of the weight is a patch of that. (Asking each input position's own products to stand would
-    be more than the outputs need: several of them are added up in one output.)
+    Output position ``q`` is ``Σ_k W_k x[(q + padding - k · dilation) / stride]`` over taps ``k`` for which that is a
+    position of the input. So it is a convolution, by the kernel turned round, of the input with ``stride - 1`` zeros
+    between its entries; and the input of the weight is a patch of that. (Asking each input position's own products
+    to stand would be more than the outputs need: several of them are added up in one output.)
     """
 
     def reads(self, module: Any) -> tuple[Read, ...]:
@@ -104,10 +110,9 @@ class ConvTransposeInputs(InputRule):
             ):
                 before = d * (k - 1) - p  # negative: cut off
                 amount = [before, out + d * (k - 1) - size - before, *amount]
-            seen = patches(
-                pad(spread, amount), module.kernel_size, [1] * spatial, module.dilation, positions
-            )
-            yield Seen("weight", _inputs(seen.flip(2), module.groups))
+            one = [1] * spatial
+            seen = patches(pad(spread, amount), module.kernel_size, one, module.dilation)
+            yield Seen("weight", _inputs(seen.flip(*range(-spatial, 0)), module.groups))
 
 
 def _spread(x: Tensor, stride: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""From second moments to the posterior of a block: ``I ⊗ P``, ``P = δ (C + δ I)⁻¹``, and at ``δ = 0`` the projector on ker C.
+"""From second moments to the posterior of a block: ``I ⊗ P``, ``P = δ (C + δ I)⁻¹``; at ``δ = 0`` the projector on ker C.
 
 With ``δ`` this is the input factor of K-FAC without its output factor (Martens & Grosse 2015). All in float64, at prior
 precision one. Every factor offers a root ``R`` with ``RᵀR = P``:
@@ -119,7 +119,7 @@ class RowFactor(Factor):
 
 
 class TiedFactor(Factor):
-    """A table that also multiplies inputs: a row has precision ``1 + λ / δ + c / δ'`` along each eigenvector of ``C``."""
+    """A table that also multiplies inputs: row precision ``1 + λ / δ + c / δ'`` along each eigenvector of ``C``."""
 
     def __init__(self, directions: Tensor, gains: Tensor) -> None:
         self.directions, self.gains = directions, gains  # (1, I, k), (O, k)

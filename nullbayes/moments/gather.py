@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from nullbayes.errors import InputError, NonFiniteError
-from nullbayes.fit.prior_samples import generator_for
 from nullbayes.model.batch import (
     Inputs,
     batch_size,
@@ -136,7 +135,7 @@ class _Reservoir:
     """Examples drawn evenly from a stream of batches (Vitter, *Random sampling with a reservoir*, ACM TOMS 1985)."""
 
     def __init__(self, seed: int) -> None:
-        self.generator = generator_for(seed, 3)
+        self.generator = torch.Generator().manual_seed(seed)
         self.seen = 0
         self.room: int | None = None
         self.places: list[tuple[int, int]] = []  # batch and position in its selection

@@ -1,7 +1,7 @@
 """Scale and shift of normalisation layers: ``y = w x̂ + b``, for each channel a map of the two numbers ``(x̂, 1)``.
 
-Two different values of ``x̂`` fix both, so these are free only where a channel is constant over all training data; with a
-soft edge they have the closed-form posterior of a regression with one slope.
+Two different values of ``x̂`` fix both, so these are free only where a channel is constant over all training data;
+with a soft edge they have the closed-form posterior of a regression with one slope.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ that is the column for a constant one. To support a layer, write one class and d
         def inputs(self, module, args, kwargs, output):
             yield Seen("weight", args[0].unsqueeze(-2))       # (*lead, G, I)
 
-The claim of a rule is: where ``ΔW a = 0`` for every input that it yields, the layer's output stands. Nothing is taken on
-trust: each fit replays its first batch with weights changed in the null space of that batch, and with every layer that
-has a rule put back by force; weights for which outputs move are fixed and named (``verify.py``).
+The claim of a rule is: where ``ΔW a = 0`` for every input that it yields, the layer's output stands. Nothing is
+taken on trust: each fit replays its first batch with weights changed in the null space of that batch, and with every
+layer that has a rule put back by force; weights for which outputs move are fixed and named (``verify.py``).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Sums over all inputs of a block of weights: what the layer null space is made of.
 
-Of a weight that multiplies inputs ``a``: ``C = Σ a aᵀ``, float64, or a sketch of it where that is too wide (``sketch.py``).
-Of a table: how often each row was read, which is the diagonal of the same sum over one-hot inputs. A table that is tied to
-a linear layer has both. Sums of data sets are sums of these, so data can come and go.
+Of a weight that multiplies inputs ``a``: ``C = Σ a aᵀ``, float64, or a sketch of it where that is too wide
+(``sketch.py``). Of a table: how often each row was read, which is the diagonal of the same sum over one-hot inputs.
+A table that is tied to a linear layer has both. Sums of data sets are sums of these, so data can come and go.
 """
 
 from __future__ import annotations

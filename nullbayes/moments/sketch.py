@@ -1,9 +1,9 @@
 """Second moments of a wide layer in less memory: frequent directions.
 
-Rows ``B (ℓ, I)`` with ``BᵀB ≼ C ≼ BᵀB + Δ I``, where ``Δ`` adds up what was cut off; it is at most ``‖A‖_F² / (ℓ - k)`` plus the tail
-beyond rank ``k`` (Ghashami, Liberty, Phillips & Woodruff, *Frequent Directions*, SIAM J. Comput. 2016). The posterior takes the
-upper bound ``BᵀB + Δ I`` for ``C``: no direction then looks freer than it is. While nothing was cut off (``Δ = 0``: the
-inputs span at most ``ℓ`` directions) it is exact, the null space too; afterwards no direction is certain to be free.
+Rows ``B (ℓ, I)`` with ``BᵀB ≼ C ≼ BᵀB + Δ I``, where ``Δ`` adds up what was cut off; it is at most ``‖A‖_F² / ℓ``
+(Ghashami, Liberty, Phillips & Woodruff, *Frequent Directions*, SIAM J. Comput. 2016). The posterior takes the upper
+bound ``BᵀB + Δ I`` for ``C``: no direction then looks freer than it is. While nothing was cut off (``Δ = 0``: the inputs
+span at most ``ℓ`` directions) it is exact, the null space too; afterwards no direction is certain to be free.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Does every use of a weight pass through a rule, and is each rule right? Asked of the network, not of the rules.
 
 1. Every use. The weights of all blocks are replaced by others, while each module with a rule is made to give what it
-   gives with the old ones. If an output of the network moves, some weight is used elsewhere: in a function call, by a module
-   that has no rule, by a fused operation that calls no module.
+   gives with the old ones. If an output of the network moves, some weight is used elsewhere: in a function call, by
+   a module that has no rule, by a fused operation that calls no module.
 2. Every rule. Weights move by as much as they have, in the exact null space of a few examples' inputs. If an output
    for these examples moves, some rule does not see all that its weight multiplies.
 
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from nullbayes.errors import ModelError
-from nullbayes.fit.prior_samples import generator_for
 from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.moments.blocks import Block, Blocks, Site, find_blocks
@@ -88,7 +87,9 @@ def _null_space(functional: FunctionalModel, blocks: Blocks, few: Inputs) -> Mov
     changes: list[Mapping[str, Tensor]] = []
     for i, (block, moments) in enumerate(zip(blocks.blocks, sums, strict=True)):
         factor = factorise(moments, Edge.of(moments, 0.0), block.columns)
-        z = torch.empty(block.size, dtype=torch.float64).normal_(generator=generator_for(1, i))
+        z = torch.empty(block.size, dtype=torch.float64).normal_(
+            generator=torch.Generator().manual_seed(i)
+        )
         scale = _size(block.matrix({n: weights[n] for n in block.names}))
         change = scale * factor.spread(z.to(functional.device))
         changes.append(block.tensors(change.to(functional.dtype)))
@@ -146,7 +147,9 @@ def _size(values: Tensor) -> float:
 
 
 def _like(tensor: Tensor, seed: int) -> Tensor:
-    noise = torch.empty(tensor.shape, dtype=torch.float32).normal_(generator=generator_for(2, seed))
+    noise = torch.empty(tensor.shape, dtype=torch.float32).normal_(
+        generator=torch.Generator().manual_seed(seed)
+    )
     return noise.to(tensor) * _size(tensor)
 
 

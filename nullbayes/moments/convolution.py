@@ -66,11 +66,11 @@ class ConvInputs(InputRule):
         # PyTorch keeps the amount of padding per side, last axis first, also for "same".
         amount = module._reversed_padding_repeated_twice
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        for part in _pieces(x, each):
+        for number, part in enumerate(_pieces(x, each)):
             seen = patches(
                 pad(part, amount, mode=mode), module.kernel_size, module.stride, module.dilation
             )
-            yield Seen("weight", _inputs(seen, module.groups))
+            yield Seen("weight", _inputs(seen, module.groups), follows=number > 0)
 
 
 @register(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -97,7 +97,7 @@ class ConvTransposeInputs(InputRule):
         x = _batched(argument(args, kwargs, 0, "input"), spatial)
         positions = output.shape[-spatial:]
         each = x.shape[1] * math.prod(module.kernel_size) * math.prod(positions)
-        for part in _pieces(x, each):
+        for number, part in enumerate(_pieces(x, each)):
             spread = _spread(part, module.stride)
             amount: list[int] = []
             for k, d, p, size, out in zip(
@@ -112,7 +112,8 @@ class ConvTransposeInputs(InputRule):
                 amount = [before, out + d * (k - 1) - size - before, *amount]
             one = [1] * spatial
             seen = patches(pad(spread, amount), module.kernel_size, one, module.dilation)
-            yield Seen("weight", _inputs(seen.flip(*range(-spatial, 0)), module.groups))
+            seen = seen.flip(*range(-spatial, 0))
+            yield Seen("weight", _inputs(seen, module.groups), follows=number > 0)
 
 
 def _spread(x: Tensor, stride: Sequence[int]) -> Tensor:

@@ -71,12 +71,13 @@ class Seen:
     """Inputs that a read weight received: ``a (*lead, G, I)``; or, of a table, ``index (*lead)``.
 
     ``lead`` are axes of examples and tokens in the order of the layer's own input. A rule may yield parts of them, cut
-    along the first axis, to save memory.
+    along the first axis, to save memory; all but the first then say that they follow on.
     """
 
     weight: str
     a: Tensor | None = None
     index: Tensor | None = None
+    follows: bool = False
 
 
 class InputRule(ABC):

@@ -46,22 +46,18 @@ class Leverages:
     def raw(self, inputs: Inputs) -> Values:
         """Leverages of one forward pass, call by call."""
         out: Values = []
-        last: tuple[int, int, str] | None = None
 
         def receive(site: int, number: int, column: int | None, seen: Seen) -> None:
-            nonlocal last
             layer, block = self.layers[number], self.blocks.blocks[number]
             if seen.index is not None:
                 values = layer.of_rows(seen.index)
             else:
                 assert seen.a is not None
                 values = layer.of(seen.a, block.own, column)
-            key = (site, number, seen.weight)
-            if key == last and out and values.ndim and out[-1][1].shape[1:] == values.shape[1:]:
+            if seen.follows:
                 out[-1] = (number, torch.cat([out[-1][1], values]))  # a call in several parts
             else:
                 out.append((number, values))
-            last = key
 
         with torch.no_grad(), recording(self.blocks.sites, receive):
             self.functional(self.functional.weights(), inputs)

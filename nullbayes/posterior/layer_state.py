@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 
@@ -25,10 +24,10 @@ CACHE_BYTES = 2**28
 
 
 class LayerState:
-    """Posterior ``α⁻¹ s² I ⊗ P`` of each block, with ``s`` the root mean square of its trained weights.
+    """Posterior ``α⁻¹ I ⊗ P`` of each block.
 
-    Sample ``i`` depends on ``(seed, i)`` and the sums alone: a block's standard normal numbers times the root of ``P``. It is
-    made anew whenever it is needed, so a posterior holds no samples.
+    Sample ``i`` depends on ``(seed, i)`` and the sums alone: a block's standard normal numbers times the root of ``P``.
+    It is made anew whenever it is needed, so a posterior holds no samples.
 
     Args:
         delta: where the null space ends, see :class:`Edge`; 0: exact.
@@ -54,22 +53,18 @@ class LayerState:
 
     @cached_property
     def factors(self) -> list[Factor]:
-        """By block, at prior precision one and ``s = 1``."""
+        """By block, at prior precision one."""
         parts = zip(self.blocks.blocks, self.gathered.sums, self.edges, strict=True)
         return [factorise(sums, edge, block.columns) for block, sums, edge in parts]
 
     @cached_property
-    def scales(self) -> list[float]:
-        """``s`` by block: the size of its weights; where they are all zero, that of all weights."""
-        weights = self.functional.weights()
-        sizes, total, count = [], 0.0, 0
-        for block in self.blocks.blocks:
-            squares = sum(float(weights[n].double().square().sum()) for n in block.names)
-            numbers = sum(weights[n].numel() for n in block.names)
-            sizes.append(math.sqrt(squares / numbers))
-            total, count = total + squares, count + numbers
-        whole = math.sqrt(total / max(1, count)) or 1.0
-        return [size or whole for size in sizes]
+    def natural_precision(self) -> float:
+        """The prior precision at which weights drawn from the prior are as large as the trained ones."""
+        weights, squares, count = self.functional.weights(), 0.0, 0
+        for name in (n for block in self.blocks.blocks for n in block.names):
+            squares += float(weights[name].double().square().sum())
+            count += weights[name].numel()
+        return count / squares if squares else 1.0
 
     @cached_property
     def free_share(self) -> float:
@@ -88,7 +83,7 @@ class LayerState:
         generator, out = generator_for(self.seed, index), {}
         for block, factor, scale in zip(self.blocks.blocks, self.factors, self.scales, strict=True):
             z = torch.empty(block.size, dtype=torch.float64).normal_(generator=generator)
-            change = scale * factor.spread(z.to(self.functional.device))
+            change = factor.spread(z.to(self.functional.device))
             out.update(block.tensors(change.to(self.functional.dtype)))
         each = sum(t.nbytes for t in out.values())
         if each * self.num_samples <= CACHE_BYTES:

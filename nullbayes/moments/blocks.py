@@ -59,10 +59,12 @@ class Block:
         return out
 
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The inverse of :meth:`tensors`."""
-        parts = [self.layout.matrix(tensors[self.name])] if self.own else []
+        """The inverse of :meth:`tensors`, also of several at once: ``(*lead, *shape)`` -> ``(*lead, G, O, I)``."""
+        parts = [self.layout.matrix(tensors[self.name], self.shape)] if self.own else []
         groups, outputs, _ = self.size
-        parts += [tensors[name].reshape(groups, outputs, 1) for name in self.biases]
+        for name, shape in zip(self.biases, self.bias_shapes, strict=True):
+            lead = tensors[name].shape[: tensors[name].ndim - len(shape)]
+            parts.append(tensors[name].reshape(*lead, groups, outputs, 1))
         return torch.cat(parts, dim=-1)
 
 

@@ -37,12 +37,15 @@ class Layout:
     inputs: int
     taps: int | None = None
 
-    def matrix(self, weight: Tensor) -> Tensor:
-        """The weight as ``(G, O, I)``."""
+    def matrix(self, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Weights ``(*lead, *shape)`` as ``(*lead, G, O, I)``."""
+        lead = weight.shape[: weight.ndim - len(shape)]
         if self.taps is None:
-            return weight.reshape(self.groups, self.outputs, self.inputs)
-        split = weight.reshape(self.groups, self.inputs // self.taps, self.outputs, self.taps)
-        return split.transpose(1, 2).reshape(self.groups, self.outputs, self.inputs)
+            return weight.reshape(*lead, self.groups, self.outputs, self.inputs)
+        inputs = self.inputs // self.taps
+        split = weight.reshape(*lead, self.groups, inputs, self.outputs, self.taps)
+        whole = split.transpose(-3, -2)
+        return whole.reshape(*lead, self.groups, self.outputs, self.inputs)
 
     def tensor(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The inverse of :meth:`matrix`: ``(G, O, I)`` as a weight of ``shape``."""

@@ -106,8 +106,8 @@ def measure(state: LayerState, likelihood: Likelihood, alpha: float, samples: in
 def left_out_divergence(state: LayerState, likelihood: Likelihood) -> float | None:
     """Mean divergence at prior precision one of an example's prediction under the posterior without it, linearised.
 
-    Half the trace of the output Hessian times ``Σ_l J_l (I ⊗ P_l') J_lᵀ``, with ``P_l'`` the layer's covariance without the
-    example's own inputs: a downdate of rank one for each of them, all at once in closed form. By a few random
+    Half the trace of the output Hessian times ``Σ_l J_l (I ⊗ P_l') J_lᵀ``, with ``P_l'`` the layer's covariance without
+    the example's own inputs: a downdate of rank one for each of them, all at once in closed form. By a few random
     directions of the Hessian (Hutchinson), so by as many backward passes. None where it does not apply.
     """
     if not state.gathered.kept or not state.blocks.blocks:

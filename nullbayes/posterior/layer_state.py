@@ -81,7 +81,7 @@ class LayerState:
         if index in self._cache:
             return self._cache[index]
         generator, out = generator_for(self.seed, index), {}
-        for block, factor, scale in zip(self.blocks.blocks, self.factors, self.scales, strict=True):
+        for block, factor in zip(self.blocks.blocks, self.factors, strict=True):
             z = torch.empty(block.size, dtype=torch.float64).normal_(generator=generator)
             change = factor.spread(z.to(self.functional.device))
             out.update(block.tensors(change.to(self.functional.dtype)))

@@ -1,4 +1,4 @@
-"""From second moments to the posterior of a block: ``I ⊗ P``, ``P = δ (C + δ I)⁻¹``; at ``δ = 0`` the projector on ker C.
+"""From second moments to the posterior of a block: ``I ⊗ P``, ``P = δ (C + δ I)⁻¹``; at ``δ = 0`` the one on ker C.
 
 With ``δ`` this is the input factor of K-FAC without its output factor (Martens & Grosse 2015). All in float64, at prior
 precision one. Every factor offers a root ``R`` with ``RᵀR = P``:

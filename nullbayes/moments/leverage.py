@@ -27,6 +27,12 @@ class Leverage:
         self.scale = edge.inputs.reciprocal().to(dtype)  # (G,)
         self.dtype = dtype
 
+    def relative(self, a: Tensor, own: int, column: int | None) -> Tensor:
+        """Leverage of an input over its squared size, the constant one of a bias included: of its direction alone."""
+        squares = a[..., :own].to(self.dtype).square().sum((-1, -2))
+        size = squares + (0.0 if column is None else 1.0)
+        return self.of(a, own, column) / size.clamp_min(torch.finfo(self.dtype).tiny)
+
     def of(self, a: Tensor, own: int, column: int | None) -> Tensor:
         """Inputs ``(*lead, G, I)`` -> ``(*lead)``, summed over the groups."""
         assert self.factor is not None

@@ -30,10 +30,19 @@ class Leverages:
     Which axis of a layer's input is that of the examples is found by comparing a small batch with its examples one by
     one: the first (each example's share in one piece), or the second. Where neither is, examples go through the network
     one at a time.
+
+    Args:
+        relative: leverages over the squared size of the input, see :meth:`Leverage.relative`.
     """
 
     def __init__(
-        self, functional: FunctionalModel, blocks: Blocks, gathered: Gathered, delta: float
+        self,
+        functional: FunctionalModel,
+        blocks: Blocks,
+        gathered: Gathered,
+        delta: float,
+        *,
+        relative: bool = True,
     ) -> None:
         self.functional, self.blocks = functional, blocks
         parts = zip(blocks.blocks, gathered.sums, strict=True)
@@ -42,6 +51,7 @@ class Leverages:
             for block, sums in parts
         ]
         self._axes: list[int] | None = None  # by call; empty: one example at a time
+        self.relative = relative
 
     def raw(self, inputs: Inputs) -> Values:
         """Leverages of one forward pass, call by call."""
@@ -53,7 +63,8 @@ class Leverages:
                 values = layer.of_rows(seen.index)
             else:
                 assert seen.a is not None
-                values = layer.of(seen.a, block.own, column)
+                of = layer.relative if self.relative else layer.of
+                values = of(seen.a, block.own, column)
             if seen.follows:
                 out[-1] = (number, torch.cat([out[-1][1], values]))  # a call in several parts
             else:

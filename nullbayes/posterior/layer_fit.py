@@ -212,3 +212,26 @@ def reports(state: LayerState) -> list[LayerReport]:
 def leverages(state: LayerState) -> Leverages:
     """Scorer of inputs for ``state``."""
     return Leverages(state.functional, state.blocks, state.gathered, state.delta)
+
+
+def set_precision(fit: LayerFit, alpha: float) -> LayerFit:
+    """The same at another prior precision; its certificate measured anew where training examples are at hand."""
+    if not fit.gathered.kept:  # loaded from a file, which holds no data
+        ratio, old = fit.alpha / alpha, fit.certificate
+        left_out = old.left_out_divergence
+        note = "Figures rescaled from those of the fit, to first order: the file holds no training examples."
+        certificate = replace(
+            old,
+            divergence=old.divergence * ratio,
+            change=old.change * math.sqrt(ratio),
+            left_out_divergence=None if left_out is None else left_out * ratio,
+            weight_change=old.weight_change * math.sqrt(ratio),
+            posterior_score=None,
+            prior_precision=alpha,
+            notes=(note,),
+        )
+        return replace(fit, alpha=alpha, certificate=certificate)
+    samples = fit.certificate.checked_samples
+    found = certify(fit.state, fit.likelihood, alpha, fit.left_out, samples)
+    found = replace(found, seconds=fit.certificate.seconds, peak_memory=fit.certificate.peak_memory)
+    return replace(fit, alpha=alpha, certificate=found)

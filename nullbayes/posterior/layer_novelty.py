@@ -18,9 +18,9 @@ SCORES = ("information", "variance", "leverage")
 def leverage_score(leverages: Leverages, inputs: Inputs) -> Tensor:
     """``Σ_l log mean_t s_l(a_t) / ‖a_t‖²`` over layers that multiply vectors: one forward pass, ``(B,)``.
 
-    Divided by its size an input counts by its direction alone: a class that was never seen often has small features, and
-    plain leverage takes them for well known (benchmarks/layers.py). Scale and shift of normalisation layers do
-    not count: two values of a channel say all of them.
+    Divided by its size an input counts by its direction alone: a class that was never seen often has small features,
+    and plain leverage takes them for well known (benchmarks/layers.py). Scale and shift of normalisation layers do not
+    count: two values of a channel say all of them.
     """
     total: Tensor | float = 0.0
     for number, values in leverages.by_example(inputs).items():
@@ -36,8 +36,8 @@ def information_score(
 ) -> Tensor:
     """``½ log det(I + J Σ Jᵀ)`` in nats ``(B,)``: what an observation of the outputs would tell (MacKay 1992).
 
-    At the prior precision at which weights from the prior are as large as the trained ones, whatever the posterior's was set
-    to since: calibration shall not change what is new.
+    At the prior precision at which weights from the prior are as large as the trained ones, whatever the posterior's
+    was set to since: calibration shall not change what is new.
     """
     covariance = output_covariance(state, plan, inputs, likelihood.observed)
     values = torch.linalg.eigvalsh((covariance + covariance.mT) / 2).clamp(min=0)

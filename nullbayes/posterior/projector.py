@@ -1,8 +1,8 @@
 """Training that leaves what was learned as it is: steps of an optimiser, projected on the null space of each layer.
 
-The idea is that of gradient projection memory (Saha, Garg & Roy, ICLR 2021) and of training in the null space of features
-(Wang, Li, Sun & Xu, CVPR 2021); here from exact sums over all the data. Steps are projected, not gradients: an optimiser that rescales
-gradients weight by weight, as Adam does, leaves the subspace again, and so do momentum and weight decay.
+The idea is that of gradient projection memory (Saha, Garg & Roy, ICLR 2021) and of training in the null space of
+features (Wang, Li, Sun & Xu, CVPR 2021); here from exact sums over all the data. Steps are projected, not gradients: an
+optimiser that rescales gradients weight by weight, as Adam does, leaves the subspace again, and so does weight decay.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class LayerProjector:
     def attach(self, optimiser: torch.optim.Optimizer) -> Callable[[], None]:
         """Project every step of ``optimiser`` from now on; returns a function that ends it.
 
-        Parameters of the model that the optimiser does not hold are not touched. Keep the model in evaluation mode where it
-        has batch normalisation: running statistics are no weights, and would move.
+        Parameters of the model that the optimiser does not hold are not touched. Keep the model in evaluation mode
+        where it has batch normalisation: running statistics are no weights, and would move.
         """
         names = {id(p): n for n, p in self.model.named_parameters()}
         held = {

@@ -120,5 +120,6 @@ def _spread(x: Tensor, stride: Sequence[int]) -> Tensor:
     """``x (N, Ch, *space)`` with ``stride - 1`` zeros between neighbours."""
     sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
     out = torch.zeros(*x.shape[:2], *sizes, dtype=x.dtype, device=x.device)
-    out[(slice(None), slice(None), *(slice(None, None, s) for s in stride))] = x
+    every = (slice(None), slice(None), *(slice(None, None, s) for s in stride))
+    out[every] = x
     return out

@@ -102,7 +102,8 @@ class LowRankFactor(Factor):
         along = (z @ directions) * (self.gains.to(z)[:, None] - rest)
         return z * rest + along @ directions.mT
 
-    whiten = spread
+    def whiten(self, j: Tensor) -> Tensor:
+        return self.spread(j)  # the root is symmetric
 
 
 class RowFactor(Factor):
@@ -115,7 +116,8 @@ class RowFactor(Factor):
     def spread(self, z: Tensor) -> Tensor:
         return z * self.gains.to(z)[:, None]
 
-    whiten = spread
+    def whiten(self, j: Tensor) -> Tensor:
+        return self.spread(j)  # the root is symmetric
 
 
 class TiedFactor(Factor):
@@ -129,7 +131,8 @@ class TiedFactor(Factor):
         directions = self.directions.to(z)
         return ((z @ directions) * self.gains.to(z)) @ directions.mT
 
-    whiten = spread
+    def whiten(self, j: Tensor) -> Tensor:
+        return self.spread(j)  # the root is symmetric
 
 
 def factorise(moments: BlockMoments, edge: Edge, columns: int) -> Factor:

@@ -2,8 +2,8 @@
 
 Rows ``B (ℓ, I)`` with ``BᵀB ≼ C ≼ BᵀB + Δ I``, where ``Δ`` adds up what was cut off; it is at most ``‖A‖_F² / ℓ``
 (Ghashami, Liberty, Phillips & Woodruff, *Frequent Directions*, SIAM J. Comput. 2016). The posterior takes the upper
-bound ``BᵀB + Δ I`` for ``C``: no direction then looks freer than it is. While nothing was cut off (``Δ = 0``: the inputs
-span at most ``ℓ`` directions) it is exact, the null space too; afterwards no direction is sure to be free.
+bound ``BᵀB + Δ I`` for ``C``: no direction then looks freer than it is. While nothing was cut off (``Δ = 0``: inputs
+span at most ``ℓ`` directions) it is exact, the null space too; afterwards no direction is surely free.
 """
 
 from __future__ import annotations

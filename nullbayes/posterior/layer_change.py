@@ -66,9 +66,9 @@ def removed(fit: LayerFit, some: Any, prior: float | None, progress: bool) -> La
             negative = result.rows is not None and bool((result.rows < 0).any())
             if negative or result.count < 0 or negative_share(result) > ROUNDING:
                 raise InputError(
-                    f"without `some`, the second moments of the layer with {block.name!r} would not be positive: these "
-                    "inputs were never added in this form. Pass them exactly as they were fitted (padding too); nothing "
-                    "was removed."
+                    f"without `some`, the second moments of the layer with {block.name!r} would not be positive: "
+                    "these inputs were never added in this form. Pass them exactly as they were fitted (padding too); "
+                    "nothing was removed."
                 )
         gone = torch.cat(hashes)
         kept = [group for group in (_without(g, gone) for g in fit.gathered.kept) if group]
@@ -108,21 +108,10 @@ def guarded(fit: LayerFit) -> float:
 
 def _added(fit: LayerFit, loader: Any, name: str, stage: Stages) -> Gathered:
     ranks = [s.inputs.rank if isinstance(s.inputs, Sketch) else None for s in fit.gathered.sums]
-    known = copy.copy(fit.likelihood)
-    # Observation noise stays that of the fit: new data have no part in it.
     state = fit.state
-    return collect(
-        state.functional, _Quiet(known), loader, name, state.seed, stage, 0, state.blocks, ranks
-    )[1]
-
-
-class _Quiet:
-    """A likelihood that is not asked to estimate its noise again."""
-
-    needs_noise_fit = False
-
-    def __init__(self, likelihood: Likelihood) -> None:
-        self.likelihood = likelihood
+    return collect(state.functional, None, loader, name, state.seed, stage, 0, state.blocks, ranks)[
+        1
+    ]
 
 
 def _concluded(

@@ -85,7 +85,7 @@ def _sketch_bytes(block: Block, rank: int) -> int:
 
 def collect(
     functional: FunctionalModel,
-    likelihood: Likelihood,
+    likelihood: Likelihood | None,
     loader: Any,
     name: str,
     seed: int,
@@ -94,7 +94,10 @@ def collect(
     blocks: Blocks | None = None,
     ranks: list[int | None] | None = None,
 ) -> tuple[Blocks, Gathered]:
-    """One pass over ``loader``; without ``blocks``, the rules are proved on its first batch before it goes on."""
+    """One pass over ``loader``; without ``blocks``, the rules are proved on its first batch before it goes on.
+
+    ``likelihood``: estimates its observation noise from this pass, where it has to; None: not from these data.
+    """
     batches = stage.track(unlabelled(loader, functional.device, name), INPUTS)
     first, everything = first_batch(batches)
     if blocks is None:
@@ -108,7 +111,7 @@ def collect(
                 "(`parameters=`), or register one (`nb.moments.register`)."
             )
     assert ranks is not None
-    if not likelihood.needs_noise_fit:
+    if likelihood is None or not likelihood.needs_noise_fit:
         return blocks, gather(functional, blocks, everything, ranks, seed, name)
     residuals = _Residuals(likelihood)
     out = gather(functional, blocks, everything, ranks, seed, name, residuals.add)

@@ -61,17 +61,17 @@ class LayerNullSpacePosterior:
 
     Where no layer's map moves on the inputs that it receives from the training data, no output of the network does, at
     any size of the weight change: what stands is the re-weighted network itself, not its first order. One forward pass
-    over the data gives the second moments of all layer inputs; labels are not needed, samples are not stored, and data can
-    be added and removed exactly. Parameters that no rule accounts for stay fixed and are named in the certificate.
+    over the data gives the second moments of all layer inputs; labels are not needed, samples are not stored, and data
+    can be added and removed exactly. Parameters that no rule accounts for stay fixed and are named in the certificate.
 
     Args:
         model: the trained network, in evaluation mode. It is never written to.
         likelihood: as for :class:`nullbayes.Posterior`; says in what units predictions move. ``loss=`` is another name.
         delta: where the null space of a layer ends, relative to the mean eigenvalue of its inputs' second moments:
             ``P = δ (C + δ I)⁻¹``. 0: the exact null space, which layers narrower than their data do not have.
-        prior_precision: ``α``, or ``"auto"``: weights from the prior are as large as the trained ones, or so much smaller
-            that training predictions of sampled networks move by at most 0.005 nats on average, and those of examples
-            left out by 0.02.
+        prior_precision: ``α``, or ``"auto"``: weights from the prior are as large as the trained ones, or so much
+            smaller that training predictions of sampled networks move by at most 0.005 nats on average, and those of
+            examples left out by 0.02.
         parameters: which weights take part: all that require a gradient (None), names, or a filter.
         forward: ``forward(model, inputs) -> outputs`` where ``model(inputs)`` does not do.
         memory: what a fit may take, e.g. ``"8GB"``; second moments of layers that are too wide for it are sketched.
@@ -124,14 +124,14 @@ class LayerNullSpacePosterior:
 
         Args:
             train: a loader, read once; a list of batches; a tensor of all inputs; a tuple ``(X, y)``. A batch is
-                ``(x, y)``, ``x``, ``(x,)``, a mapping, or ``(x1, x2, None)``. Labels serve the certificate's scores, and
-                a regression's noise.
+                ``(x, y)``, ``x``, ``(x,)``, a mapping, or ``(x1, x2, None)``. Labels serve the certificate's scores,
+                and a regression's noise.
             num_samples: how many samples `predict` and `sample` use; they are made when needed.
             seed: sample ``s`` depends on ``(seed, s)`` and the data alone.
 
         Raises:
-            InputError, ModelError, NonFiniteError, MemoryBudgetError: each names what was found and the mend; the model and
-                an earlier fit stay as they were.
+            InputError, ModelError, NonFiniteError, MemoryBudgetError: each names what was found and the mend; the model
+                and an earlier fit stay as they were.
         """
         num_samples = check_count(num_samples, "num_samples")
         seed = check_count(seed, "seed", 0)
@@ -156,7 +156,7 @@ class LayerNullSpacePosterior:
 
     @undisturbed_method
     def plan(self, train: Any) -> LayerPlan:
-        """What a fit would cost: passes, seconds, memory, and which layers take part; from the first batch of ``train``."""
+        """What a fit would cost: seconds, memory, and which layers take part; from the first batch of ``train``."""
         check_mode(self.model)
         budget = self._memory or default_budget(available_bytes(self.functional.device))
         return plan_layers(self.functional, train, budget)
@@ -178,7 +178,6 @@ class LayerNullSpacePosterior:
             InputError: data that were never added, or all of them; nothing is removed then.
         """
         fit = self._ready()
-        check_reusable(some, "some") if not isinstance(some, (Tensor, tuple)) else None
         self._accept(layer_change.removed(fit, some, self._prior, progress))
         return self
 
@@ -380,7 +379,7 @@ class LayerNullSpacePosterior:
         return LayerProjector(self.model, state.blocks, state.factors)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write sums, settings, certificate and a fingerprint of the model to one safetensors file; no data, no samples."""
+        """Write sums, settings, certificate and a fingerprint of the model to one file; no data, no samples."""
         from nullbayes.posterior.layer_storage import write_layers
 
         write_layers(path, self, self._ready())

@@ -108,9 +108,9 @@ def _() -> tuple[nn.Module, Any]:
     return pooled(conv, width=6), torch.randn(3, 16, 6, 6)
 
 
-@kind("conv2d-same-even-kernel", "body.0.weight")
+@kind("conv2d-same", "body.0.weight")
 def _() -> tuple[nn.Module, Any]:
-    return pooled(nn.Conv2d(9, 5, (4, 2), padding="same"), width=5), torch.randn(2, 9, 5, 5)
+    return pooled(nn.Conv2d(9, 5, (3, 1), padding="same"), width=5), torch.randn(2, 9, 3, 3)
 
 
 @kind("conv2d-depthwise", "body.0.weight")
@@ -140,13 +140,13 @@ def _() -> tuple[nn.Module, Any]:
         dilation=(2, 3),
         groups=2,
     )
-    return pooled(layer, width=6), torch.randn(2, 12, 4, 4)
+    return pooled(layer, width=6), torch.randn(1, 12, 3, 2)
 
 
 @kind("transpose3d", "body.0.weight")
 def _() -> tuple[nn.Module, Any]:
-    layer = nn.ConvTranspose3d(6, 4, 2, stride=2, bias=False)
-    return pooled(layer, width=4), torch.randn(2, 6, 2, 2, 2)
+    layer = nn.ConvTranspose3d(12, 4, 2, stride=2, bias=False)
+    return pooled(layer, width=4), torch.randn(1, 12, 2, 2, 2)
 
 
 @kind("embedding-padding", "table.weight")
@@ -285,7 +285,7 @@ def _() -> tuple[nn.Module, Any]:
 
 
 def _normed(name: str, make: Callable[[], nn.Module], *shape: int) -> None:
-    """A norm of which some channels are constant over the data: their scale and shift have one direction left."""
+    """A norm of which some channels are constant over the data: theirs have one direction left."""
 
     @kind(name, "body.0.weight")
     def _() -> tuple[nn.Module, Any]:
@@ -294,7 +294,7 @@ def _normed(name: str, make: Callable[[], nn.Module], *shape: int) -> None:
             if tensor.is_floating_point():
                 tensor.data.copy_(torch.rand_like(tensor) + 0.5)
         x = torch.randn(4, *shape)
-        x[:, 0] = 0.7
+        x[:, :-1] = 0.7
         return pooled(norm, width=shape[0]), x
 
 

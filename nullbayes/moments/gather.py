@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nullbayes.errors import InputError, NonFiniteError
+from nullbayes.errors import InputError
 from nullbayes.model.batch import (
     Inputs,
     batch_size,
@@ -24,7 +24,7 @@ from nullbayes.moments.blocks import Blocks
 from nullbayes.moments.capture import recording
 from nullbayes.moments.members import Members
 from nullbayes.moments.second import BlockMoments
-from nullbayes.moments.verify import adding
+from nullbayes.moments.verify import adding, check_finite_inputs
 
 # Examples drawn for the certificate, at most, and bytes that they may take.
 KEPT_EXAMPLES = 128
@@ -114,12 +114,7 @@ def gather(
         where = f"{name}, batch {index}"
         with recording(blocks.sites, adding(blocks.blocks, out.sums)):
             outputs = functional.outputs(inputs, where)
-        for block, moments in zip(blocks.blocks, out.sums, strict=True):
-            if not moments.finite:
-                raise NonFiniteError(
-                    f"{where}: the inputs of the layer with {block.name!r} hold NaN or infinity. Check the data of "
-                    "this batch and the layers before that one (overflow, division by zero, logarithms)."
-                )
+        check_finite_inputs(blocks.blocks, out.sums, where)
         if visit is not None:
             visit(outputs, targets)
         out.members.add(inputs)

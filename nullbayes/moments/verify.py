@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from nullbayes.errors import ModelError
+from nullbayes.errors import ModelError, NonFiniteError
 from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.moments.blocks import Block, Blocks, Site, find_blocks
@@ -33,13 +33,17 @@ HALF_TOLERANCE = 0.1
 EXAMPLES = 3
 
 
-def verified_blocks(functional: FunctionalModel, inputs: Inputs) -> Blocks:
+def verified_blocks(
+    functional: FunctionalModel, inputs: Inputs, where: str = "the inputs"
+) -> Blocks:
     """The blocks of the model whose weights pass both proofs on the first few of ``inputs``.
 
-    Raises `ModelError` where outputs move and no single block can be blamed.
+    Raises `ModelError` where outputs move and no single block can be blamed, `NonFiniteError` where a layer's inputs
+    are not finite.
     """
     few = take(inputs, 0, min(EXAMPLES, batch_size(inputs)))
     blocks = find_blocks(functional.model, functional.space)
+    check_finite_inputs(blocks.blocks, seen_by(functional, blocks, few)[0], where)
     for change_of, reason in ((_other_uses, OTHER_USE), (_null_space, WRONG_RULE)):
         with torch.no_grad():
             change = change_of(functional, blocks, few)
@@ -129,6 +133,16 @@ def adding(
             sums[number].add(seen.a.reshape(-1, *seen.a.shape[-2:]), block.own, column)
 
     return receive
+
+
+def check_finite_inputs(blocks: list[Block], sums: list[BlockMoments], where: str) -> None:
+    """Raise `NonFiniteError` naming the first layer whose inputs hold NaN or infinity."""
+    for block, moments in zip(blocks, sums, strict=True):
+        if not moments.finite:
+            raise NonFiniteError(
+                f"{where}: the inputs of the layer with {block.name!r} hold NaN or infinity. Check the data of "
+                "this batch and the layers before that one (overflow, division by zero, logarithms)."
+            )
 
 
 def _local(site: Site, local: str) -> Tensor:

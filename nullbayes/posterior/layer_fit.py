@@ -102,7 +102,7 @@ def collect(
     first, everything = first_batch(batches)
     if blocks is None:
         functional.outputs(first, f"{name}, batch 0")  # wrong inputs are said to be that
-        blocks = verified_blocks(functional, first)
+        blocks = verified_blocks(functional, first, f"{name}, batch 0")
         ranks = sketch_ranks(blocks.blocks, budget)
         if not blocks.blocks:
             reasons = "; ".join(f"{n}: {r}" for n, r in list(blocks.fixed.items())[:3])

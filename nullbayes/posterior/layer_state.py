@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nullbayes.fit.prior_samples import generator_for
 from nullbayes.jacobian.linearise import _double_reverse, _forward
@@ -108,7 +109,8 @@ class LayerState:
         """``J(x) Δ_s (S, B, *out)`` at prior precision one: forward mode, or two reverse passes where there is none."""
         product, out = _forward, []
         zeros = {n: torch.zeros_like(t) for n, t in self.functional.weights().items()}
-        with plain_paths():
+        # Attention by its plain operations has derivatives of both kinds.
+        with plain_paths(), sdpa_kernel(SDPBackend.MATH):
             for index in range(count):
                 tangent: Mapping[str, Tensor] = zeros | self.change(index)
                 try:

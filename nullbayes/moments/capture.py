@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,10 +11,10 @@ from torch import nn
 
 from nullbayes.errors import ModelError
 from nullbayes.moments.blocks import Site
-from nullbayes.moments.rule import Seen
+from nullbayes.moments.rule import Seen, Summed
 
 # Of one call: which site, its block, the column of its bias, what was seen.
-Receive = Callable[[int, int, int | None, Seen], None]
+Receive = Callable[[int, int, int | None, Seen | Summed], None]
 
 
 @contextmanager
@@ -29,8 +29,13 @@ def plain_paths() -> Iterator[None]:
 
 
 @contextmanager
-def recording(sites: Sequence[Site], receive: Receive) -> Iterator[None]:
+def recording(
+    sites: Sequence[Site], receive: Receive, sums_do: Collection[int] = ()
+) -> Iterator[None]:
     """While it lasts, each call of a module with a rule hands its weights' inputs to ``receive``.
+
+    Args:
+        sums_do: numbers of sites for which the sums of a call are enough.
 
     Raises `ModelError` within where a rule fails on its module.
     """
@@ -46,7 +51,10 @@ def recording(sites: Sequence[Site], receive: Receive) -> Iterator[None]:
             busy = True
             try:
                 with torch.no_grad():
-                    for seen in site.rule.inputs(module, args, kwargs, out):
+                    found: Iterator[Seen | Summed] | None = None
+                    if number in sums_do:
+                        found = site.rule.summed(module, args, kwargs, out)
+                    for seen in found or site.rule.inputs(module, args, kwargs, out):
                         if seen.weight in site.places:
                             receive(number, *site.places[seen.weight], seen)
             except (AttributeError, IndexError, TypeError) as error:

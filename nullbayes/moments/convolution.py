@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from nullbayes.moments.rule import InputRule, Layout, Read, Seen, argument, register
+from nullbayes.moments.rule import InputRule, Layout, Read, Seen, Summed, argument, register
 
 # Bytes of patches written out at a time.
 _PATCH_BYTES = 2**25
+# Bytes of products of pairs of slices, up to which these are summed instead of patches.
+_SLICE_BYTES = 2**27
 
 
 def _pieces(x: Tensor, each: int) -> Iterator[Tensor]:
@@ -47,6 +49,55 @@ def _inputs(seen: Tensor, groups: int) -> Tensor:
     return rows.reshape(n, count, groups, inputs)
 
 
+def _padded(module: Any, x: Tensor) -> Tensor:
+    # PyTorch keeps the amount of padding per side, last axis first, also for "same".
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return pad(x, module._reversed_padding_repeated_twice, mode=mode)
+
+
+def sliding_sums(module: Any, x: Tensor, positions: Sequence[int]) -> Summed:
+    """Sums over all patches of the padded ``x``, without writing the patches out.
+
+    Along the first axis of space a patch is ``k`` slices, ``dilation`` apart, and neighbouring patches share slices. So
+    the products of pairs of slices are summed over everything else first, once for each distance between the two, and
+    each pair of taps then adds up those at its positions: ``k`` products a slice instead of ``k²`` a patch.
+    """
+    kernel, groups = module.kernel_size, module.groups
+    taps, step, stride = kernel[0], module.dilation[0], module.stride[0]
+    for axis in range(1, len(kernel)):
+        x = x.unfold(axis + 2, module.dilation[axis] * (kernel[axis] - 1) + 1, module.stride[axis])[
+            ..., :: module.dilation[axis]
+        ]
+    spatial = len(kernel)
+    n, channels, length = x.shape[:3]
+    rest = math.prod(kernel[1:])
+    across = channels // groups * rest
+    x = x.to(torch.float64).reshape(n, groups, channels // groups, length, -1, rest)
+    slices = x.permute(1, 3, 0, 4, 2, 5).reshape(groups, length, -1, across)
+    gram = x.new_zeros(groups, taps, across, taps, across)
+    sums = x.new_zeros(groups, taps, across)
+    count = positions[0]
+    by_slice = slices.sum(2)
+    for first in range(taps):
+        start = first * step
+        sums[:, first] = by_slice[:, start : start + stride * (count - 1) + 1 : stride].sum(1)
+    for apart in range(taps):
+        shift = apart * step
+        products = slices[:, : length - shift].mT @ slices[:, shift:]  # (G, length - shift, I', I')
+        for first in range(taps - apart):
+            start = first * step
+            total = products[:, start : start + stride * (count - 1) + 1 : stride].sum(1)
+            gram[:, first, :, first + apart] = total
+            gram[:, first + apart, :, first] = total.mT
+    # Columns of a weight are channels first, then taps of the first axis, then the others.
+    order = (groups, taps, channels // groups, rest)
+    inputs = channels // groups * taps * rest
+    gram = gram.reshape(*order, taps, channels // groups, rest)
+    gram = gram.permute(0, 2, 1, 3, 5, 4, 6).reshape(groups, inputs, inputs)
+    sums = sums.reshape(order).transpose(1, 2).reshape(groups, inputs)
+    return Summed("weight", gram, sums, n * math.prod(positions[:spatial]))
+
+
 @register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class ConvInputs(InputRule):
     """``weight (O, I / groups, *K)``; stride, dilation, groups and every padding mode."""
@@ -56,6 +107,22 @@ class ConvInputs(InputRule):
         layout = Layout(groups, module.out_channels // groups, module.in_channels // groups * taps)
         return (Read("weight", layout, "bias"),)
 
+    def summed(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Iterator[Summed] | None:
+        spatial, taps = len(module.kernel_size), module.kernel_size[0]
+        x = _batched(argument(args, kwargs, 0, "input"), spatial)
+        across = x.shape[1] // module.groups * math.prod(module.kernel_size[1:])
+        length = x.shape[2] + taps * module.dilation[0]
+        if taps < 2 or 8 * module.groups * length * across**2 > _SLICE_BYTES:
+            return None
+        return self._summed(module, x, output.shape[-spatial:])
+
+    def _summed(self, module: Any, x: Tensor, positions: Sequence[int]) -> Iterator[Summed]:
+        each = x.shape[1] * math.prod(module.kernel_size[1:]) * math.prod(positions[1:]) * 2
+        for part in _pieces(x, each * (x.shape[2] + module.kernel_size[0])):
+            yield sliding_sums(module, _padded(module, part), positions)
+
     def inputs(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Iterator[Seen]:
@@ -63,12 +130,9 @@ class ConvInputs(InputRule):
         x = _batched(argument(args, kwargs, 0, "input"), spatial)
         positions = output.shape[-spatial:]
         each = x.shape[1] * math.prod(module.kernel_size) * math.prod(positions)
-        # PyTorch keeps the amount of padding per side, last axis first, also for "same".
-        amount = module._reversed_padding_repeated_twice
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         for number, part in enumerate(_pieces(x, each)):
             seen = patches(
-                pad(part, amount, mode=mode), module.kernel_size, module.stride, module.dilation
+                _padded(module, part), module.kernel_size, module.stride, module.dilation
             )
             yield Seen("weight", _inputs(seen, module.groups), follows=number > 0)
 

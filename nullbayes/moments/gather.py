@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,7 @@ from nullbayes.moments.blocks import Blocks
 from nullbayes.moments.capture import recording
 from nullbayes.moments.members import Members
 from nullbayes.moments.second import BlockMoments
-from nullbayes.moments.verify import adding, check_finite_inputs
+from nullbayes.moments.verify import adding, check_finite_inputs, sums_do
 
 # Examples drawn for the certificate, at most, and bytes that they may take.
 KEPT_EXAMPLES = 128
@@ -112,7 +113,8 @@ def gather(
     kept = _Reservoir(seed)
     for index, inputs, targets in batches:
         where = f"{name}, batch {index}"
-        with recording(blocks.sites, adding(blocks.blocks, out.sums)):
+        receive = adding(blocks.blocks, out.sums)
+        with recording(blocks.sites, receive, sums_do(blocks, out.sums)):
             outputs = functional.outputs(inputs, where)
         check_finite_inputs(blocks.blocks, out.sums, where)
         if visit is not None:
@@ -130,7 +132,7 @@ class _Reservoir:
     """Examples drawn evenly from a stream of batches (Vitter, *Random sampling with a reservoir*, ACM TOMS 1985)."""
 
     def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+        self.chance = random.Random(seed)
         self.seen = 0
         self.room: int | None = None
         self.places: list[tuple[int, int]] = []  # batch and position in its selection
@@ -149,7 +151,7 @@ class _Reservoir:
                 self.places.append((number, i))
                 chosen[len(self.places) - 1] = i
                 continue
-            slot = int(torch.randint(self.seen, (1,), generator=self.generator))
+            slot = self.chance.randrange(self.seen)
             if slot < self.room:
                 self.places[slot] = (number, i)
                 chosen[slot] = i

@@ -44,7 +44,7 @@ class Members:
 
     def _put(self, inputs: Inputs, sign: int) -> None:
         cells = self._cells(inputs).flatten()
-        self.counts += sign * torch.bincount(cells, minlength=CELLS).to(torch.int32)
+        self.counts.index_add_(0, cells, torch.full_like(cells, sign, dtype=torch.int32))
 
     def _cells(self, inputs: Inputs) -> Tensor:
         """``(B, 4)`` cells of each example: four parts of its 64-bit hash, the last one overlapping."""

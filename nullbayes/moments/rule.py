@@ -83,6 +83,16 @@ class Seen:
     follows: bool = False
 
 
+@dataclass(frozen=True)
+class Summed:
+    """Sums over all inputs of one weight in one call: ``gram (G, I, I)`` and ``sums (G, I)`` float64, and how many."""
+
+    weight: str
+    gram: Tensor
+    sums: Tensor
+    count: int
+
+
 class InputRule(ABC):
     """Inputs of one kind of layer."""
 
@@ -99,6 +109,12 @@ class InputRule(ABC):
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Iterator[Seen]:
         """The inputs of one call ``module(*args, **kwargs) -> output``; run without a graph."""
+
+    def summed(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Iterator[Summed] | None:
+        """The sums of what :meth:`inputs` would yield, where they can be had for less; None: not here."""
+        return None
 
 
 _RULES: dict[type[nn.Module], InputRule] = {}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nullbayes.errors import InputError
 from nullbayes.moments.blocks import Block
+from nullbayes.moments.rule import Summed
 from nullbayes.moments.sketch import Sketch
 
 # Inputs taken in double precision at a time: bytes.
@@ -46,6 +47,17 @@ class DenseMoments:
                 self.values[:, :own, own + column] += sums
                 self.values[:, own + column, :own] += sums
             self.values[:, own + column, own + column] += part.shape[0]
+
+    def add_sums(self, seen: Summed, own: int, column: int | None) -> None:
+        """Add what one call summed up itself."""
+        if own:
+            self.values[:, :own, :own] += seen.gram
+        if column is None:
+            return
+        if own:
+            self.values[:, :own, own + column] += seen.sums
+            self.values[:, own + column, :own] += seen.sums
+        self.values[:, own + column, own + column] += seen.count
 
     def plus(self, other: DenseMoments, sign: float = 1.0) -> DenseMoments:
         """The sum, or with ``sign=-1`` the difference."""
@@ -96,6 +108,12 @@ class BlockMoments:
         assert self.inputs is not None
         self.inputs.add(a[..., :own], own, column)
         self.count += a.shape[0]
+
+    def add_sums(self, seen: Summed, own: int, column: int | None) -> None:
+        """What one call summed up itself."""
+        assert isinstance(self.inputs, DenseMoments)
+        self.inputs.add_sums(seen, own, column)
+        self.count += seen.count
 
     def read(self, index: Tensor) -> None:
         """Rows of a table that were looked up."""

@@ -20,10 +20,10 @@ from nullbayes.errors import ModelError, NonFiniteError
 from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.moments.blocks import Block, Blocks, Site, find_blocks
-from nullbayes.moments.capture import plain_paths, recording, restored
+from nullbayes.moments.capture import Receive, plain_paths, recording, restored
 from nullbayes.moments.factor import Edge, factorise
-from nullbayes.moments.rule import Seen
-from nullbayes.moments.second import BlockMoments
+from nullbayes.moments.rule import Seen, Summed
+from nullbayes.moments.second import BlockMoments, DenseMoments
 
 OTHER_USE = "it is used outside of the layers that have a rule"
 WRONG_RULE = "outputs move although the inputs that its rule names would allow it"
@@ -114,19 +114,29 @@ def seen_by(
 ) -> tuple[list[BlockMoments], Tensor]:
     """The sums of one batch of inputs, and the outputs ``(B, *out)``."""
     sums = [BlockMoments.zeros(block, functional.device, None) for block in blocks.blocks]
-    with torch.no_grad(), recording(blocks.sites, adding(blocks.blocks, sums)):
+    receive = adding(blocks.blocks, sums)
+    with torch.no_grad(), recording(blocks.sites, receive, sums_do(blocks, sums)):
         point = functional(functional.weights(), inputs)
     return sums, point
 
 
-def adding(
-    blocks: list[Block], sums: list[BlockMoments]
-) -> Callable[[int, int, int | None, Seen], None]:
+def sums_do(blocks: Blocks, sums: list[BlockMoments]) -> set[int]:
+    """Sites of which whole second moments are kept: the sums of a call are enough there."""
+    return {
+        number
+        for number, site in enumerate(blocks.sites)
+        if all(isinstance(sums[i].inputs, DenseMoments) for i, _ in site.places.values())
+    }
+
+
+def adding(blocks: list[Block], sums: list[BlockMoments]) -> Receive:
     """A receiver that adds what it is given to ``sums``."""
 
-    def receive(site: int, number: int, column: int | None, seen: Seen) -> None:
+    def receive(site: int, number: int, column: int | None, seen: Seen | Summed) -> None:
         block = blocks[number]
-        if seen.index is not None:
+        if isinstance(seen, Summed):
+            sums[number].add_sums(seen, block.own, column)
+        elif seen.index is not None:
             if block.own:
                 sums[number].read(seen.index)
         elif seen.a is not None:

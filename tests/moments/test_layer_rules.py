@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from nullbayes.model.batch import take
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.parameters import ParameterSpace
-from nullbayes.moments import InputRule, Layout, Read, Seen, register, rule_for
+from nullbayes.moments import InputRule, Layout, Read, Seen, convolution, register, rule_for
 from nullbayes.moments.blocks import Blocks
 from nullbayes.moments.factor import Edge, factorise
 from nullbayes.moments.second import BlockMoments, DenseMoments
@@ -118,6 +118,22 @@ def test_moments_of_a_convolution_against_unfold() -> None:
     a = F.unfold(x, (3, 2), dilation=(1, 2), padding=1, stride=2)  # (N, I, T)
     a = torch.cat([a, torch.ones_like(a[:, :1])], dim=1).movedim(1, 2).flatten(0, 1)
     torch.testing.assert_close(sums[0].inputs.values[0], a.T @ a)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if "conv" in k.name], ids=str)
+def test_sums_of_slices_equal_those_of_patches(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = kind.make()
+    functional, blocks = prepared(model, inputs)
+    slices, _ = seen_by(functional, blocks, inputs)
+    used: list[int] = []
+    monkeypatch.setattr("nullbayes.moments.convolution._SLICE_BYTES", 0)
+    patches = convolution.patches
+    monkeypatch.setattr(convolution, "patches", lambda *a: used.append(1) or patches(*a))
+    written, _ = seen_by(functional, blocks, inputs)
+    assert used  # the other road was taken
+    for a, b in zip(slices, written, strict=True):
+        assert a.count == b.count
+        torch.testing.assert_close(a.inputs.values, b.inputs.values)
 
 
 def test_patches_in_several_parts_are_all_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -303,7 +303,7 @@ def predicted(posterior: Any, images: Tensor, method: str) -> tuple[Tensor, Tens
     widen = posterior.prior_precision * weights / max(1, posterior.certificate.rank)
     means, scores = [], []
     for batch in images.split(FIT_BATCH):
-        prediction = posterior.predict(batch, method)
+        prediction = posterior.predict(batch, method=method)
         means.append(prediction.mean)
         moved = (prediction.outputs - prediction.point).double()
         moved -= moved.mean(-1, keepdim=True)
@@ -452,7 +452,7 @@ def certificate_row(run: dict[str, Any], c: dict[str, Any], calibrated: bool) ->
     how = "validation" if calibrated else "evidence"
     return (
         f"| {run['name']} | {run['delta']:g} | {c['prior_precision']:.3g} ({how}) "
-        f"| {c['map_accuracy']:.4f} → {c['posterior_accuracy']:.4f} | {c['drift']:.2g} "
+        f"| {c['network_score']:.4f} → {c['posterior_score']:.4f} | {c['drift']:.2g} "
         f"| {c['row_drift']:.2g} | {c['sampled_drift']:.2g} | {100 * c['discarded_trace']:.3f} % "
         f"| {'yes' if c['held'] else 'no'} |"
     )

@@ -108,7 +108,7 @@ def summary(posterior: Any) -> dict[str, Any]:
         "iterations": c.iterations,
         "prior kept": c.prior_share,
         "row drift": c.row_drift,
-        "unseen divergence": c.unseen_divergence,
+        "unseen divergence": c.left_out_divergence,
         "logit drift": c.output_drift,
         "alpha": c.prior_precision,
         "accuracy lost in training": c.score_loss,
@@ -142,9 +142,9 @@ def curve(path: str, options: argparse.Namespace) -> dict[str, Any]:
     offer = Watch.offer
     started = time.perf_counter()
 
-    def recording(self: Watch, state: dict[str, Tensor], now: bool = False) -> None:
+    def recording(self: Watch, state: dict[str, Tensor], *, now: bool = False) -> None:
         seen.append((time.perf_counter() - started, int(state["done"]), state["x"].clone()))
-        offer(self, state, now)
+        offer(self, state, now=now)
 
     whole = mock.patch(
         "nullbayes.fit.pipeline.held_out", return_value=[]
@@ -164,14 +164,7 @@ def curve(path: str, options: argparse.Namespace) -> dict[str, Any]:
         kept = float(unit.double().square().sum() / prior.double().square().sum())
         # The evidence's prior precision of these samples, had the fit ended here.
         alpha = (1 - kept) * operator.shape[1] / norm
-        check = GuaranteeCheck(
-            posterior.functional,
-            end.plan,
-            posterior.likelihood,
-            posterior.preserve,
-            [(batches[0][0], batches[0][1])],
-            unit,
-        )
+        check = GuaranteeCheck(posterior.problem, end.plan, [(batches[0][0], batches[0][1])], unit)
         posterior._fit = replace(end, unit=unit, alpha=alpha)
         rows.append(
             {

@@ -103,7 +103,7 @@ def fit(model: Denoiser, images: Tensor, sizes: Sizes) -> nb.NullSpacePosterior:
     )
     posterior.fit(list(images.split(100)), num_samples=sizes.samples, progress=False)
     for _ in range(4):  # the growth is second order, so inverse to the prior precision
-        growth = posterior.certificate.score_loss / abs(posterior.certificate.map_accuracy)
+        growth = posterior.certificate.score_loss / abs(posterior.certificate.network_score)
         if growth <= GROWTH:
             break
         posterior.prior_precision *= 1.05 * growth / GROWTH
@@ -195,7 +195,7 @@ def ranking(score: Tensor, looks: dict[str, Tensor]) -> dict[str, float]:
 
 def sampled_loss(posterior: nb.Posterior, images: Tensor) -> float:
     """Relative change of the mean loss of ``images``, for the sampled networks themselves."""
-    prediction = posterior.predict(images, "sampled")
+    prediction = posterior.predict(images, method="sampled")
     before = denoising_loss(prediction.point, images).double().mean()
     draws = range(posterior.num_samples)
     out = prediction.outputs
@@ -266,9 +266,9 @@ def run(sizes: Sizes, out: Path, docs: bool = False) -> dict[str, Any]:
             "draws": sizes.draws,
             "certificate": certificate.as_dict(),
             "training_loss": {
-                "mean": certificate.map_accuracy,
-                "first_order": certificate.drift / certificate.map_accuracy,
-                "linearised": certificate.score_loss / certificate.map_accuracy,
+                "mean": certificate.network_score,
+                "first_order": certificate.drift / certificate.network_score,
+                "linearised": certificate.score_loss / certificate.network_score,
                 "sampled": sampled_loss(posterior, few),
             },
             "test_loss": {

@@ -103,7 +103,7 @@ def fit(model: Vae, images: Tensor, sizes: Sizes) -> nb.NullSpacePosterior:
     )
     posterior.fit(list(images.split(100)), num_samples=sizes.samples, progress=False)
     for _ in range(4):  # the growth is second order, so inverse to the prior precision
-        growth = posterior.certificate.score_loss / abs(posterior.certificate.map_accuracy)
+        growth = posterior.certificate.score_loss / abs(posterior.certificate.network_score)
         if growth <= GROWTH:
             break
         posterior.prior_precision *= 1.05 * growth / GROWTH
@@ -117,7 +117,7 @@ def draw_losses(posterior: nb.Posterior, x: Tensor, method: str) -> tuple[Tensor
     """Losses of the trained network ``(B,)`` and of the samples ``(S, B)``, a piece at a time."""
     point, moved = [], []
     for piece in x.split(100):
-        prediction = posterior.predict(piece, method)
+        prediction = posterior.predict(piece, method=method)
         point.append(negative_elbo(prediction.point, piece))
         draws = range(posterior.num_samples)
         out = prediction.outputs
@@ -134,7 +134,7 @@ def preserved(posterior: nb.Posterior, images: Tensor) -> dict[str, float]:
     _, sampled = draw_losses(posterior, images, "sampled")
     return {
         "mean": float(point.mean()),
-        "first_order": certificate.drift / certificate.map_accuracy,
+        "first_order": certificate.drift / certificate.network_score,
         "linearised": float(linearised.mean() / point.mean() - 1),
         "linearised_worst": float((linearised.mean(0) / point - 1).abs().max()),
         "sampled": float(sampled.mean() / point.mean() - 1),

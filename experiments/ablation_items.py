@@ -202,10 +202,10 @@ def scores(case: Case) -> Iterator[tuple[str, Entry]]:
             found = {"energy, network alone": -prediction.point.double().logsumexp(-1)}
             found |= novelty_scores(prediction)
             for name in ("variance", "information", "share"):
-                found[f"novelty(x, '{name}')"] = posterior.novelty(x, name)
+                found[f"novelty(x, '{name}')"] = posterior.novelty(x, score=name)
             if exact:
-                found["variance, exact"] = posterior.novelty(x, "variance", exact=True)
-                found["information, exact"] = posterior.novelty(x, "information", exact=True)
+                found["variance, exact"] = posterior.novelty(x, score="variance", exact=True)
+                found["information, exact"] = posterior.novelty(x, score="information", exact=True)
             parts.append(found)
         return {key: torch.cat([p[key].double() for p in parts]) for key in parts[0]}
 

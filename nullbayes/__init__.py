@@ -15,6 +15,7 @@ from nullbayes.constraints.preserve import Preserve as Preserve
 from nullbayes.constraints.preserve import register_preserve as register_preserve
 from nullbayes.errors import InputError as InputError
 from nullbayes.errors import MemoryBudgetError as MemoryBudgetError
+from nullbayes.errors import MissingExtraError as MissingExtraError
 from nullbayes.errors import ModelError as ModelError
 from nullbayes.errors import NonFiniteError as NonFiniteError
 from nullbayes.errors import NotFittedError as NotFittedError
@@ -23,7 +24,6 @@ from nullbayes.errors import NullBayesWarning as NullBayesWarning
 from nullbayes.errors import SolverError as SolverError
 from nullbayes.errors import StorageError as StorageError
 from nullbayes.fit.plan import Plan as Plan
-from nullbayes.fit.plan import plan as plan
 from nullbayes.likelihood import Binary as Binary
 from nullbayes.likelihood import Classification as Classification
 from nullbayes.likelihood import Likelihood as Likelihood
@@ -36,7 +36,9 @@ from nullbayes.posterior.layers import LayerNullSpacePosterior as LayerNullSpace
 from nullbayes.posterior.loading import load as load
 from nullbayes.posterior.posterior import LaplacePosterior as LaplacePosterior
 from nullbayes.posterior.posterior import NullSpacePosterior as NullSpacePosterior
+from nullbayes.posterior.posterior import plan as plan
 from nullbayes.posterior.prediction import Prediction as Prediction
+from nullbayes.solvers import register_solver as register_solver
 
 try:
     __version__ = version("nullbayes")

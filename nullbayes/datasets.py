@@ -7,7 +7,7 @@ is random takes a seed or a generator. Images are float32 in [0, 1], shaped (N, 
 
 from __future__ import annotations
 
-import gzip
+import hashlib
 import math
 import struct
 import zlib
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from nullbayes.errors import InputError, MissingExtraError
+from nullbayes.errors import InputError, MissingExtraError, StorageError
 
 FASHION_MNIST_DIRS = (
     Path("/usr/share/datasets/fashion-mnist"),
@@ -37,6 +37,7 @@ _FASHION_MNIST_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+_IDX_DIMENSIONS = 32  # what NumPy took for long
 _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
@@ -219,7 +220,7 @@ def fashion_mnist(
     for part, (images, labels) in _FASHION_MNIST_FILES.items():
         pixels, targets = read_idx(_idx_file(folder, images)), read_idx(_idx_file(folder, labels))
         if pixels.ndim != 3 or targets.ndim != 1 or len(pixels) != len(targets):
-            raise InputError(
+            raise StorageError(
                 f"{folder}: {images} has shape {tuple(pixels.shape)} and {labels} {tuple(targets.shape)}; expected "
                 "(N, 28, 28) and (N,). Get both files of one release again."
             )
@@ -256,38 +257,83 @@ def read_idx(path: str | Path) -> Tensor:
     """Read one IDX file, packed by gzip or not, and check that it is whole.
 
     The format: two zero bytes, the element type, the number of dimensions, the sizes as big-endian 32-bit integers,
-    then the elements.
+    then the elements. A packed file carries a checksum; one that is not packed is checked against ``NAME.sha256``
+    (what `sha256sum NAME > NAME.sha256` writes) where that lies beside it.
+
+    Raises:
+        StorageError: missing, damaged, cut off, or no IDX file.
     """
     path = Path(path)
     again = f"Get the file {path.name} again."
     try:
         raw = path.read_bytes()
-        data = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(
+        _check_digest(path, raw)
+        data = _unpacked(raw) if raw[:2] == b"\x1f\x8b" else raw
+    except StorageError:
+        raise
+    except (EOFError, zlib.error, MemoryError) as error:
+        raise StorageError(
             f"{path}: the gzip stream is damaged or cut off ({error}). {again}"
         ) from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
-    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _IDX_TYPES:
-        raise InputError(
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"{path} cannot be read: {reason}.") from error
+    if (
+        len(data) < 4
+        or data[:2] != b"\0\0"
+        or data[2] not in _IDX_TYPES
+        or data[3] > _IDX_DIMENSIONS
+    ):
+        raise StorageError(
             f"{path} is not an IDX file: its first bytes are {data[:4].hex(' ') or 'missing'}. {again}"
         )
-    dtype, dims = np.dtype(_IDX_TYPES[data[2]]), data[3]
-    start = 4 + 4 * dims
-    if len(data) < start:
-        raise InputError(
-            f"{path} is cut off inside its header: {len(data)} bytes, expected at least {start}. {again}"
+    dtype, shape, expected = _idx_header(data)
+    if len(shape) < data[3]:
+        raise StorageError(
+            f"{path} is cut off inside its header: {len(data)} bytes, expected at least {4 + 4 * data[3]}. {again}"
         )
-    shape = struct.unpack(f">{dims}I", data[4:start])
-    expected = start + math.prod(shape) * dtype.itemsize
     if len(data) != expected:
         kind = "cut off" if len(data) < expected else "followed by something else"
-        raise InputError(
+        raise StorageError(
             f"{path} is {kind}: {len(data)} bytes, its header {shape} means {expected}. {again}"
         )
-    array = np.frombuffer(data, dtype=dtype, offset=start).reshape(shape)
+    array = np.frombuffer(data, dtype=dtype, offset=4 + 4 * len(shape)).reshape(shape)
     return torch.from_numpy(array.astype(dtype.newbyteorder("=")))
+
+
+def _idx_header(data: bytes) -> tuple[np.dtype[Any], tuple[int, ...], int]:
+    """Element type, sizes (fewer than promised where the data end), and the bytes that the whole file has."""
+    dtype = np.dtype(_IDX_TYPES[data[2]])
+    there = min(data[3], (len(data) - 4) // 4)
+    shape = struct.unpack(f">{there}I", data[4 : 4 + 4 * there])
+    return dtype, shape, 4 + 4 * data[3] + math.prod(shape) * dtype.itemsize
+
+
+def _unpacked(raw: bytes) -> bytes:
+    """What a gzip file holds, and no more than one byte beyond what an IDX header at its beginning promises."""
+    stream = zlib.decompressobj(wbits=31)
+    data = stream.decompress(raw, 4 + 4 * _IDX_DIMENSIONS)
+    expected = len(data)
+    if len(data) >= 4 and data[2] in _IDX_TYPES and data[3] <= _IDX_DIMENSIONS:
+        # A stream grows to no more than 1032 times its length, whatever the header says.
+        expected = max(expected, min(_idx_header(data)[2], 1100 * len(raw)))
+    while not stream.eof and len(data) <= expected:
+        more = stream.decompress(stream.unconsumed_tail, expected + 1 - len(data))
+        if not more and not stream.eof:
+            raise EOFError("it ends before its end")
+        data += more
+    return data + stream.unused_data
+
+
+def _check_digest(path: Path, raw: bytes) -> None:
+    beside = path.with_name(path.name + ".sha256")
+    if not beside.is_file():
+        return
+    told = beside.read_text(errors="replace").split()
+    if not told or told[0].lower() != hashlib.sha256(raw).hexdigest():
+        raise StorageError(
+            f"{path} is damaged: its SHA-256 is not the one in {beside.name}. Get the file {path.name} again."
+        )
 
 
 def rotated(images: Tensor, angles: float | Sequence[float]) -> Tensor:

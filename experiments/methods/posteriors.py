@@ -15,6 +15,7 @@ import nullbayes as nb
 from experiments.methods.base import Case, Draws, Method, Tuned, Variant, information, tune
 from experiments.methods.weights import last_weights, sampled
 from experiments.tasks import Scale
+from nullbayes.certificate.certificate import RENAMED
 from nullbayes.datasets import Split
 
 BATCH = 250
@@ -92,7 +93,9 @@ def certificate_details(posterior: Any) -> dict[str, Any]:
         "unseen_divergence", "notes",
     )  # fmt: skip
     every = posterior.certificate.as_dict()
-    return {key: every.get(key) for key in keys}
+    return {
+        key: every.get(RENAMED.get(key, key)) for key in keys
+    }  # pieces have the names of version 0.1
 
 
 class NullSpace(Method):
@@ -111,7 +114,7 @@ class NullSpace(Method):
         _, unit = unit_draws(self.posterior, few)
         unit = self.posterior.likelihood.centre(unit).double()
         drawn = unit.square().mean(0).sum(-1) / self.posterior.prior_precision
-        default = self.posterior.novelty(few, "variance").double()
+        default = self.posterior.novelty(few, score="variance").double()
         self.exact = not torch.allclose(default, drawn, rtol=1e-3)
         if not self.exact:
             self.posterior = slim(self.posterior)
@@ -188,7 +191,7 @@ class NullSpace(Method):
         linear = [key for key in only if "sampled" not in key]
         if linear:
             point, unit = unit_draws(self.posterior, x)
-            exact = self.posterior.novelty(x, "variance") if self.exact else None
+            exact = self.posterior.novelty(x, score="variance") if self.exact else None
             tells = told(point, unit, self.natural)
             for key in linear:
                 alpha = self.alphas[key]

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from html import escape
 from typing import Any
 
+from nullbayes.certificate.verdict import NUMERICAL_DRIFT, NUMERICAL_RESIDUAL, verdict_of
+from nullbayes.common.deprecation import warn_deprecated
 from nullbayes.common.memory import format_bytes
+from nullbayes.likelihood.score import score_named
 from nullbayes.solvers.base import Status
 
-# What the directions below `delta` may leave of the prior's effect on the training rows.
-NUMERICAL_RESIDUAL = 0.05
-# The same as an absolute change: half the square is a hundredth of a nat for each example.
-NUMERICAL_DRIFT = 0.1
-# The same as a Kullback-Leibler divergence from the trained network's prediction, per observation, in nats.
-ALLOWED_DIVERGENCE = NUMERICAL_DRIFT**2 / 2
-# The same for examples that a posterior has not seen (leave-one-out).
-ALLOWED_UNSEEN = 0.02
-# From here on a certificate says that validation data should decide.
-NOTABLE_UNSEEN = 0.01
-# How far that may raise the prior precision above the evidence's before a certificate says that what is kept says
-# little of other data (a Swin-T of which 256 of 10,000 images are kept: 2,200 times).
-FAR_RAISED = 100.0
-
-# Growth of the training score, relative to itself, that a held guarantee may show.
-ALLOWED_GROWTH = {"rmse": 1e-3, "loss": 1e-2}
+NULL_SPACE = "null-space"
+#: fields of version 0.1 -> what they are called now, that they hold an RMSE or a loss as well
+RENAMED = {
+    "map_accuracy": "network_score",
+    "posterior_accuracy": "posterior_score",
+    "unseen_divergence": "left_out_divergence",
+}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Certificate:
     """What a fit reached, in figures and in words (``verdict``). ``print`` it.
 
@@ -42,10 +37,10 @@ class Certificate:
             between the trained network's prediction and a sample's.
         natural_units: whether ``row_drift`` has such units (not for raw outputs).
         output_drift: RMS change of the raw outputs (softmax: up to a constant), linearised.
-        unseen_divergence: mean Kullback-Leibler divergence in nats between the trained network's prediction for an
+        left_out_divergence: mean Kullback-Leibler divergence in nats between the trained network's prediction for an
             example and a sample's, had the example been left out of the fit: an estimate of what happens on other
             data of the same kind. None where the solver cannot tell, or means do not depend on the samples.
-        map_accuracy, posterior_accuracy: accuracy of the trained network and of the posterior's mean
+        network_score, posterior_score: accuracy of the trained network and of the posterior's mean
             prediction on the checked training examples; RMSE for regression; for a callable loss its mean at
             the trained network's outputs, and at those of the samples (``score_name``).
         constraints, parameters: the shape ``(M, P)`` of the constraint matrix.
@@ -72,8 +67,8 @@ class Certificate:
     row_drift: float
     natural_units: bool
     output_drift: float
-    map_accuracy: float
-    posterior_accuracy: float
+    network_score: float
+    posterior_score: float
     score_name: str
     constraints: int
     parameters: int
@@ -95,23 +90,46 @@ class Certificate:
     generic: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
     stages: dict[str, float] = field(default_factory=dict)
-    unseen_divergence: float | None = None
+    left_out_divergence: float | None = None
     evidence: float | None = None
 
-    @property
-    def projects(self) -> bool:
-        """Whether a guarantee was promised at all (not for Laplace)."""
-        return self.method == "null-space"
+    def joined(self, new: dict[str, Any], measured: dict[str, Any] | None) -> Certificate:
+        """The certificate of these samples and ``new["num_samples"]`` more.
+
+        Args:
+            new: residual, row drift, share of the prior, status and iterations of the new ones.
+            measured: drifts and scores of all of them; None where that cannot be measured.
+        """
+        here, there = self.num_samples, new["num_samples"]
+
+        def mean(a: float, b: float) -> float:
+            return (here * a + there * b) / (here + there)
+
+        worse = new["status"] not in (Status.CONVERGED, Status.NUMERICAL)
+        return replace(
+            self,
+            residual=max(self.residual, new["residual"]),
+            row_drift=math.sqrt(mean(self.row_drift**2, new["row_drift"] ** 2)),
+            prior_share=mean(self.prior_share, new["prior_share"]),
+            status=new["status"].value if worse else self.status,
+            iterations=self.iterations + new["iterations"],
+            num_samples=here + there,
+            **(measured or {}),
+        )
 
     @property
-    def _score(self) -> str:
-        return "RMSE" if self.score_name == "rmse" else self.score_name
+    def promises(self) -> bool:
+        """Whether a guarantee was promised at all (not for Laplace)."""
+        return self.method == NULL_SPACE
+
+    @property
+    def score_label(self) -> str:
+        return score_named(self.score_name).label
 
     @property
     def score_loss(self) -> float:
         """How much worse the posterior scores on training data than the trained network."""
-        change = self.posterior_accuracy - self.map_accuracy
-        return -change if self.score_name == "accuracy" else change
+        return score_named(self.score_name).worsened(self.network_score, self.posterior_score)
 
     @property
     def held(self) -> bool:
@@ -120,9 +138,9 @@ class Certificate:
         Regression: RMSE grown by less than 1e-3 of itself; classification: no accuracy lost; a callable loss:
         its mean over the samples, which is second order, grown by less than 1e-2 of itself.
         """
-        allowed = ALLOWED_GROWTH.get(self.score_name, 0.0) * abs(self.map_accuracy)
+        allowed = score_named(self.score_name).allowed_growth * abs(self.network_score)
         kept = not math.isnan(self.score_loss) and self.score_loss <= allowed + 1e-12
-        return self.projects and self.small_residual and self.null_dim > 0 and kept
+        return self.promises and self.small_residual and self.null_dim > 0 and kept
 
     @property
     def small_residual(self) -> bool:
@@ -139,97 +157,13 @@ class Certificate:
     @property
     def verdict(self) -> str:
         """The certificate in words."""
-        name = self._score
-        scores = f"training {name} {self.map_accuracy:.4f} → {self.posterior_accuracy:.4f}"
-        if not self.projects:
-            cost = f"it costs {self.score_loss:.4f} here" if self.score_loss > 0 else "it did here"
-            if math.isnan(self.score_loss):
-                cost = f"no training {name} could be measured"
-            keep = f"A Laplace posterior does not promise to keep training predictions; {cost}"
-            text = f"{keep} ({scores})."
-            if self.status not in (Status.CONVERGED.value, Status.NUMERICAL.value):
-                text += f" Its samples are not exact: {self.status}."
-            return text
-        if self.held:
-            text = f"The guarantee held: {scores}. Samples move {self.preserve} by "
-            text += f"{self.drift:.2g} (RMS), {self._left()} of what the prior would."
-        else:
-            text = " ".join(self._weaknesses(scores, name))
-        return " ".join([text, *self._advice()])
+        return verdict_of(self)
 
-    def _weaknesses(self, scores: str, name: str) -> list[str]:
-        out = ["The guarantee is weak:"]
-        if self.null_dim == 0:
-            out.append(
-                f"the null space is empty, the data determine all {self.parameters} weights; keep "
-                "less of each example (`directions=`, `preserve='loss'`), fewer examples, or use "
-                "`LaplacePosterior`."
-            )
-        if not self.small_residual:
-            out.append(
-                f"the residual {self.residual:.1e} misses the tolerance {self.tolerance:.1e}; "
-                f"{self.status}."
-            )
-        if math.isnan(self.score_loss):
-            out.append(f"no training {name} could be measured.")
-        elif self.score_loss > 0:
-            out.append(f"{scores}.")
-        return out
-
-    def _advice(self) -> list[str]:
-        out = []
-        if 0 < self.null_dim < 0.05 * self.parameters:
-            share = 100 * self.null_dim / self.parameters
-            out.append(
-                f"Only {share:.1f} % of the weight directions are free, so uncertainty off the data "
-                "will be small; constrain less (`directions='auto'`, `preserve='loss'`)."
-            )
-        if self.projects and self.constraints > self.parameters:
-            kept = 100 * self.prior_share
-            out.append(
-                f"There are more constraints ({self.constraints:,}) than weights ({self.parameters:,}): the null "
-                f"space is numerical. {kept:.0f} % of the prior's variance survived; a sample moves an example's "
-                f"row by {self.row_drift:.2g} (RMS)."
-            )
-            if kept < 50:
-                out.append(
-                    "To keep more of it, accept a larger residual (`tolerance=`, `drift=`) or `delta`, or "
-                    "constrain less (`max_examples=`, `directions='auto'`, `preserve='loss'`)."
-                )
-        if self.drift > 0 and self.sampled_drift > max(0.02, 10 * self.drift):
-            out.append(
-                f"The sampled network drifts at second order ({self.sampled_drift:.3g} against "
-                f"{self.drift:.3g} linearised): predict with method='linearised'."
-            )
-        if self.discarded_trace > 0:
-            out.append(f"{100 * self.discarded_trace:.2f} % of the Hessians' trace was left out.")
-        return [*out, *self.notes, *self._on_the_prior()]
-
-    def _on_the_prior(self) -> list[str]:
-        """Nothing once something else than the evidence has decided."""
-        if self.evidence is None:
-            return []
-        out = []
-        if self.prior_precision > self.evidence:
-            out.append(
-                f"The evidence alone would set the prior precision to {self.evidence:.3g}; it was raised to "
-                f"{self.prior_precision:.3g}, where samples move training predictions by {ALLOWED_DIVERGENCE:g} nats "
-                f"at most, and those of examples that are left out by {ALLOWED_UNSEEN:g}."
-            )
-        unseen = self.unseen_divergence or 0.0
-        if unseen >= NOTABLE_UNSEEN and self.prior_precision > FAR_RAISED * self.evidence:
-            out.append(
-                "What is kept says little of other data: keep more examples, or let fewer weights move (`parameters=`, "
-                "the names of the last layers; a twentieth of the weights, say), of which the data determine more. "
-                "That is often the better posterior of a large network."
-            )
-        if unseen >= NOTABLE_UNSEEN:
-            out.append(
-                f"Samples move predictions of left-out examples by {unseen:.2g} nats, more where the network is less "
-                "sure than on training data: if it is well calibrated already, that costs. `calibrate` decides on "
-                "validation data."
-            )
-        return out
+    def __getattr__(self, name: str) -> Any:
+        if name in RENAMED:
+            warn_deprecated(f"`Certificate.{name}`", f"`Certificate.{RENAMED[name]}`")
+            return getattr(self, RENAMED[name])
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, ``held`` and ``verdict``; JSON-able."""
@@ -238,16 +172,13 @@ class Certificate:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Certificate:
-        """The inverse of :meth:`as_dict`."""
+        """The inverse of :meth:`as_dict`, that of version 0.1 included."""
+        values = {RENAMED.get(name, name): value for name, value in values.items()}
         known = {f.name for f in fields(cls)}
         kept: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known
         }
         return cls(**kept)
-
-    def _left(self) -> str:
-        percent = 100 * self.residual
-        return f"{percent:.1f} %" if percent >= 0.1 else f"{self.residual:.0e}"
 
     def _residual_note(self) -> str:
         if self.residual <= self.tolerance or self.status != Status.NUMERICAL.value:
@@ -256,15 +187,15 @@ class Certificate:
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the printed table."""
-        score = self._score
+        score = self.score_label
         out = [
             ("method", f"{self.method} posterior, keeps {self.preserve}"),
             ("residual ‖AΔ‖/‖Aε‖", f"{self.residual:.2e}  ({self._residual_note()})"),
-            (f"training {score}", f"{self.map_accuracy:.4f} → {self.posterior_accuracy:.4f}"),
+            (f"training {score}", f"{self.network_score:.4f} → {self.posterior_score:.4f}"),
             ("drift, linearised", f"{self.drift:.3g}  (raw outputs {self.output_drift:.3g})"),
             ("drift of a row, RMS", f"{self.row_drift:.3g}"),
             ("drift, sampled network", f"{self.sampled_drift:.3g}"),
-            *self._unseen(),
+            *self._left_out(),
             ("constraints × weights", f"{self.constraints:,} × {self.parameters:,}"),
             ("rank, null space", f"{self.rank:,}, {self.null_dim:,}"),
             ("prior variance kept", f"{100 * self.prior_share:.1f} %"),
@@ -280,10 +211,17 @@ class Certificate:
             out.append(("generic path", f"{len(self.generic)} tensors: {names}"))
         return out
 
-    def _unseen(self) -> list[tuple[str, str]]:
-        if self.unseen_divergence is None:
+    def _left_out(self) -> list[tuple[str, str]]:
+        if self.left_out_divergence is None:
             return []
-        return [("divergence, left out", f"{self.unseen_divergence:.3g} nats")]
+        return [("divergence, left out", f"{self.left_out_divergence:.3g} nats")]
+
+    def __repr__(self) -> str:
+        return f"Certificate(held={self.held}, {self.method}, preserves {self.preserve})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><th>{escape(n)}</th><td>{escape(v)}</td></tr>" for n, v in self.rows())
+        return f"<table>{rows}</table><p>{escape(self.verdict)}</p>"
 
     def __str__(self) -> str:
         rows = self.rows()

@@ -14,18 +14,15 @@ import torch
 from torch import Tensor
 
 from nullbayes.certificate.measure import Batch, GuaranteeCheck
-from nullbayes.constraints.directions import Directions
-from nullbayes.constraints.preserve import Preserve
+from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import TrainingRows
-from nullbayes.likelihood import Likelihood
 from nullbayes.model.batch import Inputs, batch_size, select
 from nullbayes.solvers import State
+from nullbayes.solvers.dual import rows_left_out
 
 # Examples left out at most, each by itself, and multiplications of all that: about a second's work.
 MOST_EXAMPLES = 500
-MOST_WORK = 1e10
 MOST_BYTES = 2**27  # of what samples do to their outputs
-FEWEST_ROWS = 128
 # Examples held out together while a solver iterates: a share of all, at least so many where there are twice as many.
 HELD_SHARE = 0.02
 FEWEST_HELD = 64
@@ -40,19 +37,19 @@ class Held:
     spans: list[slice]
 
 
-def held_out(rows: TrainingRows, likelihood: Likelihood, vectors: Tensor) -> list[Held]:
+def held_out(problem: Problem, rows: TrainingRows, vectors: Tensor) -> list[Held]:
     """Some examples, evenly spaced, for :meth:`State.project_without`; none where their predictions cannot move.
 
     Args:
         vectors: ``(S, P)``, what is projected.
     """
-    if likelihood.score_name != "accuracy" or not rows.kept:
+    if not problem.likelihood.mean_moves or not rows.checked:
         return []
     wanted = max(FEWEST_HELD, round(HELD_SHARE * rows.examples))
     limit = min(wanted, MOST_EXAMPLES, rows.examples // 2)
     out = []
     for which, numbers, index in _chosen(rows, limit) if limit else []:
-        inputs, targets = rows.kept[which]
+        inputs, targets = rows.checked[which]
         size = batch_size(inputs)
         assert size == len(numbers)
         some = index.to(vectors.device)
@@ -62,13 +59,7 @@ def held_out(rows: TrainingRows, likelihood: Likelihood, vectors: Tensor) -> lis
 
 
 def left_out(
-    state: State,
-    prior: Tensor,
-    rows: TrainingRows,
-    check: GuaranteeCheck,
-    likelihood: Likelihood,
-    preserve: Preserve,
-    directions: Directions,
+    problem: Problem, state: State, prior: Tensor, rows: TrainingRows, check: GuaranteeCheck
 ) -> list[Batch]:
     """Some checked examples with what samples at prior precision one do to each if it is left out.
 
@@ -82,7 +73,7 @@ def left_out(
         Batches as ``check`` has them; empty where the solver cannot tell, or for a likelihood whose predictions
         keep their mean whatever the samples do.
     """
-    if likelihood.score_name != "accuracy" or not check.batches:
+    if not problem.likelihood.mean_moves or not check.batches:
         return []
     each = check.batches[0][1][:, :1].nbytes
     m = rows.operator.shape[0]
@@ -101,24 +92,19 @@ def left_out(
         targets = select(targets, index)
         values = found[at : at + len(index)]
         at += len(index)
-        cotangents = preserve.cotangents(likelihood, point, targets, directions).values.double()
+        cotangents = problem.cotangents(point, targets).values.double()
         changes = [_changed(unit[:, b], cotangents[:, b], values[b]) for b in range(len(index))]
         out.append((point, torch.stack(changes, 1), targets))
     return out
 
 
-def rows_left_out(m: int) -> int:
-    """Of ``m`` rows, how many are left out at most: their columns of the inverse stay well below a factorisation."""
-    return max(FEWEST_ROWS, min(m // 4, int(MOST_WORK / max(1, m) ** 2)))
-
-
 def _chosen(rows: TrainingRows, limit: int) -> list[tuple[int, range, Tensor]]:
     """Evenly spaced examples, ``limit`` at most: which checked batch, its examples' numbers, and which of them."""
-    total = sum(len(numbers) for numbers in rows.kept_numbers)
+    total = sum(len(numbers) for numbers in rows.checked_numbers)
     step = max(1.0, total / limit)
     wanted = torch.arange(0, total, step).long().unique()
     out, before = [], 0
-    for which, numbers in enumerate(rows.kept_numbers):
+    for which, numbers in enumerate(rows.checked_numbers):
         index = wanted[(wanted >= before) & (wanted < before + len(numbers))] - before
         if len(index):
             out.append((which, numbers, index))
@@ -128,7 +114,8 @@ def _chosen(rows: TrainingRows, limit: int) -> list[tuple[int, range, Tensor]]:
 
 def _changed(unit: Tensor, cotangents: Tensor, values: Tensor) -> Tensor:
     """``(S, *out)``: the change ``unit`` with ``values (S, k)`` along the rows of ``cotangents (C, *out)``."""
-    flat, b = unit.flatten(1).double(), cotangents.flatten(1)
+    flat = unit.reshape(len(unit), -1).double()
+    b = cotangents.reshape(len(cotangents), -1)
     b = b[
         : values.shape[1]
     ]  # with directions="auto", rows that an example does not need are not there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,15 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nullbayes.certificate.certificate import ALLOWED_DIVERGENCE, ALLOWED_GROWTH, ALLOWED_UNSEEN
-from nullbayes.constraints.preserve import Preserve
+from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE, ALLOWED_LEFT_OUT
+from nullbayes.constraints.problem import Problem
 from nullbayes.errors import NonFiniteError
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.linearise import linearised_outputs, sampled_outputs
-from nullbayes.likelihood import Likelihood
 from nullbayes.likelihood.helpers import mirrored
 from nullbayes.model.batch import Inputs, batch_size, take
-from nullbayes.model.functional import FunctionalModel
 
 SAMPLED_EXAMPLES = 128
 SAMPLED_DRAWS = 10
@@ -34,49 +33,61 @@ class GuaranteeCheck:
 
     def __init__(
         self,
-        functional: FunctionalModel,
+        problem: Problem,
         plan: CapturePlan,
-        likelihood: Likelihood,
-        preserve: Preserve,
-        kept: Sequence[tuple[Inputs, Any]],
+        examples: Sequence[tuple[Inputs, Any]],
         samples: Tensor,
     ) -> None:
-        self.functional, self.likelihood, self.preserve = functional, likelihood, preserve
-        self.samples = samples
+        self.problem, self.likelihood, self.samples = problem, problem.likelihood, samples
+        functional, self.plan = problem.functional, plan
+        self.inputs = [inputs for inputs, _ in examples]
         self.batches: list[Batch] = [
             (*linearised_outputs(functional, plan, samples, inputs), targets)
-            for inputs, targets in kept
+            for inputs, targets in examples
         ]
         #: some of them, each as under a posterior that has not seen it (``leave_one_out.py``)
         self.left_out: list[Batch] = []
         self.few: list[tuple[Inputs, Any]] = []
         room = SAMPLED_EXAMPLES
-        for inputs, targets in kept:
+        for inputs, targets in examples:
             whole = batch_size(inputs)
             size = min(room, whole)
             if size:
                 self.few.append((take(inputs, 0, size), take(targets, 0, size, whole)))
             room -= size
 
+    def with_more(self, samples: Tensor) -> GuaranteeCheck:
+        """The same examples under more samples ``(S', P)``; those left out stay with the samples that they had."""
+        more = copy.copy(self)
+        more.samples = torch.cat([self.samples, samples])
+        more.batches = [
+            (point, torch.cat([unit, self._changes(inputs, samples)]), targets)
+            for (point, unit, targets), inputs in zip(self.batches, self.inputs, strict=True)
+        ]
+        return more
+
+    def _changes(self, inputs: Inputs, samples: Tensor) -> Tensor:
+        return linearised_outputs(self.problem.functional, self.plan, samples, inputs)[1]
+
     @property
     def examples(self) -> int:
         return sum(len(point) for point, _, _ in self.batches)
 
-    def divergence(self, scale: float, unseen: bool = False) -> float:
+    def divergence(self, scale: float, *, left_out: bool = False) -> float:
         """Mean divergence of a sample's training predictions, linearised, in nats per observation.
 
         Args:
-            unseen: of the examples in ``left_out`` instead.
+            left_out: of the examples in ``left_out`` instead.
         """
         total, count = 0.0, 0
         with torch.no_grad():
-            for point, unit, targets in self.left_out if unseen else self.batches:
+            for point, unit, targets in self.left_out if left_out else self.batches:
                 values = self.likelihood.divergence(point, point + scale * unit, targets)
                 total += float(values.double().sum())
                 count += values.numel()
         return total / max(count, 1)
 
-    def keeping(self, alpha: float, allowed: float = ALLOWED_DIVERGENCE) -> float:
+    def bounded_precision(self, alpha: float, allowed: float = ALLOWED_DIVERGENCE) -> float:
         """``alpha``, or the least larger prior precision (to a few per cent) at which predictions stand.
 
         Those of examples that are left out may move four times as far. A callable loss may also not grow by more than
@@ -104,11 +115,13 @@ class GuaranteeCheck:
     def _excess(self, scale: float, allowed: float) -> float:
         excess = self.divergence(scale) / allowed
         if self.left_out and excess <= 1:  # no need to look further where it is above already
-            excess = max(excess, self.divergence(scale, unseen=True) / ALLOWED_UNSEEN)
-        if self.likelihood.score_name != "loss":
+            excess = max(excess, self.divergence(scale, left_out=True) / ALLOWED_LEFT_OUT)
+        score = self.likelihood.score_kind
+        if not score.bounds_prior:
             return excess
         before, after = self._scores(scale)
-        return max(excess, (after - before) / (0.5 * ALLOWED_GROWTH["loss"] * abs(before) + 1e-300))
+        allowed = 0.5 * score.allowed_growth * abs(before) + 1e-300
+        return max(excess, score.worsened(before, after) / allowed)
 
     def _scores(self, scale: float) -> tuple[float, float]:
         """Training score of the trained network, and of the samples times ``scale``."""
@@ -118,7 +131,9 @@ class GuaranteeCheck:
             for point, unit, targets in self.batches:
                 for sums, values in ((before, point[None]), (after, point + scale * unit)):
                     both = mirrored(values, point)
-                    total, count = likelihood.score_draws(both, point, True, targets)
+                    total, count = likelihood.score_draws(
+                        both, point, linearised=True, targets=targets
+                    )
                     sums[0] += total
                     sums[1] += count
         return (
@@ -132,21 +147,21 @@ class GuaranteeCheck:
         with torch.no_grad():
             for point, unit, targets in self.batches:
                 moved = point + scale * unit
-                change.add(self.preserve.change(likelihood, point, moved, targets, True))
+                change.add(self.problem.change(point, moved, targets, linear=True))
                 outputs.add(likelihood.centre(scale * unit))
             sampled = _Rms()
             for inputs, targets in self.few:
                 some = self.samples[:SAMPLED_DRAWS]
-                point, moved = sampled_outputs(self.functional, some, inputs, scale=scale)
-                sampled.add(self.preserve.change(likelihood, point, moved, targets, False))
+                point, moved = sampled_outputs(self.problem.functional, some, inputs, scale=scale)
+                sampled.add(self.problem.change(point, moved, targets, linear=False))
         before, after = self._scores(scale)
         return {
             "drift": change.value,
             "output_drift": outputs.value,
             "sampled_drift": sampled.value,
-            "unseen_divergence": self.divergence(scale, True) if self.left_out else None,
-            "map_accuracy": before,
-            "posterior_accuracy": after,
+            "left_out_divergence": self.divergence(scale, left_out=True) if self.left_out else None,
+            "network_score": before,
+            "posterior_score": after,
         }
 
 

@@ -86,7 +86,7 @@ class Stages:
 
 
 @contextmanager
-def stages(show: bool) -> Iterator[Stages]:
+def stages(*, show: bool) -> Iterator[Stages]:
     """Bars for the length of a ``with`` block; an interrupt or an error removes them."""
     if not show:
         yield Stages(None)

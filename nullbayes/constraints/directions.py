@@ -14,9 +14,7 @@ from nullbayes.likelihood.helpers import to_float64
 
 Directions = int | Literal["auto"] | None
 
-
 AUTO_SHARE = 0.999  # share of each Hessian's trace that directions="auto" keeps
-
 
 # Elements of the float64 copy of the factors that `leading_directions` holds at a time (128 MB).
 _BLOCK = 1 << 24
@@ -29,6 +27,10 @@ class Cotangents:
     values: Tensor  # (C, B, *out): row (n, c) of A is values[c, n]ᵀ J_n
     discarded: Tensor  # (B,) part of `trace` that `directions` left out; 0 where all is kept
     trace: Tensor  # (B,) trace of H_n; for other modes the sum of squares of example n's cotangents
+
+    def cut(self, _: Tensor, piece: slice) -> Cotangents:
+        """Those of some examples, whatever their outputs: for rows that were settled beforehand."""
+        return Cotangents(self.values[:, piece], self.discarded[piece], self.trace[piece])
 
 
 def resolve_directions(directions: Any) -> Directions:

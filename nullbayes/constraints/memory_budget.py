@@ -12,24 +12,27 @@ from nullbayes.jacobian.capture.batches import CAPTURE_BYTES
 # Vectors of P numbers that the most demanding solver holds for a sample, and the share of what is left
 # beside them that rows may take.
 SOLVER_VECTORS = 9
-
-
 ROWS_SHARE = 0.6
-
-
-# Bytes of inputs and function draws that the certificate may hold on to.
+# Bytes of inputs and sampled outputs that the certificate may hold on to.
 CHECK_BYTES = 2**29
 
 
 @dataclass(frozen=True)
 class FitMemory:
-    """How a budget is divided. Bytes: rows in memory, one block of them, temporaries of a capture, and
-    examples with their function draws for the certificate."""
+    """How a budget is divided, in bytes.
+
+    Attributes:
+        rows: rows in memory; ``block``: one block of them.
+        temporaries: of the capture of one piece of a batch.
+        check: examples with their sampled outputs, for the certificate.
+        samples: how many sampled outputs an example has.
+    """
 
     rows: int
     block: int = BLOCK_BYTES
     temporaries: int = CAPTURE_BYTES
     check: int = CHECK_BYTES
+    samples: int = 1
 
     @staticmethod
     def of(budget: int, samples: int, columns: int, dtype: torch.dtype) -> FitMemory:
@@ -40,6 +43,7 @@ class FitMemory:
             block=min(BLOCK_BYTES, budget // 16),
             temporaries=min(CAPTURE_BYTES, budget // 8),
             check=min(CHECK_BYTES, budget // 16),
+            samples=samples,
         )
 
 

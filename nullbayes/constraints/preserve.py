@@ -67,7 +67,7 @@ class Preserve(ABC):
         """What is kept, as a phrase that ends "the posterior keeps ..."."""
 
     def change(
-        self, likelihood: Likelihood, point: Tensor, draws: Tensor, targets: Tensor, linear: bool
+        self, likelihood: Likelihood, point: Tensor, draws: Tensor, targets: Tensor, *, linear: bool
     ) -> Tensor:
         """How far draws ``(S, B, *out)`` move what is kept, element by element: ``(S, B, ...)``.
 
@@ -221,7 +221,7 @@ class Predictions(Preserve):
         return Cotangents(values, left.clamp_min(0).to(outputs), trace.to(outputs))
 
     def change(
-        self, likelihood: Likelihood, point: Tensor, draws: Tensor, targets: Tensor, linear: bool
+        self, likelihood: Likelihood, point: Tensor, draws: Tensor, targets: Tensor, *, linear: bool
     ) -> Tensor:
         """Change of the predicted probabilities (of the outputs, for regression)."""
         return likelihood.inverse_link(draws) - likelihood.inverse_link(point[None])
@@ -263,7 +263,7 @@ class Loss(Preserve):
         return likelihood.loss_gradient(outputs, targets).unsqueeze(0)
 
     def change(
-        self, likelihood: Likelihood, point: Tensor, draws: Tensor, targets: Tensor, linear: bool
+        self, likelihood: Likelihood, point: Tensor, draws: Tensor, targets: Tensor, *, linear: bool
     ) -> Tensor:
         """Change of each example's loss in nats, ``(S, B)``."""
         if linear:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,17 +11,15 @@ import torch
 from torch import Tensor
 
 from nullbayes.common.progress import ROWS, Stages
-from nullbayes.constraints.directions import Cotangents, Directions
+from nullbayes.constraints.directions import Cotangents
 from nullbayes.constraints.memory_budget import FitMemory
-from nullbayes.constraints.preserve import Preserve
+from nullbayes.constraints.problem import Problem
 from nullbayes.jacobian.block_storage import Keeper
 from nullbayes.jacobian.capture.batches import capture_batch
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.capture.verify import prove
 from nullbayes.jacobian.operator import JacobianOperator, check_block
-from nullbayes.likelihood import Likelihood
 from nullbayes.model.batch import Inputs, batch_size, select, take, tensor_leaves
-from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.loader import limited
 
 # Examples at most: predicting them linearised costs as much as capturing their rows.
@@ -35,21 +34,20 @@ class TrainingRows:
     plan: CapturePlan
     examples: int
     discarded_trace: float
-    kept: list[tuple[Inputs, Any]] = field(default_factory=list)  # examples for the certificate
-    kept_numbers: list[range] = field(default_factory=list)  # which of the data set's those are
+    checked: list[tuple[Inputs, Any]] = field(default_factory=list)  # examples for the certificate
+    checked_numbers: list[range] = field(default_factory=list)  # which of the data set's those are
     spans: list[slice] = field(default_factory=list)  # by example: its rows
 
 
-def fit_noise(
-    functional: FunctionalModel,
-    likelihood: Likelihood,
-    loader: Iterable[Any],
-    limit: int | None,
-    stage: Stages,
-) -> None:
-    """Let the likelihood estimate its observation noise from training residuals."""
+def with_fitted_noise(
+    problem: Problem, loader: Iterable[Any], limit: int | None, stage: Stages
+) -> Problem:
+    """The problem with observation noise as training residuals have it, where its likelihood estimates that."""
+    # On a copy: an error later on leaves the likelihood of an earlier fit as it was.
+    likelihood, functional = copy.deepcopy(problem.likelihood), problem.functional
+    problem = problem.explained_by(likelihood)
     if not likelihood.needs_noise_fit:
-        return
+        return problem
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         tracked = limited(functional, loader, "train_loader", limit)
@@ -60,18 +58,14 @@ def fit_noise(
             yield outputs, targets
 
     likelihood.fit_noise(pairs())
+    return problem
 
 
 def capture_training(
-    functional: FunctionalModel,
-    likelihood: Likelihood,
-    preserve: Preserve,
-    directions: Directions,
+    problem: Problem,
     loader: Iterable[Any],
     limit: int | None,
-    scales: dict[str, float] | None,
     memory: FitMemory,
-    draws: int,
     stage: Stages,
 ) -> TrainingRows:
     """Rows of all training examples, in the order of the loader.
@@ -79,58 +73,91 @@ def capture_training(
     With ``directions="auto"`` examples need different numbers of rows: those of a batch that need as
     many are captured together, so no row is stored in vain.
 
-    The first examples are kept aside for the certificate, as many as ``draws`` function draws can be
-    held for: a second pass over a shuffled or augmented loader would not see the same ones.
-
     Args:
         memory: what rows may take (more goes elsewhere, see ``block_storage.py``), and temporaries.
 
     Raises:
         MemoryBudgetError: what has to stay in memory outgrows ``memory.rows``.
     """
-    plan: CapturePlan | None = None
-    keeper: Keeper | None = None
-    examples, trace, discarded, captured = 0, 0.0, 0.0, 0
-    kept: list[tuple[Inputs, Any]] = []
-    kept_numbers: list[range] = []
-    left, checked = memory.check, 0
+    functional = problem.functional
+    capturing: _Capturing | None = None
     track = stage.track(loader, ROWS)
     for index, inputs, targets in limited(functional, track, "train_loader", limit):
         where = f"train_loader, batch {index}"
         outputs = functional.outputs(inputs, where)
-        likelihood.validate(outputs, targets, where)
-        targets = likelihood.prepare_targets(outputs, targets)
-        if plan is None or keeper is None:
+        targets = problem.checked_targets(outputs, targets, where)
+        if capturing is None:
             plan = prove(functional, inputs)
-            likelihood.check_reach(outputs, targets)
-            keeper = Keeper(functional, plan, scales, memory.rows, memory.block)
-        rows = preserve.rows(likelihood, tuple(outputs.shape[1:]), directions)
-        for some, make, count, which in row_groups(
-            likelihood, preserve, directions, inputs, outputs, targets, rows
-        ):
-            pieces = capture_batch(functional, plan, some, make, count, scales, memory.temporaries)
-            numbers = which + examples
-            for block, piece, made in pieces:
-                check_block(block, captured)
-                mine, numbers = numbers[: block.examples], numbers[block.examples :]
-                keeper.add(block, piece, made.values, mine)
-                captured += 1
-                trace += float(made.trace.double().sum())
-                discarded += float(made.discarded.double().sum())
+            problem.likelihood.check_reach(outputs, targets)
+            capturing = _Capturing(problem, plan, memory)
+        capturing.add(inputs, outputs, targets)
+    assert capturing is not None
+    return capturing.finish()
+
+
+class _Capturing:
+    """One pass over the training data: rows so far, and the examples that the certificate will look at.
+
+    These are the first ones, as many as their sampled outputs can be held for: a second pass over a shuffled or
+    augmented loader would not see the same ones.
+    """
+
+    def __init__(self, problem: Problem, plan: CapturePlan, memory: FitMemory) -> None:
+        self.problem, self.plan, self.memory = problem, plan, memory
+        self.keeper = Keeper(
+            problem.functional, plan, problem.scale_by_name, memory.rows, memory.block
+        )
+        self.examples, self.captured = 0, 0
+        self.trace, self.discarded = 0.0, 0.0
+        self.checked: list[tuple[Inputs, Any]] = []
+        self.checked_numbers: list[range] = []
+        self.left, self.count = memory.check, 0
+
+    def add(self, inputs: Inputs, outputs: Tensor, targets: Any) -> None:
+        """The rows of one batch, of which the examples are numbered on."""
+        for group in row_groups(self.problem, inputs, outputs, targets):
+            self._add_group(group)
+        self._check_later(inputs, outputs, targets)
+        self.examples += batch_size(inputs)
+
+    def _add_group(self, group: RowGroup) -> None:
+        memory, numbers = self.memory, group.which + self.examples
+        scales = self.problem.scale_by_name
+        pieces = capture_batch(
+            self.problem.functional,
+            self.plan,
+            group.inputs,
+            group.make,
+            group.count,
+            scales,
+            memory.temporaries,
+        )
+        for block, piece, made in pieces:
+            check_block(block, self.captured)
+            mine, numbers = numbers[: block.examples], numbers[block.examples :]
+            self.keeper.add(block, piece, made.values, mine)
+            self.captured += 1
+            self.trace += float(made.trace.double().sum())
+            self.discarded += float(made.discarded.double().sum())
+
+    def _check_later(self, inputs: Inputs, outputs: Tensor, targets: Any) -> None:
         size = batch_size(inputs)
-        each = draws * outputs[0].nbytes + sum(t.nbytes for t in tensor_leaves(inputs)) // size
-        fits = min(size, left // max(1, each), CHECK_EXAMPLES - checked)
+        inside = sum(t.nbytes for t in tensor_leaves(inputs)) // size
+        each = self.memory.samples * outputs[0].nbytes + inside
+        fits = min(size, self.left // max(1, each), CHECK_EXAMPLES - self.count)
         if fits:
-            kept.append((take(inputs, 0, fits), take(targets, 0, fits, size)))
-            kept_numbers.append(range(examples, examples + fits))
-            checked += fits
-        left = left - fits * each if fits == size else 0
-        examples += size
-    assert plan is not None and keeper is not None
-    operator = JacobianOperator(functional.space, keeper.finish())
-    share = discarded / trace if trace > 0 else 0.0
-    spans = _spans(operator, keeper.numbers, examples)
-    return TrainingRows(operator, plan, examples, share, kept, kept_numbers, spans)
+            self.checked.append((take(inputs, 0, fits), take(targets, 0, fits, size)))
+            self.checked_numbers.append(range(self.examples, self.examples + fits))
+            self.count += fits
+        self.left = self.left - fits * each if fits == size else 0
+
+    def finish(self) -> TrainingRows:
+        operator = JacobianOperator(self.problem.space, self.keeper.finish())
+        share = self.discarded / self.trace if self.trace > 0 else 0.0
+        spans = _spans(operator, self.keeper.numbers, self.examples)
+        return TrainingRows(
+            operator, self.plan, self.examples, share, self.checked, self.checked_numbers, spans
+        )
 
 
 def _spans(operator: JacobianOperator, numbers: list[Tensor], examples: int) -> list[slice]:
@@ -147,38 +174,38 @@ def _spans(operator: JacobianOperator, numbers: list[Tensor], examples: int) -> 
 Make = Callable[[Tensor, slice], Cotangents]
 
 
+@dataclass(frozen=True)
+class RowGroup:
+    """Examples of a batch that have the same number of rows.
+
+    Attributes:
+        make: ``(outputs, piece) ->`` the cotangents of a piece of them.
+        count: rows of each; ``which (k,)``: their places in the batch.
+    """
+
+    inputs: Inputs
+    make: Make
+    count: int
+    which: Tensor
+
+
 def row_groups(
-    likelihood: Likelihood,
-    preserve: Preserve,
-    directions: Directions,
-    inputs: Inputs,
-    outputs: Tensor,
-    targets: Any,
-    rows: int,
-) -> Iterator[tuple[Inputs, Make, int, Tensor]]:
-    """Examples of a batch that have the same number of rows: what makes their cotangents, and which they are."""
-    if directions != "auto":
+    problem: Problem, inputs: Inputs, outputs: Tensor, targets: Any
+) -> Iterator[RowGroup]:
+    """The examples of a batch by how many rows they need."""
+    if problem.directions != "auto":
 
         def computed(out: Tensor, piece: slice) -> Cotangents:
             some = take(targets, piece.start, piece.stop, len(outputs))
-            return preserve.cotangents(likelihood, out, some, directions)
+            return problem.cotangents(out, some)
 
-        yield inputs, computed, rows, torch.arange(len(outputs))
+        count = problem.rows_per_example(outputs)
+        yield RowGroup(inputs, computed, count, torch.arange(len(outputs)))
         return
-    made = preserve.cotangents(likelihood, outputs, targets, directions)
-    used = (made.values.flatten(2) != 0).any(2).sum(0).clamp(min=1)  # (B,)
+    made = problem.cotangents(outputs, targets)
+    rows = made.values.reshape(*made.values.shape[:2], -1)
+    used = (rows != 0).any(2).sum(0).clamp(min=1)  # (B,)
     for count in used.unique().tolist():
         index = (used == count).nonzero()[:, 0]
-        values = made.values[:count, index]
-        discarded, trace = made.discarded[index], made.trace[index]
-
-        def stored(
-            _: Tensor,
-            piece: slice,
-            values: Tensor = values,
-            discarded: Tensor = discarded,
-            trace: Tensor = trace,
-        ) -> Cotangents:
-            return Cotangents(values[:, piece], discarded[piece], trace[piece])
-
-        yield select(inputs, index), stored, count, index.cpu()
+        some = Cotangents(made.values[:count, index], made.discarded[index], made.trace[index])
+        yield RowGroup(select(inputs, index), some.cut, count, index.cpu())

@@ -28,7 +28,7 @@ from nullbayes.demo.regression import certificate_fields, run_regression
 from nullbayes.demo.tasks import Settings, Task, make_task
 from nullbayes.errors import NullBayesWarning
 from nullbayes.posterior import LaplacePosterior, NullSpacePosterior
-from nullbayes.report.writing import make_folder, plain, write_json, write_text
+from nullbayes.report.writing import make_folder, plain, write_signed_json, write_text
 
 SCHEMA = 1
 POSTERIORS = (
@@ -95,7 +95,7 @@ def run_demo(
         }
     )
     html = report.render_report(results)  # before either file is written
-    write_json(out / "results.json", results)
+    write_signed_json(out / "results.json", results)
     write_text(out / "report.html", html)
     say.summary(console, results, printed, (out / "report.html", out / "results.json"))
     return results

@@ -6,8 +6,8 @@ interrupt on the way leaves what was there before.
 
 from __future__ import annotations
 
-import copy
-import itertools
+import hashlib
+import json
 from collections.abc import Iterable, Sized
 from dataclasses import replace
 from typing import Any
@@ -36,122 +36,192 @@ from nullbayes.common.progress import (
     stages,
 )
 from nullbayes.constraints.memory_budget import FitMemory, default_budget
-from nullbayes.constraints.training_rows import TrainingRows, capture_training, fit_noise
-from nullbayes.errors import MemoryBudgetError
-from nullbayes.fit.evidence import apart, fixed_point, interval, null_space_precision
+from nullbayes.constraints.problem import Problem
+from nullbayes.constraints.training_rows import TrainingRows, capture_training, with_fitted_noise
+from nullbayes.errors import MemoryBudgetError, ModelError
+from nullbayes.fit.evidence import fixed_point, null_space_precision
 from nullbayes.fit.prior_samples import standard_normal
-from nullbayes.fit.projection import Checkpoint, Work, projected
-from nullbayes.fit.result import DELTA, LAPLACE, NULL_SPACE, Fit, Settings
+from nullbayes.fit.projection import Work, projected
+from nullbayes.fit.result import Fit, Run, Settings
+from nullbayes.fit.target import DELTA
 from nullbayes.jacobian.block_storage import fits_on_disk
 from nullbayes.jacobian.linearise import linearised_outputs
 from nullbayes.jacobian.operator import JacobianOperator
-from nullbayes.likelihood import Likelihood
-from nullbayes.model.fingerprint import fingerprint
-from nullbayes.model.functional import FunctionalModel
-from nullbayes.solvers import Choice, Projection, Size, Solver, Spectrum, State, choose
+from nullbayes.model.fingerprint import fingerprint, quick_digest
+from nullbayes.solvers import Choice, Projection, Size, choose
 from nullbayes.solvers.base import relative
 from nullbayes.solvers.block_cg import row_norms
 
 
-def build(
-    functional: FunctionalModel,
-    likelihood: Likelihood,
-    settings: Settings,
-    loader: Iterable[Any],
-    num_samples: int,
-    seed: int,
-    max_examples: int | None,
-    show: bool,
-    checkpoint: Checkpoint | None = None,
-) -> Fit:
+def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run) -> Fit:
     """Capture rows, factorise, draw samples, measure.
 
     Raises:
         MemoryBudgetError: the plan does not fit the budget, or the machine ran out of memory.
     """
-    laps = Laps()
-    budget = settings.memory or default_budget(available_bytes(functional.device))
-    # Noise is fitted on a copy: an error later on leaves the earlier fit as it was.
-    likelihood = copy.deepcopy(likelihood)
-    with explained_out_of_memory(budget), stages(show) as stage:
-        fit_noise(functional, likelihood, loader, max_examples, stage)
-        rows = capture_training(
-            functional,
-            likelihood,
-            settings.preserve,
-            settings.directions,
-            loader,
-            max_examples,
-            settings.scale_by_name,
-            FitMemory.of(budget, num_samples, functional.space.total, functional.dtype),
-            num_samples,
-            stage,
-        )
+    laps, before = Laps(), quick_digest(problem.functional.model)
+    budget = settings.memory or default_budget(available_bytes(problem.device))
+    with explained_out_of_memory(budget), stages(show=run.progress) as stage:
+        problem = with_fitted_noise(problem, loader, run.max_examples, stage)
+        memory = FitMemory.of(budget, run.num_samples, problem.space.total, problem.dtype)
+        rows = capture_training(problem, loader, run.max_examples, memory, stage)
         laps.lap(ROWS)
-        m, p = rows.operator.shape
-        theta = functional.space.flatten(functional.weights())
-        choice = _chosen(settings, rows.operator, num_samples, budget)
-        state, alpha = _factorised(choice.solver, rows, theta, settings, stage, laps)
-        noisy = m if settings.kind == LAPLACE else 0
-        v, noise = standard_normal(seed, range(num_samples), p, noisy, theta)
-        report = stage.towards(PROJECTION) if choice.solver.iterative else None
-        work = Work(
-            state, rows, v, checkpoint, f"{settings.kind}|{seed}|{theta.norm():.3e}", report
+        choice = _chosen(settings, rows.operator, run.num_samples, budget)
+        fitting = _Fitting(problem, settings, run, rows, choice, stage, laps)
+        fitting.factorise()
+        fitting.project()
+        check, evidence = fitting.check()
+        notes = [*fitting.notes, *_where_kept(rows.operator)]
+        notes += _not_kept(loader, rows, run.max_examples)
+    if quick_digest(problem.functional.model) != before:
+        raise ModelError(
+            "the model's weights or buffers changed while it was fitted: something else wrote to them (a training "
+            "loop, an averaging hook, another thread). Stop that, then fit again."
         )
-        by_evidence = settings.kind == NULL_SPACE and settings.prior == "evidence"
-        held = held_out(rows, likelihood, v) if by_evidence and choice.solver.iterative else []
+    return fitting.finish(check, evidence, notes)
+
+
+class _Fitting:
+    """One fit under way: what its later stages need of the earlier ones."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        settings: Settings,
+        run: Run,
+        rows: TrainingRows,
+        choice: Choice,
+        stage: Stages,
+        laps: Laps,
+    ) -> None:
+        self.problem, self.settings, self.run, self.rows = problem, settings, run, rows
+        self.solver, self.why = choice.solver, choice.why
+        self.stage, self.laps = stage, laps
+        self.theta = problem.trained_weights()
+        self.by_evidence = settings.target.preserves and problem.by_evidence
+        self.digest = fingerprint(problem.functional.model)
+
+    @property
+    def identity(self) -> str:
+        """Of the network that is fitted around, for checkpoints."""
+        return hashlib.sha256(json.dumps(self.digest, sort_keys=True).encode()).hexdigest()
+
+    def factorise(self) -> None:
+        """A solver ready to project, and the prior precision that it was made ready for."""
+        settings, target = self.settings, self.settings.target
+        state = self.solver.prepare(self.rows.operator, self.stage.fraction(GRAM))
+        self.laps.lap(GRAM)
+        alpha, notes = 1.0, tuple[str, ...]()
+        if self.problem.given_precision is not None:
+            alpha = self.problem.given_precision
+        elif self.problem.by_evidence and target.delta:
+            alpha, notes = target.precision(state, self.theta, self.stage.towards(PRIOR))
+        enough = 0.0
+        if settings.row_drift is not None:
+            expected = alpha
+            if self.problem.by_evidence and not target.delta:
+                expected = fixed_point(state.spectrum().upper, self.theta, DELTA)
+            # row_drift² = mean_n ‖A_n Δ‖² with Δ = x / √α
+            enough = settings.row_drift * (self.rows.examples * expected) ** 0.5
+        state.factorise(
+            target.delta * alpha,
+            numerical=target.numerical,
+            enough=enough,
+            tick=self.stage.fraction(FACTORISATION),
+        )
+        self.state, self.alpha, self._precision_notes = state, alpha, notes
+        self.laps.lap(FACTORISATION)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (*self._precision_notes, *self.state.notes)
+
+    def project(self) -> None:
+        """Samples at prior precision one, and the evidence of what they have lost."""
+        problem, target, seed = self.problem, self.settings.target, self.run.seed
+        m, p = self.rows.operator.shape
+        noise_rows = target.noise_rows(m)
+        v, noise = standard_normal(seed, range(self.run.num_samples), p, noise_rows, self.theta)
+        work = Work(
+            self.state,
+            self.rows,
+            v,
+            self.run.checkpoint,
+            f"{target.name}|{seed}|{self.theta.norm():.3e}",
+            self.stage.towards(PROJECTION) if self.solver.iterative else None,
+            self.identity,
+        )
+        early = self.by_evidence and self.solver.iterative
+        held = held_out(problem, self.rows, v) if early else []
 
         def changes(x: Tensor) -> list[Tensor]:
             """What projected vectors do to the outputs of the examples that are held out."""
-            moved = _unscaled(x, functional, settings)
-            return [linearised_outputs(functional, rows.plan, moved, h.inputs)[1] for h in held]
+            moved, plan = problem.weight_changes(x), self.rows.plan
+            return [linearised_outputs(problem.functional, plan, moved, h.inputs)[1] for h in held]
 
-        done, unseen = projected(work, noise if noisy else None, held, changes)
-        laps.lap(PROJECTION)
+        done, found = projected(work, noise if noise_rows else None, held, changes)
+        self.laps.lap(PROJECTION)
+        self.prior, self.done, self.held, self.held_changes = v, done, held, found
         gone = float(row_norms(v).square().sum() - row_norms(done.value).square().sum())
-        passed = settings.numerical or state.rank is None
-        gamma = gone / num_samples if passed else float(state.rank or 0)
-        if by_evidence:
-            alpha = null_space_precision(gamma, p, theta)
-        rank = min(max(round(gamma), 0), m, p)
-        unit = _unscaled(done.value, functional, settings)
-        check = GuaranteeCheck(
-            functional, rows.plan, likelihood, settings.preserve, rows.kept, unit
-        )
-        if settings.kind == NULL_SPACE:
+        passed = target.numerical or self.state.rank is None
+        gamma = gone / self.run.num_samples if passed else float(self.state.rank or 0)
+        if self.by_evidence:
+            self.alpha = null_space_precision(gamma, p, self.theta)
+        self.rank = min(max(round(gamma), 0), m, p)
+        self.unit = problem.weight_changes(done.value)
+
+    def check(self) -> tuple[GuaranteeCheck, float | None]:
+        """What samples do to training examples, and the evidence's precision before that bounded it."""
+        problem, rows = self.problem, self.rows
+        check = GuaranteeCheck(problem, rows.plan, rows.checked, self.unit)
+        if self.settings.target.preserves:
             check.left_out = [
-                (functional.outputs(h.inputs), change, h.targets)
-                for h, change in zip(held, unseen, strict=False)
-            ] or left_out(state, v, rows, check, likelihood, settings.preserve, settings.directions)
-        notes = [*state.notes, *_where_kept(rows.operator), *_not_kept(loader, rows, max_examples)]
-        evidence = alpha if by_evidence else None
+                (problem.functional.outputs(h.inputs), change, h.targets)
+                for h, change in zip(self.held, self.held_changes, strict=False)
+            ] or left_out(problem, self.state, self.prior, rows, check)
+        evidence = self.alpha if self.by_evidence else None
         if evidence is not None:
-            alpha = check.keeping(evidence)
-    measured = _measured_rows(rows, done, v, alpha) | check.measure(alpha**-0.5)
-    digest = fingerprint(functional.model)
-    laps.lap(CERTIFICATE)
-    certificate = Certificate(
-        method=settings.kind,
-        preserve=settings.preserve.describe(),
-        delta=settings.delta,
-        solver=choice.solver.name,
-        reason=choice.why,
-        tolerance=choice.solver.tolerance_for(theta.dtype),
-        rank=rank,
-        null_dim=p - rank,
-        prior_precision=alpha,
-        evidence=evidence,
-        **measured,
-        natural_units=settings.preserve.natural_units,
-        score_name=likelihood.score_name,
-        checked_examples=check.examples,
-        num_samples=num_samples,
-        notes=tuple(notes),
-        stages=laps.seconds,
-        seconds=laps.total,
-        peak_memory=peak_bytes(functional.device),
-    )
-    return Fit(likelihood, unit, alpha, seed, certificate, digest, rows.plan, state, check)
+            self.alpha = check.bounded_precision(evidence)
+        return check, evidence
+
+    def finish(self, check: GuaranteeCheck, evidence: float | None, notes: list[str]) -> Fit:
+        """The certificate, and all that a posterior holds from now on."""
+        problem, target, p = self.problem, self.settings.target, self.problem.space.total
+        measured = _measured_rows(self.rows, self.done, self.prior, self.alpha)
+        measured |= check.measure(self.alpha**-0.5)
+        self.laps.lap(CERTIFICATE)
+        certificate = Certificate(
+            method=target.name,
+            preserve=problem.preserve.describe(),
+            delta=target.delta,
+            solver=self.solver.name,
+            reason=self.why,
+            tolerance=self.solver.tolerance_for(self.theta.dtype),
+            rank=self.rank,
+            null_dim=p - self.rank,
+            prior_precision=self.alpha,
+            evidence=evidence,
+            **measured,
+            natural_units=problem.preserve.natural_units,
+            score_name=problem.likelihood.score_name,
+            checked_examples=check.examples,
+            num_samples=self.run.num_samples,
+            notes=tuple(notes),
+            stages=self.laps.seconds,
+            seconds=self.laps.total,
+            peak_memory=peak_bytes(problem.device),
+        )
+        return Fit(
+            problem,
+            self.unit,
+            self.alpha,
+            self.run.seed,
+            certificate,
+            self.digest,
+            self.rows.plan,
+            self.state,
+            check,
+        )
 
 
 def _chosen(
@@ -162,10 +232,10 @@ def _chosen(
     size = Size(
         m, p, num_samples, operator.product_flops, operator.gram_flops, operator.dtype.itemsize
     )
-    held = operator.resident
-    movable = held if fits_on_disk(held, operator.device) else 0
-    choice = choose(settings.solver, size, budget - held + movable, settings.tolerance)
-    if choice.nbytes > budget - held + movable:
+    resident = operator.resident
+    movable = resident if fits_on_disk(resident, operator.device) else 0
+    choice = choose(settings.solver, size, budget - resident + movable, settings.tolerance)
+    if choice.nbytes > budget - resident + movable:
         raise MemoryBudgetError(
             f"{choice.solver.name} needs {format_bytes(choice.nbytes)} for {m} rows, {p} weights and "
             f"{num_samples} samples, more than the {format_bytes(budget)} of `memory=`. Raise it, draw fewer "
@@ -181,74 +251,21 @@ def _not_kept(loader: Iterable[Any], rows: TrainingRows, limit: int | None) -> l
     if limit is None or not isinstance(drawn, Sized) or limit >= len(drawn):
         return []
     return [
-        f"{rows.examples:,} of {len(drawn):,} examples were kept; the others look newer than they are, so novelty "
-        "tells strangers apart less well. Keep all that the network learned from where that fits: `preserve='loss'` "
-        "and `directions='auto'` take fewer rows."
+        f"{rows.examples:,} of {len(drawn):,} examples are constrained; the {len(drawn) - rows.examples:,} others get "
+        "inflated novelty scores, which lowers AUROC against out-of-distribution inputs. Constrain all that the "
+        "network learned from where that fits: `preserve='loss'` and `directions='auto'` take fewer rows."
     ]
 
 
 def _where_kept(operator: JacobianOperator) -> list[str]:
-    kept = operator.kept()
-    if set(kept) <= {"memory"}:
+    places = operator.kept()
+    if set(places) <= {"memory"}:
         return []
     text = ", ".join(
         f"{format_bytes(n)} {'in memory' if w == 'memory' else 'on disk' if w == 'disk' else w}"
-        for w, n in kept.items()
+        for w, n in places.items()
     )
     return [f"Rows: {text}."]
-
-
-def _factorised(
-    solver: Solver,
-    rows: TrainingRows,
-    theta: Tensor,
-    settings: Settings,
-    stage: Stages,
-    laps: Laps,
-) -> tuple[State, float]:
-    """A solver ready to project, and the prior precision that it was made ready for."""
-    state = solver.prepare(rows.operator, stage.fraction(GRAM))
-    laps.lap(GRAM)
-    alpha = 1.0
-    if isinstance(settings.prior, float):
-        alpha = settings.prior
-    elif settings.prior == "evidence" and settings.delta:
-        alpha = _evidence(state, theta, settings, stage)
-    if settings.drift is not None:
-        expected = alpha
-        if settings.prior == "evidence" and not settings.delta:
-            expected = fixed_point(state.spectrum().upper, theta, DELTA)
-        # drift² = mean_n ‖A_n Δ‖² with Δ = x / √α
-        state.enough = settings.drift * (rows.examples * expected) ** 0.5
-    state.factorise(settings.delta * alpha, settings.numerical, stage.fraction(FACTORISATION))
-    laps.lap(FACTORISATION)
-    return state, alpha
-
-
-def _evidence(state: State, theta: Tensor, settings: Settings, stage: Stages) -> float:
-    """The prior precision that a solver is made ready for."""
-    if settings.kind != LAPLACE:
-        # It only sets the edge of the null space, of which the order of magnitude matters; DELTA was chosen so.
-        return fixed_point(state.spectrum().upper, theta, settings.delta)
-    report = stage.towards(PRIOR)
-    looks = itertools.count(1)
-
-    def settled(found: Spectrum) -> bool:
-        distance = apart(found, theta, settings.delta)
-        if report is not None:
-            report(next(looks), distance)
-        return distance <= 1
-
-    spectrum = state.spectrum(settled)
-    alpha = fixed_point(spectrum, theta, settings.delta)
-    if not spectrum.exact:
-        low, high = interval(spectrum, theta, settings.delta)
-        state.notes = (
-            *state.notes,
-            f"The evidence's prior precision, {alpha:.3g}, comes from an estimated spectrum: between {low:.3g} and "
-            f"{high:.3g}, and a few per cent of chance. `solver=nb.solvers.PrimalQR()` computes it exactly.",
-        )
-    return alpha
 
 
 def _measured_rows(
@@ -274,23 +291,39 @@ def _measured_rows(
     }
 
 
-def extended(fit: Fit, functional: FunctionalModel, settings: Settings, count: int) -> Fit:
+def extended(fit: Fit, settings: Settings, count: int) -> Fit:
     """``count`` samples more, continuing the stream of the fit's seed."""
     assert fit.state is not None
     indices = range(len(fit.unit), len(fit.unit) + count)
     operator = fit.state.operator
     m, p = operator.shape
-    noisy = m if settings.kind == LAPLACE else 0
-    v, noise = standard_normal(fit.seed, indices, p, noisy, fit.unit)
-    done = fit.state.project(v, noise if noisy else None)
-    residual = _residual(operator.matvec(done.value), operator.matvec(v))
-    unit = torch.cat([fit.unit, _unscaled(done.value, functional, settings)])
-    certificate = replace(
-        fit.certificate,
-        residual=max(fit.certificate.residual, residual),
-        num_samples=len(unit),
+    noise_rows = settings.target.noise_rows(m)
+    v, noise = standard_normal(fit.seed, indices, p, noise_rows, fit.unit)
+    done = fit.state.project(v, noise if noise_rows else None)
+    more = fit.problem.weight_changes(done.value)
+    unit = torch.cat([fit.unit, more])
+    check = fit.check and fit.check.with_more(more)
+    certificate = fit.certificate.joined(
+        _new_samples(fit, done, v), None if check is None else check.measure(fit.alpha**-0.5)
     )
-    return replace(fit, unit=unit, certificate=certificate)
+    return replace(fit, unit=unit, certificate=certificate, check=check)
+
+
+def _new_samples(fit: Fit, done: Projection, prior: Tensor) -> dict[str, Any]:
+    """What a certificate says of samples that were drawn later, by the fit's rows."""
+    assert fit.state is not None
+    after = fit.state.operator.matvec(done.value)
+    count = len(prior) * fit.certificate.examples
+    return {
+        "residual": _residual(after, fit.state.operator.matvec(prior)),
+        "row_drift": (float(row_norms(after).square().sum()) / count / fit.alpha) ** 0.5,
+        "prior_share": float(
+            row_norms(done.value).square().sum() / row_norms(prior).square().sum()
+        ),
+        "status": done.status,
+        "iterations": done.iterations,
+        "num_samples": len(prior),
+    }
 
 
 def rescaled(fit: Fit, alpha: float) -> Fit:
@@ -305,12 +338,6 @@ def rescaled(fit: Fit, alpha: float) -> Fit:
             **fit.check.measure(alpha**-0.5),
         )
     return replace(fit, alpha=alpha, certificate=certificate)
-
-
-def _unscaled(value: Tensor, functional: FunctionalModel, settings: Settings) -> Tensor:
-    """From the solver's coordinates, in which the prior is isotropic, to weights."""
-    scales = functional.space.scales(settings.precision_by_name)
-    return value if scales is None else value * scales
 
 
 def _residual(after: Tensor, before: Tensor) -> float:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from html import escape
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from nullbayes.common.arguments import check_count
-from nullbayes.common.memory import available_bytes, format_bytes, parse_bytes
+from nullbayes.common.memory import available_bytes, format_bytes
 from nullbayes.common.progress import ROWS
-from nullbayes.constraints.directions import Directions, resolve_directions
 from nullbayes.constraints.memory_budget import FitMemory, default_budget
-from nullbayes.constraints.preserve import Preserve, resolve_preserve
+from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import CHECK_EXAMPLES, row_groups
 from nullbayes.errors import MemoryBudgetError, NotFittedError
+from nullbayes.fit.result import Settings
 from nullbayes.fit.timing import Trial, settled
 from nullbayes.jacobian.block import Block
 from nullbayes.jacobian.block_storage import fits_on_disk, merge_blocks
@@ -23,19 +23,15 @@ from nullbayes.jacobian.capture.batches import capture_batch, capture_bytes, exa
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.capture.verify import prove
 from nullbayes.jacobian.operator import JacobianOperator
-from nullbayes.likelihood import Likelihood, LossFunction, Regression, resolve_loss
+from nullbayes.likelihood import Regression
 from nullbayes.model.batch import Inputs, batch_size, take, tensor_leaves
-from nullbayes.model.checks import check_mode
-from nullbayes.model.functional import Forward, FunctionalModel, undisturbed, unwrapped
-from nullbayes.model.loader import check_reusable, limited
-from nullbayes.model.parameters import ParameterChoice, ParameterSpace
-from nullbayes.model.randomness import FrozenRandomness, resolve_randomness
-from nullbayes.solvers import Size, Solver, choose
+from nullbayes.model.loader import limited
+from nullbayes.solvers import choose
 
 TRIED_EXAMPLES = 96
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Sizes, memory and time of a fit; ``print`` it.
 
@@ -70,6 +66,14 @@ class Plan:
         """All fields; JSON-able."""
         return asdict(self)
 
+    def __repr__(self) -> str:
+        return (
+            f"Plan({self.rows:,} × {self.parameters:,}, solver={self.solver!r}, fits={self.fits})"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
+
     def __str__(self) -> str:
         lines = [
             "Plan",
@@ -92,200 +96,169 @@ class Plan:
         return "\n".join([*lines, *(f"  → {text}" for text in self.advice)])
 
 
-def plan(
-    model: nn.Module,
+def plan_fit(
+    problem: Problem,
+    settings: Settings,
     train_loader: Iterable[Any],
-    likelihood: str | Likelihood | LossFunction = "classification",
-    preserve: str | Preserve = "predictions",
-    *,
-    loss: LossFunction | None = None,
-    parameters: ParameterChoice = None,
-    solver: str | Solver = "auto",
-    directions: Directions = None,
-    forward: Forward | None = None,
-    memory: str | int | None = None,
-    randomness: str | FrozenRandomness | None = None,
-    draws: int | None = None,
-    num_samples: int = 30,
-    max_examples: int | None = None,
-) -> Plan:
-    """Predict sizes, memory and time of ``fit`` with the same arguments, from a trial on a few examples.
-
-    Raises:
-        InputError, ModelError, NonFiniteError: what ``fit`` would raise on the first batch.
-    """
-    model = unwrapped(model)
-    for what, count in (("num_samples", num_samples), ("max_examples", max_examples)):
-        if count is not None:
-            check_count(count, what)
-    check_reusable(train_loader, "train_loader")
-    frozen = resolve_randomness(randomness, draws)
-    check_mode(model, frozen is not None)
-    likelihood = resolve_loss(likelihood, loss, "classification")
-    preserve = resolve_preserve(preserve)
-    directions = resolve_directions(directions)
-    space = ParameterSpace.from_model(model, parameters)
-    space.check_finite(model)
-    functional = FunctionalModel(model, space, forward, likelihood.layouts, frozen)
-    budget = (
-        default_budget(available_bytes(space.device)) if memory is None else parse_bytes(memory)
-    )
-    with undisturbed(space.device):
-        return _try(
-            functional,
-            train_loader,
-            likelihood,
-            preserve,
-            directions,
-            solver,
-            budget,
-            num_samples,
-            max_examples,
-        )
-
-
-def _try(
-    functional: FunctionalModel,
-    train_loader: Iterable[Any],
-    likelihood: Likelihood,
-    preserve: Preserve,
-    directions: Directions,
-    solver: str | Solver,
-    budget: int,
     num_samples: int,
     max_examples: int | None,
 ) -> Plan:
     """Count the loader, and capture and solve a few of its examples."""
-    space = functional.space
-    examples, largest, first = 0, 0, None
-    for index, inputs, targets in limited(functional, train_loader, "train_loader", max_examples):
-        examples += batch_size(inputs)
-        largest = max(largest, batch_size(inputs))
-        if first is None:
-            few = take(targets, 0, TRIED_EXAMPLES, batch_size(inputs))
-            first = (take(inputs, 0, TRIED_EXAMPLES), few, index)
-    assert first is not None
-    inputs, targets, index = first
-    where = f"train_loader, batch {index}"
-    outputs = functional.outputs(inputs, where)
-    likelihood.validate(outputs, targets, where)
-    targets = likelihood.prepare_targets(outputs, targets)
-    try:
-        rows = preserve.rows(likelihood, tuple(outputs.shape[1:]), directions)
-        preserve.cotangents(likelihood, outputs, targets, directions)
-    except NotFittedError:  # noise that only a fit estimates: its value changes no cost
-        likelihood = Regression(1.0)
-
-    proving, proven = settled(lambda: prove(functional, inputs))
-    size = batch_size(inputs)
-    room = FitMemory.of(budget, num_samples, space.total, space.dtype)
+    budget = settings.memory or default_budget(available_bytes(problem.device))
+    memory = FitMemory.of(budget, num_samples, problem.space.total, problem.dtype)
+    few = _counted(problem, train_loader, max_examples)
+    problem, rows, outputs, targets = _tried(problem, few)
+    proving, proven = settled(lambda: prove(problem.functional, few.inputs))
+    size = batch_size(few.inputs)
 
     def captured() -> list[Block]:
-        groups = row_groups(likelihood, preserve, directions, inputs, outputs, targets, rows)
         return [
             block
-            for some, make, count, _ in groups
+            for group in row_groups(problem, few.inputs, outputs, targets)
             for block, _, _ in capture_batch(
-                functional, proven, some, make, count, None, room.temporaries
+                problem.functional,
+                proven,
+                group.inputs,
+                group.make,
+                group.count,
+                None,
+                memory.temporaries,
             )
         ]
 
     capturing, blocks = settled(captured)
-    per_example = capturing / size
-    operator = JacobianOperator(space, merge_blocks(blocks))
-    trial = operator.shape[0]
-    m = -(-trial * examples // size)
-    factors = operator.nbytes * examples // size
-    sized = Size(
-        m,
-        space.total,
-        num_samples,
-        operator.product_flops * m / trial,
-        operator.gram_flops * (m / trial) ** 2,
-        space.dtype.itemsize,
+    operator = JacobianOperator(problem.space, merge_blocks(blocks))
+    m = -(-operator.shape[0] * few.examples // size)
+    trial = Trial(problem, proven, few.inputs, targets, operator, size, few.examples, m, memory)
+    draft = _Draft(
+        {
+            ROWS: min(trial.factor_bytes, memory.rows),
+            "temporaries": _temporaries(problem, proven, few.largest, rows, memory)
+            + _checked(outputs, few, memory),
+        },
+        {ROWS: proving + capturing / size * few.examples},
+        [],
     )
-    nbytes = {
-        ROWS: min(factors, room.rows),
-        "temporaries": _temporaries(functional, proven, largest, rows, room)
-        + _checked(outputs, inputs, num_samples, examples, room),
-    }
-    seconds = {ROWS: proving + per_example * examples}
-    advice: list[str] = []
-    chosen: str | None = None
-    try:
-        held = min(factors, room.rows)
-        movable = held if fits_on_disk(factors, space.device) else 0
-        choice = choose(solver, sized, budget - held + movable)
-        needed = choice.solver.cost(sized).nbytes
-        chosen, reason = choice.solver.name, choice.why
-        nbytes[ROWS] = max(0, min(held, budget - needed))
-        nbytes["solver"] = needed
-        seconds |= (
-            Trial(
-                functional,
-                proven,
-                likelihood,
-                preserve,
-                inputs,
-                targets,
-                operator,
-                size,
-                examples,
-                m,
-                num_samples,
-                room.block,
-                room.check,
-            )
-            .tiled()
-            .seconds(choice.solver)
-        )
-        elsewhere = factors - nbytes[ROWS]
-        if elsewhere > 0:
-            where = "go to disk" if fits_on_disk(elsewhere, space.device) else "are recomputed"
-            advice.append(
-                f"{format_bytes(elsewhere)} of rows {where}, which makes each pass slower; raise `memory=`, or "
-                "keep less of each example (`directions='auto'`, `preserve='loss'`)."
-            )
-    except MemoryBudgetError as error:
-        reason = "the memory budget is too small"
-        advice.append(str(error))
-    if proven.generic and space.total:
-        numel = sum(space.by_name[n].numel for n in proven.generic)
-        if numel > 0.05 * space.total:
-            advice.append(
-                f"{100 * numel / space.total:.0f} % of the weights have no layer rule and take the "
-                "slower generic path; write a rule (`nb.jacobian.register`) or leave them out "
-                "(`parameters=`)."
-            )
-    reasons = {name: proven.reasons.get(name, "") for name in proven.generic}
+    _solve(draft, trial, settings, budget)
+    draft.advice += _on_generic(problem, proven)
     return Plan(
-        examples,
-        -(-m // examples),
+        few.examples,
+        -(-m // few.examples),
         m,
-        space.total,
-        chosen,
-        reason,
-        nbytes,
-        seconds,
+        problem.space.total,
+        draft.solver,
+        draft.reason,
+        draft.bytes,
+        draft.seconds,
         budget,
-        reasons,
-        advice,
+        {name: proven.reasons.get(name, "") for name in proven.generic},
+        draft.advice,
     )
+
+
+@dataclass(frozen=True)
+class _Few:
+    """The first examples of a loader, and how many it has.
+
+    Attributes:
+        examples, largest: in all, and in the largest batch.
+        where: which batch these are from.
+    """
+
+    examples: int
+    largest: int
+    inputs: Inputs
+    targets: Any
+    where: str
+
+
+@dataclass
+class _Draft:
+    """A plan under way."""
+
+    bytes: dict[str, int]
+    seconds: dict[str, float]
+    advice: list[str]
+    solver: str | None = None
+    reason: str = ""
+
+
+def _counted(problem: Problem, loader: Iterable[Any], limit: int | None) -> _Few:
+    examples, largest, first = 0, 0, None
+    for index, inputs, targets in limited(problem.functional, loader, "train_loader", limit):
+        size = batch_size(inputs)
+        examples, largest = examples + size, max(largest, size)
+        if first is None:
+            few = take(targets, 0, TRIED_EXAMPLES, size)
+            first = (take(inputs, 0, TRIED_EXAMPLES), few, index)
+    assert first is not None
+    inputs, targets, index = first
+    return _Few(examples, largest, inputs, targets, f"train_loader, batch {index}")
+
+
+def _tried(problem: Problem, few: _Few) -> tuple[Problem, int, Tensor, Any]:
+    """The problem as it can be tried, its rows an example, and outputs and targets of the few."""
+    outputs = problem.functional.outputs(few.inputs, few.where)
+    targets = problem.checked_targets(outputs, few.targets, few.where)
+    rows = problem.rows_per_example(outputs)
+    try:
+        problem.cotangents(outputs, targets)
+    except NotFittedError:  # noise that only a fit estimates: its value changes no cost
+        problem = problem.explained_by(Regression(1.0))
+        rows = problem.rows_per_example(outputs)
+    return problem, rows, outputs, targets
+
+
+def _solve(draft: _Draft, trial: Trial, settings: Settings, budget: int) -> None:
+    """What the solver takes, or why none fits."""
+    factors, device = trial.factor_bytes, trial.problem.device
+    try:
+        resident = min(factors, trial.memory.rows)
+        movable = resident if fits_on_disk(factors, device) else 0
+        choice = choose(
+            settings.solver, trial.solved_size, budget - resident + movable, settings.tolerance
+        )
+        needed = choice.solver.cost(trial.solved_size).nbytes
+    except MemoryBudgetError as error:
+        draft.reason = "the memory budget is too small"
+        draft.advice.append(str(error))
+        return
+    draft.solver, draft.reason = choice.solver.name, choice.why
+    draft.bytes[ROWS] = max(0, min(resident, budget - needed))
+    draft.bytes["solver"] = needed
+    draft.seconds |= trial.seconds(choice.solver)
+    elsewhere = factors - draft.bytes[ROWS]
+    if elsewhere > 0:
+        where = "go to disk" if fits_on_disk(elsewhere, device) else "are recomputed"
+        draft.advice.append(
+            f"{format_bytes(elsewhere)} of rows {where}, which makes each pass slower; raise `memory=`, or "
+            "constrain less of each example (`directions='auto'`, `preserve='loss'`)."
+        )
+
+
+def _on_generic(problem: Problem, proven: CapturePlan) -> list[str]:
+    space = problem.space
+    numel = sum(space.by_name[n].numel for n in proven.generic)
+    if numel <= 0.05 * space.total:
+        return []
+    return [
+        f"{100 * numel / space.total:.0f} % of the weights have no layer rule and take the "
+        "slower generic path; write a rule (`nb.jacobian.register`) or leave them out "
+        "(`parameters=`)."
+    ]
 
 
 def _temporaries(
-    functional: FunctionalModel, proven: CapturePlan, batch: int, rows: int, room: FitMemory
+    problem: Problem, proven: CapturePlan, batch: int, rows: int, memory: FitMemory
 ) -> int:
     """Bytes that the capture of one batch takes."""
-    per_example = capture_bytes(functional, proven, rows)
-    step = examples_per_capture(functional, proven, rows, room.temporaries)
+    per_example = capture_bytes(problem.functional, proven, rows)
+    step = examples_per_capture(problem.functional, proven, rows, memory.temporaries)
     return min(batch, step) * per_example
 
 
-def _checked(
-    outputs: Tensor, inputs: Inputs, num_samples: int, examples: int, room: FitMemory
-) -> int:
+def _checked(outputs: Tensor, few: _Few, memory: FitMemory) -> int:
     """Bytes of the examples that the certificate holds on to, and of what samples do to their outputs."""
-    inside = sum(t.nbytes for t in tensor_leaves(inputs)) // max(1, len(outputs))
-    each = num_samples * outputs[0].nbytes + inside
-    return min(room.check, each * min(examples, CHECK_EXAMPLES))
+    inside = sum(t.nbytes for t in tensor_leaves(few.inputs)) // max(1, len(outputs))
+    each = memory.samples * outputs[0].nbytes + inside
+    return min(memory.check, each * min(few.examples, CHECK_EXAMPLES))

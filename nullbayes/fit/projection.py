@@ -6,7 +6,6 @@ posterior does to other data of the same kind; then the few join in, and the sea
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,16 +14,9 @@ from torch import Tensor
 
 from nullbayes.certificate.leave_one_out import Held
 from nullbayes.constraints.training_rows import TrainingRows
+from nullbayes.fit.result import Checkpoint
 from nullbayes.solvers import Projection, State, Status
-from nullbayes.solvers.checkpoint import QUIET, Report, Watch, describe_problem, probe_of
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Where a long fit leaves its state, and how often (seconds)."""
-
-    path: str | os.PathLike[str]
-    every: float = 60.0
+from nullbayes.solvers.checkpoint import Report, Watch, describe_problem, probe_of
 
 
 @dataclass(frozen=True)
@@ -34,6 +26,7 @@ class Work:
     Attributes:
         problem: tells this fit from others, beside what is measured here.
         report: of progress.
+        identity: of the network's weights; a checkpoint around others is refused.
     """
 
     state: State
@@ -42,6 +35,7 @@ class Work:
     checkpoint: Checkpoint | None
     problem: str
     report: Report | None
+    identity: str = ""
 
     def watches(self) -> tuple[Watch, Watch]:
         """For the search without some examples and for that with all: their checkpoints fit only the same equations."""
@@ -53,7 +47,10 @@ class Work:
         problem = describe_problem(self.problem, operator.shape, len(v), shift, probe)
         place = (self.report, self.checkpoint.path, self.checkpoint.every)
         before = f"{problem}|without some"
-        return Watch(*place, before), Watch(*place, problem, before)
+        both = Watch(*place, before), Watch(*place, problem, before)
+        for watch in both:
+            watch.identity = self.identity
+        return both
 
 
 def projected(
@@ -66,19 +63,14 @@ def projected(
 
     Those are empty where nothing is held out, where the solver has no use for it, or after an interrupt.
     """
-    state = work.state
     first, second = work.watches()
-    try:
-        found, spent = _before(work, held, changes, first, second)
-        if isinstance(found, Projection):
-            return found, []
-        second.carried = {f"unseen.{i}": c for i, c in enumerate(found)}
-        state.watch = second
-        done = state.project(work.vectors, noise)
-        if done.status is not Status.INTERRUPTED:
-            second.finish()
-    finally:
-        state.watch = QUIET
+    found, spent = _before(work, held, changes, first, second)
+    if isinstance(found, Projection):
+        return found, []
+    second.carried = {f"unseen.{i}": c for i, c in enumerate(found)}
+    done = work.state.project(work.vectors, noise, second)
+    if done.status is not Status.INTERRUPTED:
+        second.finish()
     return replace(done, iterations=spent + done.iterations), found
 
 
@@ -96,9 +88,8 @@ def _before(
     if there is not None:
         kept = [there.get(f"unseen.{i}") for i in range(len(held))]
         return [c.to(work.vectors.device) for c in kept if c is not None], 0
-    work.state.watch = first
     spans = [span for h in held for span in h.spans]
-    done = work.state.project_without(work.vectors, spans)
+    done = work.state.project_without(work.vectors, spans, first)
     if done is None:
         return [], 0
     if done.status is Status.INTERRUPTED:

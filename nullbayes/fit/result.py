@@ -1,57 +1,82 @@
-"""What a posterior was asked to be, and what a fit left."""
+"""How a question is to be answered, how a fit is to run, and what it left."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from nullbayes.certificate.certificate import Certificate
 from nullbayes.certificate.measure import GuaranteeCheck
-from nullbayes.common.arguments import CheckedPrior
-from nullbayes.constraints.directions import Directions
-from nullbayes.constraints.preserve import Preserve
+from nullbayes.common.arguments import check_positive
+from nullbayes.common.memory import parse_bytes
+from nullbayes.constraints.problem import Problem
+from nullbayes.errors import InputError
+from nullbayes.fit.target import Target
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.likelihood import Likelihood
-from nullbayes.solvers import Solver, State
-
-NULL_SPACE, LAPLACE = "null-space", "Laplace"
-
-
-# Edge of the numerical null space, relative to the prior precision. benchmarks/edge.py: on the
-# digits NLL is best near 1e-4 and novelty as good as anywhere; towards 1 everything suffers.
-DELTA = 1e-4
+from nullbayes.solvers import Size, Solver, State, choose
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a posterior was asked to be."""
+    """How a posterior answers its `Problem`.
 
-    kind: str  # NULL_SPACE or LAPLACE
-    preserve: Preserve
-    directions: Directions
-    prior: CheckedPrior
-    delta: float
+    Attributes:
+        target: which Gaussian is sampled.
+        solver: ``"auto"``, a registered name, or an object.
+        tolerance, row_drift, memory: see `nullbayes.Posterior`; None: the default.
+    """
+
+    target: Target
     solver: str | Solver
     tolerance: float | None
+    row_drift: float | None
     memory: int | None
-    drift: float | None = None
 
-    @property
-    def numerical(self) -> bool:
-        """Whether the null space has an edge on purpose, and is not exact."""
-        return self.kind == NULL_SPACE and self.delta > 0
+    @classmethod
+    def of(
+        cls,
+        target: Target,
+        solver: str | Solver,
+        tolerance: float | None,
+        row_drift: float | None,
+        memory: str | int | None,
+    ) -> Settings:
+        """From a user's arguments. Raises `InputError` for one that cannot be used."""
+        choose(solver, Size(1, 1), 1 << 62)  # a wrong argument is said now, not after the capture
+        if tolerance is not None and isinstance(solver, Solver):
+            raise InputError(
+                f"`tolerance` is {tolerance!r} beside a solver object, which has its own: say it there, "
+                f"`{type(solver).__name__}(tolerance=...)`."
+            )
+        return cls(
+            target,
+            solver,
+            None if tolerance is None else check_positive(tolerance, "tolerance"),
+            None if row_drift is None else check_positive(row_drift, "row_drift"),
+            None if memory is None else parse_bytes(memory),
+        )
 
-    @property
-    def precision_by_name(self) -> dict[str, float] | None:
-        """One precision per tensor, where the prior is that."""
-        return self.prior if isinstance(self.prior, dict) else None
 
-    @property
-    def scale_by_name(self) -> dict[str, float] | None:
-        """Prior standard deviations where there is one precision per tensor."""
-        by_name = self.precision_by_name
-        return by_name and {name: value**-0.5 for name, value in by_name.items()}
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a long fit leaves its state, and how often (seconds)."""
+
+    path: str | os.PathLike[str]
+    every: float = 60.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of ``fit``: see `nullbayes.Posterior.fit` for what each of these is."""
+
+    num_samples: int
+    seed: int
+    max_examples: int | None
+    progress: bool
+    checkpoint: Checkpoint | None = None
 
 
 @dataclass(frozen=True)
@@ -59,17 +84,26 @@ class Fit:
     """What a fit left: samples at prior precision one, and what more of them would take.
 
     ``plan``, ``state`` and ``check`` are None for a posterior that was loaded from a file.
+
+    Attributes:
+        problem: the question, with observation noise as it was estimated.
+        unit: weight changes ``(S, P)`` at prior precision one; ``alpha``: the prior precision.
+        fingerprint: of the model that it was fitted around.
     """
 
-    likelihood: Likelihood
-    unit: Tensor  # (S, P)
+    problem: Problem
+    unit: Tensor
     alpha: float
     seed: int
     certificate: Certificate
-    fingerprint: dict[str, str]  # of the model that it was fitted around
+    fingerprint: dict[str, str]
     plan: CapturePlan | None = None
     state: State | None = None
     check: GuaranteeCheck | None = None
+
+    def explained_by(self, likelihood: Likelihood) -> Fit:
+        """The same samples, read with other observation noise."""
+        return replace(self, problem=self.problem.explained_by(likelihood))
 
     @property
     def samples(self) -> Tensor:

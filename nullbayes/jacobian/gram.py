@@ -11,7 +11,6 @@ from torch import Tensor
 from nullbayes.jacobian.block import Block
 from nullbayes.jacobian.block_storage import Openable
 from nullbayes.jacobian.factors.base import Factor
-from nullbayes.jacobian.factors.outer import OuterFactor
 
 # Bytes of written-out rows that a Gram build may hold for one layer.
 GRAM_ROWS_BYTES = 2**30
@@ -85,15 +84,11 @@ def _add_pairs(
 
 
 def _ready(factors: list[Factor]) -> list[Factor | Tensor]:
-    """Outer factors whose Gram blocks want written-out rows, written out once if they fit."""
-    first = factors[0]
-    if not isinstance(first, OuterFactor) or not first.gram_by_rows:
+    """Factors whose Gram blocks want written-out rows, written out once if they fit."""
+    sizes = [f.written_rows_bytes for f in factors] if factors[0].written_rows_bytes else [None]
+    if None in sizes or sum(n or 0 for n in sizes) > GRAM_ROWS_BYTES:
         return list(factors)
-    width = first.groups * first.width_out * first.width_in
-    total = sum(f.num_rows for f in factors) * width * first.g.element_size()
-    if total > GRAM_ROWS_BYTES:
-        return list(factors)
-    return [f.matrices() for f in factors if isinstance(f, OuterFactor)]
+    return [f.matrices() for f in factors]
 
 
 def _product(left: Factor | Tensor, right: Factor | Tensor) -> Tensor:

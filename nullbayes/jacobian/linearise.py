@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
@@ -32,6 +33,16 @@ def first_output(functional: FunctionalModel, inputs: Inputs, where: str = "the 
         raise
 
 
+@contextmanager
+def blaming_inputs(functional: FunctionalModel, inputs: Inputs, where: str) -> Iterator[None]:
+    """Errors within it are said to be those of the inputs where a plain forward pass fails on them too."""
+    try:
+        yield
+    except Exception:
+        functional.outputs(inputs, where)
+        raise
+
+
 def output_rows(
     functional: FunctionalModel,
     plan: CapturePlan,
@@ -39,7 +50,6 @@ def output_rows(
     outputs: int,
     vectors: Tensor,
     scales: dict[str, float] | None = None,
-    where: str = "the inputs",
     centre: Centre = lambda values: values,
 ) -> Iterator[tuple[Tensor, JacobianOperator]]:
     """``f(θ̂, x) (b, *out)`` and all rows ``J(x)`` of its ``outputs`` numbers, a piece at a time.
@@ -61,11 +71,7 @@ def output_rows(
     size, step = batch_size(inputs), examples_per_capture(functional, plan, outputs, room)
     for start in range(0, size, step):
         piece = take(inputs, start, min(start + step, size))
-        try:
-            block, made = capture(functional, plan, piece, every_output, scales)
-        except Exception:
-            functional.outputs(inputs, where)  # says so where the inputs are to blame
-            raise
+        block, made = capture(functional, plan, piece, every_output, scales)
         yield made.point, JacobianOperator(functional.space, [block])
 
 
@@ -81,10 +87,10 @@ def linearised_outputs(
     if shape.numel() > REVERSE_OUTPUTS_PER_SAMPLE * len(samples):
         return functional.outputs(inputs, where), forward_mode(functional, plan, samples, inputs)
     points, changes = [], []
-    pieces = output_rows(functional, plan, inputs, shape.numel(), samples, where=where)
-    for point, rows in pieces:
-        points.append(point)
-        changes.append(rows.matvec(samples).reshape(len(samples), -1, *shape))
+    with blaming_inputs(functional, inputs, where):
+        for point, rows in output_rows(functional, plan, inputs, shape.numel(), samples):
+            points.append(point)
+            changes.append(rows.matvec(samples).reshape(len(samples), -1, *shape))
     return torch.cat(points), torch.cat(changes, dim=1)
 
 

@@ -12,10 +12,6 @@ from torch import Tensor
 from nullbayes.errors import NonFiniteError
 from nullbayes.jacobian.block import Block
 from nullbayes.jacobian.block_storage import Openable, Part, moved_out
-from nullbayes.jacobian.factors.base import Factor
-from nullbayes.jacobian.factors.cost import gram_flops_per_pair, product_flops
-from nullbayes.jacobian.factors.outer import OuterFactor
-from nullbayes.jacobian.factors.products import CHUNK_ELEMENTS
 from nullbayes.jacobian.gram import gram_matrix
 from nullbayes.model.parameters import ParameterSpace
 
@@ -73,6 +69,16 @@ class RowOperator(ABC):
         unit = torch.zeros(len(keep), self.shape[0], dtype=self.dtype)
         unit[torch.arange(len(keep)), keep] = 1
         return DenseOperator(self.rmatvec(unit.to(self.device)))
+
+    def cross_gram(self, other: RowOperator) -> Tensor:
+        """``A A'ᵀ`` with the rows of another operator over the same columns: ``(M, M')`` float64."""
+        return torch.cat([other.matvec(rows).double() for rows in self.iter_rows(1024)])
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Some rows written out: ``index (k,)`` -> ``(k, P)``."""
+        unit = torch.zeros(len(index), self.shape[0], dtype=self.dtype, device=self.device)
+        unit[torch.arange(len(index)), index.to(self.device)] = 1
+        return self.rmatvec(unit)
 
     @property
     def product_flops(self) -> float:
@@ -214,8 +220,9 @@ class JacobianOperator(RowOperator):
                 parts.append(Part(block, start, start + count))
         return JacobianOperator(self.space, parts or [Part(self.blocks[0], 0, 1)])
 
-    def cross_gram(self, other: JacobianOperator) -> Tensor:
-        """``A A'ᵀ`` with the rows of another operator over the same parameters: ``(M, M')``."""
+    def cross_gram(self, other: RowOperator) -> Tensor:
+        if not isinstance(other, JacobianOperator):
+            return super().cross_gram(other)
         out = torch.zeros(self.shape[0], other.shape[0], dtype=torch.float64, device=self.device)
         for kept, start in zip(self.blocks, self.starts, strict=False):
             with kept.opened() as block:
@@ -233,7 +240,7 @@ class JacobianOperator(RowOperator):
             with kept.opened() as block:
                 total = torch.zeros(block.num_rows, dtype=torch.float64, device=self.device)
                 for factor in block.factors.values():
-                    total += factor_norms(factor)
+                    total += factor.squared_norms()
                 parts.append(total)
         return torch.cat(parts)
 
@@ -245,7 +252,6 @@ class JacobianOperator(RowOperator):
                     yield self._written(block, start, min(start + step, block.examples))
 
     def rows(self, index: Tensor) -> Tensor:
-        """Some rows written out: ``index (k,)`` -> ``(k, P)``."""
         out = torch.empty(len(index), self.shape[1], dtype=self.dtype, device=self.device)
         for at, m in enumerate(index.tolist()):
             b = bisect_right(self.starts, m) - 1
@@ -269,7 +275,7 @@ class JacobianOperator(RowOperator):
         if not self.blocks:
             return 0.0
         with self.blocks[0].opened() as block:
-            each = sum(product_flops(f) for f in block.factors.values()) / block.num_rows
+            each = sum(f.product_flops for f in block.factors.values()) / block.num_rows
         return each * self.shape[0]
 
     @property
@@ -277,7 +283,7 @@ class JacobianOperator(RowOperator):
         if not self.blocks:
             return 0.0
         with self.blocks[0].opened() as block:
-            per_pair = sum(gram_flops_per_pair(f) for f in block.factors.values())
+            per_pair = sum(f.gram_flops_per_pair for f in block.factors.values())
         return per_pair * self.shape[0] ** 2 / 2
 
     def check_finite(self) -> None:
@@ -285,20 +291,6 @@ class JacobianOperator(RowOperator):
         for i, kept in enumerate(self.blocks):
             with kept.opened() as block:
                 check_block(block, i)
-
-
-def factor_norms(factor: Factor) -> Tensor:
-    """Squared length of each of the ``B*C`` rows, float64."""
-    if isinstance(factor, OuterFactor) and factor.tokens == 1:
-        a = factor.a[:, 0].double().square().sum(2)  # (B, G)
-        g = factor.g[:, :, 0].double().square().sum(3)  # (B, C, G)
-        return (a[:, None] * g).sum(2).reshape(-1)
-    step = max(1, CHUNK_ELEMENTS // (4 * max(1, factor.columns * factor.cotangents)))
-    starts = range(0, factor.examples, step)
-    pieces = (factor.narrow(i, min(i + step, factor.examples)).rows() for i in starts)
-    return torch.cat(
-        [torch.linalg.vector_norm(p, dim=1, dtype=torch.float64) for p in pieces]
-    ).square()
 
 
 def check_block(block: Block, index: int) -> None:

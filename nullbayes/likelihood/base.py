@@ -14,6 +14,7 @@ from torch import Tensor
 from nullbayes.errors import InputError, NullBayesError, StorageError
 from nullbayes.likelihood.helpers import check_batch, log_mean_exp, require_draws, to_float64
 from nullbayes.likelihood.output_hessian import detached
+from nullbayes.likelihood.score import Score, score_named
 from nullbayes.model.structure import Layouts
 
 
@@ -47,8 +48,9 @@ class Likelihood(ABC):
             nll = outputs.exp() - targets * outputs + torch.lgamma(targets + 1)
             return nll.flatten(1).sum(1)
 
-        def moments(self, draws, point, linearised):
-            rate, variance = draws.exp(), epistemic_variance(draws, point, linearised)
+        def moments(self, draws, point, *, linearised):
+            rate = draws.exp()
+            variance = epistemic_variance(draws, point, linearised=linearised)
             mean = rate.mean(0)
             epistemic = rate.var(0)
             return Moments(mean, variance, mean + epistemic, mean, epistemic)
@@ -59,6 +61,20 @@ class Likelihood(ABC):
     #: how a model's several outputs are laid out in one tensor; None: the model returns a lone tensor
     layouts: Layouts | None = None
     score_name: str = "rmse"  # "accuracy", "rmse" or "loss": what `final_score` returns
+    #: whether it says how targets spread around a prediction, so that a prediction has an entropy
+    describes_targets: bool = True
+    #: whether the inputs stand in for targets that a batch does not have
+    inputs_are_targets: bool = False
+
+    @property
+    def score_kind(self) -> Score:
+        """What `score_name` stands for."""
+        return score_named(self.score_name)
+
+    @property
+    def mean_moves(self) -> bool:
+        """Whether a mean prediction depends on how far samples spread (through a nonlinear link)."""
+        return self.score_kind.higher_is_better
 
     # -- the two to write ------------------------------------------------------------------------
 
@@ -70,7 +86,7 @@ class Likelihood(ABC):
         """
 
     @abstractmethod
-    def moments(self, draws: Tensor, point: Tensor, linearised: bool) -> Moments:
+    def moments(self, draws: Tensor, point: Tensor, *, linearised: bool) -> Moments:
         """Predictive moments from ``draws`` ``(S, B, *out)`` around ``point`` ``(B, *out)``.
 
         Linearised draws have the exact mean ``point``; those of the sampled network do not, and their
@@ -119,7 +135,7 @@ class Likelihood(ABC):
         """Derivative of `loss` by the outputs, ``(B, *out)``, detached. Default: automatic."""
         with torch.inference_mode(False), torch.enable_grad():
             point = outputs.detach().clone().requires_grad_()
-            return self._gradient(point, detached(targets), create_graph=False).detach()
+            return self._gradient(point, detached(targets)).detach()
 
     def hessian_factor(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Columns ``l_c`` with ``Σ_c l_c l_cᵀ = H_n``, the Hessian of `loss`: ``(C, B, *out)``.
@@ -164,7 +180,7 @@ class Likelihood(ABC):
         """
         return None
 
-    def _gradient(self, point: Tensor, targets: Tensor, create_graph: bool) -> Tensor:
+    def _gradient(self, point: Tensor, targets: Tensor, *, create_graph: bool = False) -> Tensor:
         losses = self.loss(point, targets)
         if losses.shape != point.shape[:1]:
             raise InputError(
@@ -240,10 +256,10 @@ class Likelihood(ABC):
         return float(values.sum()), values.numel()
 
     def score_draws(
-        self, draws: Tensor, point: Tensor, linearised: bool, targets: Any
+        self, draws: Tensor, point: Tensor, *, linearised: bool, targets: Any
     ) -> tuple[float, int]:
         """`score` of what draws ``(S, B, *out)`` predict together: of their mean prediction."""
-        return self.score(self.moments(draws, point, linearised).mean, targets)
+        return self.score(self.moments(draws, point, linearised=linearised).mean, targets)
 
     def final_score(self, total: float, count: int) -> float:
         """The score called `score_name` from summed `score` results; NaN where nothing was counted."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nullbayes.common.deprecation import formerly_positional
 from nullbayes.errors import InputError
 from nullbayes.likelihood.base import Likelihood, Moments, register_likelihood
 from nullbayes.likelihood.helpers import (
@@ -76,9 +77,10 @@ class Binary(Likelihood):
         """Probabilities, one per logit."""
         return outputs.sigmoid()
 
-    def moments(self, draws: Tensor, point: Tensor, linearised: bool) -> Moments:
+    @formerly_positional("linearised")
+    def moments(self, draws: Tensor, point: Tensor, *, linearised: bool) -> Moments:
         """Mean probabilities, and entropies in nats of each logit's label: all ``(B, *out)``."""
-        variance = epistemic_variance(draws, point, linearised)
+        variance = epistemic_variance(draws, point, linearised=linearised)
         log_yes, log_no = F.logsigmoid(draws), F.logsigmoid(-draws)
         mean_yes, mean_no = log_mean_exp(log_yes), log_mean_exp(log_no)
         total = entropy_terms(mean_yes) + entropy_terms(mean_no)

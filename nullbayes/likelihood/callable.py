@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
+from nullbayes.common.deprecation import formerly_positional
 from nullbayes.errors import InputError, ModelError, NullBayesError
 from nullbayes.likelihood.base import Likelihood, Moments, resolve_likelihood
 from nullbayes.likelihood.helpers import (
@@ -67,6 +68,8 @@ class CallableLoss(Likelihood):
 
     name = "callable"
     score_name = "loss"
+    describes_targets = False
+    inputs_are_targets = True
 
     def __init__(self, function: LossFunction) -> None:
         self.function = function
@@ -227,9 +230,10 @@ class CallableLoss(Likelihood):
 
     # -- predictions -----------------------------------------------------------------------------
 
-    def moments(self, draws: Tensor, point: Tensor, linearised: bool) -> Moments:
+    @formerly_positional("linearised")
+    def moments(self, draws: Tensor, point: Tensor, *, linearised: bool) -> Moments:
         """Mean and epistemic variance of the flat outputs."""
-        variance = epistemic_variance(draws, point, linearised)
+        variance = epistemic_variance(draws, point, linearised=linearised)
         mean = point if linearised else draws.mean(0)
         return Moments(mean, variance, variance, torch.zeros_like(variance), variance)
 
@@ -242,7 +246,7 @@ class CallableLoss(Likelihood):
         return self.loss(mean, targets)
 
     def score_draws(
-        self, draws: Tensor, point: Tensor, linearised: bool, targets: Any
+        self, draws: Tensor, point: Tensor, *, linearised: bool, targets: Any
     ) -> tuple[float, int]:
         """Losses of the draws themselves: that of their mean would say nothing of their spread."""
         total = sum(float(to_float64(self.loss(draw, targets)).sum()) for draw in draws)

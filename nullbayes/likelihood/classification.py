@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nullbayes.common.deprecation import formerly_positional
 from nullbayes.errors import InputError
 from nullbayes.likelihood.base import Likelihood, Moments, register_likelihood
 from nullbayes.likelihood.helpers import (
@@ -315,13 +316,14 @@ class Classification(Likelihood):
 
     # -- predictions -----------------------------------------------------------------------------
 
-    def moments(self, draws: Tensor, point: Tensor, linearised: bool) -> Moments:
+    @formerly_positional("linearised")
+    def moments(self, draws: Tensor, point: Tensor, *, linearised: bool) -> Moments:
         """Mean probabilities ``(B, *out)`` and entropies in nats, ``(B,)`` or ``(B, *positions)``.
 
         ``total = H[mean_s p_s]``, ``aleatoric = mean_s H[p_s]`` and their difference, the mutual
         information between label and weights (never below 0; rounding could put it there).
         """
-        variance = epistemic_variance(draws, point, linearised)
+        variance = epistemic_variance(draws, point, linearised=linearised)
         axis = self._axis(point.shape)
         log_p = draws.log_softmax(axis + 1)
         log_mean = log_mean_exp(log_p)

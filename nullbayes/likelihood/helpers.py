@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nullbayes.common.deprecation import formerly_positional
 from nullbayes.errors import InputError, NonFiniteError
 
 
@@ -57,7 +58,8 @@ def mirrored(draws: Tensor, point: Tensor) -> Tensor:
     return torch.cat([draws, 2 * point - draws])
 
 
-def epistemic_variance(draws: Tensor, point: Tensor, linearised: bool) -> Tensor:
+@formerly_positional("linearised")
+def epistemic_variance(draws: Tensor, point: Tensor, *, linearised: bool) -> Tensor:
     """Variance of ``draws`` ``(S, B, *out)`` over S: ``(B, *out)``, unbiased either way.
 
     Linearised draws have the known mean ``point``, so the squares are divided by S; otherwise the mean

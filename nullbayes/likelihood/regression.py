@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nullbayes.common.deprecation import formerly_positional
 from nullbayes.errors import InputError, NotFittedError
 from nullbayes.likelihood.base import Likelihood, Moments, register_likelihood
 from nullbayes.likelihood.helpers import (
@@ -165,9 +166,10 @@ class Regression(Likelihood):
 
     # -- predictions -----------------------------------------------------------------------------
 
-    def moments(self, draws: Tensor, point: Tensor, linearised: bool) -> Moments:
+    @formerly_positional("linearised")
+    def moments(self, draws: Tensor, point: Tensor, *, linearised: bool) -> Moments:
         """Mean and variances of the prediction, all ``(B, *out)``; ``total = aleatoric + epistemic``."""
-        epistemic = epistemic_variance(draws, point, linearised)
+        epistemic = epistemic_variance(draws, point, linearised=linearised)
         aleatoric = self._variance(point).expand_as(point).clone()
         mean = point if linearised else draws.mean(0)
         return Moments(mean, epistemic, aleatoric + epistemic, aleatoric, epistemic)

@@ -7,7 +7,7 @@ from torch import nn
 from nullbayes.errors import ModelError
 
 
-def check_mode(model: nn.Module, frozen: bool = False) -> None:
+def check_mode(model: nn.Module, *, frozen: bool = False) -> None:
     """Refuse modules whose training mode ties examples together or, unless ``frozen``, makes outputs random."""
 
     def random(module: nn.Module) -> bool:

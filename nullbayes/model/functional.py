@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nullbayes.errors import InputError, ModelError, NullBayesError
 from nullbayes.model.batch import Inputs, batch_size, tensor_leaves
-from nullbayes.model.parameters import ParameterSpace
+from nullbayes.model.parameters import ParameterChoice, ParameterSpace
 from nullbayes.model.randomness import FrozenRandomness, Keyed, Replay, keyed, repeated
 from nullbayes.model.structure import Layouts
 
@@ -88,7 +88,7 @@ class FunctionalModel:
     def dtype(self) -> torch.dtype:
         return self.space.dtype
 
-    def weights(self, requires_grad: bool = False) -> dict[str, Tensor]:
+    def weights(self, *, requires_grad: bool = False) -> dict[str, Tensor]:
         """The trained weights by name; fresh leaves that share storage with the model's."""
         current = self.space.current(self.model)
         return {n: t.detach().requires_grad_(requires_grad) for n, t in current.items()}
@@ -165,6 +165,19 @@ class FunctionalModel:
             "tensor; a tuple is passed as arguments, a mapping as keyword arguments, and "
             "`forward=lambda model, inputs: ...` calls a model that needs something else."
         )
+
+
+def functional_model(
+    model: nn.Module,
+    parameters: ParameterChoice,
+    forward: Forward | None,
+    layouts: Layouts | None,
+    randomness: FrozenRandomness | None,
+) -> FunctionalModel:
+    """From a user's arguments. Raises `InputError` or `ModelError` for what cannot be used."""
+    model = unwrapped(model)
+    space = ParameterSpace.from_model(model, parameters)
+    return FunctionalModel(model, space, forward, layouts=layouts, randomness=randomness)
 
 
 def unwrapped(model: Any) -> nn.Module:

@@ -157,5 +157,11 @@ class ParameterSpace:
                 raise InputError(
                     f"`prior_precision[{slot.name!r}]` is {value}; it must be positive and finite."
                 )
-            out[slot.start : slot.stop] = value**-0.5
+            scale, info = value**-0.5, torch.finfo(self.dtype)
+            if not info.tiny <= scale <= info.max:
+                raise InputError(
+                    f"`prior_precision[{slot.name!r}]` is {value}: its standard deviation {scale:.3g} lies outside "
+                    f"what {self.dtype} can hold. Use a value nearer to one, or a float64 model."
+                )
+            out[slot.start : slot.stop] = scale
         return out

@@ -1,145 +1,176 @@
-"""What the null-space and the Laplace posterior share: fit, calibrate, predict, score novelty."""
+"""What the null-space and the Laplace posterior share: fit, calibrate, predict, score novelty, draw, save."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from nullbayes.common.arguments import (
-    PriorPrecision,
-    check_choice,
-    check_count,
-    check_positive,
-    check_prior,
-)
-from nullbayes.common.memory import parse_bytes
-from nullbayes.constraints.directions import Directions, resolve_directions
-from nullbayes.constraints.preserve import Preserve, resolve_preserve
-from nullbayes.errors import InputError
-from nullbayes.fit.pipeline import build
-from nullbayes.fit.projection import Checkpoint
-from nullbayes.fit.result import DELTA, Settings
-from nullbayes.jacobian.linearise import linearised_outputs, sampled_outputs
-from nullbayes.likelihood import Likelihood, LossFunction, resolve_loss
-from nullbayes.model.batch import Inputs
+from nullbayes.certificate import Certificate
+from nullbayes.common.arguments import check_choice, check_count, check_positive
+from nullbayes.common.deprecation import formerly_positional
+from nullbayes.constraints.directions import Directions
+from nullbayes.constraints.preserve import Preserve
+from nullbayes.constraints.problem import Problem
+from nullbayes.errors import InputError, NotFittedError
+from nullbayes.fit.pipeline import build, extended, rescaled
+from nullbayes.fit.plan import Plan, plan_fit
+from nullbayes.fit.result import Checkpoint, Fit, Run, Settings
+from nullbayes.jacobian.capture.plan import CapturePlan
+from nullbayes.jacobian.capture.verify import prove
+from nullbayes.jacobian.linearise import linearised_outputs, sampled_outputs, state_dicts
+from nullbayes.likelihood import Likelihood
+from nullbayes.model.batch import Inputs, batch_size, check_inputs, to_device
 from nullbayes.model.checks import check_mode
-from nullbayes.model.functional import Forward, FunctionalModel, undisturbed_method, unwrapped
+from nullbayes.model.fingerprint import check_unchanged, quick_digest
+from nullbayes.model.functional import FunctionalModel, undisturbed_method
 from nullbayes.model.loader import check_reusable, first_inputs
-from nullbayes.model.parameters import ParameterChoice, ParameterSpace
-from nullbayes.model.randomness import FrozenRandomness, resolve_randomness
-from nullbayes.posterior.calibration import CalibrationPath, calibration_path, check_arguments
-from nullbayes.posterior.fitted import FittedPosterior
-from nullbayes.posterior.information import novelty_information
+from nullbayes.model.parameters import ParameterSpace
+from nullbayes.posterior.calibration import (
+    CalibrationPath,
+    Search,
+    calibration_path,
+    check_arguments,
+)
 from nullbayes.posterior.novelty import (
+    ENTROPIES,
+    ROW_SCORES,
+    SCORES,
     Scorer,
     check_has_entropy,
-    loss_targets,
-    loss_variance,
-    novelty_variance,
 )
 from nullbayes.posterior.prediction import (
     METHODS,
-    SCORES,
     Prediction,
     make_prediction,
     per_example,
     structured,
 )
-from nullbayes.solvers import Size, Solver, choose
+from nullbayes.posterior.storage import described, restored, write_posterior
 
 Self = TypeVar("Self", bound="Posterior")
-CLASSIFICATION = "classification"
 
 
-class Posterior(FittedPosterior):
-    """What the null-space and the Laplace posterior share. Use one of those two.
+class Posterior:
+    """What :class:`NullSpacePosterior` and :class:`LaplacePosterior` share. Use one of those two.
 
-    Args:
-        model: the trained network, in evaluation mode. It is never written to.
-        likelihood: ``"classification"``, ``"binary"``, ``"regression"``, a likelihood object, or a callable
-            ``loss(outputs, targets) -> (B,)`` of whatever the model returns; ``loss=`` is another name for it.
-        parameters: which weights take part: all that require a gradient (None), names, or a
-            filter ``(name, parameter) -> bool``.
-        prior_precision: ``"evidence"``, a number, or one per parameter tensor ``{name: value}``.
-        solver: ``"auto"`` or an object from ``nb.solvers``.
-        directions: None (all), a number or ``"auto"``: how many of the leading eigen-directions of
-            each example's output Hessian are constrained.
-        forward: ``forward(model, inputs) -> outputs`` where ``model(inputs)`` does not do.
-        tolerance: relative residual asked for; None: 1e-5 (float32), 1e-10 (float64), and 5e-2 for
-            data sets that only an iterative solver can take. Of an iterative Laplace sample: a bound on its
-            error beside the sample itself.
-        drift: stop at this RMS change of an example's preserved quantity (``certificate.row_drift``)
-            even if the tolerance is not reached by then; for iterative solvers.
-        memory: what a fit may take beside what the process holds already, e.g. ``"8GB"``; None: 70 % of
-            what is free. Rows that do not fit go to disk, or are computed anew for each pass.
-        randomness: None: the model must not draw random numbers. ``"frozen"`` (or ``nb.FrozenRandomness(seed)``):
-            an example gets the same ones in every batch, order and call; they follow from its content.
-        draws: how many draws of that noise each example is constrained for (as many times the rows).
-
-    Raises:
-        InputError: an argument that cannot be used.
-        ModelError: a model whose training mode or layers rule out per-example predictions.
+    Attributes:
+        problem: what is asked: network, likelihood, what is preserved, prior.
+        calibration: the path of the last :meth:`calibrate`; None before it.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        likelihood: str | Likelihood | LossFunction = CLASSIFICATION,
-        preserve: str | Preserve = "predictions",
-        *,
-        loss: LossFunction | None = None,
-        parameters: ParameterChoice = None,
-        prior_precision: PriorPrecision = "evidence",
-        solver: str | Solver = "auto",
-        directions: Directions = None,
-        forward: Forward | None = None,
-        tolerance: float | None = None,
-        drift: float | None = None,
-        memory: str | int | None = None,
-        randomness: str | FrozenRandomness | None = None,
-        draws: int | None = None,
-        delta: float = DELTA,
-    ) -> None:
-        super().__init__()
-        self.model = unwrapped(model)
-        self.likelihood = resolve_loss(likelihood, loss, CLASSIFICATION)
-        self.preserve = resolve_preserve(preserve)
-        self.directions = resolve_directions(directions)
-        if self.directions is not None and not self.preserve.takes_directions:
-            self.preserve.rows(self.likelihood, (2,), self.directions)  # raises, saying why
-        self.space = ParameterSpace.from_model(self.model, parameters)
-        self.functional = FunctionalModel(
-            self.model,
-            self.space,
-            forward,
-            layouts=self.likelihood.layouts,
-            randomness=resolve_randomness(randomness, draws),
-        )
-        prior = check_prior(prior_precision)
-        self.space.scales(prior if isinstance(prior, dict) else None)  # raises on wrong names
-        choose(solver, Size(1, 1), 1 << 62)  # a wrong argument is said now, not after the capture
-        if tolerance is not None and isinstance(solver, Solver):
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if cls is Posterior:
             raise InputError(
-                f"`tolerance` is {tolerance!r} beside a solver object, which has its own: say it there, "
-                f"`{type(solver).__name__}(tolerance=...)`."
+                "`Posterior` is abstract: it holds what the posteriors share. Use "
+                "`nb.NullSpacePosterior(model)` or `nb.LaplacePosterior(model)`."
             )
-        self._settings = Settings(
-            kind=self.kind,
-            preserve=self.preserve,
-            directions=self.directions,
-            prior=prior,
-            delta=delta,
-            solver=solver,
-            tolerance=None if tolerance is None else check_positive(tolerance, "tolerance"),
-            drift=None if drift is None else check_positive(drift, "drift"),
-            memory=None if memory is None else parse_bytes(memory),
+        return super().__new__(cls)
+
+    def __init__(self, problem: Problem, settings: Settings) -> None:
+        self.problem, self._settings = problem, settings
+        self.calibration: CalibrationPath | None = None
+        self._fit: Fit | None = None
+        # Of the model's tensors when they were last found unchanged.
+        self._seen: int | None = None
+        # A loaded posterior proves its rows on the first inputs that it sees.
+        self._proven: CapturePlan | None = None
+
+    # -- what it is about --------------------------------------------------------------------------
+
+    @property
+    def functional(self) -> FunctionalModel:
+        """The network as a function of the chosen weights."""
+        return self.problem.functional
+
+    @property
+    def model(self) -> nn.Module:
+        """The trained network. It is never written to."""
+        return self.functional.model
+
+    @property
+    def space(self) -> ParameterSpace:
+        """The weights that take part."""
+        return self.problem.space
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """How outputs explain targets; after ``fit`` with its observation noise."""
+        return self.problem.likelihood
+
+    @property
+    def preserve(self) -> Preserve:
+        return self.problem.preserve
+
+    @property
+    def directions(self) -> Directions:
+        return self.problem.directions
+
+    @property
+    def delta(self) -> float:
+        """Where the null space ends, relative to the prior precision; 1 for Laplace."""
+        return self._settings.target.delta
+
+    @property
+    def certificate(self) -> Certificate:
+        """The measured guarantee at the current prior precision."""
+        return self._fitted().certificate
+
+    @property
+    def num_samples(self) -> int:
+        """Weight samples that are stored."""
+        return len(self._fitted().unit)
+
+    @property
+    def prior_precision(self) -> float:
+        """``α``. Setting it rescales samples and certificate; the projection does not depend on it."""
+        return self._fitted().alpha
+
+    @prior_precision.setter
+    def prior_precision(self, value: float) -> None:
+        self._set_prior_precision(value)
+
+    @undisturbed_method
+    def _set_prior_precision(self, value: float) -> None:
+        fit = self._fitted()
+        self._take(rescaled(fit, check_positive(value, "prior_precision")))
+
+    def __repr__(self) -> str:
+        kept = self.preserve.describe() if self._settings.target.preserves else "nothing"
+        state = "not fitted"
+        if self._fit is not None:
+            held = "guarantee held" if self.certificate.held else "guarantee weak"
+            judged = f", {held}" if self._settings.target.preserves else ""
+            state = (
+                f"{self.num_samples} samples, prior precision {self.prior_precision:.4g}{judged}"
+            )
+        return (
+            f"{type(self).__name__}({type(self.model).__name__}, {self.space.total:,} weights, "
+            f"{self.likelihood!r}, preserves {kept}; {state})"
         )
 
-    # -- fit -------------------------------------------------------------------------------------
+    # -- fit ---------------------------------------------------------------------------------------
+
+    @undisturbed_method
+    def plan(
+        self,
+        train_loader: Iterable[Any],
+        *,
+        num_samples: int = 30,
+        max_examples: int | None = None,
+    ) -> Plan:
+        """Sizes, memory and time of :meth:`fit` with the same arguments, from a trial on a few examples.
+
+        Raises:
+            InputError, ModelError, NonFiniteError: what ``fit`` would raise on the first batch.
+        """
+        num_samples = check_count(num_samples, "num_samples")
+        max_examples = None if max_examples is None else check_count(max_examples, "max_examples")
+        self._check_data(train_loader, "train_loader")
+        return plan_fit(self.problem, self._settings, train_loader, num_samples, max_examples)
 
     @undisturbed_method
     def fit(
@@ -172,29 +203,41 @@ class Posterior(FittedPosterior):
             InputError, ModelError, NonFiniteError, MemoryBudgetError, SolverError, StorageError: each names what
                 was found and the mend; the model and an earlier fit stay as they were.
         """
-        num_samples = check_count(num_samples, "num_samples")
-        max_examples = None if max_examples is None else check_count(max_examples, "max_examples")
-        seed = check_count(seed, "seed", 0)
-        check_reusable(train_loader, "train_loader")
-        check_mode(self.model, self.functional.randomness is not None)
-        self.space.check_finite(self.model)
-        fit = build(
-            self.functional,
-            self.likelihood,
-            self._settings,
-            train_loader,
-            num_samples,
-            seed,
-            max_examples,
+        place = None
+        if checkpoint is not None:
+            every = check_positive(checkpoint_every, "checkpoint_every")
+            place = Checkpoint(checkpoint, every)
+        run = Run(
+            check_count(num_samples, "num_samples"),
+            check_count(seed, "seed", 0),
+            None if max_examples is None else check_count(max_examples, "max_examples"),
             progress,
-            None
-            if checkpoint is None
-            else Checkpoint(checkpoint, check_positive(checkpoint_every, "checkpoint_every")),
+            place,
         )
-        self._fit, self.likelihood, self.calibration = fit, fit.likelihood, None
+        self._check_data(train_loader, "train_loader")
+        self._take(build(self.problem, self._settings, train_loader, run))
+        self.calibration = None
         return self
 
-    # -- use -------------------------------------------------------------------------------------
+    def _check_data(self, loader: Iterable[Any], name: str) -> None:
+        """What can be said of a loader and the model before anything is computed."""
+        check_reusable(loader, name)
+        check_mode(self.model, frozen=self.problem.randomness is not None)
+        self.space.check_finite(self.model)
+
+    def _take(self, fit: Fit) -> None:
+        """Everything that was fitted changes in one step."""
+        self._fit, self.problem = fit, fit.problem
+
+    def _fitted(self) -> Fit:
+        if self._fit is None:
+            raise NotFittedError(
+                f"this {type(self).__name__} has not been fitted; call `fit(train_loader)` first, or "
+                "`nb.load(path, model)`."
+            )
+        return self._fit
+
+    # -- use ---------------------------------------------------------------------------------------
 
     @undisturbed_method
     def calibrate(
@@ -228,28 +271,19 @@ class Posterior(FittedPosterior):
         plan = fit.plan or self._proven
         if plan is None:
             plan = self._capture_plan(first_inputs(self.functional, val_loader, "val_loader"))
-        path = calibration_path(
-            self.functional,
-            plan,
-            self.likelihood,
-            fit.unit,
-            fit.alpha,
-            val_loader,
-            ood_loader,
-            metric,
-            tune,
-            progress,
-        )
+        search = Search(val_loader, ood_loader, metric, tune, progress)
+        path = calibration_path(fit, plan, search)
         if path.noise_scale is None:
             self.prior_precision = path.prior_precision[path.chosen]
         else:
             noised = self.likelihood.with_noise(path.noise_scale[path.chosen])
             assert noised is not None
-            self.likelihood = noised
+            self._take(fit.explained_by(noised))
         self.calibration = path
         return path
 
-    def predict(self, x: Inputs, method: str = "linearised", *, draw: int = 0) -> Prediction:
+    @formerly_positional("method")
+    def predict(self, x: Inputs, *, method: str = "linearised", draw: int = 0) -> Prediction:
         """Predict a batch ``x`` (tensor, tuple or mapping of tensors).
 
         Args:
@@ -260,8 +294,7 @@ class Posterior(FittedPosterior):
         Returns:
             With a callable loss and a model that returns several tensors, each field in the model's structure.
         """
-        flat = self._predict(x, method, draw)
-        return flat if self.likelihood.layouts is None else structured(flat, self.likelihood)
+        return structured(self._predict(x, method, draw), self.likelihood)
 
     @undisturbed_method
     def _predict(self, x: Inputs, method: str, draw: int) -> Prediction:
@@ -277,11 +310,17 @@ class Posterior(FittedPosterior):
             outputs = point + scale * change
         return make_prediction(self.likelihood, point, outputs, method)
 
+    @formerly_positional("score", "exact", "targets")
     @undisturbed_method
     def novelty(
-        self, x: Inputs, score: str = "information", exact: bool | None = None, targets: Any = None
+        self,
+        x: Inputs,
+        *,
+        score: str = "information",
+        exact: bool | None = None,
+        targets: Any = None,
     ) -> Tensor:
-        """How much the training data leave open at ``x``: ``(B,)``, larger is less known.
+        """How much the training data leave unconstrained at ``x``: ``(B,)``, larger is less known.
 
         Where the model draws random numbers: the mean over the ``draws`` that were fitted.
 
@@ -300,24 +339,92 @@ class Posterior(FittedPosterior):
         check_choice(score, SCORES, "score")
         self._fitted()
         x = self._inputs(x, None)
-        frozen = self.functional.randomness
+        frozen = self.problem.randomness
         drawn = range(1 if frozen is None else frozen.draws)
-        if score in ("entropy", "mutual_information"):
+        if score in ENTROPIES:
             check_has_entropy(self.likelihood, score)
             parts = [self._predict(x, METHODS[0], draw) for draw in drawn]
             values = [per_example(p.total if score == "entropy" else p.epistemic) for p in parts]
             return torch.stack(values).mean(0)
-        if score == "loss":
-            targets = loss_targets(self.likelihood, x, targets, self.functional.device)
         values = []
         for draw in drawn:
             some = self.functional.keyed(x, [draw])
-            plan, fit = self._capture_plan(some), self._fitted()
-            scorer = Scorer(self.functional, plan, fit, self._settings, self.likelihood)
-            if score == "loss":
-                values.append(loss_variance(scorer, some, targets, exact))
-            elif score == "information":
-                values.append(novelty_information(scorer, some, exact))
-            else:
-                values.append(novelty_variance(scorer, some, score == "share", exact))
+            scorer = Scorer(self._fitted(), self._capture_plan(some), exact)
+            values.append(ROW_SCORES[score](scorer, some, targets))
         return torch.stack(values).mean(0)
+
+    # -- the model -----------------------------------------------------------------------------------
+
+    def _capture_plan(self, inputs: Inputs) -> CapturePlan:
+        plan = self._fitted().plan or self._proven
+        if plan is None:  # a loaded posterior proves its rows on the first batch it sees
+            self.functional.outputs(inputs, "`x`")  # wrong inputs are said to be that
+            plan = self._proven = prove(self.functional, inputs)
+        return plan
+
+    def _check_model(self) -> None:
+        """Refuse a model that is in training mode, or no longer the one that was fitted."""
+        check_mode(self.model, frozen=self.problem.randomness is not None)
+        fit = self._fitted()
+        digest = quick_digest(self.model)
+        if digest != self._seen:
+            check_unchanged(self.model, fit.fingerprint)
+            self._seen = digest
+
+    def _inputs(self, x: Inputs, draws: list[int] | None) -> Inputs:
+        """Checked, on the device, and keyed for ``draws`` of the frozen noise unless that is None."""
+        x = to_device(x, self.functional.device)
+        self._check_model()
+        if not batch_size(x, "`x`"):
+            raise InputError(
+                "`x` holds no examples: its first axis has length 0. Pass at least one."
+            )
+        check_inputs(x, "`x`")
+        return x if draws is None else self.functional.keyed(x, draws)
+
+    # -- samples and files -------------------------------------------------------------------------
+
+    def _samples(self) -> Tensor:
+        """Weight changes ``Δ (S, P)`` at the current prior precision."""
+        return self._fitted().samples
+
+    def sample(self, count: int | None = None) -> Iterator[dict[str, Tensor]]:
+        """Yield ``count`` samples (default: all that are stored) as plain state dicts for ``load_state_dict``.
+
+        More than were fitted are drawn first, see :meth:`draw`.
+        """
+        count = self.num_samples if count is None else check_count(count, "count")
+        if count > self.num_samples:
+            self.draw(count - self.num_samples)
+        return state_dicts(self.model, self.space, self._samples()[:count])
+
+    @undisturbed_method
+    def draw(self, count: int) -> None:
+        """Add ``count`` samples; they continue the stream of the fit's seed.
+
+        Raises:
+            NotFittedError: not fitted, or loaded from a file (which holds no factorisation).
+        """
+        fit = self._fitted()
+        if fit.state is None:
+            raise NotFittedError(
+                f"this posterior was loaded from a file with {len(fit.unit)} samples; more need the "
+                "factorisation, so call `fit` again with a larger `num_samples`."
+            )
+        self._take(extended(fit, self._settings, check_count(count, "count")))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write samples, settings, certificate and a fingerprint of the model to one safetensors file.
+
+        Raises:
+            NotFittedError: not fitted. StorageError: the file cannot be written; an earlier one stays.
+        """
+        fit = self._fitted()
+        settings = described(fit, self._settings.target, self.calibration)
+        settings["class"] = type(self).__name__
+        write_posterior(path, self.model, self.space, fit.unit, settings)
+
+    def _restore(self, samples: Tensor, settings: dict[str, Any]) -> None:
+        """Take over what a file holds, around this posterior's model."""
+        fit, self.calibration = restored(self.problem, samples, settings)
+        self._take(fit)

@@ -18,17 +18,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_calibration_error
 
 from nullbayes.common.arguments import check_choice
 from nullbayes.common.progress import stages
 from nullbayes.errors import InputError, NullBayesWarning
+from nullbayes.fit.result import Fit
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.linearise import linearised_outputs
 from nullbayes.likelihood import Likelihood
 from nullbayes.likelihood.helpers import mirrored
 from nullbayes.metrics import ood_metrics
-from nullbayes.model.functional import FunctionalModel
+from nullbayes.model.batch import Inputs
 from nullbayes.model.loader import limited
 from nullbayes.posterior.prediction import per_example
 
@@ -41,7 +41,7 @@ NOISE_DECADES = (-1.0, 3.0)
 BINS = 15
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CalibrationPath:
     """Validation figures along the prior-scale path, or along that of the noise.
 
@@ -80,91 +80,130 @@ class CalibrationPath:
         """All fields; JSON-able."""
         return asdict(self)
 
+    def __repr__(self) -> str:
+        value = (self.noise_scale or self.prior_precision)[self.chosen]
+        what = "prior precision" if self.noise_scale is None else "noise variance ×"
+        best = {"nll": self.nll, "ece": self.ece}[self.metric] or [math.nan] * (self.chosen + 1)
+        point = self.point[self.metric]
+        network = "" if point is None else f", network {point:.4g}"
+        return (
+            f"CalibrationPath({what} {value:.4g}, {self.metric} {best[self.chosen]:.4g}{network}, "
+            f"{self.examples} examples)"
+        )
 
-def calibration_path(
-    functional: FunctionalModel,
-    plan: CapturePlan,
-    likelihood: Likelihood,
-    samples: Tensor,
-    start: float,
-    loader: Iterable[Any],
-    ood_loader: Iterable[Any] | None,
-    metric: str,
-    tune: str | None,
-    show: bool,
-) -> CalibrationPath:
-    """Evaluate the path for unit-precision ``samples (S, P)`` and choose the best point.
 
-    Args:
+@dataclass(frozen=True)
+class Search:
+    """What `calibrate` was asked for.
+
+    Attributes:
+        loader, ood_loader, metric: see `nullbayes.Posterior.calibrate`.
         tune: one of `TUNED`; None: the noise where it was estimated from training data, else the prior.
+        progress: whether to show it.
+    """
+
+    loader: Iterable[Any]
+    ood_loader: Iterable[Any] | None = None
+    metric: str = "nll"
+    tune: str | None = None
+    progress: bool = True
+
+
+def calibration_path(fit: Fit, plan: CapturePlan, search: Search) -> CalibrationPath:
+    """Evaluate the path around the prior precision of ``fit`` and choose the best point.
 
     Raises:
         InputError: an unknown metric, or one that this likelihood does not have; noise that is not to be tuned.
     """
-    tune = _what(tune, likelihood)
-    if tune == "prior":
-        scales, path = None, _decades(start, DECADES)
-        figures, points = [_Figures(likelihood) for _ in path], [_Figures(likelihood)]
-    else:
-        scales, path = _decades(1.0, NOISE_DECADES), [start] * POINTS
-        figures, points = ([_Figures(_noised(likelihood, c)) for c in scales] for _ in range(2))
-    scores_in: list[list[Tensor]] = [[] for _ in path]
-    scores_out: list[list[Tensor]] = [[] for _ in path]
-    examples = 0
-    with stages(show) as stage:
+    walk = _Walk(fit, plan, search)
+    with stages(show=search.progress) as stage:
         for index, inputs, targets in stage.track(
-            limited(functional, loader, "val_loader", None), "calibration"
+            limited(fit.problem.functional, search.loader, "val_loader", None), "calibration"
         ):
-            where = f"val_loader, batch {index}"
-            point, unit = linearised_outputs(functional, plan, samples, inputs, where)
-            likelihood.validate(point, targets, where)
-            targets = likelihood.prepare_targets(point, targets)
-            examples += len(point)
-            for precision, figure, kept in zip(path, figures, scores_in, strict=True):
-                total = figure.add(point, point + unit / math.sqrt(precision), targets)
-                kept.append(total)
-            for alone in points:
-                alone.add(point, point[None], targets)
-        if ood_loader is not None:
-            for index, inputs, _ in stage.track(
-                limited(functional, ood_loader, "ood_loader", None), "out of distribution"
-            ):
-                where = f"ood_loader, batch {index}"
-                point, unit = linearised_outputs(functional, plan, samples, inputs, where)
-                for precision, figure, out in zip(path, figures, scores_out, strict=True):
-                    moved = mirrored(point + unit / math.sqrt(precision), point)
-                    moments = figure.likelihood.moments(moved, point, True)
-                    out.append(per_example(moments.total))
-    rows = [figure.result(examples) for figure in figures]
-    has_ece = rows[0]["ece"] is not None
-    if metric == "ece" and not has_ece:
-        raise InputError(f"metric='ece' needs class probabilities, not {likelihood!r}; use 'nll'.")
-    finite = [_finite(row[metric]) for row in rows]
-    by_itself = min((p.result(examples) for p in points), key=lambda row: _finite(row[metric]))
-    chosen = min(range(len(path)), key=lambda i: (finite[i], path[i]))
-    at_edge = chosen in (0, len(path) - 1)
-    auroc = None
-    if ood_loader is not None:
-        pairs = zip(scores_in, scores_out, strict=True)
-        auroc = [ood_metrics(torch.cat(a), torch.cat(b))["auroc"] for a, b in pairs]
-    result = CalibrationPath(
-        path,
-        [_number(row["nll"]) for row in rows],
-        [_number(row["accuracy"]) for row in rows],
-        [_number(row["ece"]) for row in rows] if has_ece else None,
-        auroc,
-        chosen,
-        metric,
-        likelihood.score_name,
-        start,
-        by_itself,
-        examples,
-        at_edge,
-        tune,
-        scales,
-    )
-    _warn(result, finite)
-    return result
+            walk.add(inputs, targets, f"val_loader, batch {index}")
+        if search.ood_loader is not None:
+            loader = limited(fit.problem.functional, search.ood_loader, "ood_loader", None)
+            for index, inputs, _ in stage.track(loader, "out of distribution"):
+                walk.add_out(inputs, f"ood_loader, batch {index}")
+    path, values = walk.result()
+    _warn(path, values)
+    return path
+
+
+class _Walk:
+    """Sums over validation data for every point of the path at once."""
+
+    def __init__(self, fit: Fit, plan: CapturePlan, search: Search) -> None:
+        self.fit, self.plan, self.search = fit, plan, search
+        likelihood, start = fit.problem.likelihood, fit.alpha
+        self.tune = _what(search.tune, likelihood)
+        self.scales: list[float] | None = None
+        if self.tune == "prior":
+            self.path = _decades(start, DECADES)
+            self.figures = [_Figures(likelihood) for _ in self.path]
+            self.points = [_Figures(likelihood)]
+        else:
+            self.scales, self.path = _decades(1.0, NOISE_DECADES), [start] * POINTS
+            self.figures = [_Figures(_noised(likelihood, c)) for c in self.scales]
+            self.points = [_Figures(_noised(likelihood, c)) for c in self.scales]
+        self.scores_in: list[list[Tensor]] = [[] for _ in self.path]
+        self.scores_out: list[list[Tensor]] = [[] for _ in self.path]
+        self.examples = 0
+
+    def _outputs(self, inputs: Inputs, where: str) -> tuple[Tensor, Tensor]:
+        functional = self.fit.problem.functional
+        return linearised_outputs(functional, self.plan, self.fit.unit, inputs, where)
+
+    def add(self, inputs: Inputs, targets: Any, where: str) -> None:
+        """One batch of validation data."""
+        point, unit = self._outputs(inputs, where)
+        targets = self.fit.problem.checked_targets(point, targets, where)
+        self.examples += len(point)
+        for precision, figure, scores in zip(self.path, self.figures, self.scores_in, strict=True):
+            scores.append(figure.add(point, point + unit / math.sqrt(precision), targets))
+        for alone in self.points:
+            alone.add(point, point[None], targets)
+
+    def add_out(self, inputs: Inputs, where: str) -> None:
+        """One batch of out-of-distribution inputs."""
+        point, unit = self._outputs(inputs, where)
+        for precision, figure, out in zip(self.path, self.figures, self.scores_out, strict=True):
+            moved = mirrored(point + unit / math.sqrt(precision), point)
+            out.append(per_example(figure.likelihood.moments(moved, point, linearised=True).total))
+
+    def result(self) -> tuple[CalibrationPath, list[float]]:
+        """The path with its best point chosen, and the values of the metric along it."""
+        metric, likelihood = self.search.metric, self.fit.problem.likelihood
+        rows = [figure.result(self.examples) for figure in self.figures]
+        has_ece = rows[0]["ece"] is not None
+        if metric == "ece" and not has_ece:
+            raise InputError(
+                f"metric='ece' needs class probabilities, not {likelihood!r}; use 'nll'."
+            )
+        values = [_finite(row[metric]) for row in rows]
+        ends = [p.result(self.examples) for p in self.points]
+        chosen = min(range(len(self.path)), key=lambda i: (values[i], self.path[i]))
+        auroc = None
+        if self.search.ood_loader is not None:
+            pairs = zip(self.scores_in, self.scores_out, strict=True)
+            auroc = [ood_metrics(torch.cat(a), torch.cat(b))["auroc"] for a, b in pairs]
+        path = CalibrationPath(
+            self.path,
+            [_number(row["nll"]) for row in rows],
+            [_number(row["accuracy"]) for row in rows],
+            [_number(row["ece"]) for row in rows] if has_ece else None,
+            auroc,
+            chosen,
+            metric,
+            likelihood.score_name,
+            self.fit.alpha,
+            min(ends, key=lambda row: _finite(row[metric])),
+            self.examples,
+            chosen in (0, len(self.path) - 1),
+            self.tune,
+            self.scales,
+        )
+        return path, values
 
 
 def check_arguments(metric: str, ood_loader: Iterable[Any] | None) -> None:
@@ -251,7 +290,7 @@ class _Figures:
         """Count one batch; returns the uncertainty of each example ``(B,)``."""
         with torch.no_grad():
             both = mirrored(moved, point)
-            moments = self.likelihood.moments(both, point, True)
+            moments = self.likelihood.moments(both, point, linearised=True)
             self.nll -= float(self.likelihood.log_predictive(both, targets).double().sum())
             total, count = self.likelihood.score(moments.mean, targets)
             self.score, self.count = self.score + total, self.count + count
@@ -264,6 +303,9 @@ class _Figures:
     def result(self, examples: int) -> dict[str, float | None]:
         ece = None
         if self.confidences:
+            # Imported where it is used: torchmetrics imports matplotlib and scipy where they are installed, a second.
+            from torchmetrics.functional.classification import binary_calibration_error
+
             confidence, hit = torch.cat(self.confidences), torch.cat(self.hits)
             ece = float(binary_calibration_error(confidence, hit, n_bins=BINS))
         return {

@@ -40,7 +40,7 @@ def load(
     if is_layer_file(path):
         return load_layers(path, model, likelihood or loss, forward)
     stored = read_posterior(path)
-    kinds: dict[str, type[Posterior]] = {
+    kinds: dict[str, type[NullSpacePosterior] | type[LaplacePosterior]] = {
         c.__name__: c for c in (NullSpacePosterior, LaplacePosterior)
     }
     stored.check_model(unwrapped(model))

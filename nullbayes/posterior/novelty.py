@@ -1,4 +1,10 @@
-"""How much the training data leave open at an input: ``tr J(x) Σ J(x)ᵀ``, or its share of the prior's."""
+"""How much the training data leave unconstrained at an input: one number an example, under several scores.
+
+``"information"``: what an observation at an input would tell of the weights, in nats, ``½ log det(I + J(x) Σ J(x)ᵀ)``
+(MacKay, *Information-based objective functions for active data selection*, Neural Computation 1992, eq. 4). Outputs are
+observed with the noise of the likelihood, logits with variance one. Where the variance adds up what is unconstrained,
+this asks in how many directions it is: an input at which one class wavers has less novelty than one at which all do.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nullbayes.constraints.problem import Problem
 from nullbayes.errors import InputError, NotFittedError
-from nullbayes.fit.result import Fit, Settings
+from nullbayes.fit.result import Fit
 from nullbayes.jacobian.capture.batches import capture_batch
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.linearise import (
     REVERSE_OUTPUTS_PER_SAMPLE,
+    blaming_inputs,
     first_output,
     forward_mode,
     output_rows,
@@ -24,44 +32,57 @@ from nullbayes.jacobian.linearise import (
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.batch import Inputs, take, to_device
-from nullbayes.model.functional import FunctionalModel
+from nullbayes.model.randomness import Keyed
 from nullbayes.solvers.base import relative
+from nullbayes.solvers.block_cg import blocks
 
 # Floating-point operations per example up to which novelty is computed exactly by itself.
 EXACT_FLOPS = 3e8
+# Rows written out at a time, where covariances are exact.
+_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """What every score of an input is computed from: the model at its weights, and the posterior around them."""
+    """What every score of an input is computed from.
 
-    functional: FunctionalModel
-    plan: CapturePlan
+    Attributes:
+        plan: how rows at these inputs are captured.
+        exact: from the factorisation, or from the samples; None: exactly where that costs little.
+    """
+
     fit: Fit
-    settings: Settings
-    likelihood: Likelihood
+    plan: CapturePlan
+    exact: bool | None = None
+
+    @property
+    def problem(self) -> Problem:
+        return self.fit.problem
+
+    @property
+    def likelihood(self) -> Likelihood:
+        return self.problem.likelihood
 
     @cached_property
     def isotropic(self) -> Tensor:
         """Samples ``(S, P)`` in the coordinates of the rows, where the prior is isotropic."""
-        scales = self.functional.space.scales(self.settings.precision_by_name)
-        return self.fit.unit if scales is None else self.fit.unit / scales
+        return self.problem.isotropic(self.fit.unit)
 
     def outputs(self, x: Inputs) -> int:
         """Numbers in the output of one example."""
-        return first_output(self.functional, x, "`x`").numel()
+        return first_output(self.problem.functional, x, "`x`").numel()
 
-    def is_exact(self, exact: bool | None, outputs: int) -> bool:
+    def is_exact(self, outputs: int) -> bool:
         """What was asked for, or what costs little."""
         state = self.fit.state
-        if exact is None:
+        if self.exact is None:
             return state is not None and state.explained_flops(outputs) <= EXACT_FLOPS
-        if exact and state is None:
+        if self.exact and state is None:
             raise NotFittedError(
                 "exact novelty needs the factorisation, which is not stored in files; fit here, or "
                 "use `exact=False`."
             )
-        return exact
+        return self.exact
 
     def too_many_rows(self, outputs: int) -> bool:
         """Whether one pass for each sample costs less than one row for each output."""
@@ -69,53 +90,104 @@ class Scorer:
 
     def changes(self, x: Inputs) -> Tensor:
         """``J(x) Δ_s (S, B, *out)`` at prior precision one, sample by sample."""
-        return forward_mode(self.functional, self.plan, self.fit.unit, x)
+        return forward_mode(self.problem.functional, self.plan, self.fit.unit, x)
 
     def rows(
         self, x: Inputs, outputs: int, centre: Callable[[Tensor], Tensor]
     ) -> Iterator[tuple[Tensor, JacobianOperator]]:
         """Outputs ``(b, *out)`` and the rows of them that ``centre`` leaves, some examples at a time."""
-        scales = self.settings.scale_by_name
-        unit = self.isotropic
-        return output_rows(self.functional, self.plan, x, outputs, unit, scales, "`x`", centre)
+        problem, unit = self.problem, self.isotropic
+        scales = problem.scale_by_name
+        with blaming_inputs(problem.functional, x, "`x`"):
+            yield from output_rows(problem.functional, self.plan, x, outputs, unit, scales, centre)
+
+    def natural_precision(self) -> float:
+        """The prior precision at which information is counted: ``γ / ‖θ̂‖²``, whatever it was set to since.
+
+        With another one the order of inputs would be another; `calibrate` shall not change the novelty of an input.
+        One where the weights have no size.
+        """
+        if self.problem.precision_by_name is not None:
+            return 1.0
+        size = float(self.problem.trained_weights().double().square().sum())
+        return max(1, self.fit.certificate.rank) / size if size else 1.0
 
 
-def novelty_variance(scorer: Scorer, x: Inputs, share: bool, exact: bool | None) -> Tensor:
-    """``(B,)`` in the model's dtype; see :meth:`nullbayes.Posterior.novelty`."""
+# -- the scores ------------------------------------------------------------------------------------
+
+
+def information(scorer: Scorer, x: Inputs, targets: Any) -> Tensor:
+    """``½ log det(I + J(x) Σ J(x)ᵀ)``, nats ``(B,)``."""
     outputs = scorer.outputs(x)
-    exact = scorer.is_exact(exact, outputs)
+    precision = scorer.natural_precision()
+    if scorer.is_exact(outputs):
+        told = [_log_det(part, precision) for part in _covariances(scorer, x, outputs)]
+    else:
+        told = [_log_det(_sampled(part), precision) for part in _changes(scorer, x, outputs)]
+    return torch.cat(told).to(scorer.problem.dtype)
+
+
+def variance(scorer: Scorer, x: Inputs, targets: Any) -> Tensor:
+    """``tr J(x) Σ J(x)ᵀ (B,)``, in the units of the outputs squared."""
+    outputs = scorer.outputs(x)
     # What no prediction depends on, a constant added to all logits, varies on training data as anywhere else: left
-    # in, it hides what is new (experiments/ablation_items.py, `scores`).
+    # in, it hides what has higher novelty (experiments/ablation_items.py, `scores`).
     centre = scorer.likelihood.centre
-    if not exact and not share and scorer.too_many_rows(outputs):
+    if not scorer.is_exact(outputs) and scorer.too_many_rows(outputs):
         squares = centre(scorer.changes(x)).double().square().mean(0).flatten(1).sum(1)
-        return (squares / scorer.fit.alpha).to(scorer.functional.dtype)
+        return (squares / scorer.fit.alpha).to(scorer.problem.dtype)
     operators = (operator for _, operator in scorer.rows(x, outputs, centre))
-    return _variances(scorer, operators, outputs, share, exact)
+    total = _summed(scorer, operators, outputs) / scorer.fit.alpha
+    return total.to(scorer.problem.dtype)
 
 
-def loss_variance(scorer: Scorer, x: Inputs, targets: Any, exact: bool | None) -> Tensor:
+def share(scorer: Scorer, x: Inputs, targets: Any) -> Tensor:
+    """The variance as a share of the prior's ``(B,)``, in [0, 1]."""
+    outputs = scorer.outputs(x)
+    values = []
+    for _, operator in scorer.rows(x, outputs, scorer.likelihood.centre):
+        left = _per_row(scorer, operator, outputs).reshape(-1, outputs).sum(1)
+        prior = operator.squared_norms().reshape(-1, outputs).sum(1)
+        values.append(relative(left, prior).clamp(0, 1))
+    return torch.cat(values).to(scorer.problem.dtype)
+
+
+def loss_variance(scorer: Scorer, x: Inputs, targets: Any) -> Tensor:
     """``Var(∇ℓ(f(x))ᵀ J(x) Δ) (B,)``: of each example's own loss, to first order; one row, however many outputs."""
-    functional, likelihood = scorer.functional, scorer.likelihood
+    functional, likelihood = scorer.problem.functional, scorer.likelihood
+    plain = x.inputs if isinstance(x, Keyed) else x
+    targets = _targets(likelihood, plain, targets, functional.device)
     point = functional.outputs(x, "`x`")
-    likelihood.validate(point, targets, "`x`")
-    targets = likelihood.prepare_targets(point, targets)
+    targets = scorer.problem.checked_targets(point, targets, "`x`")
 
     def gradient(outputs: Tensor, piece: slice) -> SimpleNamespace:
         some = take(targets, piece.start, piece.stop, len(point))
         return SimpleNamespace(values=likelihood.loss_gradient(outputs, some).unsqueeze(0))
 
     def operators() -> Iterator[JacobianOperator]:
-        scales = scorer.settings.scale_by_name
+        scales = scorer.problem.scale_by_name
         for block, _, _ in capture_batch(functional, scorer.plan, x, gradient, 1, scales):
             yield JacobianOperator(functional.space, [block])
 
-    return _variances(scorer, operators(), 1, False, scorer.is_exact(exact, 1))
+    total = _summed(scorer, operators(), 1) / scorer.fit.alpha
+    return total.to(scorer.problem.dtype)
 
 
-def loss_targets(likelihood: Likelihood, x: Inputs, targets: Any, device: torch.device) -> Any:
+Score = Callable[[Scorer, Inputs, Any], Tensor]
+#: by name, from the posterior's rows; entropies of predictions are scores too
+ROW_SCORES: dict[str, Score] = {
+    "information": information,
+    "variance": variance,
+    "share": share,
+    "loss": loss_variance,
+}
+ENTROPIES = ("entropy", "mutual_information")
+SCORES = (*ROW_SCORES, *ENTROPIES)
+
+
+def _targets(likelihood: Likelihood, x: Inputs, targets: Any, device: torch.device) -> Any:
     """What the losses at ``x`` are taken against. Raises `InputError` where that is not known."""
-    if targets is None and likelihood.layouts is None:
+    if targets is None and not likelihood.inputs_are_targets:
         raise InputError(
             "`score` is 'loss', which needs the targets of `x`: pass `targets=`. (A callable loss gets the inputs as "
             "targets where there are none.)"
@@ -125,34 +197,61 @@ def loss_targets(likelihood: Likelihood, x: Inputs, targets: Any, device: torch.
 
 def check_has_entropy(likelihood: Likelihood, score: str) -> None:
     """Raise `InputError` for a likelihood that says nothing of the spread of its targets."""
-    if likelihood.layouts is not None:
+    if not likelihood.describes_targets:
         raise InputError(
             f"`score` is {score!r}, which a callable loss does not have; expected 'information', 'variance', 'share' "
             "or 'loss'."
         )
 
 
-def _variances(
-    scorer: Scorer,
-    operators: Iterable[JacobianOperator],
-    outputs: int,
-    share: bool,
-    exact: bool,
-) -> Tensor:
-    """Variance ``(B,)`` summed over the ``outputs`` rows of each example, or its share of the prior's."""
-    fit, unit, values = scorer.fit, scorer.isotropic, []
-    for operator in operators:
-        prior = operator.squared_norms() if exact or share else None
-        if exact:
-            assert fit.state is not None and prior is not None
-            value = (prior - fit.state.explained(operator).flatten()).clamp(min=0)
-        else:
-            value = operator.matvec(unit).double().square().mean(0)
-        total = value.reshape(-1, outputs).sum(1)
-        if share:
-            assert prior is not None
-            total = relative(total, prior.reshape(-1, outputs).sum(1)).clamp(0, 1)
-        else:
-            total = total / fit.alpha
-        values.append(total)
-    return torch.cat(values).to(scorer.functional.dtype)
+# -- from rows -------------------------------------------------------------------------------------
+
+
+def _per_row(scorer: Scorer, operator: JacobianOperator, outputs: int) -> Tensor:
+    """Variance along each row at prior precision one, float64 ``(R,)``."""
+    if not scorer.is_exact(outputs):
+        return operator.matvec(scorer.isotropic).double().square().mean(0)
+    state = scorer.fit.state
+    assert state is not None
+    return (operator.squared_norms() - state.explained(operator).flatten()).clamp(min=0)
+
+
+def _summed(scorer: Scorer, operators: Iterable[JacobianOperator], outputs: int) -> Tensor:
+    """Variance at prior precision one, summed over the ``outputs`` rows of each example: ``(B,)`` float64."""
+    values = [_per_row(scorer, o, outputs).reshape(-1, outputs).sum(1) for o in operators]
+    return torch.cat(values)
+
+
+def _changes(scorer: Scorer, x: Inputs, outputs: int) -> Iterator[Tensor]:
+    """What samples at prior precision one do to observed outputs, ``(S, b, *out)``, some examples at a time."""
+    observed, unit = scorer.likelihood.observed, scorer.isotropic
+    if scorer.too_many_rows(outputs):
+        yield observed(scorer.changes(x))
+        return
+    for point, operator in scorer.rows(x, outputs, observed):
+        yield operator.matvec(unit).reshape(len(unit), *point.shape)
+
+
+def _covariances(scorer: Scorer, x: Inputs, outputs: int) -> Iterator[Tensor]:
+    """Exact covariances of observed outputs at prior precision one, ``(b, O, O)`` float64."""
+    state = scorer.fit.state
+    assert state is not None
+    for _, operator in scorer.rows(x, outputs, scorer.likelihood.observed):
+        rows = operator.iter_rows(max(1, _ROWS // outputs) * outputs)
+        prior = torch.cat([blocks(values.double().T, outputs) for values in rows])
+        covariance = prior - state.explained(operator, outputs)
+        yield (covariance + covariance.mT) / 2
+
+
+def _sampled(part: Tensor) -> Tensor:
+    """A matrix ``(b, k, k)`` with the nonzero eigenvalues of the covariance of ``(S, b, *out)``, k at most S."""
+    changes = part.double().flatten(2)
+    samples, _, outputs = changes.shape
+    between = "sbo,tbo->bst" if samples < outputs else "sbo,sbp->bop"
+    return torch.einsum(between, changes, changes) / samples
+
+
+def _log_det(covariance: Tensor, precision: float) -> Tensor:
+    """``½ log det(I + C / precision) (b,)`` float64."""
+    values = torch.linalg.eigvalsh(covariance).clamp(min=0)
+    return 0.5 * torch.log1p(values / precision).sum(-1)

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
+from nullbayes.common.arguments import PriorPrecision
+from nullbayes.common.deprecation import warn_deprecated
+from nullbayes.constraints.directions import Directions
 from nullbayes.constraints.preserve import Preserve
+from nullbayes.constraints.problem import Problem
 from nullbayes.errors import InputError
-from nullbayes.fit.result import DELTA, LAPLACE, NULL_SPACE
-from nullbayes.likelihood import Likelihood, LossFunction
-from nullbayes.posterior.base import CLASSIFICATION, Posterior
+from nullbayes.fit.plan import Plan
+from nullbayes.fit.result import Settings
+from nullbayes.fit.target import DELTA, FullLaplace, NullSpace
+from nullbayes.likelihood import Likelihood, LossFunction, resolve_loss
+from nullbayes.model.functional import Forward, functional_model
+from nullbayes.model.parameters import ParameterChoice
+from nullbayes.model.randomness import FrozenRandomness, resolve_randomness
+from nullbayes.posterior.base import Posterior
+from nullbayes.solvers import Solver
+
+CLASSIFICATION = "classification"
 
 
 class NullSpacePosterior(Posterior):
     """``N(θ̂, Π Λ⁻¹)`` with ``Π`` the projection onto the null space of the constraint rows.
 
-    Every sample keeps the training predictions of the linearised network, so the Bayesian prediction
-    does not underfit (Miani, Roy & Hauberg 2025). See :class:`Posterior` for the arguments.
+    Every sample preserves the training predictions of the linearised network, so the Bayesian prediction
+    does not underfit (Miani, Roy & Hauberg 2025).
 
     The null space of a trained network's rows has no sharp edge: their spectrum decays over twenty
     decades. ``delta`` says where it ends. A direction counts as free if moving along it as far as the
@@ -28,13 +41,34 @@ class NullSpacePosterior(Posterior):
     the data; see the page on the guarantee for measurements.
 
     Args:
-        preserve: ``"predictions"`` (default), ``"outputs"``, ``"loss"``, or an object.
+        model: the trained network, in evaluation mode. It is never written to.
+        likelihood: ``"classification"``, ``"binary"``, ``"regression"``, a likelihood object, or a callable
+            ``loss(outputs, targets) -> (B,)`` of whatever the model returns; ``loss=`` is another name for it.
+        preserve: ``"predictions"``, ``"outputs"``, ``"loss"``, or an object.
+        parameters: which weights take part: all that require a gradient (None), names, or a
+            filter ``(name, parameter) -> bool``.
+        prior_precision: ``"evidence"``, a number, or one for each parameter tensor ``{name: value}``.
+        solver: ``"auto"``, the name of a registered solver, or an object from ``nb.solvers``.
+        directions: None (all), a number or ``"auto"``: how many of the leading eigen-directions of
+            each example's output Hessian are constrained.
+        forward: ``forward(model, inputs) -> outputs`` where ``model(inputs)`` does not do.
+        tolerance: relative residual asked for; None: 1e-5 (float32), 1e-10 (float64), and 5e-2 for
+            data sets that only an iterative solver can take.
+        row_drift: an iterative solver stops at this RMS change of an example's row (``certificate.row_drift``)
+            even if the tolerance is not reached by then.
+        memory: what a fit may take beside what the process holds already, e.g. ``"8GB"``; None: 70 % of
+            what is free. Rows that do not fit go to disk, or are computed anew for each pass.
+        randomness: None: the model must not draw random numbers. ``"frozen"`` (or ``nb.FrozenRandomness(seed)``):
+            an example gets the same ones in every batch, order and call; they follow from its content.
+        draws: how many draws of that noise each example is constrained for (as many times the rows).
         delta: the edge of the null space, relative to the prior precision; 0: the exact projection,
             refined until ``tolerance``.
-        options: see :class:`Posterior`.
-    """
+        drift: the former name of ``row_drift``.
 
-    kind = NULL_SPACE
+    Raises:
+        InputError: an argument that cannot be used.
+        ModelError: a model whose training mode or layers rule out per-example predictions.
+    """
 
     def __init__(
         self,
@@ -42,35 +76,127 @@ class NullSpacePosterior(Posterior):
         likelihood: str | Likelihood | LossFunction = CLASSIFICATION,
         preserve: str | Preserve = "predictions",
         *,
+        loss: LossFunction | None = None,
+        parameters: ParameterChoice = None,
+        prior_precision: PriorPrecision = "evidence",
+        solver: str | Solver = "auto",
+        directions: Directions = None,
+        forward: Forward | None = None,
+        tolerance: float | None = None,
+        row_drift: float | None = None,
+        memory: str | int | None = None,
+        randomness: str | FrozenRandomness | None = None,
+        draws: int | None = None,
         delta: float = DELTA,
-        **options: Any,
+        drift: float | None = None,
     ) -> None:
-        if (
-            isinstance(delta, bool)
-            or not isinstance(delta, (int, float))
-            or not 0 <= delta < math.inf
-        ):
+        number = isinstance(delta, (int, float)) and not isinstance(delta, bool)
+        if not number or not 0 <= delta < math.inf:
             raise InputError(f"`delta` is {delta!r}; expected a number, 0 (exact) or more.")
-        super().__init__(model, likelihood, preserve, delta=float(delta), **options)
+        explained = resolve_loss(likelihood, loss, CLASSIFICATION)
+        frozen = resolve_randomness(randomness, draws)
+        functional = functional_model(model, parameters, forward, explained.layouts, frozen)
+        problem = Problem.of(functional, explained, preserve, directions, prior_precision)
+        row_drift = _row_drift(row_drift, drift)
+        target = NullSpace(float(delta))
+        super().__init__(problem, Settings.of(target, solver, tolerance, row_drift, memory))
 
 
 class LaplacePosterior(Posterior):
-    """The full linearised Laplace posterior ``(Λ + G)⁻¹``: the sibling that does not keep predictions.
+    """The full linearised Laplace posterior ``(Λ + G)⁻¹``: the sibling that does not preserve predictions.
 
-    The same rows, solvers and methods, with ``δ = 1``. ``calibrate`` and ``prior_precision = ...``
+    The same rows, solvers and methods, with a shift of one. ``calibrate`` and ``prior_precision = ...``
     rescale its covariance as a whole (a tempered posterior); fit anew for another prior.
-    """
 
-    kind = LAPLACE
+    Args:
+        tolerance: of an iterative solver: a bound on a sample's error beside the sample itself.
+        model, likelihood, preserve, loss, parameters, prior_precision, solver, directions, forward, row_drift, memory,
+            randomness, draws, drift: as those of :class:`NullSpacePosterior`.
+
+    Raises:
+        InputError: an argument that cannot be used.
+        ModelError: a model whose training mode or layers rule out per-example predictions.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         likelihood: str | Likelihood | LossFunction = CLASSIFICATION,
-        **options: Any,
+        preserve: str | Preserve = "predictions",
+        *,
+        loss: LossFunction | None = None,
+        parameters: ParameterChoice = None,
+        prior_precision: PriorPrecision = "evidence",
+        solver: str | Solver = "auto",
+        directions: Directions = None,
+        forward: Forward | None = None,
+        tolerance: float | None = None,
+        row_drift: float | None = None,
+        memory: str | int | None = None,
+        randomness: str | FrozenRandomness | None = None,
+        draws: int | None = None,
+        drift: float | None = None,
     ) -> None:
-        if "delta" in options:
-            raise InputError(
-                "`delta` is 1 for a Laplace posterior; use NullSpacePosterior to set it."
-            )
-        super().__init__(model, likelihood, delta=1.0, **options)
+        explained = resolve_loss(likelihood, loss, CLASSIFICATION)
+        frozen = resolve_randomness(randomness, draws)
+        functional = functional_model(model, parameters, forward, explained.layouts, frozen)
+        problem = Problem.of(functional, explained, preserve, directions, prior_precision)
+        row_drift = _row_drift(row_drift, drift)
+        target = FullLaplace(1.0)
+        super().__init__(problem, Settings.of(target, solver, tolerance, row_drift, memory))
+
+
+def _row_drift(row_drift: float | None, drift: float | None) -> float | None:
+    if drift is None:
+        return row_drift
+    warn_deprecated("`drift=`", "`row_drift=`")
+    return drift
+
+
+def plan(
+    model: nn.Module,
+    train_loader: Iterable[Any],
+    likelihood: str | Likelihood | LossFunction = CLASSIFICATION,
+    preserve: str | Preserve = "predictions",
+    *,
+    loss: LossFunction | None = None,
+    parameters: ParameterChoice = None,
+    prior_precision: PriorPrecision = "evidence",
+    solver: str | Solver = "auto",
+    directions: Directions = None,
+    forward: Forward | None = None,
+    tolerance: float | None = None,
+    row_drift: float | None = None,
+    memory: str | int | None = None,
+    randomness: str | FrozenRandomness | None = None,
+    draws: int | None = None,
+    delta: float = DELTA,
+    num_samples: int = 30,
+    max_examples: int | None = None,
+) -> Plan:
+    """Sizes, memory and time of ``NullSpacePosterior(...).fit`` with the same arguments, before it runs.
+
+    Args:
+        train_loader, num_samples, max_examples: as those of ``fit``; the others as those of `NullSpacePosterior`.
+
+    Raises:
+        InputError, ModelError, NonFiniteError: what ``fit`` would raise on the first batch.
+    """
+    posterior = NullSpacePosterior(
+        model,
+        likelihood,
+        preserve,
+        loss=loss,
+        parameters=parameters,
+        prior_precision=prior_precision,
+        solver=solver,
+        directions=directions,
+        forward=forward,
+        tolerance=tolerance,
+        row_drift=row_drift,
+        memory=memory,
+        randomness=randomness,
+        draws=draws,
+        delta=delta,
+    )
+    return posterior.plan(train_loader, num_samples=num_samples, max_examples=max_examples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from html import escape
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from nullbayes.likelihood.helpers import mirrored
 from nullbayes.model.structure import tensors_in
 
 METHODS = ("linearised", "sampled")
-SCORES = ("information", "variance", "share", "entropy", "mutual_information", "loss")
+SHOWN = 10  # examples of a prediction shown in a notebook
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prediction:
     """A Bayesian prediction for ``B`` examples from ``S`` function draws.
 
@@ -49,6 +50,28 @@ class Prediction:
     def __len__(self) -> int:
         return len(next(tensors_in(self.point)))
 
+    def __repr__(self) -> str:
+        shapes = [tuple(t.shape[1:]) for t in tensors_in(self.point)]
+        of = shapes[0] if len(shapes) == 1 else shapes
+        samples = len(next(tensors_in(self.outputs)))
+        return f"Prediction({len(self)} examples, outputs {of}, {samples} samples, {self.method})"
+
+    def _repr_html_(self) -> str:
+        """The first examples as a table: what is predicted, and how uncertain that is."""
+        mean, total, epistemic = (
+            next(tensors_in(v)) for v in (self.mean, self.total, self.epistemic)
+        )
+        rows = [
+            (str(i), _shown(mean[i]), _shown(total[i]), _shown(epistemic[i]))
+            for i in range(min(len(self), SHOWN))
+        ]
+        head = ("example", "mean", "total uncertainty", "epistemic part")
+        cells = "".join(f"<th>{h}</th>" for h in head)
+        body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
+        more = len(self) - len(rows)
+        text = f"{escape(repr(self))}{f'; {more} more examples' if more else ''}"
+        return f"<table><caption>{text}</caption><tr>{cells}</tr>{body}</table>"
+
 
 def make_prediction(
     likelihood: Likelihood, point: Tensor, outputs: Tensor, method: str
@@ -62,7 +85,8 @@ def make_prediction(
         )
     with torch.no_grad():
         linear = method == METHODS[0]
-        m = likelihood.moments(mirrored(outputs, point) if linear else outputs, point, linear)
+        values = mirrored(outputs, point) if linear else outputs
+        m = likelihood.moments(values, point, linearised=linear)
     return Prediction(m.mean, outputs, point, m.variance, m.total, m.aleatoric, m.epistemic, method)
 
 
@@ -70,6 +94,13 @@ def structured(prediction: Prediction, likelihood: Likelihood) -> Prediction:
     """The same prediction with each field in the structure of what the model returns."""
     fields = {n: v for n, v in vars(prediction).items() if isinstance(v, Tensor)}
     return replace(prediction, **{n: likelihood.structured(v) for n, v in fields.items()})
+
+
+def _shown(values: Tensor) -> str:
+    """A few numbers of one example."""
+    flat = values.flatten().tolist()
+    text = ", ".join(f"{v:.3g}" for v in flat[:SHOWN])
+    return escape(text + (" …" if len(flat) > SHOWN else ""))
 
 
 def per_example(values: Tensor) -> Tensor:

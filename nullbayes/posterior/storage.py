@@ -1,4 +1,4 @@
-"""One safetensors file per posterior: samples, settings as JSON, a fingerprint of the model."""
+"""One safetensors file per posterior: samples, settings as JSON, a fingerprint of the model, a checksum over all."""
 
 from __future__ import annotations
 
@@ -15,19 +15,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nullbayes.common.files import atomic_file
-from nullbayes.errors import NullBayesWarning, StorageError
+from nullbayes.certificate import Certificate
+from nullbayes.common.files import atomic_file, checksum
+from nullbayes.constraints.problem import Problem
+from nullbayes.errors import NullBayesError, NullBayesWarning, StorageError
+from nullbayes.fit.result import Fit
+from nullbayes.fit.target import Target
 from nullbayes.likelihood import Likelihood, likelihood_from_config
 from nullbayes.model.fingerprint import fingerprint
 from nullbayes.model.parameters import ParameterSpace
+from nullbayes.posterior.calibration import CalibrationPath
+from nullbayes.posterior.description import DescriptionError, check_settings, parsed
 
 FORMAT = "nullbayes-posterior"
-VERSION = 1
+# 1: without a checksum.
+VERSION = 2
 
 
 def write_posterior(
     path: str | os.PathLike[str],
-    *,
     model: nn.Module,
     space: ParameterSpace,
     samples: Tensor,
@@ -55,9 +61,47 @@ def write_posterior(
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(target) as part:
             tensors = {"samples": samples.detach().cpu().contiguous()}
-            save_file(tensors, part, metadata={"nullbayes": text})
-    except (OSError, SafetensorError) as error:
+            save_file(tensors, part, metadata=signed(text, tensors))
+    except (OSError, ValueError, SafetensorError) as error:  # a name with a NUL is a ValueError
         raise StorageError(f"could not write {target}: {error}.") from error
+
+
+def signed(text: str, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """The metadata of a file with this description and these tensors."""
+    return {"nullbayes": text, "checksum": checksum(text, tensors)}
+
+
+def described(fit: Fit, target: Target, calibration: CalibrationPath | None) -> dict[str, Any]:
+    """The settings and figures of a fit that a file holds beside its samples; JSON-able."""
+    problem, frozen = fit.problem, fit.problem.randomness
+    return {
+        "likelihood": problem.likelihood.config(),
+        "preserve": problem.preserve.name,
+        "directions": problem.directions,
+        "options": target.options(),
+        "prior": problem.prior,
+        "randomness": None if frozen is None else frozen.config(),
+        "prior_precision": fit.alpha,
+        "seed": fit.seed,
+        "certificate": fit.certificate.as_dict(),
+        "calibration": None if calibration is None else calibration.as_dict(),
+    }
+
+
+def restored(
+    problem: Problem, samples: Tensor, settings: dict[str, Any]
+) -> tuple[Fit, CalibrationPath | None]:
+    """The inverse of :func:`described`, around the problem's model. Raises KeyError, TypeError, ValueError."""
+    path = settings["calibration"]
+    fit = Fit(
+        problem,
+        samples,
+        float(settings["prior_precision"]),
+        int(settings["seed"]),
+        Certificate.from_dict(settings["certificate"]),
+        fingerprint(problem.functional.model),
+    )
+    return fit, None if path is None else CalibrationPath(**path)
 
 
 @dataclass(frozen=True)
@@ -77,7 +121,18 @@ class Stored:
         return dict(self.meta["settings"])
 
     def likelihood(self) -> Likelihood:
-        return likelihood_from_config(self.settings["likelihood"])
+        """Rebuilt from its settings. Raises `StorageError` or, for a name that is not known here, `InputError`."""
+        try:
+            return likelihood_from_config(self.settings["likelihood"])
+        except NullBayesError:
+            raise
+        except (
+            Exception
+        ) as error:  # what a class, maybe of the user's own, makes of values that it never wrote
+            raise StorageError(
+                f"{self.path} holds settings of its likelihood that cannot be used ({type(error).__name__}: {error}); "
+                "it was written by another version of nullbayes or changed since. Fit and save it again."
+            ) from error
 
     def check_model(self, model: nn.Module) -> None:
         """Raise :class:`StorageError` unless ``model`` is the one that the file was written for."""
@@ -138,31 +193,62 @@ def read_posterior(path: str | os.PathLike[str]) -> Stored:
         StorageError: missing, truncated, not a safetensors file, not ours, or of a newer version.
     """
     source = Path(path)
-    if not source.is_file():
-        raise StorageError(f"there is no file {source}; write one with `posterior.save(path)`.")
     try:
-        with safe_open(str(source), framework="pt") as file:
-            metadata = file.metadata() or {}
-            text = metadata.get("nullbayes")
-            if text is None:
-                raise StorageError(
-                    f"{source} is a safetensors file, but not one that `posterior.save` wrote."
-                )
-            # Where a file's bytes happen to begin changes the rounding of products: copy them to a
-            # place of their own, aligned as those of a fit are.
-            tensor = file.get_tensor("samples").clone()
-        meta = json.loads(text)
-    except (SafetensorError, ValueError, KeyError) as error:
+        if not source.is_file():
+            raise StorageError(f"there is no file {source}; write one with `posterior.save(path)`.")
+        tensors, metadata = _contents(source)
+    except (SafetensorError, OSError, ValueError, KeyError, MemoryError) as error:
+        if isinstance(error, StorageError):
+            raise
         raise StorageError(
             f"{source} cannot be read: {error}. It is truncated or not a posterior file; save it again."
         ) from error
-    if not isinstance(meta, dict) or not {"names", "shapes", "dtype", "settings"} <= set(meta):
+    text = metadata.get("nullbayes")
+    if text is None:
         raise StorageError(
-            f"{source} is a safetensors file whose description `posterior.save` did not write."
+            f"{source} is a safetensors file, but not one that `posterior.save` wrote."
         )
-    if meta.get("format") != FORMAT or meta.get("version", 0) > VERSION:
+    meta = _description(source, text)
+    told = metadata.get("checksum")
+    if (meta["version"] > 1 or told is not None) and told != checksum(text, tensors):
         raise StorageError(
-            f"{source} has format {meta.get('format')!r} version {meta.get('version')}; this "
+            f"{source} cannot be read: it is not what was written (its checksum differs). It was damaged or changed "
+            "since; save it again."
+        )
+    if set(tensors) != {"samples"} or str(tensors["samples"].dtype) != meta["dtype"]:
+        raise StorageError(
+            f"{source} holds {sorted(tensors)[:4]}, expected 'samples' of {meta['dtype']}. The file is damaged; "
+            "save it again."
+        )
+    return Stored(source, meta, tensors["samples"])
+
+
+def _contents(source: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(str(source), framework="pt") as file:
+        # Where a file's bytes happen to begin changes the rounding of products: copy them to a
+        # place of their own, aligned as those of a fit are.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        return tensors, file.metadata() or {}
+
+
+def _description(source: Path, text: str) -> dict[str, Any]:
+    """Checked as a whole: nothing that a file can hold may fail later on, in the middle of something."""
+    try:
+        meta = parsed(text)
+    except DescriptionError as error:
+        raise StorageError(
+            f"{source} cannot be read: its description is not one that `posterior.save` wrote: {error}."
+        ) from error
+    if meta["format"] != FORMAT or meta["version"] > VERSION:
+        raise StorageError(
+            f"{source} has format {meta['format']!r} version {meta['version']}; this "
             f"nullbayes reads {FORMAT!r} up to version {VERSION}. Upgrade nullbayes."
         )
-    return Stored(source, meta, tensor)
+    try:
+        check_settings(meta["settings"])
+    except (KeyError, DescriptionError) as error:
+        raise StorageError(
+            f"{source} lacks, or does not understand, a setting ({error}); it was written by another version of "
+            "nullbayes or changed since. Fit and save it again."
+        ) from error
+    return meta

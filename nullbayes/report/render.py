@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nullbayes.errors import InputError, MissingExtraError
+from nullbayes.errors import MissingExtraError, NullBayesError, StorageError
 from nullbayes.report import words
-from nullbayes.report.writing import write_text
+from nullbayes.report.writing import read_signed_json, write_text
 
 SCHEMA = 1
 _NEEDED = (
@@ -36,23 +35,16 @@ def require_packages() -> None:
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
-    """Read a ``results.json`` that the demonstration wrote."""
+    """Read a ``results.json`` that the demonstration wrote. Raises `StorageError` for any other, or a damaged one."""
     path = Path(path)
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:
-        raise InputError(
-            f"{path} is not whole JSON ({error}). Run `nullbayes demo` again."
-        ) from error
-    missing = [key for key in _NEEDED if not isinstance(results, dict) or key not in results]
+    results = read_signed_json(path, "Run `nullbayes demo` again.")
+    missing = [key for key in _NEEDED if key not in results]
     if missing:
-        raise InputError(
+        raise StorageError(
             f"{path} is not a results file of `nullbayes demo`: it lacks {', '.join(missing)}."
         )
     if results.get("schema") != SCHEMA:
-        raise InputError(
+        raise StorageError(
             f"{path} has layout {results.get('schema')!r}, this version reads {SCHEMA}: run `nullbayes demo` again."
         )
     return results
@@ -89,7 +81,16 @@ def render_report(results: Mapping[str, Any]) -> str:
 
 
 def write_report(results: Mapping[str, Any], path: str | Path) -> Path:
-    """Render and write, whole or not at all."""
+    """Render and write, whole or not at all. Raises `StorageError` where the results lack what the page shows."""
     path = Path(path)
-    write_text(path, render_report(results))
+    try:
+        page = render_report(results)
+    except (NullBayesError, MemoryError):
+        raise
+    except Exception as error:  # whatever a drawing makes of values that no run ever wrote
+        raise StorageError(
+            f"these results lack, or hold as something else, what the report shows ({type(error).__name__}: {error}). "
+            "They were changed, or written by another version: run `nullbayes demo` again."
+        ) from error
+    write_text(path, page)
     return path

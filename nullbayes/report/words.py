@@ -11,11 +11,11 @@ SAME_ACCURACY = 5e-5  # shown to four digits
 # Field of the certificate -> (name, what it means), in the order shown; the first part always, the second on request.
 CERTIFICATE_FIELDS = {
     "residual": ("Residual", "what is left of the samples along the constraints, as a share"),
-    "map_accuracy": (
+    "network_score": (
         "Training accuracy, point estimate",
         "on the images whose predictions are kept",
     ),
-    "posterior_accuracy": ("Training accuracy, posterior", "on the same images"),
+    "posterior_score": ("Training accuracy, posterior", "on the same images"),
     "drift": ("Drift, linearised", "RMS change of the kept quantity over the training data"),
     "sampled_drift": (
         "Drift, sampled network",
@@ -149,7 +149,7 @@ def certificate_value(key: str, value: Any) -> str:
         return f"{value / 2**20:,.0f} MiB"
     if key == "seconds":
         return f"{value:.2f}"
-    if key in ("map_accuracy", "posterior_accuracy"):
+    if key in ("network_score", "posterior_score"):
         return f"{value:.4f}"
     if key == "prior_share":
         return f"{100 * value:.1f} %"

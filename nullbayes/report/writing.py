@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 from nullbayes.common.files import atomic_file
-from nullbayes.errors import InputError
+from nullbayes.errors import InputError, StorageError
+
+CHECKSUM = "checksum"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -21,6 +24,43 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write strict JSON: NaN and infinity, which JSON does not have, become null."""
     write_text(path, json.dumps(plain(value), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_signed_json(path: Path, value: dict[str, Any]) -> None:
+    """Strict JSON with a ``checksum`` over all other entries, for :func:`read_signed_json`."""
+    # Said twice, so that one damaged key cannot make it pass for a file of a version that signed nothing.
+    written = {"signed": True, **{k: v for k, v in plain(value).items() if k != CHECKSUM}}
+    write_json(path, {**written, CHECKSUM: _digest(written)})
+
+
+def read_signed_json(path: Path, again: str) -> dict[str, Any]:
+    """What :func:`write_signed_json` wrote; a file without a checksum, of an earlier version, is taken as it is.
+
+    Args:
+        again: what to do about a damaged file, as a sentence.
+
+    Raises:
+        StorageError: missing, not whole, no mapping, or changed since it was written.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise StorageError(f"{path} is not whole JSON ({error}). {again}") from error
+    if not isinstance(value, dict):
+        return {}
+    told = value.pop(CHECKSUM, None)
+    if (told is not None or "signed" in value) and told != _digest(value):
+        raise StorageError(
+            f"{path} is not what was written: damaged, or changed since (its checksum differs). {again}"
+        )
+    value.pop("signed", None)
+    return value
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def plain(value: Any) -> Any:

@@ -18,3 +18,4 @@ from nullbayes.solvers.preconditioners import Subset as Subset
 from nullbayes.solvers.primal import PrimalQR as PrimalQR
 from nullbayes.solvers.registry import Choice as Choice
 from nullbayes.solvers.registry import choose as choose
+from nullbayes.solvers.registry import register_solver as register_solver

@@ -10,8 +10,10 @@ from torch import Tensor
 from nullbayes.jacobian.operator import RowOperator, Tick
 from nullbayes.solvers.base import Cost, Projection, Size, Solver, Status, relative, require_finite
 from nullbayes.solvers.block_cg import row_norms
-from nullbayes.solvers.conjugate_gradient import IterativeState
-from nullbayes.solvers.refinement import GAP, MAX_PASSES
+from nullbayes.solvers.checkpoint import QUIET, Watch
+from nullbayes.solvers.conjugate_gradient import IterativeState, iterative_forecast
+from nullbayes.solvers.refinement import GAP, MAX_PASSES, Refinement
+from nullbayes.solvers.rehearsal import Rehearsal
 
 BATCH_ROWS = 144  # sixteen examples with nine softmax directions each, as published
 STALLED = 0.999  # a cycle that leaves more than this of the residual, many times in a row
@@ -43,6 +45,7 @@ class AlternatingProjections(Solver):
         tolerance: float | None = None,
         max_cycles: int = 1000,
         batch_rows: int = BATCH_ROWS,
+        *,
         accelerate: bool = False,
         cutoff: float = 1e-10,
     ) -> None:
@@ -55,6 +58,9 @@ class AlternatingProjections(Solver):
         cycle = 2 * size.samples * (size.product_flops + size.rows * self.batch_rows)
         vectors = 4 * size.samples * size.columns * size.itemsize + 8 * size.samples * size.rows
         return Cost(1000 * cycle, inverses + vectors)
+
+    def forecast(self, rehearsal: Rehearsal) -> dict[str, float]:
+        return iterative_forecast(rehearsal)
 
     def prepare(self, operator: RowOperator, tick: Tick | None = None) -> AlternatingState:
         return AlternatingState(self, operator, tick)
@@ -106,20 +112,28 @@ class AlternatingState(IterativeState):
                 tick(start / operator.shape[0])
 
     def factorise(
-        self, shift: float = 0.0, numerical: bool = False, tick: Tick | None = None
+        self,
+        shift: float = 0.0,
+        *,
+        numerical: bool = False,
+        enough: float = 0.0,
+        tick: Tick | None = None,
     ) -> None:
-        self.shift, self.numerical = shift, numerical
+        self.shift, self.numerical, self.enough = shift, numerical, enough
 
-    def project(self, vectors: Tensor, noise: Tensor | None = None) -> Projection:
+    def project(
+        self, vectors: Tensor, noise: Tensor | None = None, watch: Watch = QUIET
+    ) -> Projection:
         tolerance = self.solver.tolerance_for(vectors.dtype)
         if not self.numerical:
-            return self._solve(vectors, noise, tolerance, self.solver.max_iterations)
+            goal = Refinement(tolerance, self.solver.max_iterations)
+            return self._solve(vectors, noise, goal, watch)
         before = row_norms(self.operator.matvec(vectors))
         x, after, done, cycles, status = vectors, before, 0, 0, Status.NUMERICAL
         while True:
             previous = after
             limit = max(1, self.solver.max_iterations - cycles)
-            solved = self._solve(x, None, 0.1 * tolerance, limit)
+            solved = self._solve(x, None, Refinement(0.1 * tolerance, limit), watch)
             x, done, cycles = solved.value, done + 1, cycles + solved.iterations
             after = row_norms(self.operator.matvec(x))
             if bool((after <= (tolerance * before).clamp(min=self.enough)).all()):
@@ -137,8 +151,9 @@ class AlternatingState(IterativeState):
         return Projection(x, relative(after, before), status, cycles)
 
     def _solve(
-        self, vectors: Tensor, noise: Tensor | None, tolerance: float, limit: int
+        self, vectors: Tensor, noise: Tensor | None, goal: Refinement, watch: Watch
     ) -> Projection:
+        tolerance, limit = goal.tolerance, goal.max_iterations
         x, dtype = vectors, vectors.dtype
         z = torch.zeros(len(x), self.operator.shape[0], dtype=torch.float64, device=x.device)
         extra = 0.0 if noise is None or not self.shift else self.shift**0.5 * noise.double()
@@ -157,7 +172,7 @@ class AlternatingState(IterativeState):
         status = Status.MAX_ITERATIONS
         try:
             while True:
-                self.watch.report(cycles, float(relative(reached, enough).max()))
+                watch.report(cycles, float(relative(reached, enough).max()))
                 if bool((reached <= enough).all()):
                     status = Status.CONVERGED
                     break

@@ -6,13 +6,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from nullbayes.common.progress import PROJECTION
 from nullbayes.errors import NonFiniteError
 from nullbayes.jacobian.operator import RowOperator, Tick
 from nullbayes.solvers.checkpoint import QUIET, Watch
+
+if TYPE_CHECKING:
+    from nullbayes.solvers.rehearsal import Rehearsal
 
 
 class Status(Enum):
@@ -135,6 +140,21 @@ class Solver(ABC):
             ITERATIVE_TOLERANCE if self.iterative else default_tolerance(dtype)
         )
 
+    def forecast(self, rehearsal: Rehearsal) -> dict[str, float]:
+        """Seconds by stage of a fit, from short trials. By default :meth:`cost` at the speed of a pass."""
+        operator = rehearsal.operator
+        scale = rehearsal.rows / max(1, operator.shape[0])
+        size = Size(
+            rehearsal.rows,
+            operator.shape[1],
+            rehearsal.samples,
+            operator.product_flops * scale,
+            operator.gram_flops * scale**2,
+            operator.dtype.itemsize,
+        )
+        speed = 2 * rehearsal.samples * size.product_flops / max(rehearsal.one_pass, 1e-9)
+        return {PROJECTION: rehearsal.drawing + self.cost(size).flops / max(speed, 1.0)}
+
     @abstractmethod
     def prepare(self, operator: RowOperator, tick: Tick | None = None) -> State:
         """Work that needs ``A`` alone."""
@@ -161,9 +181,7 @@ class State(ABC):
     #: None: it is to be measured with the samples.
     rank: int | None = None
     notes: tuple[str, ...] = ()
-    #: a norm ``‖A x‖`` that is small enough whatever the relative tolerance says (``drift=``)
     enough: float = 0.0
-    watch: Watch = QUIET
 
     @abstractmethod
     def spectrum(self, settled: Settled | None = None) -> Spectrum:
@@ -171,17 +189,29 @@ class State(ABC):
 
     @abstractmethod
     def factorise(
-        self, shift: float = 0.0, numerical: bool = False, tick: Tick | None = None
+        self,
+        shift: float = 0.0,
+        *,
+        numerical: bool = False,
+        enough: float = 0.0,
+        tick: Tick | None = None,
     ) -> None:
-        """Make ready to project or to sample."""
+        """Make ready to project or to sample.
+
+        Args:
+            enough: a norm ``‖A x‖`` that is small enough whatever the relative tolerance says (``row_drift=``).
+        """
 
     @abstractmethod
-    def project(self, vectors: Tensor, noise: Tensor | None = None) -> Projection:
+    def project(
+        self, vectors: Tensor, noise: Tensor | None = None, watch: Watch = QUIET
+    ) -> Projection:
         """Project, or turn prior samples into posterior ones (Matheron's rule, Wilson et al. 2020).
 
         Args:
             vectors: ``(S, P)`` standard normal, or anything to be projected.
-            noise: ``(S, M)`` standard normal; needed for Laplace, otherwise unused.
+            noise: ``(S, M)`` standard normal, Matheron's perturbation; needed for Laplace, otherwise unused.
+            watch: progress and checkpoints of a solver that iterates.
 
         Returns:
             ``v - Aᵀ(AAᵀ + shift I)⁻¹(A v + √shift noise)``. For standard normal input its
@@ -205,7 +235,9 @@ class State(ABC):
         """
         return None
 
-    def project_without(self, vectors: Tensor, spans: Sequence[slice]) -> Projection | None:
+    def project_without(
+        self, vectors: Tensor, spans: Sequence[slice], watch: Watch = QUIET
+    ) -> Projection | None:
         """Project as if the rows of ``spans`` were not there; the next :meth:`project` begins at what this found.
 
         The null space of all rows lies in that of some, so little of the work is lost. None where the solver cannot

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nullbayes.jacobian.operator import RowOperator
 from nullbayes.solvers.base import Status, require_finite
-from nullbayes.solvers.checkpoint import Watch
+from nullbayes.solvers.checkpoint import QUIET, Watch
 
 # Iterations between two measurements of the true residual; each costs as much as one iteration.
 CHECK_EVERY = 10
@@ -51,125 +51,193 @@ class _Search:
         return {"q": self.q, "p": self.p, "coefficients": self.coefficients, "largest": largest}
 
 
+@dataclass(frozen=True)
+class Objective:
+    """``½‖A x‖² + shift/2 ‖x - anchor‖² - <linear, x>`` for ``S`` anchors at once.
+
+    Without a shift and linear term its minimiser is the projection of the anchors onto ``ker A``.
+
+    Attributes:
+        anchor, linear: ``(S, P)``; ``linear`` may be None.
+    """
+
+    operator: RowOperator
+    anchor: Tensor
+    shift: float = 0.0
+    linear: Tensor | None = None
+
+    def descent(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The negative gradient ``(S, P)``, and ``‖A x‖ (S,)``."""
+        g, square = self.operator.normal(x)
+        r = -g if self.shift == 0 else -g - self.shift * (x - self.anchor)
+        if self.linear is not None:
+            r = r + self.linear
+        require_finite(square, "the product of the Jacobian rows with prior samples")
+        return r, square.sqrt()
+
+    def pulled(self, x: Tensor) -> Tensor | float:
+        """What the shift adds to twice the objective, ``(S,)``."""
+        return self.shift * row_norms(x - self.anchor).square() if self.shift else 0.0
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a search begins: at the anchors, unless something here says otherwise.
+
+    Attributes:
+        begin: ``(S, P)``; without a shift it has to differ from the anchors by combinations of rows.
+        resumed: a checkpoint to go on from.
+        carried: what else belongs into a checkpoint.
+    """
+
+    begin: Tensor | None = None
+    resumed: dict[str, Tensor] | None = None
+    carried: dict[str, Tensor] | None = None
+
+
 def block_cg(
-    operator: RowOperator,
-    anchor: Tensor,
-    shift: float,
-    linear: Tensor | None,
-    precondition: Precondition | None,
+    objective: Objective,
     goal: Goal,
     max_iterations: int,
-    watch: Watch,
-    resumed: dict[str, Tensor] | None = None,
-    carried: dict[str, Tensor] | None = None,
-    begin: Tensor | None = None,
+    *,
+    precondition: Precondition | None = None,
+    watch: Watch = QUIET,
+    start: Start | None = None,
 ) -> Solved:
-    """Minimise ``½‖A x‖² + shift/2 ‖x - anchor‖² - <linear, x>`` for ``S`` anchors at once.
+    """Minimise ``objective``, along the least residual ``‖A x‖`` that the Krylov space holds.
 
-    Without a shift and linear term that is the projection of the anchors onto ``ker A``, reached along
-    the least residual ``‖A x‖`` that the Krylov space holds. All samples share their spaces (O'Leary
-    1980; orthonormalised as by Dubrulle 2001): the leading directions of ``A``, which slow down single
-    vectors, are found by all together.
+    All samples share their spaces (O'Leary 1980; orthonormalised as by Dubrulle 2001): the leading directions of
+    ``A``, which slow down single vectors, are found by all together.
 
     Args:
-        anchor: ``(S, P)``; also where the search begins, unless ``begin (S, P)`` is given, which without a shift has to
-            differ from it by combinations of rows.
-        linear: ``(S, P)`` or None.
-        precondition: ``(S, P) -> (S, P)``, symmetric positive definite.
         goal: see :data:`Goal`; given only measured quantities.
-        watch: progress and checkpoints; ``resumed``: the checkpoint to go on from; ``carried``: what
-            else belongs into one.
+        precondition: ``(S, P) -> (S, P)``, symmetric positive definite.
+        watch: progress and checkpoints.
 
     An interrupt (Ctrl-C) ends the search; what was reached is returned, and measured, as always.
     """
-    dtype = anchor.dtype
-    x, done, search = anchor if begin is None else begin, 0, None
-    active = torch.ones(len(anchor), dtype=torch.bool, device=anchor.device)
-    if resumed is not None:
-        there = {name: t.to(anchor.device) for name, t in resumed.items()}
-        x, done, active = there["x"], int(there["done"]), there["active"]
-        if "q" in there:
-            search = _Search(there["q"], there["p"], there["coefficients"], float(there["largest"]))
-
-    def measured(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        g, square = operator.normal(x)
-        r = -g if shift == 0 else -g - shift * (x - anchor)
-        if linear is not None:
-            r = r + linear
-        require_finite(square, "the product of the Jacobian rows with prior samples")
-        return r, square.sqrt(), goal(square.sqrt(), row_norms(r))
-
-    def pulled(x: Tensor) -> Tensor | float:
-        """What the shift adds to twice the objective, ``(S,)``."""
-        return shift * row_norms(x - anchor).square() if shift else 0.0
-
-    r, image, reached = measured(x)
-    energy = image.square() + pulled(x)
-    infinite = torch.full_like(image, math.inf)
-    best = (reached, x)
-    watch.report(done, float(reached.max()))
-    history = [(done, float(reached.max()))]
-    status = Status.MAX_ITERATIONS
-    unchecked, gained = 0, torch.zeros_like(image)
-    rounding = torch.finfo(dtype).eps ** 0.75  # of sums that the conditioning of a step has worn
+    run = _Run(objective, goal, precondition, watch, start or Start())
     try:
-        while True:
-            if not bool((reached > 1).any()):
-                status = Status.CONVERGED
-                break
-            if done >= max_iterations:
-                break
-            if done - history[0][0] >= PATIENCE:
-                if history[-1][1] > LEAST_GAIN * history[0][1]:
-                    status = Status.STAGNATED
-                    break
-                history = [h for h in history if done - h[0] < PATIENCE]
-            if search is None:
-                active = reached > 1
-                search = _begin(r[active], precondition)
-                if search is None:  # nothing left but rounding
-                    status = Status.STAGNATED
-                    break
-            step, along = _advance(operator, search, shift, precondition)
-            done, unchecked = done + 1, unchecked + 1
-            x = x.index_put((active,), x[active] + step)
-            gained[active] += along
-            # A step that gained less than the rounding of what was gained: whoever goes on unseeing follows
-            # noise, into the null space where the shift is little more than that.
-            hinted, little = reached, along <= rounding * gained[active]
-            if linear is None:
-                # Each step says by how much it lowers what is minimised, hence, but for rounding, what is
-                # left of ‖A x‖: that shows progress and tells when to measure.
-                left = energy - gained - pulled(x)
-                hint = torch.where(active, left.clamp(min=0).sqrt(), image)
-                hinted = torch.minimum(reached, goal(hint, infinite))
-                little |= (left <= rounding * energy)[active]
-            watch.report(done, float(hinted.max()))
-            hoped = bool((hinted <= 1).all())
-            lost = bool(little.all())
-            if not (hoped or lost or unchecked >= CHECK_EVERY or done >= max_iterations):
-                continue
-            r, image, reached = measured(x)
-            energy = image.square() + pulled(x)
-            unchecked, gained = 0, torch.zeros_like(image)
-            history.append((done, float(reached.max())))
-            if float(reached.max()) <= float(best[0].max()):
-                best = (reached, x)
-            search = _kept(search, r[active])
-            # Samples that are done retire from the block; the space that they helped to find stays.
-            going = active & (reached > 1)
-            if search is not None:
-                search.coefficients = search.coefficients[going[active]]
-            active = going
-            state = {"x": x, "done": torch.tensor(done), "active": active, **(carried or {})}
-            watch.offer({**state, **(search.tensors() if search else {})})
+        while (status := run.ended(max_iterations)) is None:
+            run.step(max_iterations)
     except KeyboardInterrupt:
         status = Status.INTERRUPTED
-        best = _better(best, measured(x)[2], x)
-        state = {"x": best[1], "done": torch.tensor(done), "active": active, **(carried or {})}
-        watch.offer(state, now=True)
-    reached, x = best
-    return Solved(x.to(dtype), reached, status, done)
+        run.interrupted()
+    reached, x = run.best
+    return Solved(x.to(objective.anchor.dtype), reached, status, run.done)
+
+
+class _Run:
+    """One search: where it is, what it has measured, and the best of that."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        goal: Goal,
+        precondition: Precondition | None,
+        watch: Watch,
+        start: Start,
+    ) -> None:
+        self.objective, self.goal, self.precondition = objective, goal, precondition
+        self.watch, self.carried = watch, start.carried or {}
+        anchor = objective.anchor
+        self.x, self.done = anchor if start.begin is None else start.begin, 0
+        self.search: _Search | None = None
+        self.active = torch.ones(len(anchor), dtype=torch.bool, device=anchor.device)
+        if start.resumed is not None:
+            self._resume({name: t.to(anchor.device) for name, t in start.resumed.items()})
+        self._measure()
+        self.infinite = torch.full_like(self.image, math.inf)
+        self.best = (self.reached, self.x)
+        watch.report(self.done, float(self.reached.max()))
+        self.history = [(self.done, float(self.reached.max()))]
+        # Of sums that the conditioning of a step has worn.
+        self.rounding = torch.finfo(anchor.dtype).eps ** 0.75
+
+    def _resume(self, there: dict[str, Tensor]) -> None:
+        self.x, self.done, self.active = there["x"], int(there["done"]), there["active"]
+        if "q" in there:
+            self.search = _Search(
+                there["q"], there["p"], there["coefficients"], float(there["largest"])
+            )
+
+    def _measure(self) -> None:
+        """The true residual, and from it what each sample has reached."""
+        self.r, self.image = self.objective.descent(self.x)
+        self.reached = self.goal(self.image, row_norms(self.r))
+        self.energy = self.image.square() + self.objective.pulled(self.x)
+        self.unchecked, self.gained = 0, torch.zeros_like(self.image)
+
+    def ended(self, max_iterations: int) -> Status | None:
+        """How the search has ended; None where it goes on."""
+        if not bool((self.reached > 1).any()):
+            return Status.CONVERGED
+        if self.done >= max_iterations:
+            return Status.MAX_ITERATIONS
+        if self.done - self.history[0][0] >= PATIENCE:
+            if self.history[-1][1] > LEAST_GAIN * self.history[0][1]:
+                return Status.STAGNATED
+            self.history = [h for h in self.history if self.done - h[0] < PATIENCE]
+        if self.search is None:
+            self.active = self.reached > 1
+            self.search = _begin(self.r[self.active], self.precondition)
+        # None again: nothing is left but rounding.
+        return Status.STAGNATED if self.search is None else None
+
+    def step(self, max_iterations: int) -> None:
+        """One step, and a measurement where one is due."""
+        assert self.search is not None
+        operator, shift = self.objective.operator, self.objective.shift
+        step, along = _advance(operator, self.search, shift, self.precondition)
+        self.done, self.unchecked = self.done + 1, self.unchecked + 1
+        self.x = self.x.index_put((self.active,), self.x[self.active] + step)
+        self.gained[self.active] += along
+        hinted, little = self._hints(along)
+        self.watch.report(self.done, float(hinted.max()))
+        hoped, lost = bool((hinted <= 1).all()), bool(little.all())
+        if hoped or lost or self.unchecked >= CHECK_EVERY or self.done >= max_iterations:
+            self._look()
+
+    def _hints(self, along: Tensor) -> tuple[Tensor, Tensor]:
+        """What is reached as far as can be told without measuring, and which steps gained little.
+
+        Steps that gain less than the rounding of what was gained follow noise, into the null space where the shift
+        is little more than that: it is time to measure.
+        """
+        hinted, little = self.reached, along <= self.rounding * self.gained[self.active]
+        if self.objective.linear is None:
+            # Each step says by how much it lowers what is minimised, hence, but for rounding, what is
+            # left of ‖A x‖: that shows progress and tells when to measure.
+            left = self.energy - self.gained - self.objective.pulled(self.x)
+            hint = torch.where(self.active, left.clamp(min=0).sqrt(), self.image)
+            hinted = torch.minimum(self.reached, self.goal(hint, self.infinite))
+            little |= (left <= self.rounding * self.energy)[self.active]
+        return hinted, little
+
+    def _look(self) -> None:
+        """Measure; samples that are done retire from the block, and a checkpoint is offered."""
+        assert self.search is not None
+        self._measure()
+        self.history.append((self.done, float(self.reached.max())))
+        if float(self.reached.max()) <= float(self.best[0].max()):
+            self.best = (self.reached, self.x)
+        self.search = _true_to(self.search, self.r[self.active])
+        # The space that retired samples helped to find stays.
+        going = self.active & (self.reached > 1)
+        if self.search is not None:
+            self.search.coefficients = self.search.coefficients[going[self.active]]
+        self.active = going
+        inside = self.search.tensors() if self.search else {}
+        self.watch.offer({**self._state(self.x), **inside})
+
+    def _state(self, x: Tensor) -> dict[str, Tensor]:
+        return {"x": x, "done": torch.tensor(self.done), "active": self.active, **self.carried}
+
+    def interrupted(self) -> None:
+        """The better of what was measured last and of where the search is now, kept in a checkpoint."""
+        image = self.objective.descent(self.x)
+        self.best = _better(self.best, self.goal(image[1], row_norms(image[0])), self.x)
+        self.watch.offer(self._state(self.best[1]), now=True)
 
 
 def _better(best: tuple[Tensor, Tensor], reached: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,7 +315,7 @@ def _orthonormal(
     return q, (q if precondition is None else to.to(r.dtype) @ w), change
 
 
-def _kept(search: _Search, r: Tensor) -> _Search | None:
+def _true_to(search: _Search, r: Tensor) -> _Search | None:
     """The search, unless rounding took it away from the true residual and it has to begin anew.
 
     A residual that is measured lies in the row space. What the search's own differs from it by is rounding, which lies

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,12 +14,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nullbayes.errors import StorageError
+from nullbayes.common.files import atomic_file, checksum
+from nullbayes.errors import NullBayesWarning, StorageError
 
 #: ``(iterations done, residual over the tolerance)``
 Report = Callable[[int, float], None]
 
-FORMAT = "nullbayes-checkpoint-1"
+FORMAT = "nullbayes-checkpoint-2"
+OLD_FORMAT = "nullbayes-checkpoint-1"  # without a checksum
 
 
 class Watch:
@@ -42,6 +46,9 @@ class Watch:
         self._report, self._every, self.problem, self._before = report, every, problem, before
         #: what else belongs into each checkpoint
         self.carried: dict[str, Tensor] = {}
+        #: digest of all that the problem was made from (weights, say): two that differ never fit; "": not told
+        self.identity = ""
+        self._warned = False
         self._path = None if path is None else Path(path)
         self._last = time.monotonic()
 
@@ -50,54 +57,105 @@ class Watch:
         if self._report is not None:
             self._report(done, reached)
 
-    def offer(self, state: dict[str, Tensor], now: bool = False) -> None:
-        """Write a checkpoint if one is due (or ``now``): to a temporary name, then renamed."""
+    def offer(self, state: dict[str, Tensor], *, now: bool = False) -> None:
+        """Write a checkpoint if one is due (or ``now``): to a temporary name, then renamed.
+
+        Warns:
+            NullBayesWarning: once, where it cannot be written. The work goes on, and the last good one stands.
+        """
         if self._path is None or not (now or time.monotonic() - self._last >= self._every):
             return
-        temporary = self._path.with_name(self._path.name + ".tmp")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             every = {**state, **self.carried}
             tensors = {name: t.detach().cpu().contiguous().clone() for name, t in every.items()}
-            save_file(tensors, temporary, {"format": FORMAT, "problem": self.problem})
-            temporary.replace(self._path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise StorageError(
-                f"the checkpoint {self._path} could not be written ({error}); choose another "
-                "`checkpoint=`, or free some space."
-            ) from error
+            head = {"format": FORMAT, "problem": self.problem, "identity": self.identity}
+            head["checksum"] = checksum(_described(head), tensors)
+            with atomic_file(self._path) as part:
+                save_file(tensors, part, head)
+        except (OSError, ValueError, SafetensorError) as error:  # a name with a NUL is a ValueError
+            if not self._warned:
+                warnings.warn(
+                    f"the checkpoint {self._path} could not be written ({error}); the fit goes on without. Choose "
+                    "another `checkpoint=`, or free some space.",
+                    NullBayesWarning,
+                    stacklevel=2,
+                )
+            self._warned = True
         self._last = time.monotonic()
 
     def resume(self) -> dict[str, Tensor] | None:
         """The state of an earlier, unfinished run of the same problem, if there is one.
 
         Raises:
-            StorageError: the file is of another problem, or cannot be read.
+            StorageError: the file is of another problem, damaged, or cannot be read.
         """
-        if self._path is None or not self._path.exists():
+        if self._path is None or not _exists(self._path):
             return None
         try:
             with safe_open(self._path, framework="pt") as file:
                 head = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, MemoryError) as error:
             raise StorageError(
                 f"the checkpoint {self._path} cannot be read ({error}); remove it to start anew."
             ) from error
+        self._check_whole(head, tensors)
         if self._before is not None and head.get("problem") == self._before:
             return None
-        if head.get("format") != FORMAT or head.get("problem") != self.problem:
+        told = head.get("identity", "")
+        other = bool(told and self.identity and told != self.identity)
+        if head.get("problem") != self.problem or other:
             raise StorageError(
                 f"the checkpoint {self._path} belongs to another fit (other data, weights, seed or "
                 "settings); remove it, or name another file in `checkpoint=`."
             )
         return tensors
 
+    def _check_whole(self, head: dict[str, str], tensors: dict[str, Tensor]) -> None:
+        if head.get("format") == FORMAT:
+            whole = head.get("checksum") == checksum(_described(head), tensors)
+        elif head.get("format") == OLD_FORMAT:
+            whole = "checksum" not in head and all(
+                bool(t.isfinite().all()) for t in tensors.values()
+            )
+        else:
+            raise StorageError(
+                f"{self._path} is not a checkpoint that this version of nullbayes reads (format "
+                f"{head.get('format')!r}); remove it, or name another file in `checkpoint=`."
+            )
+        whole = whole and _has_layout(tensors)
+        if not whole:
+            raise StorageError(
+                f"the checkpoint {self._path} cannot be read (it is not what was written: damaged, or changed since); "
+                "remove it to start anew."
+            )
+
     def finish(self) -> None:
         """The work is done: its checkpoint has served."""
         if self._path is not None:
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError, ValueError):
+                self._path.unlink(missing_ok=True)
+
+
+def _has_layout(tensors: dict[str, Tensor]) -> bool:
+    """What every iterative solver leaves: samples ``x (S, P)``, steps ``done ()``, and which are ``active (S,)``."""
+    x, done, active = (tensors.get(name) for name in ("x", "done", "active"))
+    if x is None or done is None or active is None or x.ndim != 2 or done.ndim:
+        return False
+    anchor = tensors.get("anchor", x)
+    return active.dtype == torch.bool and active.shape == x.shape[:1] and anchor.shape == x.shape
+
+
+def _described(head: dict[str, str]) -> str:
+    return "\0".join(head.get(key, "") for key in ("format", "problem", "identity"))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # no folder to look into, a name that no file can have
+        return False
 
 
 QUIET = Watch()

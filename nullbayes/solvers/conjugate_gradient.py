@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from nullbayes.common.progress import FACTORISATION, GRAM, PROJECTION
 from nullbayes.errors import InputError
 from nullbayes.jacobian.operator import RowOperator, Tick
 from nullbayes.solvers.base import (
@@ -21,11 +23,28 @@ from nullbayes.solvers.base import (
     Status,
     relative,
 )
-from nullbayes.solvers.block_cg import Goal, Solved, block_cg, blocks, row_norms, sample_size
+from nullbayes.solvers.block_cg import (
+    Goal,
+    Objective,
+    Solved,
+    Start,
+    block_cg,
+    blocks,
+    inner,
+    row_norms,
+    sample_size,
+)
+from nullbayes.solvers.checkpoint import QUIET, Watch
 from nullbayes.solvers.preconditioners import Preconditioner, resolve
-from nullbayes.solvers.refinement import MAX_PASSES, conjugate_gradients
+from nullbayes.solvers.refinement import MAX_PASSES, DualEquations, Refinement, conjugate_gradients
+from nullbayes.solvers.rehearsal import Rehearsal, timed
 from nullbayes.solvers.row_scaling import RowScaled, RowWeighted
-from nullbayes.solvers.spectrum import operator_spectrum
+from nullbayes.solvers.spectrum import (
+    EXACT_UP_TO,
+    OPERATOR_PROBES,
+    OPERATOR_STEPS,
+    operator_spectrum,
+)
 
 # How exactly one pass of the numerical null space solves its equations, relative to the tolerance. The
 # gradient falls long before the residual does: it weighs directions by the squares of the rows.
@@ -70,8 +89,25 @@ class ConjugateGradient(Solver):
         flops = EXPECTED_ITERATIONS * 2.2 * size.samples * size.product_flops
         return Cost(flops, 9 * size.samples * size.columns * size.itemsize)
 
+    def forecast(self, rehearsal: Rehearsal) -> dict[str, float]:
+        return iterative_forecast(rehearsal)
+
     def prepare(self, operator: RowOperator, tick: Tick | None = None) -> ConjugateGradientState:
         return ConjugateGradientState(self, operator)
+
+
+def iterative_forecast(rehearsal: Rehearsal) -> dict[str, float]:
+    """Seconds by stage of a solver that only multiplies with the rows."""
+    v = rehearsal.samples_like
+    once = rehearsal.seconds_of_pass(v[:OPERATOR_PROBES])
+    # Each step keeps a block of search directions conjugate: a few products of (S, P) with (S, S).
+    vectors = timed(lambda: (inner(v, v), inner(v, v), inner(v, v), v.T @ v[:, :1]))
+    steps = EXPECTED_ITERATIONS * (rehearsal.one_pass + 2 * vectors)
+    return {
+        GRAM: 0.0,
+        FACTORISATION: OPERATOR_STEPS * once if rehearsal.rows > EXACT_UP_TO else 0.0,
+        PROJECTION: rehearsal.drawing + steps,
+    }
 
 
 class IterativeState(State):
@@ -119,9 +155,14 @@ class ConjugateGradientState(IterativeState):
         self._begin: Tensor | None = None
 
     def factorise(
-        self, shift: float = 0.0, numerical: bool = False, tick: Tick | None = None
+        self,
+        shift: float = 0.0,
+        *,
+        numerical: bool = False,
+        enough: float = 0.0,
+        tick: Tick | None = None,
     ) -> None:
-        self.shift, self.numerical = shift, numerical
+        self.shift, self.numerical, self.enough = shift, numerical, enough
         chosen = resolve(self.solver.preconditioner)
         if self.solver.equilibrate and chosen is None and (numerical or not shift):
             self._rows = RowScaled(self.operator, self.solver.equilibrate)
@@ -137,28 +178,31 @@ class ConjugateGradientState(IterativeState):
         if tick:
             tick(1.0)
 
-    def project(self, vectors: Tensor, noise: Tensor | None = None) -> Projection:
+    def project(
+        self, vectors: Tensor, noise: Tensor | None = None, watch: Watch = QUIET
+    ) -> Projection:
         if self.numerical:
-            return self._numerical(vectors)
+            return self._numerical(vectors, watch)
+        tolerance, limit = self.solver.tolerance_for(vectors.dtype), self.solver.max_iterations
+        scale = self._scale(vectors, noise)
         if self._preconditioner is not None and self._preconditioner.dual:
-            tolerance, limit = self.solver.tolerance_for(vectors.dtype), self.solver.max_iterations
-            return self._dual(vectors, noise, limit, tolerance, self._scale(vectors, noise))
+            goal_of = Refinement(tolerance, limit, scale)
+            return self._dual(vectors, noise, goal_of)
         linear = None
         if self.shift and noise is not None:
             linear = -self.operator.rmatvec((self.shift**0.5 * noise).to(vectors.dtype))
-        tolerance = self.solver.tolerance_for(vectors.dtype)
-        scale = self._scale(vectors, noise)
-        resumed = self.watch.resume()
-        start = _Start(resumed)
+        resumed = watch.resume()
+        norms = _FirstNorms(resumed)
 
         def goal(image: Tensor, gradient: Tensor) -> Tensor:
-            start.see(image, gradient)
+            norms.see(image, gradient)
             if scale is not None:
                 return relative(gradient, tolerance * self.shift**0.5 * scale)
-            return relative(image, (asked * start.image).clamp(min=self.enough))
+            return relative(image, (asked * norms.image).clamp(min=self.enough))
 
-        limit, asked, iterations = self.solver.max_iterations, tolerance, 0
-        solved = self._block(vectors, linear, goal, limit, resumed, start.carried)
+        asked, iterations = tolerance, 0
+        objective = Objective(self._rows, vectors, self.shift, linear)
+        solved = self._block(objective, goal, limit, watch, Start(None, resumed, norms.carried))
         if self.shift:
             residual = solved.reached * tolerance
             return Projection(solved.value, residual, solved.status, solved.iterations)
@@ -171,11 +215,14 @@ class ConjugateGradientState(IterativeState):
                 break
             # Scaled rows were small enough, the rows themselves are not yet.
             asked *= 0.5 / excess
-            left = limit - iterations
-            solved = self._block(solved.value, linear, goal, left, None, start.carried)
+            objective = Objective(self._rows, solved.value, self.shift, linear)
+            start = Start(carried=norms.carried)
+            solved = self._block(objective, goal, limit - iterations, watch, start)
         return Projection(solved.value, relative(image, before), solved.status, iterations)
 
-    def project_without(self, vectors: Tensor, spans: Sequence[slice]) -> Projection | None:
+    def project_without(
+        self, vectors: Tensor, spans: Sequence[slice], watch: Watch = QUIET
+    ) -> Projection | None:
         if self._preconditioner is not None:
             return None
         there = torch.ones(self.operator.shape[0], dtype=self.operator.dtype)
@@ -185,23 +232,23 @@ class ConjugateGradientState(IterativeState):
         some = copy.copy(self)
         some.operator = RowWeighted(self.operator, there)
         some._rows = RowWeighted(self._rows, there)
-        done = some.project(vectors)
+        done = some.project(vectors, None, watch)
         self._begin = done.value
         return done
 
-    def _numerical(self, vectors: Tensor) -> Projection:
+    def _numerical(self, vectors: Tensor, watch: Watch) -> Projection:
         """Passes until the tolerance, or until two of them stand and a third would gain little."""
         tolerance = self.solver.tolerance_for(vectors.dtype)
         before = self._image(vectors)
         target = (tolerance * before).clamp(min=self.enough)
         x, done, iterations = vectors, 0, 0
-        resumed = self.watch.resume()
+        resumed = watch.resume()
         if resumed is not None:
             x, done = resumed["anchor"].to(vectors), int(resumed["passes"])
         after, status = before, Status.NUMERICAL
         while True:
-            previous, anchor = after, x
-            solved = self._pass(anchor, after, target, tolerance, done, iterations, resumed)
+            previous = after
+            solved = self._pass(_Pass(x, after, target, done, iterations), resumed, watch)
             resumed = None
             x, done, iterations = solved.value, done + 1, iterations + solved.iterations
             after = self._image(x)
@@ -221,83 +268,68 @@ class ConjugateGradientState(IterativeState):
         self.passes = done if self.passes is None else self.passes
         return Projection(x, relative(after, before), status, iterations)
 
-    def _pass(
-        self,
-        anchor: Tensor,
-        before: Tensor,
-        target: Tensor,
-        tolerance: float,
-        done: int,
-        iterations: int,
-        resumed: dict[str, Tensor] | None,
-    ) -> Solved:
-        left = max(1, self.solver.max_iterations - iterations)
+    def _pass(self, at: _Pass, resumed: dict[str, Tensor] | None, watch: Watch) -> Solved:
+        anchor, tolerance = at.anchor, self.solver.tolerance_for(at.anchor.dtype)
+        left = max(1, self.solver.max_iterations - at.iterations)
         rounding = 30 * torch.finfo(anchor.dtype).eps
         accuracy = max(PASS_ACCURACY * min(tolerance, 1e-2), rounding)
         if self._preconditioner is not None and self._preconditioner.dual:
-            dual = self._dual(anchor, None, left, accuracy, None)
+            dual = self._dual(anchor, None, Refinement(accuracy, left))
             ratio = dual.residual / accuracy
             return Solved(dual.value, ratio, dual.status, dual.iterations)
-        start = _Start(resumed)
+        norms = _FirstNorms(resumed)
         # The first pass may end at the tolerance itself; whatever is left by then is small enough.
-        free = self.passes is None or done + 1 < self.passes
+        free = self.passes is None or at.done + 1 < self.passes
 
         def goal(image: Tensor, gradient: Tensor) -> Tensor:
-            start.see(image, gradient)
-            solved = relative(gradient, accuracy * start.gradient)
-            allowed = target * relative(start.image, before)  # in the units of the scaled rows
+            norms.see(image, gradient)
+            solved = relative(gradient, accuracy * norms.gradient)
+            # In the units of the scaled rows.
+            allowed = at.target * relative(norms.image, at.before)
             return torch.minimum(solved, relative(image, allowed)) if free else solved
 
-        start.carried |= {"anchor": anchor, "passes": torch.tensor(done)}
-        return self._block(anchor, None, goal, left, resumed, start.carried)
+        norms.carried |= {"anchor": anchor, "passes": torch.tensor(at.done)}
+        objective = Objective(self._rows, anchor, self.shift)
+        return self._block(objective, goal, left, watch, Start(None, resumed, norms.carried))
 
     def _block(
-        self,
-        anchor: Tensor,
-        linear: Tensor | None,
-        goal: Goal,
-        limit: int,
-        resumed: dict[str, Tensor] | None,
-        carried: dict[str, Tensor],
+        self, objective: Objective, goal: Goal, limit: int, watch: Watch, start: Start
     ) -> Solved:
         apply = None if self._preconditioner is None else self._preconditioner.apply
         begin, self._begin = self._begin, None
         if begin is not None:  # goals are relative to the anchor, not to where the search begins
-            gradient, square = self._rows.normal(anchor)
-            carried |= {"image": square.sqrt(), "gradient": row_norms(gradient)}
-        return block_cg(
-            self._rows,
-            anchor,
-            self.shift,
-            linear,
-            apply,
-            goal,
-            limit,
-            self.watch,
-            resumed,
-            carried,
-            begin,
-        )
+            gradient, square = self._rows.normal(objective.anchor)
+            assert start.carried is not None
+            start.carried.update({"image": square.sqrt(), "gradient": row_norms(gradient)})
+        start = replace(start, begin=begin)
+        return block_cg(objective, goal, limit, precondition=apply, watch=watch, start=start)
 
-    def _dual(
-        self,
-        vectors: Tensor,
-        noise: Tensor | None,
-        limit: int,
-        tolerance: float,
-        scale: Tensor | None,
-    ) -> Projection:
+    def _dual(self, vectors: Tensor, noise: Tensor | None, refinement: Refinement) -> Projection:
         assert self._preconditioner is not None
-        precondition = self._preconditioner.apply
-        return conjugate_gradients(
-            self.operator, vectors, noise, self.shift, precondition, tolerance, limit, scale
-        )
+        equations = DualEquations(self.operator, vectors, noise, self.shift)
+        return conjugate_gradients(equations, self._preconditioner.apply, refinement)
 
     def _image(self, x: Tensor) -> Tensor:
         return self.operator.matvec(x).double().norm(dim=1)
 
 
-class _Start:
+@dataclass(frozen=True)
+class _Pass:
+    """Where one pass of the numerical null space begins.
+
+    Attributes:
+        anchor: ``(S, P)``, what the passes ``done`` so far have left; they took so many ``iterations``.
+        before, target: ``‖A x‖ (S,)`` at the anchor, and that which is small enough.
+    """
+
+    anchor: Tensor
+    before: Tensor
+    target: Tensor
+    done: int
+    iterations: int
+
+
+class _FirstNorms:
     """Norms where a search began: what its goals are relative to. They travel with its checkpoints."""
 
     def __init__(self, resumed: dict[str, Tensor] | None) -> None:

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nullbayes.common.progress import CERTIFICATE, FACTORISATION, GRAM, PROJECTION
 from nullbayes.errors import SolverError
-from nullbayes.jacobian.operator import JacobianOperator, RowOperator, Tick
+from nullbayes.jacobian.block_storage import BLOCK_ROWS
+from nullbayes.jacobian.operator import RowOperator, Tick
 from nullbayes.solvers.base import (
     Cost,
     Projection,
@@ -20,10 +22,28 @@ from nullbayes.solvers.base import (
     require_finite,
 )
 from nullbayes.solvers.block_cg import blocks
-from nullbayes.solvers.refinement import conjugate_gradients, iterate
-from nullbayes.solvers.spectrum import EXACT_UP_TO, gram_spectrum
+from nullbayes.solvers.checkpoint import QUIET, Watch
+from nullbayes.solvers.refinement import (
+    DIRECT_PASSES,
+    DualEquations,
+    Refinement,
+    conjugate_gradients,
+    iterate,
+)
+from nullbayes.solvers.rehearsal import Rehearsal, timed
+from nullbayes.solvers.spectrum import EXACT_UP_TO, PROBES, STEPS, gram_spectrum
 
 TRACE_PROBES = 32
+# The side of dense trials: large enough for the speed that large matrices have.
+TRIAL_SIDE = 2500
+# Rows left out at most, each example by itself, and multiplications of all that: about a second's work.
+MOST_WORK = 1e10
+FEWEST_ROWS = 128
+
+
+def rows_left_out(m: int) -> int:
+    """Of ``m`` rows, how many are left out at most: their columns of the inverse stay well below a factorisation."""
+    return max(FEWEST_ROWS, min(m // 4, int(MOST_WORK / max(1, m) ** 2)))
 
 
 class DualCholesky(Solver):
@@ -57,6 +77,41 @@ class DualCholesky(Solver):
         flops = size.gram_flops + 2 * size.rows**3 / 3 + 8 * size.samples * size.product_flops
         return Cost(flops, 2 * 8 * size.rows**2 + vectors)
 
+    def forecast(self, rehearsal: Rehearsal) -> dict[str, float]:
+        here, m = rehearsal.operator.shape[0], rehearsal.rows
+        device = rehearsal.operator.device
+        # A block's product with itself is computed whole, so the trial did all of its M² pairs.
+        pairs = timed(rehearsal.operator.gram) / here**2
+        blocks = max(1.0, m / BLOCK_ROWS)
+        computed = 0.5 + 0.5 / blocks  # the lower triangle of blocks, the diagonal ones whole
+        n = min(TRIAL_SIDE, max(m, 2))
+        grow = m / n
+        matrix = torch.full((n, n), 1.0, dtype=torch.float64, device=device)
+        matrix.diagonal().fill_(2.0 * n)
+        cholesky = timed(lambda: torch.linalg.cholesky_ex(matrix))
+        scaling = timed(lambda: matrix.clone().mul_(matrix[:, :1]).mul_(matrix[0]))
+        if m <= EXACT_UP_TO:
+            spectrum = timed(lambda: torch.linalg.eigvalsh(matrix)) * grow**3
+        else:
+            single, few = matrix.float(), torch.randn(n, PROBES, device=device)
+            spectrum = (STEPS * timed(lambda: single @ few) + scaling / 2) * grow**2
+        right = torch.randn(n, rehearsal.samples, dtype=torch.float64, device=device)
+        solve = timed(lambda: torch.cholesky_solve(right, matrix)) * grow**2
+        once = rehearsal.one_pass
+        out = {
+            GRAM: computed * pairs * m**2,
+            FACTORISATION: cholesky * grow**3 + scaling * grow**2 + spectrum,
+            PROJECTION: rehearsal.drawing + (0.5 + DIRECT_PASSES) * once + DIRECT_PASSES * solve,
+            CERTIFICATE: 0.0,
+        }
+        if rehearsal.left_out:
+            # Many columns at once are solved for at another speed than a few.
+            left_out = min(m, rows_left_out(m))
+            several = torch.randn(n, min(256, left_out), dtype=matrix.dtype, device=device)
+            solving = timed(lambda: torch.cholesky_solve(several, matrix)) * grow**2
+            out[CERTIFICATE] = once / 2 + solving * left_out / several.shape[1]
+        return out
+
     def prepare(self, operator: RowOperator, tick: Tick | None = None) -> DualState:
         gram = operator.gram(tick)
         require_finite(gram.diagonal(), "the Gram matrix of the Jacobian rows")
@@ -78,12 +133,17 @@ class DualState(State):
         return gram_spectrum(self._gram, settled)
 
     def factorise(
-        self, shift: float = 0.0, numerical: bool = False, tick: Tick | None = None
+        self,
+        shift: float = 0.0,
+        *,
+        numerical: bool = False,
+        enough: float = 0.0,
+        tick: Tick | None = None,
     ) -> None:
         if self._gram is None:
             raise SolverError("`factorise` was called twice; prepare the solver again.")
         gram, self._gram = self._gram, None
-        self.shift, self.numerical = shift, numerical
+        self.shift, self.numerical, self.enough = shift, numerical, enough
         m = len(gram)
         diagonal = gram.diagonal().clone() + shift
         live = diagonal > 0
@@ -141,21 +201,17 @@ class DualState(State):
         """``(S, M)`` -> approximate ``(K + shift I)⁻¹ r``."""
         return torch.cholesky_solve((r * self.scale).T, self.chol).T * self.scale
 
-    def project(self, vectors: Tensor, noise: Tensor | None = None) -> Projection:
+    def project(
+        self, vectors: Tensor, noise: Tensor | None = None, watch: Watch = QUIET
+    ) -> Projection:
         tolerance = self.solver.tolerance_for(self.operator.dtype)
         if self.numerical:
             done = iterate(self.operator, vectors, self._pass, self.passes, tolerance, self.enough)
             self.passes = done.iterations
             return done
-        return conjugate_gradients(
-            self.operator,
-            vectors,
-            noise,
-            self.shift,
-            self._solve,
-            tolerance,
-            self.solver.max_iterations,
-        )
+        equations = DualEquations(self.operator, vectors, noise, self.shift)
+        goal = Refinement(tolerance, self.solver.max_iterations)
+        return conjugate_gradients(equations, self._solve, goal)
 
     def _pass(self, x: Tensor) -> Tensor:
         z = self._solve(self.operator.matvec(x).double())
@@ -184,11 +240,7 @@ class DualState(State):
         return out
 
     def explained(self, rows: RowOperator, width: int = 1) -> Tensor:
-        if isinstance(rows, JacobianOperator) and isinstance(self.operator, JacobianOperator):
-            cross = self.operator.cross_gram(rows)  # (M, R)
-        else:
-            parts = [rows.matvec(r).double() for r in self.operator.iter_rows(1024)]
-            cross = torch.cat(parts)
+        cross = self.operator.cross_gram(rows)  # (M, R)
         # (1 - f²)/λ with f = (s/(λ + s))^k is a sum of 2k powers of s/(λ + s) over λ + s: every half
         # of a solve with L Lᵀ gives one.
         terms = 2 * self.passes if self.numerical and self.passes else 1

@@ -53,8 +53,9 @@ def layer_curvatures(operator: JacobianOperator, tick: Tick | None = None) -> li
 
 
 def _curvature(factor: Factor) -> Curvature:
-    if isinstance(factor, OuterFactor):
-        return _Product(factor)
+    outer = factor.as_outer
+    if outer is not None:
+        return _Product(outer)
     return _Full(factor) if factor.columns <= WIDEST else _Diagonal(factor)
 
 
@@ -107,10 +108,11 @@ class _Product(Curvature):
         self.tokens = 0
 
     def add(self, factor: Factor) -> None:
-        assert isinstance(factor, OuterFactor)
-        self.inputs = self.inputs.to(factor.a) + _moment(factor.a.movedim(-2, 0))
-        self.outputs = self.outputs.to(factor.g) + _moment(factor.g.movedim(-2, 0))
-        self.tokens += factor.examples * factor.tokens
+        outer = factor.as_outer
+        assert outer is not None
+        self.inputs = self.inputs.to(outer.a) + _moment(outer.a.movedim(-2, 0))
+        self.outputs = self.outputs.to(outer.g) + _moment(outer.g.movedim(-2, 0))
+        self.tokens += outer.examples * outer.tokens
 
     def finish(self, examples: int) -> None:
         # Tokens of one example add up in a row; their cross terms are what is left out.
@@ -158,11 +160,12 @@ def _side(moment: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _decomposed(moment: Tensor) -> tuple[Tensor, Tensor]:
-    values, basis = torch.linalg.eigh(moment)
+    # In float64: float32 fails to converge on moments of nearly equal inputs, and bfloat16 has no decomposition.
+    values, basis = (t.to(moment.dtype) for t in torch.linalg.eigh(moment.double()))
     return values.clamp(min=0), basis
 
 
-def _rotate(x: Tensor, left: Tensor | None, right: Tensor | None, forward: bool) -> Tensor:
+def _rotate(x: Tensor, left: Tensor | None, right: Tensor | None, *, forward: bool) -> Tensor:
     if left is not None:
         x = (left.mT if forward else left) @ x
     if right is not None:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nullbayes.jacobian.operator import JacobianOperator, RowOperator, Tick
+from nullbayes.common.progress import FACTORISATION, GRAM, PROJECTION
+from nullbayes.jacobian.operator import RowOperator, Tick
 from nullbayes.solvers.base import (
     Cost,
     Projection,
@@ -21,7 +22,9 @@ from nullbayes.solvers.base import (
     require_finite,
 )
 from nullbayes.solvers.block_cg import blocks
-from nullbayes.solvers.refinement import iterate
+from nullbayes.solvers.checkpoint import QUIET, Watch
+from nullbayes.solvers.refinement import DIRECT_PASSES, iterate
+from nullbayes.solvers.rehearsal import Rehearsal, timed
 
 
 class PrimalQR(Solver):
@@ -48,6 +51,16 @@ class PrimalQR(Solver):
         flops = 2 * (2.5 * size.rows * size.columns * small + 20 * size.columns * small**2)
         vectors = 6 * size.samples * size.columns * 8
         return Cost(flops, 8 * size.columns * (6 * small + 1024) + vectors)
+
+    def forecast(self, rehearsal: Rehearsal) -> dict[str, float]:
+        p, device = rehearsal.operator.shape[1], rehearsal.operator.device
+        tall = torch.randn(2 * p + 16, p, dtype=torch.float64, device=device)
+        qr = timed(lambda: torch.linalg.qr(tall, mode="r"))
+        return {
+            GRAM: qr * max(1.0, rehearsal.rows / max(1, p)),
+            FACTORISATION: 0.0,
+            PROJECTION: rehearsal.drawing + (0.5 + 0.5 * DIRECT_PASSES) * rehearsal.one_pass,
+        }
 
     def prepare(self, operator: RowOperator, tick: Tick | None = None) -> PrimalState:
         m, p = operator.shape
@@ -97,16 +110,23 @@ class PrimalState(State):
         return Spectrum(self.sigma.square(), torch.ones_like(self.sigma), exact=True)
 
     def factorise(
-        self, shift: float = 0.0, numerical: bool = False, tick: Tick | None = None
+        self,
+        shift: float = 0.0,
+        *,
+        numerical: bool = False,
+        enough: float = 0.0,
+        tick: Tick | None = None,
     ) -> None:
-        self.shift, self.numerical = shift, numerical
+        self.shift, self.numerical, self.enough = shift, numerical, enough
         # What a direction with singular value σ loses: all of it without a shift; with one, its
         # standard deviation falls from 1 to √(shift / (shift + σ²)).
         self.share = shift / (shift + self.sigma.square())
         self.weights = 1.0 - (self.share if numerical else self.share.sqrt())
         self.rank = round(float((1.0 - self.share).sum()))
 
-    def project(self, vectors: Tensor, noise: Tensor | None = None) -> Projection:
+    def project(
+        self, vectors: Tensor, noise: Tensor | None = None, watch: Watch = QUIET
+    ) -> Projection:
         """The symmetric square root of the covariance: no ``noise`` is needed with a shift."""
         tolerance = self.solver.tolerance_for(self.operator.dtype)
         if self.numerical:
@@ -134,7 +154,7 @@ class PrimalState(State):
         return x - ((x @ self.basis.T) * self.weights) @ self.basis
 
     def left_out(self, vectors: Tensor, spans: Sequence[slice]) -> list[Tensor] | None:
-        if not (self.shift > 0 and isinstance(self.operator, JacobianOperator)):
+        if not self.shift > 0:
             return None  # without a shift, what is left of a row is rounding
         out, x = [], vectors.double()
         for span in spans:

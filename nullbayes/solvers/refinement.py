@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ GAP = 3.0
 
 
 MAX_PASSES = 20
+# Passes of the numerical null space that a direct solver makes; the second one finds that a third is not needed.
+DIRECT_PASSES = 2
 
 
 def iterate(
@@ -59,22 +62,49 @@ def iterate(
 
 # Steps of CG between two looks at the true residual.
 FIRST_CYCLE = 10
-
-
 LAST_CYCLE = 40
+
+Precondition = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class DualEquations:
+    """``(AAᵀ + shift I) z = A v + √shift ξ``, of which the projection is ``x = v - Aᵀ z``.
+
+    Attributes:
+        vectors: ``v (S, P)``; ``noise``: ``ξ (S, M)`` or None.
+    """
+
+    operator: RowOperator
+    vectors: Tensor
+    noise: Tensor | None = None
+    shift: float = 0.0
+
+    @property
+    def extra(self) -> Tensor | float:
+        """``√shift ξ``."""
+        none = self.noise is None or self.shift == 0
+        return 0.0 if none else self.shift**0.5 * self.noise.double()  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """When a refinement ends.
+
+    Attributes:
+        tolerance: on the residual relative to ``scale (S,)``; None: to the first residual.
+        max_iterations: steps at most.
+    """
+
+    tolerance: float
+    max_iterations: int
+    scale: Tensor | None = None
 
 
 def conjugate_gradients(
-    operator: RowOperator,
-    vectors: Tensor,
-    noise: Tensor | None,
-    shift: float,
-    precondition: Callable[[Tensor], Tensor],
-    tolerance: float,
-    max_iterations: int,
-    scale: Tensor | None = None,
+    equations: DualEquations, precondition: Precondition, goal: Refinement
 ) -> Projection:
-    """Project by refinement, then preconditioned CG, on ``(AAᵀ + shift I) z = A v + √shift ξ``.
+    """Project by refinement, then preconditioned CG.
 
     Plain refinement (``z += precondition(r)``) comes first, for as long as it pays: it is exact where
     the preconditioner is. CG takes over for what is left. On its own it would trade the directions
@@ -87,70 +117,81 @@ def conjugate_gradients(
 
     Args:
         precondition: ``(S, M)`` float64 -> ``(S, M)``, symmetric positive definite.
-        scale: ``(S,)``, what residuals are relative to; None: to the first.
     """
-    dtype = vectors.dtype
-    x = vectors.clone()
-    z = torch.zeros(len(x), operator.shape[0], dtype=torch.float64, device=x.device)
-    extra = 0.0 if noise is None or shift == 0 else shift**0.5 * noise.double()
+    run = _Refining(equations, precondition, goal)
+    refining, cycle, status = True, FIRST_CYCLE, Status.MAX_ITERATIONS
+    while not run.converged and run.iterations < goal.max_iterations:
+        if refining:
+            refining = run.refine()
+        elif not run.cycle(cycle):
+            # A cycle that gained little may have been too short, since the residual of CG does not fall
+            # at every step: try longer ones.
+            cycle *= 2
+            if cycle > LAST_CYCLE:
+                status = Status.STAGNATED
+                break
+    return Projection(
+        run.x, run.reached, Status.CONVERGED if run.converged else status, run.iterations
+    )
 
-    def residual() -> Tensor:
-        r: Tensor = operator.matvec(x).double() + extra - shift * z
+
+class _Refining:
+    """The best solution so far: ``x (S, P)``, ``z (S, M)``, true residual ``r (S, M)`` float64."""
+
+    def __init__(
+        self, equations: DualEquations, precondition: Precondition, goal: Refinement
+    ) -> None:
+        self.operator, self.shift = equations.operator, equations.shift
+        self.extra, self.precondition, self.goal = equations.extra, precondition, goal
+        self.x = equations.vectors.clone()
+        self.z = self.x.new_zeros(len(self.x), self.operator.shape[0], dtype=torch.float64)
+        self.r = self._residual(self.x, self.z)
+        require_finite(self.r, "the product of the Jacobian rows with prior samples")
+        self.scale = self.r.norm(dim=1) if goal.scale is None else goal.scale.to(self.r)
+        self.reached = relative(self.r.norm(dim=1), self.scale)
+        self.iterations = 0
+
+    @property
+    def converged(self) -> bool:
+        return bool((self.reached <= self.goal.tolerance).all())
+
+    def _residual(self, x: Tensor, z: Tensor) -> Tensor:
+        r: Tensor = self.operator.matvec(x).double() + self.extra - self.shift * z
         return r
 
-    r = residual()
-    require_finite(r, "the product of the Jacobian rows with prior samples")
-    scale = r.norm(dim=1) if scale is None else scale.to(r)
-    reached = relative(r.norm(dim=1), scale)
-    best = (reached, x, z, r)
-    iterations, status, refining, cycle = 0, Status.MAX_ITERATIONS, True, FIRST_CYCLE
-    while True:
-        if bool((reached <= tolerance).all()):
-            status = Status.CONVERGED
-            break
-        if iterations >= max_iterations:
-            break
-        y = precondition(r)
-        if refining:
-            iterations += 1
-            x, z = x - operator.rmatvec(y.to(dtype)), z + y
-            r = residual()
-            require_finite(r, "the residual of the projection")
-            reached = relative(r.norm(dim=1), scale)
-            refining = bool(reached.max() <= best[0].max() / GAP)
-            if reached.max() < best[0].max():
-                best = (reached, x, z, r)
-            reached, x, z, r = best
-            continue
+    def _offer(self, x: Tensor, z: Tensor, enough: float) -> bool:
+        """Take what is better than the best so far; whether it leaves at most ``enough`` of its residual."""
+        r = self._residual(x, z)
+        require_finite(r, "the residual of the projection")
+        reached, before = relative(r.norm(dim=1), self.scale), self.reached.max()
+        if reached.max() < before:
+            self.reached, self.x, self.z, self.r = reached, x, z, r
+        return bool(reached.max() <= enough * before)
+
+    def refine(self) -> bool:
+        """One step ``z += precondition(r)``; whether another one pays."""
+        y = self.precondition(self.r)
+        self.iterations += 1
+        x = self.x - self.operator.rmatvec(y.to(self.x.dtype))
+        return self._offer(x, self.z + y, 1 / GAP)
+
+    def cycle(self, steps: int) -> bool:
+        """Some steps of CG from the true residual, before float32 drifts away from it; whether they paid."""
+        x, z, r, dtype = self.x, self.z, self.r, self.x.dtype
+        y = self.precondition(r)
         p, ry = y, (r * y).sum(1)
-        for _ in range(min(cycle, max_iterations - iterations)):
-            iterations += 1
-            q = operator.rmatvec(p.to(dtype))
-            w = operator.matvec(q).double() + shift * p
+        for _ in range(min(steps, self.goal.max_iterations - self.iterations)):
+            self.iterations += 1
+            q = self.operator.rmatvec(p.to(dtype))
+            w = self.operator.matvec(q).double() + self.shift * p
             step = relative(ry, (p * w).sum(1).clamp(min=0))
             x = x - step[:, None].to(dtype) * q
             z = z + step[:, None] * p
             r = r - step[:, None] * w
             # Stop a little below the tolerance: the true residual is checked right after.
-            if bool((relative(r.norm(dim=1), scale) <= 0.5 * tolerance).all()):
+            if bool((relative(r.norm(dim=1), self.scale) <= 0.5 * self.goal.tolerance).all()):
                 break
-            y = precondition(r)
+            y = self.precondition(r)
             ry, previous = (r * y).sum(1), ry
             p = y + relative(ry, previous)[:, None] * p
-        # Restart from the true residual before float32 drifts away from it. A cycle that gained little
-        # may have been too short, since the residual of CG does not fall at every step: try longer ones.
-        r = residual()
-        require_finite(r, "the residual of the projection")
-        reached = relative(r.norm(dim=1), scale)
-        gained = bool(reached.max() <= 0.7 * best[0].max())
-        if reached.max() < best[0].max():
-            best = (reached, x, z, r)
-        reached, x, z, r = best
-        if not gained:
-            cycle *= 2
-            if cycle > LAST_CYCLE:
-                status = Status.STAGNATED
-                break
-    if bool((reached <= tolerance).all()):
-        status = Status.CONVERGED
-    return Projection(x, reached, status, iterations)
+        return self._offer(x, z, 0.7)

@@ -1,16 +1,24 @@
-"""Choose a solver by counted cost and memory, and say why."""
+"""Solvers by name, and the choice among them by counted cost and memory.
+
+A new solver is one file: a `Solver` (settings, cost, ``prepare``) and its `State` (``spectrum``, ``factorise``,
+``project``, ``explained``) under `@register_solver`. Then ``solver="its name"`` works; ``solver="auto"`` chooses among
+the built-in ones, whose costs are known to compare.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 from nullbayes.common.memory import format_bytes
 from nullbayes.errors import InputError, MemoryBudgetError
+from nullbayes.solvers.alternating import AlternatingProjections
 from nullbayes.solvers.base import Size, Solver
 from nullbayes.solvers.conjugate_gradient import ConjugateGradient
 from nullbayes.solvers.dual import DualCholesky
 from nullbayes.solvers.primal import PrimalQR
 
+AUTO = "auto"
 # An exact solution is worth so many times the work of an approximate one.
 EXACT_IS_WORTH = 3.0
 # How far rows are brought to one length before iterating. On 6,000 Fashion-MNIST images, 30 iterations: 0 leaves
@@ -27,6 +35,43 @@ class Choice:
     nbytes: int = 0
 
 
+_REGISTRY: dict[str, type[Solver]] = {}
+_Class = TypeVar("_Class", bound=type[Solver])
+
+
+def register_solver(cls: _Class) -> _Class:
+    """Class decorator: make ``solver=cls.name`` work. Raises `InputError` if the name is taken."""
+    holder = _REGISTRY.get(cls.name)
+    if cls.name == AUTO or (holder is not None and holder.__qualname__ != cls.__qualname__):
+        owner = "the automatic choice" if holder is None else holder.__qualname__
+        raise InputError(
+            f"the solver name {cls.name!r} belongs to {owner}; give {cls.__qualname__} another `name`."
+        )
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+for _solver in (DualCholesky, PrimalQR, ConjugateGradient, AlternatingProjections):
+    register_solver(_solver)
+
+
+def resolve_solver(solver: str | Solver, tolerance: float | None = None) -> Solver | None:
+    """The solver asked for; None for the automatic choice. Raises `InputError` listing the names."""
+    if isinstance(solver, Solver):
+        return solver
+    if solver == AUTO:
+        return None
+    if isinstance(solver, str) and solver in _REGISTRY:
+        made = _REGISTRY[solver]()
+        made.tolerance = tolerance
+        return made
+    known = ", ".join(repr(name) for name in _REGISTRY)
+    raise InputError(
+        f"`solver` is {solver!r}; expected 'auto', {known}, or an object from `nullbayes.solvers`: "
+        "DualCholesky(), PrimalQR(), ConjugateGradient(), AlternatingProjections()."
+    )
+
+
 def choose(solver: str | Solver, size: Size, budget: int, tolerance: float | None = None) -> Choice:
     """The cheapest direct solver that fits, unless iterating costs far less; or the one asked for.
 
@@ -36,15 +81,11 @@ def choose(solver: str | Solver, size: Size, budget: int, tolerance: float | Non
 
     Raises:
         MemoryBudgetError: none fits ``budget`` bytes.
-        InputError: ``solver`` is neither ``"auto"`` nor a solver.
+        InputError: ``solver`` is neither ``"auto"``, nor a registered name, nor a solver.
     """
-    if isinstance(solver, Solver):
-        return Choice(solver, "chosen by the user", solver.cost(size).nbytes)
-    if solver != "auto":
-        raise InputError(
-            f"`solver` is {solver!r}; expected 'auto' or an object from `nullbayes.solvers`: "
-            "DualCholesky(), PrimalQR(), ConjugateGradient(), AlternatingProjections()."
-        )
+    chosen = resolve_solver(solver, tolerance)
+    if chosen is not None:
+        return Choice(chosen, "chosen by the user", chosen.cost(size).nbytes)
     direct: list[Solver] = [DualCholesky(tolerance), PrimalQR(tolerance)]
     iterative = ConjugateGradient(tolerance, equilibrate=EQUILIBRATE)
     costs = {s.name: s.cost(size) for s in (*direct, iterative)}

@@ -28,7 +28,9 @@ from nullbayes.jacobian.capture.single_module import (
     local_rows,
     record_use,
 )
-from nullbayes.jacobian.factors.base import DenseFactor, Factor, LookupFactor
+from nullbayes.jacobian.factors.base import Factor
+from nullbayes.jacobian.factors.dense import DenseFactor
+from nullbayes.jacobian.factors.lookup import LookupFactor
 from nullbayes.jacobian.factors.outer import OuterFactor
 from nullbayes.jacobian.factors.products import flushed
 from nullbayes.jacobian.layers.rule import Lookup, Outer, Rows
@@ -290,7 +292,9 @@ class _Contributions:
             a, g = flushed(a if scale == 1.0 else a * scale), flushed(g)
             slot = self.slots[weight]
             bias_slot = None if bias is None else self.slots[bias]
-            factor = OuterFactor(slot, bias_slot, a, g, transposed, bias_scale)
+            factor = OuterFactor(
+                slot, bias_slot, a, g, transposed=transposed, bias_scale=bias_scale
+            )
             names = tuple(s.name for s in factor.slots)
             mixed = uses[weight] > 1
             if self.plan.written_out.setdefault(names, mixed or factor.prefers_dense):

@@ -2,23 +2,24 @@
 
 A factor holds the rows of ``B`` examples with ``C`` cotangents each, restricted to the columns of
 one or two parameter tensors. Row ``(n, c)`` comes before row ``(n, c + 1)``. Three shapes cover
-everything: rows written out (:class:`DenseFactor`), looked-up rows (:class:`LookupFactor`) and, for
-linear and convolution layers, sums of outer products over token axes (``OuterFactor`` in ``outer.py``).
+everything: rows written out (``dense.py``), looked-up rows (``lookup.py``) and, for linear and
+convolution layers, sums of outer products over token axes (``outer.py``). A fourth is one more file.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from nullbayes.jacobian.factors import products as columns
-from nullbayes.jacobian.factors.products import gather, product, scatter_add
+from nullbayes.jacobian.factors import products
 from nullbayes.model.parameters import Slot
+
+if TYPE_CHECKING:
+    from nullbayes.jacobian.factors.outer import OuterFactor
 
 
 class Factor(ABC):
@@ -68,114 +69,40 @@ class Factor(ABC):
     def tensors(self) -> list[Tensor]:
         """What is stored, for finiteness checks."""
 
-
-class DenseFactor(Factor):
-    """Rows written out: ``values (B, C, columns)``."""
-
-    def __init__(self, slots: Sequence[Slot], values: Tensor) -> None:
-        self.slots = tuple(slots)
-        self.values = values.contiguous()
-        self.examples, self.cotangents = values.shape[:2]
+    # -- what has a default, by way of written-out rows ---------------------------------------------
 
     @property
-    def nbytes(self) -> int:
-        return self.values.nbytes
-
-    def tensors(self) -> list[Tensor]:
-        return [self.values]
-
-    def rows(self) -> Tensor:
-        return self.values.reshape(self.num_rows, -1)
-
-    def matvec(self, vectors: Tensor) -> Tensor:
-        return product(gather(vectors, self.slots).contiguous(), self.rows())
-
-    def rmatvec(self, weights: Tensor, out: Tensor) -> None:
-        scatter_add(out, self.slots, product(weights.contiguous(), self.rows().mT))
-
-    def gram(self, other: Factor) -> Tensor:
-        return product(self.rows(), other.rows())
-
-    def narrow(self, start: int, stop: int) -> DenseFactor:
-        return DenseFactor(self.slots, self.values[start:stop])
-
-    def joined(self, parts: Sequence[DenseFactor]) -> DenseFactor:
-        return DenseFactor(self.slots, torch.cat([p.values for p in parts]))
-
-
-class LookupFactor(Factor):
-    """Rows of a lookup table: ``R[n, c, v] = Σ_t [index[n, t] = v] g[n, c, t]``.
-
-    Args:
-        slot: columns of the table ``(V, D)``.
-        index: ``(B, T)`` integer; -1 marks a token without gradient (padding).
-        g: output gradients ``(B, C, T, D)``.
-    """
-
-    def __init__(self, slot: Slot, index: Tensor, g: Tensor) -> None:
-        self.slots, self.index, self.g = (slot,), index, g.contiguous()
-        self.slot = slot
-        self.examples, self.cotangents, self.tokens, self.dim = g.shape
+    def product_flops(self) -> float:
+        """Floating-point operations of ``A v`` for one of many vectors; ``Aᵀ w`` costs the same."""
+        return 2.0 * self.num_rows * self.columns
 
     @property
-    def nbytes(self) -> int:
-        return self.index.nbytes + self.g.nbytes
+    def gram_flops_per_pair(self) -> float:
+        """Floating-point operations of one entry of ``A Aᵀ``, as :meth:`gram` forms it."""
+        return 2.0 * self.columns
 
-    def tensors(self) -> list[Tensor]:
-        return [self.g]
+    @property
+    def written_rows_bytes(self) -> int | None:
+        """Bytes of written-out rows that Gram blocks would rather have once than anew for each; None: they do not."""
+        return None
 
-    def narrow(self, start: int, stop: int) -> LookupFactor:
-        return LookupFactor(self.slot, self.index[start:stop], self.g[start:stop])
+    def matrices(self) -> Tensor:
+        """Rows ``(B*C, columns)`` in an order of columns that all factors of this layer share."""
+        return self.rows()
 
-    def joined(self, parts: Sequence[LookupFactor]) -> LookupFactor:
-        tokens = max(p.tokens for p in parts)
-        index = [pad(p.index, (0, tokens - p.tokens), value=-1) for p in parts]
-        g = [pad(p.g, (0, 0, 0, tokens - p.tokens)) for p in parts]
-        return LookupFactor(self.slot, torch.cat(index), torch.cat(g))
+    @property
+    def as_outer(self) -> OuterFactor | None:
+        """Itself where rows are sums of outer products, which have a Kronecker-factored curvature."""
+        return None
 
-    def _compact(self, index: Tensor, size: int) -> Tensor:
-        """Rows over ``size`` table entries given re-numbered indices: ``(B*C, size*D)``."""
-        masked = self.g * (index >= 0)[:, None, :, None]
-        out = self.g.new_zeros(self.examples, self.cotangents, size, self.dim)
-        where = index.clamp(min=0)[:, None, :, None].expand_as(self.g)
-        return out.scatter_add_(2, where, masked).reshape(self.num_rows, -1)
-
-    def rows(self) -> Tensor:
-        return self._compact(self.index, self.slot.shape[0])
-
-    def matvec(self, vectors: Tensor) -> Tensor:
-        table = vectors[:, self.slot.start : self.slot.stop].reshape(len(vectors), -1, self.dim)
-        looked = table[:, self.index.clamp(min=0)] * (self.index >= 0)[None, :, :, None]
-        return torch.einsum("bctd,sbtd->sbc", self.g, looked).reshape(len(vectors), -1)
-
-    def rmatvec(self, weights: Tensor, out: Tensor) -> None:
-        s = len(weights)
-        w = weights.reshape(s, self.examples, self.cotangents)
-        tokens = torch.einsum("sbc,bctd->sbtd", w, self.g) * (self.index >= 0)[None, :, :, None]
-        index = self.index.clamp(min=0).reshape(-1)
-        table = out.new_zeros(s, self.slot.shape[0], self.dim)
-        table.index_add_(1, index, tokens.reshape(s, -1, self.dim))
-        out[:, self.slot.start : self.slot.stop] += table.reshape(s, -1)
-
-    def gram(self, other: Factor) -> Tensor:
-        assert isinstance(other, LookupFactor)
-        # Only entries that both blocks look up can contribute: the table's size never matters.
-        mine, theirs = self.index.unique(), other.index.unique()
-        shared = mine[torch.isin(mine, theirs) & (mine >= 0)]
-        out = self.g.new_zeros(self.num_rows, other.num_rows)
-        rows = max(self.num_rows, other.num_rows)
-        step = max(1, columns.CHUNK_ELEMENTS // max(1, rows * self.dim))
-        for i in range(0, len(shared), step):
-            part = shared[i : i + step]
-            left = self._compact(renumber(self.index, part), len(part))
-            out += left @ other._compact(renumber(other.index, part), len(part)).T
-        return out
-
-
-def renumber(index: Tensor, entries: Tensor) -> Tensor:
-    """Positions of ``index`` in the sorted ``entries``; -1 where it is not among them."""
-    at = torch.searchsorted(entries, index).clamp(max=len(entries) - 1)
-    return torch.where(entries[at] == index, at, -1)
+    def squared_norms(self) -> Tensor:
+        """Squared length of each of the ``B*C`` rows, float64."""
+        step = max(1, products.CHUNK_ELEMENTS // (4 * max(1, self.columns * self.cotangents)))
+        starts = range(0, self.examples, step)
+        pieces = (self.narrow(i, min(i + step, self.examples)).rows() for i in starts)
+        return torch.cat(
+            [torch.linalg.vector_norm(p, dim=1, dtype=torch.float64) for p in pieces]
+        ).square()
 
 
 def concatenate(parts: Sequence[Factor]) -> Factor:

@@ -10,7 +10,8 @@ from torch.nn.functional import pad
 
 from nullbayes.jacobian.factors import contraction
 from nullbayes.jacobian.factors import products as sizes
-from nullbayes.jacobian.factors.base import DenseFactor, Factor
+from nullbayes.jacobian.factors.base import Factor
+from nullbayes.jacobian.factors.dense import DenseFactor
 from nullbayes.jacobian.factors.products import product
 from nullbayes.model.parameters import Slot
 
@@ -43,6 +44,7 @@ class OuterFactor(Factor):
         bias: Slot | None,
         a: Tensor,
         g: Tensor,
+        *,
         transposed: bool = False,
         bias_scale: float = 1.0,
     ) -> None:
@@ -54,19 +56,11 @@ class OuterFactor(Factor):
             else:  # positions last in memory, as convolutions have them
                 order = (0, 2, 3, 1)
                 a = torch.cat([a.permute(order), one.permute(order)], dim=2).permute(0, 3, 1, 2)
-        self._init(weight, bias, a, g, transposed, bias_scale)
-
-    def _init(
-        self,
-        weight: Slot,
-        bias: Slot | None,
-        a: Tensor,
-        g: Tensor,
-        transposed: bool,
-        bias_scale: float,
-    ) -> None:
-        self.weight, self.bias, self.a, self.g = weight, bias, a, g
         self.transposed, self.bias_scale = transposed, bias_scale
+        self._hold(weight, bias, a, g)
+
+    def _hold(self, weight: Slot, bias: Slot | None, a: Tensor, g: Tensor) -> None:
+        self.weight, self.bias, self.a, self.g = weight, bias, a, g
         self.slots = (weight,) if bias is None else (weight, bias)
         self.examples, self.cotangents = g.shape[:2]
         self.tokens, self.groups = a.shape[1:3]
@@ -74,7 +68,8 @@ class OuterFactor(Factor):
 
     def _like(self, a: Tensor, g: Tensor) -> OuterFactor:
         new = OuterFactor.__new__(OuterFactor)
-        new._init(self.weight, self.bias, a, g, self.transposed, self.bias_scale)
+        new.transposed, new.bias_scale = self.transposed, self.bias_scale
+        new._hold(self.weight, self.bias, a, g)
         return new
 
     @property
@@ -147,7 +142,7 @@ class OuterFactor(Factor):
         if self.bias is not None:
             out[:, self.bias.start : self.bias.stop].addmm_(weights, self._bias_rows())
 
-    def _row_blocks(self, single: bool) -> Iterator[tuple[slice, slice, Tensor]]:
+    def _row_blocks(self, *, single: bool) -> Iterator[tuple[slice, slice, Tensor]]:
         """Rows of the weight a piece at a time: which of the ``B*C`` rows, which columns, values.
 
         A piece holds the weights of some outputs (of some inputs if ``transposed``), or of some
@@ -302,9 +297,37 @@ class OuterFactor(Factor):
                     into += product(one.mT, a.mT)
             start += b * c
 
-    def matrices(self) -> Tensor:
-        """Rows ``(B*C, columns)`` in an order of columns that all factors of this layer share."""
-        return self.rows()
+    @property
+    def product_flops(self) -> float:
+        b, c, t, o = self.examples, self.cotangents, self.tokens, self.groups * self.width_out
+        layerwise = 2.0 * b * t * o * (self.width_in + c)
+        rows = 2.0 * b * c * o * self.width_in
+        return min(layerwise, rows) if t > 1 else layerwise
+
+    @property
+    def gram_flops_per_pair(self) -> float:
+        costs = [contraction.pairs_cost(self)]
+        if self.tokens > 1:
+            costs += [contraction.rows_cost(self), contraction.folded_cost(self)]
+        return 2.0 * self.groups * min(costs)
+
+    @property
+    def written_rows_bytes(self) -> int | None:
+        if not self.gram_by_rows:
+            return None
+        width = self.groups * self.width_out * self.width_in
+        return self.num_rows * width * self.g.element_size()
+
+    @property
+    def as_outer(self) -> OuterFactor | None:
+        return self
+
+    def squared_norms(self) -> Tensor:
+        if self.tokens > 1:
+            return super().squared_norms()
+        a = self.a[:, 0].double().square().sum(2)  # (B, G)
+        g = self.g[:, :, 0].double().square().sum(3)  # (B, C, G)
+        return (a[:, None] * g).sum(2).reshape(-1)
 
     def rows(self) -> Tensor:
         out = self.a.new_empty(self.num_rows, self.columns)

@@ -1,0 +1,136 @@
+"""The question that a posterior answers, as one value: of which network, preserving what, under which prior."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nullbayes.common.arguments import CheckedPrior, PriorPrecision, check_prior
+from nullbayes.constraints.directions import Cotangents, Directions, resolve_directions
+from nullbayes.constraints.preserve import Preserve, resolve_preserve
+from nullbayes.likelihood import Likelihood
+from nullbayes.model.functional import FunctionalModel
+from nullbayes.model.parameters import ParameterSpace
+from nullbayes.model.randomness import FrozenRandomness
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is asked, resolved once from the user's arguments and handed on whole.
+
+    How it is answered (solver, tolerances, memory) is `nullbayes.fit.result.Settings`.
+
+    Attributes:
+        functional: the network as a function of the chosen weights.
+        likelihood: how its outputs explain the targets.
+        preserve, directions: what gives each training example its rows of the constraint matrix.
+        prior: ``"evidence"``, one prior precision, or one for each parameter tensor.
+    """
+
+    functional: FunctionalModel
+    likelihood: Likelihood
+    preserve: Preserve
+    directions: Directions
+    prior: CheckedPrior
+
+    @classmethod
+    def of(
+        cls,
+        functional: FunctionalModel,
+        likelihood: Likelihood,
+        preserve: str | Preserve,
+        directions: Directions,
+        prior: PriorPrecision,
+    ) -> Problem:
+        """From a user's arguments.
+
+        Raises:
+            InputError: an argument that cannot be used, alone or beside the others.
+        """
+        chosen, limit = resolve_preserve(preserve), resolve_directions(directions)
+        if limit is not None and not chosen.takes_directions:
+            chosen.rows(likelihood, (2,), limit)  # raises, saying why
+        problem = cls(functional, likelihood, chosen, limit, check_prior(prior))
+        functional.space.scales(problem.precision_by_name)  # raises on wrong names
+        return problem
+
+    # -- its parts -------------------------------------------------------------------------------
+
+    @property
+    def space(self) -> ParameterSpace:
+        return self.functional.space
+
+    @property
+    def device(self) -> torch.device:
+        return self.functional.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.functional.dtype
+
+    @property
+    def randomness(self) -> FrozenRandomness | None:
+        return self.functional.randomness
+
+    def explained_by(self, likelihood: Likelihood) -> Problem:
+        """The same question with another likelihood, one whose observation noise was estimated, say."""
+        return replace(self, likelihood=likelihood)
+
+    def trained_weights(self) -> Tensor:
+        """``θ̂ (P,)``."""
+        return self.space.flatten(self.functional.weights())
+
+    # -- the prior -------------------------------------------------------------------------------
+
+    @property
+    def by_evidence(self) -> bool:
+        """Whether the evidence sets the prior precision."""
+        return self.prior == "evidence"
+
+    @property
+    def given_precision(self) -> float | None:
+        """The one prior precision that the user set, if there is one."""
+        return self.prior if isinstance(self.prior, float) else None
+
+    @property
+    def precision_by_name(self) -> dict[str, float] | None:
+        """One precision for each tensor, where the prior is that."""
+        return self.prior if isinstance(self.prior, dict) else None
+
+    @property
+    def scale_by_name(self) -> dict[str, float] | None:
+        """Prior standard deviations where there is one precision for each tensor."""
+        by_name = self.precision_by_name
+        return by_name and {name: value**-0.5 for name, value in by_name.items()}
+
+    def weight_changes(self, isotropic: Tensor) -> Tensor:
+        """``(S, P)`` from the solver's coordinates, in which the prior is isotropic, to weights."""
+        scales = self.space.scales(self.precision_by_name)
+        return isotropic if scales is None else isotropic * scales
+
+    def isotropic(self, changes: Tensor) -> Tensor:
+        """The inverse of :meth:`weight_changes`."""
+        scales = self.space.scales(self.precision_by_name)
+        return changes if scales is None else changes / scales
+
+    # -- the rows --------------------------------------------------------------------------------
+
+    def rows_per_example(self, outputs: Tensor) -> int:
+        """C for ``outputs (B, *out)``; for ``directions="auto"`` an upper bound."""
+        return self.preserve.rows(self.likelihood, tuple(outputs.shape[1:]), self.directions)
+
+    def cotangents(self, outputs: Tensor, targets: Any) -> Cotangents:
+        """What turns the Jacobian of these examples into their rows."""
+        return self.preserve.cotangents(self.likelihood, outputs, targets, self.directions)
+
+    def change(self, point: Tensor, outputs: Tensor, targets: Any, *, linear: bool) -> Tensor:
+        """How far sampled ``outputs (S, B, *out)`` move what is preserved, element by element."""
+        return self.preserve.change(self.likelihood, point, outputs, targets, linear=linear)
+
+    def checked_targets(self, outputs: Tensor, targets: Any, where: str) -> Any:
+        """The targets of one batch, validated, as the likelihood works with them."""
+        self.likelihood.validate(outputs, targets, where)
+        return self.likelihood.prepare_targets(outputs, targets)

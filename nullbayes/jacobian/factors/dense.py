@@ -1,0 +1,46 @@
+"""Rows written out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nullbayes.jacobian.factors.base import Factor
+from nullbayes.jacobian.factors.products import gather, product, scatter_add
+from nullbayes.model.parameters import Slot
+
+
+class DenseFactor(Factor):
+    """Rows written out: ``values (B, C, columns)``."""
+
+    def __init__(self, slots: Sequence[Slot], values: Tensor) -> None:
+        self.slots = tuple(slots)
+        self.values = values.contiguous()
+        self.examples, self.cotangents = values.shape[:2]
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+    def tensors(self) -> list[Tensor]:
+        return [self.values]
+
+    def rows(self) -> Tensor:
+        return self.values.reshape(self.num_rows, -1)
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        return product(gather(vectors, self.slots).contiguous(), self.rows())
+
+    def rmatvec(self, weights: Tensor, out: Tensor) -> None:
+        scatter_add(out, self.slots, product(weights.contiguous(), self.rows().mT))
+
+    def gram(self, other: Factor) -> Tensor:
+        return product(self.rows(), other.rows())
+
+    def narrow(self, start: int, stop: int) -> DenseFactor:
+        return DenseFactor(self.slots, self.values[start:stop])
+
+    def joined(self, parts: Sequence[DenseFactor]) -> DenseFactor:
+        return DenseFactor(self.slots, torch.cat([p.values for p in parts]))

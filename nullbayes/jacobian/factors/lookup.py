@@ -1,0 +1,96 @@
+"""Rows of lookup tables: sparse, whatever the size of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from nullbayes.jacobian.factors import products
+from nullbayes.jacobian.factors.base import Factor
+from nullbayes.model.parameters import Slot
+
+
+class LookupFactor(Factor):
+    """Rows of a lookup table: ``R[n, c, v] = Σ_t [index[n, t] = v] g[n, c, t]``.
+
+    Args:
+        slot: columns of the table ``(V, D)``.
+        index: ``(B, T)`` integer; -1 marks a token without gradient (padding).
+        g: output gradients ``(B, C, T, D)``.
+    """
+
+    def __init__(self, slot: Slot, index: Tensor, g: Tensor) -> None:
+        self.slots, self.index, self.g = (slot,), index, g.contiguous()
+        self.slot = slot
+        self.examples, self.cotangents, self.tokens, self.dim = g.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.index.nbytes + self.g.nbytes
+
+    def tensors(self) -> list[Tensor]:
+        return [self.g]
+
+    @property
+    def product_flops(self) -> float:
+        return 2.0 * self.num_rows * self.tokens * self.dim
+
+    @property
+    def gram_flops_per_pair(self) -> float:
+        return 2.0 * self.tokens**2 * self.dim
+
+    def narrow(self, start: int, stop: int) -> LookupFactor:
+        return LookupFactor(self.slot, self.index[start:stop], self.g[start:stop])
+
+    def joined(self, parts: Sequence[LookupFactor]) -> LookupFactor:
+        tokens = max(p.tokens for p in parts)
+        index = [pad(p.index, (0, tokens - p.tokens), value=-1) for p in parts]
+        g = [pad(p.g, (0, 0, 0, tokens - p.tokens)) for p in parts]
+        return LookupFactor(self.slot, torch.cat(index), torch.cat(g))
+
+    def _compact(self, index: Tensor, size: int) -> Tensor:
+        """Rows over ``size`` table entries given re-numbered indices: ``(B*C, size*D)``."""
+        masked = self.g * (index >= 0)[:, None, :, None]
+        out = self.g.new_zeros(self.examples, self.cotangents, size, self.dim)
+        where = index.clamp(min=0)[:, None, :, None].expand_as(self.g)
+        return out.scatter_add_(2, where, masked).reshape(self.num_rows, -1)
+
+    def rows(self) -> Tensor:
+        return self._compact(self.index, self.slot.shape[0])
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        table = vectors[:, self.slot.start : self.slot.stop].reshape(len(vectors), -1, self.dim)
+        looked = table[:, self.index.clamp(min=0)] * (self.index >= 0)[None, :, :, None]
+        return torch.einsum("bctd,sbtd->sbc", self.g, looked).reshape(len(vectors), -1)
+
+    def rmatvec(self, weights: Tensor, out: Tensor) -> None:
+        s = len(weights)
+        w = weights.reshape(s, self.examples, self.cotangents)
+        tokens = torch.einsum("sbc,bctd->sbtd", w, self.g) * (self.index >= 0)[None, :, :, None]
+        index = self.index.clamp(min=0).reshape(-1)
+        table = out.new_zeros(s, self.slot.shape[0], self.dim)
+        table.index_add_(1, index, tokens.reshape(s, -1, self.dim))
+        out[:, self.slot.start : self.slot.stop] += table.reshape(s, -1)
+
+    def gram(self, other: Factor) -> Tensor:
+        assert isinstance(other, LookupFactor)
+        # Only entries that both blocks look up can contribute: the table's size never matters.
+        mine, theirs = self.index.unique(), other.index.unique()
+        shared = mine[torch.isin(mine, theirs) & (mine >= 0)]
+        out = self.g.new_zeros(self.num_rows, other.num_rows)
+        rows = max(self.num_rows, other.num_rows)
+        step = max(1, products.CHUNK_ELEMENTS // max(1, rows * self.dim))
+        for i in range(0, len(shared), step):
+            part = shared[i : i + step]
+            left = self._compact(renumber(self.index, part), len(part))
+            out += left @ other._compact(renumber(other.index, part), len(part)).T
+        return out
+
+
+def renumber(index: Tensor, entries: Tensor) -> Tensor:
+    """Positions of ``index`` in the sorted ``entries``; -1 where it is not among them."""
+    at = torch.searchsorted(entries, index).clamp(max=len(entries) - 1)
+    return torch.where(entries[at] == index, at, -1)

@@ -1,0 +1,516 @@
+"""The evidence's prior precision, and what a certificate says of a fit; planning, memory, progress."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import warnings
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.progress import Progress
+from support import QUIET, TRAIN, X, Y, assert_threads, fit, network, says, unchanged
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import nullbayes as nb
+from nullbayes.certificate.certificate import Certificate
+from nullbayes.common import memory, progress
+from nullbayes.fit import plan as planning
+from nullbayes.fit.evidence import fixed_point, null_space_precision
+from nullbayes.posterior.calibration import CalibrationPath
+from nullbayes.solvers import Spectrum
+from nullbayes.solvers.base import Status
+
+positive = st.floats(1e-6, 1e6)
+
+# -- evidence ------------------------------------------------------------------------------------
+
+
+def spectrum(values: list[float]) -> Spectrum:
+    t = torch.tensor(values, dtype=torch.float64)
+    return Spectrum(t, torch.ones_like(t), True)
+
+
+@settings(deadline=None)
+@given(st.lists(positive, min_size=1, max_size=9), st.floats(1e-3, 1e3), st.floats(1e-4, 1.0))
+def test_the_fixed_point_is_one(values: list[float], norm: float, delta: float) -> None:
+    """``α ‖θ‖² = Σ λ/(λ + δα)``, with the sum written out."""
+    weights = torch.full((4,), (norm / 4) ** 0.5, dtype=torch.float64)
+    alpha = fixed_point(spectrum(values), weights, delta)
+    assert alpha * norm == pytest.approx(sum(v / (v + delta * alpha) for v in values), rel=1e-6)
+
+
+def test_the_fixed_point_is_the_maximum_of_the_evidence() -> None:
+    """MacKay's evidence itself, as a function of the prior precision, on a Gaussian linear model."""
+    rows = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weights = torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    hessian = rows.T @ rows
+
+    def log_evidence(alpha: float) -> float:
+        precision = hessian + alpha * torch.eye(8, dtype=torch.float64)
+        return float(
+            4 * math.log(alpha) - alpha / 2 * weights.square().sum() - precision.logdet() / 2
+        )
+
+    best = fixed_point(spectrum(torch.linalg.svdvals(rows).square().tolist()), weights)
+    for factor in (0.7, 0.97, 1.03, 1.5):
+        assert log_evidence(best * factor) < log_evidence(best)
+
+
+@settings(deadline=None)
+@given(st.floats(0.5, 100), st.floats(1e-3, 1e3))
+def test_a_precision_not_a_variance(gamma: float, scale: float) -> None:
+    """Larger weights ask for a wider prior: the precision falls with the square of their size."""
+    weights = torch.ones(10, dtype=torch.float64)
+    one = null_space_precision(gamma, 10, weights)
+    assert one == pytest.approx(gamma / 10)
+    assert null_space_precision(gamma, 10, scale * weights) == pytest.approx(one / scale**2)
+
+
+def test_evidence_without_data_or_weights() -> None:
+    with pytest.warns(nb.NullBayesWarning, match=r"no direction.*ignore_index.*prior_precision="):
+        assert null_space_precision(0, 8, torch.ones(4)) == 2.0
+    zero = torch.zeros(3)
+    for run in (
+        lambda: null_space_precision(1, 3, zero),
+        lambda: fixed_point(spectrum([1.0]), zero),
+    ):
+        with says(nb.InputError, "weights are zero", "prior_precision="):
+            run()
+    assert math.isfinite(fixed_point(spectrum([0.0, 0.0]), torch.ones(2)))
+
+
+# -- certificate ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def good() -> Certificate:
+    """A certificate whose guarantee held, to be spoilt field by field."""
+    certificate = fit(
+        network(nn.Linear(6, 6), nn.Tanh()).double(), [(X.double(), Y)], delta=0
+    ).certificate
+    assert certificate.status == Status.CONVERGED.value and certificate.residual <= 1e-10
+    return replace(
+        certificate, drift=1e-3, sampled_drift=2e-3, network_score=0.9, posterior_score=0.9
+    )
+
+
+def test_held(good: Certificate) -> None:
+    assert good.held and good.verdict.startswith("The guarantee held")
+    assert "0.9000 → 0.9000" in good.verdict and "the training predictions" in good.verdict
+    assert replace(good, posterior_score=0.95).held
+    assert "weak" not in good.verdict and "sampled network drifts" not in good.verdict
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"residual": 1e-3, "status": Status.STAGNATED.value},
+            ("1.0e-03", "tolerance", "float64 model"),
+        ),
+        ({"residual": 1e-3, "status": Status.MAX_ITERATIONS.value}, ("misses", "max_iterations")),
+        (
+            {"null_dim": 0},
+            ("null space is empty", "directions=", "preserve='loss'", "LaplacePosterior"),
+        ),
+        ({"posterior_score": 0.89}, ("accuracy 0.9000 → 0.8900",)),
+        ({"network_score": math.nan, "posterior_score": math.nan}, ("no training accuracy",)),
+        ({"posterior_score": math.nan}, ("no training accuracy",)),
+        ({"score_name": "rmse", "posterior_score": 0.902}, ("RMSE 0.9000 → 0.9020",)),
+        ({"residual": math.nan}, ("nan", "misses the tolerance")),
+        ({"residual": math.inf}, ("inf", "misses the tolerance")),
+    ],
+    ids=str,
+)
+def test_weak(good: Certificate, changes: dict[str, Any], words: tuple[str, ...]) -> None:
+    spoilt = replace(good, **changes)
+    assert not spoilt.held and spoilt.verdict.startswith("The guarantee is weak:")
+    assert [w for w in words if w not in spoilt.verdict] == []
+    assert spoilt.verdict in str(spoilt) and spoilt.as_dict()["held"] is False
+
+
+def test_regression_scores_may_move_a_little(good: Certificate) -> None:
+    regression = replace(good, score_name="rmse")
+    assert replace(regression, posterior_score=0.9005).held
+    assert replace(regression, posterior_score=0.1).held
+    assert not replace(regression, posterior_score=0.91).held
+    assert "training RMSE" in str(regression) and "accuracy" not in regression.verdict
+
+
+def test_a_residual_below_delta_is_on_purpose(good: Certificate) -> None:
+    numerical = replace(good, status=Status.NUMERICAL.value, delta=1e-3, residual=0.01)
+    assert numerical.held and "delta = 0.001" in str(numerical)
+    assert not replace(numerical, status=Status.STAGNATED.value).held
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"null_dim": 1}, "% of the weight directions are free"),
+        ({"sampled_drift": 0.5}, "method='linearised'"),
+        ({"discarded_trace": 0.0123}, "1.23 % of the Hessians' trace was left out"),
+        ({"notes": ("jitter raised to 1e-4",)}, "jitter raised to 1e-4"),
+        ({"evidence": 0.1, "prior_precision": 2.0}, "prior precision to 0.1; it was raised to 2,"),
+        ({"evidence": 2.0, "left_out_divergence": 0.015}, "by 0.015 nats, more where"),
+        (
+            {"evidence": 0.01, "prior_precision": 2.0, "left_out_divergence": 0.02},
+            "the names of the last layers",
+        ),
+    ],
+    ids=str,
+)
+def test_advice_beside_a_guarantee_that_held(
+    good: Certificate, changes: dict[str, Any], words: str
+) -> None:
+    assert words not in good.verdict
+    advised = replace(good, **changes)
+    assert advised.held and words in advised.verdict
+
+
+def test_a_prior_raised_a_little_is_no_reason_to_keep_more(good: Certificate) -> None:
+    raised = replace(good, evidence=0.1, prior_precision=2.0, left_out_divergence=0.02)
+    assert "it was raised" in raised.verdict and "last layers" not in raised.verdict
+    # Raised for the training data's sake: other examples are no worse off.
+    kept = replace(good, evidence=0.01, prior_precision=2.0, left_out_divergence=0.001)
+    assert "it was raised" in kept.verdict and "last layers" not in kept.verdict
+
+
+def test_laplace_promises_nothing(good: Certificate) -> None:
+    laplace = replace(good, method="Laplace", posterior_score=0.85)
+    assert not laplace.held and not laplace.promises
+    assert "does not promise" in laplace.verdict and "costs 0.0500" in laplace.verdict
+    assert "it did here" in replace(laplace, posterior_score=0.9).verdict
+    unknown = replace(laplace, network_score=math.nan, posterior_score=math.nan).verdict
+    assert "does not promise" in unknown and "it did here" not in unknown
+    stopped = replace(laplace, status=Status.MAX_ITERATIONS.value)
+    assert "not exact" in stopped.verdict and "`max_iterations`" in stopped.verdict
+    assert "not exact" not in laplace.verdict
+
+
+def test_the_printed_table(good: Certificate) -> None:
+    text = str(
+        replace(good, generic=("a", "b", "c", "d", "e"), discarded_trace=0.5, peak_memory=3 * 2**30)
+    )
+    lines = text.splitlines()
+    assert lines[0] == "Certificate"
+    for words in (
+        "14 × ",
+        "5 tensors: a, b, c, d …",
+        "50.000 %",
+        "3.0 GB",
+        "7 checked",
+        good.solver,
+    ):
+        assert words in text
+    table = lines[1 : lines.index("")]
+    labels = {len(line) - len(line[2:].lstrip()) for line in table}
+    assert labels == {2} and max(map(len, table)) < 120  # fits beside a shell prompt
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-300, 0.1 + 0.2, math.inf, -math.inf, math.nan])
+def test_round_trip_through_json(good: Certificate, value: float) -> None:
+    names = [f.name for f in fields(Certificate) if f.type == "float"]
+    assert len(names) > 10
+    odd = replace(good, **dict.fromkeys(names, value), generic=("a.b",), notes=("ä", "→"))
+    back = Certificate.from_dict(json.loads(json.dumps(odd.as_dict())))
+    assert repr(back) == repr(odd)  # NaN is not equal to itself
+    assert back.verdict == odd.verdict and str(back) == str(odd)
+    later = odd.as_dict() | {"a field of a later version": 1}
+    assert repr(Certificate.from_dict(later)) == repr(odd)
+
+
+def test_the_calibration_path_through_json() -> None:
+    posterior = fit(network(), [(X, X)], "regression")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", nb.NullBayesWarning)
+        path = posterior.calibrate([(X, X)], **QUIET)
+    assert path.ece is None and path.auroc is None
+    assert CalibrationPath(**json.loads(json.dumps(path.as_dict()))) == path
+
+
+def test_what_is_measured_is_true() -> None:
+    """Drift, residual and accuracies, computed here from the samples themselves."""
+    model = network()
+    posterior = fit(model, num_samples=8)
+    c, p = posterior.certificate, posterior.predict(X)
+    before = model(X).detach().softmax(1)
+    drift = (p.outputs.softmax(2) - before).square().mean().sqrt()
+    linear = posterior.preserve.change(posterior.likelihood, p.point, p.outputs, Y, linear=True)
+    assert_close(
+        torch.tensor(c.drift, dtype=torch.float64),
+        linear.double().square().mean().sqrt(),
+        rtol=1e-4,
+        atol=0,
+    )
+    assert float(drift) <= 3 * c.drift + 1e-6
+    sampled = posterior.predict(X, method="sampled").outputs.softmax(2) - before
+    assert c.sampled_drift == pytest.approx(
+        float(sampled.double().square().mean().sqrt()), rel=1e-4
+    )
+    assert c.network_score == pytest.approx(float((before.argmax(1) == Y).double().mean()))
+    assert c.posterior_score == pytest.approx(float((p.mean.argmax(1) == Y).double().mean()))
+    assert (c.examples, c.checked_examples, c.num_samples) == (7, 7, 8)
+    assert c.rank + c.null_dim == c.parameters == 45 and c.constraints == 14
+    assert 0 < c.prior_share < 1 and c.seconds > 0 and c.peak_memory > 2**20
+
+
+def test_drift_follows_the_prior_precision() -> None:
+    posterior = nb.LaplacePosterior(network()).fit(TRAIN, 8, **QUIET)
+    start = posterior.certificate
+    posterior.prior_precision = 4 * start.prior_precision
+    assert posterior.certificate.output_drift == pytest.approx(start.output_drift / 2, rel=1e-4)
+    assert posterior.certificate.prior_precision == 4 * start.prior_precision
+    assert posterior.certificate.residual == start.residual
+    posterior.prior_precision = start.prior_precision
+    assert replace(posterior.certificate, seconds=0) == replace(start, seconds=0)
+
+
+# -- memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("8GB", 8 * 2**30),
+        ("8 GiB", 8 * 2**30),
+        ("1.5g", 3 * 2**29),
+        (" 500 MB ", 500 * 2**20),
+        (".5k", 512),
+        ("2 tb", 2**41),
+        ("4096", 4096),
+        ("12 B", 12),
+        (4096, 4096),
+        (1e9, 10**9),
+        (1e30, 10**30),
+        (np.int64(7), 7),
+    ],
+)
+def test_sizes_as_people_write_them(text: Any, count: int) -> None:
+    assert memory.parse_bytes(text) == pytest.approx(count, rel=1e-12)
+    assert isinstance(memory.parse_bytes(text), int)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "GB",
+        "1.2.3 GB",
+        ".",
+        "-1",
+        "8 XB",
+        "8 G B",
+        "0",
+        "0 GB",
+        "1e",
+        True,
+        None,
+        0.5,
+        math.nan,
+        -math.inf,
+    ],
+)
+def test_sizes_that_are_none(text: Any) -> None:
+    with says(nb.InputError, "`memory`", repr(text), "'8GB'"):
+        memory.parse_bytes(text)
+
+
+@given(st.floats(0, 1e16))
+def test_sizes_for_people(count: float) -> None:
+    text = memory.format_bytes(count)
+    number, unit = text.split()
+    assert unit in ("B", "kB", "MB", "GB", "TB") and (float(number) <= 1024 or unit == "TB")
+    if count >= 1:
+        rounding = (
+            0.5
+            if unit == "B"
+            else 0.05 * {"kB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}[unit]
+        )
+        assert abs(memory.parse_bytes(text) - count) <= 1.01 * rounding + 1
+
+
+def test_memory_of_this_machine() -> None:
+    cpu = torch.device("cpu")
+    assert 2**24 < memory.available_bytes(cpu) < 2**50
+    assert 2**24 < memory.peak_bytes(cpu) < 2**50
+
+
+# -- planning ------------------------------------------------------------------------------------
+
+
+def test_the_plan_in_words() -> None:
+    model = network()
+    with unchanged(model):
+        plan = nb.plan(model, TRAIN, memory="1 GB")
+    text = str(plan)
+    for words in (
+        "Plan",
+        "14 × 45",
+        "7 examples, 2 rows each",
+        str(plan.solver),
+        "of 1.0 GB",
+        "about",
+    ):
+        assert words in text
+    assert plan.fits and not plan.advice and not plan.unsupported
+    assert json.loads(json.dumps(plan.as_dict())) == plan.as_dict()
+    assert plan.rows == plan.examples * plan.rows_per_example
+
+
+def test_a_plan_that_does_not_fit_names_the_mend() -> None:
+    plan = nb.plan(network(), TRAIN, memory="1 kB")
+    assert not plan.fits and plan.solver is None
+    assert "none fits" in str(plan)
+    mends = " ".join(plan.advice)
+    assert "max_examples=" in mends and "directions='auto'" in mends and "preserve='loss'" in mends
+
+
+def test_the_plan_names_what_has_no_rule() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.out = nn.Parameter(torch.ones(3)), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.out(torch.sin(x * self.scale))
+            return out
+
+    plan = nb.plan(Scaled(), TRAIN)
+    assert plan.unsupported == {"scale": "no rule for Scaled"}
+    assert "generic path" in str(plan) and "20 % of the weights" in str(plan)
+    assert "nb.jacobian.register" in str(plan)
+
+
+@pytest.mark.parametrize("preserve", ["predictions", "outputs", "loss"])
+def test_plan_and_fit_count_alike(preserve: str) -> None:
+    options: dict[str, Any] = {"preserve": preserve, "parameters": ["2.weight", "2.bias"]}
+    plan = nb.plan(network(), TRAIN, max_examples=5, **options)
+    posterior = nb.NullSpacePosterior(network(), **options).fit(TRAIN, 3, max_examples=5, **QUIET)
+    c = posterior.certificate
+    assert (
+        (plan.examples, plan.rows, plan.parameters)
+        == (c.examples, c.constraints, c.parameters)
+        == (
+            5,
+            {"predictions": 10, "outputs": 15, "loss": 5}[preserve],
+            21,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        nb.solvers.DualCholesky(),
+        nb.solvers.PrimalQR(),
+        nb.solvers.ConjugateGradient(),
+        nb.solvers.AlternatingProjections(),
+    ],
+    ids=lambda solver: solver.name,
+)
+def test_a_plan_foretells_every_stage_that_the_certificate_times(solver: Any) -> None:
+    many = [(X.repeat(12, 1), Y.repeat(12))]  # more examples than are tried
+    plan = nb.plan(network(), many, solver=solver, num_samples=3)
+    posterior = nb.NullSpacePosterior(network(), solver=solver).fit(many, 3, **QUIET)
+    c = posterior.certificate
+    assert plan.seconds.keys() == c.stages.keys()
+    assert all(0 <= value < 60 for value in (*plan.seconds.values(), *c.stages.values()))
+    assert sum(plan.seconds.values()) > 0
+    assert sum(c.stages.values()) == pytest.approx(c.seconds)
+    assert all(stage in str(plan) for stage in plan.seconds)
+
+
+def test_the_plan_of_a_regression_needs_no_noise() -> None:
+    likelihood = nb.Regression()
+    plan = nb.plan(network(), [(X, X)], likelihood)
+    assert plan.rows == 21 and likelihood.noise_variance is None
+
+
+def test_the_plan_leaves_random_state_alone() -> None:
+    torch.manual_seed(0)
+    wanted = torch.rand(3)
+    torch.manual_seed(0)
+    many = [(X.repeat(30, 1), Y.repeat(30))]
+    plan = nb.plan(network(), many, solver=nb.solvers.PrimalQR())
+    assert plan.solver == "primal QR" and plan.examples > planning.TRIED_EXAMPLES
+    assert_close(torch.rand(3), wanted, rtol=0, atol=0)
+
+
+# -- progress ------------------------------------------------------------------------------------
+
+
+def test_bars_go_to_standard_error_and_vanish(capfd: pytest.CaptureFixture[str]) -> None:
+    nb.NullSpacePosterior(network()).fit(TRAIN, 3, progress=True)
+    assert capfd.readouterr().out == ""
+    nb.NullSpacePosterior(network()).fit(TRAIN, 3, progress=False)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "items", [[1, 2, 3], iter([1, 2, 3]), []], ids=["list", "unsized", "empty"]
+)
+@pytest.mark.parametrize("show", [True, False])
+def test_tracking_yields_the_items(items: Any, show: bool) -> None:
+    items = list(items) if isinstance(items, list) else iter([1, 2, 3])
+    wanted = [] if items == [] else [1, 2, 3]
+    with progress.stages(show=show) as stage:
+        assert list(stage.track(items, "work")) == wanted
+        tick = stage.fraction("share")
+        if show:
+            assert tick is not None and stage._progress is not None
+            first, second = stage._progress.tasks
+            assert first.total == first.completed == len(wanted)
+            tick(0.5)
+            assert second.completed == 50
+        else:
+            assert tick is None
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_error_under_a_bar_removes_it(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Progress] = []
+
+    class Watched(Progress):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(progress, "Progress", Watched)
+    threads = threading.active_count()
+
+    def broken() -> Any:
+        yield TRAIN[0]
+        raise error("stop")
+
+    class Loader:
+        def __iter__(self) -> Any:
+            return broken()
+
+    with pytest.raises(error, match="stop"):
+        nb.NullSpacePosterior(network()).fit(Loader(), 3)
+    assert len(made) == 1 and not made[0].live.is_started
+    assert_threads(threads)
+
+
+def test_examples_that_are_left_out_are_spoken_of() -> None:
+    data = torch.utils.data.TensorDataset(X, Y)
+    loader = torch.utils.data.DataLoader(data, 2)
+
+    def told(limit: int | None, given: Any = loader) -> bool:
+        posterior = nb.NullSpacePosterior(network())
+        notes = posterior.fit(given, 2, max_examples=limit, **QUIET).certificate.notes
+        return any(f"3 of {len(X)} examples are constrained" in note for note in notes)
+
+    assert told(3)
+    assert not told(None) and not told(len(X)) and not told(len(X) + 5)
+    assert not told(3, TRAIN)  # a list of batches has no sampler to ask

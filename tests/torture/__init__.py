@@ -1,0 +1,1 @@
+"""Torture as a habit: random networks, kills, mutated files, budgets; `python -m tests.torture --help`."""

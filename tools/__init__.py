@@ -1,0 +1,1 @@
+"""What the makefile runs that is not part of the library."""

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nullbayes.certificate.certificate import ALLOWED_DIVERGENCE, ALLOWED_UNSEEN
+from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE, ALLOWED_LEFT_OUT
 from nullbayes.common.memory import format_bytes
 
 # With `delta=0`: how far outputs may move, relative to themselves, by rounding.
@@ -130,7 +130,7 @@ class LayerCertificate:
             )
         if self.left_out_divergence is not None:
             out.append(f"Examples left out would move by {self.left_out_divergence:.2g} nats.")
-            if self.left_out_divergence > ALLOWED_UNSEEN * 1.0001:
+            if self.left_out_divergence > ALLOWED_LEFT_OUT * 1.0001:
                 out.append(
                     "That is much: calibrate on validation data, or raise `prior_precision`."
                 )

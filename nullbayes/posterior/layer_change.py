@@ -31,7 +31,7 @@ def fresh(likelihood: Likelihood) -> Likelihood:
 
 def updated(fit: LayerFit, more: Any, prior: float | None, progress: bool) -> LayerFit:
     """The posterior of the old data and ``more``."""
-    with stages(progress) as stage:
+    with stages(show=progress) as stage:
         laps, added = Laps(), _added(fit, more, "more", stage)
         laps.lap(INPUTS)
         return _concluded(fit, _plus(fit.gathered, added), prior, stage, laps)
@@ -51,7 +51,7 @@ def removed(fit: LayerFit, some: Any, prior: float | None, progress: bool) -> La
                 "Pass the inputs exactly as they were fitted; nothing was removed."
             )
         hashes.append(content_hash(inputs, batch_size(inputs)).cpu())
-    with stages(progress) as stage:
+    with stages(show=progress) as stage:
         laps, taken = Laps(), _added(fit, some, "some", stage)
         laps.lap(INPUTS)
         left = fit.gathered.examples - taken.examples
@@ -96,7 +96,7 @@ def merged(fit: LayerFit, other: LayerFit, prior: float | None) -> LayerFit:
         raise InputError(
             "one posterior sketched layers that the other kept whole; fit both with the same `memory=`."
         )
-    with stages(False) as stage:
+    with stages(show=False) as stage:
         return _concluded(fit, _plus(fit.gathered, other.gathered), prior, stage, Laps())
 
 

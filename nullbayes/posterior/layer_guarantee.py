@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nullbayes.certificate.certificate import ALLOWED_DIVERGENCE, ALLOWED_UNSEEN
+from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE, ALLOWED_LEFT_OUT
 from nullbayes.errors import InputError, NonFiniteError
 from nullbayes.likelihood import Binary, Classification, Likelihood, Regression
 from nullbayes.model.batch import Inputs, batch_size, take
@@ -93,7 +93,9 @@ def measure(state: LayerState, likelihood: Likelihood, alpha: float, samples: in
             if targets is None:
                 continue
             for sums, made in ((before, point[None].expand(2, *point.shape)), (after, outputs)):
-                total, number = likelihood.score_draws(made, point, False, labels)
+                total, number = likelihood.score_draws(
+                    made, point, linearised=False, targets=labels
+                )
                 sums[0] += total
                 sums[1] += number
     scores = [
@@ -265,12 +267,12 @@ def guarded_precision(
 
     def excess(alpha: float) -> float:
         found = measure(state, likelihood, alpha, samples).divergence / ALLOWED_DIVERGENCE
-        unseen = 0.0 if left_out is None else left_out / alpha / ALLOWED_UNSEEN
+        unseen = 0.0 if left_out is None else left_out / alpha / ALLOWED_LEFT_OUT
         return max(found, unseen) if not math.isnan(found) else math.inf
 
     high = state.natural_precision
     if left_out is not None:
-        high = max(high, left_out / ALLOWED_UNSEEN)
+        high = max(high, left_out / ALLOWED_LEFT_OUT)
     low, value = high, excess(high)
     while value > 1:
         if high > 1e30:

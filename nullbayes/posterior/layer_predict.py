@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from nullbayes.certificate.certificate import Certificate
+from nullbayes.constraints.problem import Problem
+from nullbayes.fit.result import Fit
 from nullbayes.likelihood import Likelihood
+from nullbayes.posterior.layer_fit import LayerFit
 from nullbayes.posterior.layer_state import LayerState
 from nullbayes.posterior.prediction import Prediction, make_prediction
 
@@ -34,6 +39,14 @@ def closed_prediction(
     made = make_prediction(likelihood, point, point + change, "linearised")
     variance = covariance.diagonal(dim1=1, dim2=2).reshape(point.shape).to(point)
     return replace(made, variance=variance, method="closed")
+
+
+def as_fit(fit: LayerFit, likelihood: Likelihood) -> Fit:
+    """What a calibration path needs of a fit: samples written out, at their prior precision."""
+    problem = Problem.of(fit.state.functional, likelihood, "predictions", None, fit.alpha)
+    certificate = cast(Certificate, fit.certificate)  # not asked for anything here
+    samples = flat_samples(fit.state)
+    return Fit(problem, samples, fit.alpha, fit.state.seed, certificate, fit.fingerprint)
 
 
 def flat_samples(state: LayerState) -> Tensor:

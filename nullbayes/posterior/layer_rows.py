@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.jacobian.capture.plan import CapturePlan
-from nullbayes.jacobian.linearise import first_output, output_rows
+from nullbayes.jacobian.linearise import blaming_inputs, first_output, output_rows
 from nullbayes.model.batch import Inputs
 from nullbayes.moments.capture import plain_paths
 from nullbayes.posterior.layer_state import LayerState
@@ -33,10 +33,8 @@ def output_covariance(
     vectors = torch.empty(1, 0, dtype=functional.dtype)
     at_most = max(1, ROW_BYTES // (8 * space.total * outputs)) * outputs
     parts = []
-    with plain_paths():
-        for _, operator in output_rows(
-            functional, plan, inputs, outputs, vectors, None, "`x`", centre
-        ):
+    with plain_paths(), blaming_inputs(functional, inputs, "`x`"):
+        for _, operator in output_rows(functional, plan, inputs, outputs, vectors, None, centre):
             for rows in operator.iter_rows(at_most):
                 tensors = space.unflatten(rows.double())
                 total = rows.new_zeros(len(rows) // outputs, outputs, outputs, dtype=torch.float64)

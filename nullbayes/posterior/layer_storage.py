@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nullbayes.common.files import atomic_file
+from nullbayes.common.files import atomic_file, checksum
 from nullbayes.errors import InputError, StorageError
 from nullbayes.likelihood import Likelihood, LossFunction
 from nullbayes.model.fingerprint import fingerprint
@@ -23,10 +23,11 @@ from nullbayes.moments.members import CELLS, Members
 from nullbayes.moments.second import BlockMoments, DenseMoments
 from nullbayes.moments.sketch import Sketch
 from nullbayes.posterior.calibration import CalibrationPath
+from nullbayes.posterior.description import parsed
 from nullbayes.posterior.layer_certificate import LayerCertificate
 from nullbayes.posterior.layer_fit import LayerFit
 from nullbayes.posterior.layer_state import LayerState
-from nullbayes.posterior.storage import FORMAT, VERSION, Stored
+from nullbayes.posterior.storage import FORMAT, VERSION, Stored, signed
 
 if TYPE_CHECKING:
     from nullbayes.posterior.layers import LayerNullSpacePosterior
@@ -76,8 +77,8 @@ def write_layers(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(target) as part:
-            save_file(tensors, part, metadata={"nullbayes": text})
-    except (OSError, SafetensorError) as error:
+            save_file(tensors, part, metadata=signed(text, tensors))
+    except (OSError, ValueError, SafetensorError) as error:
         raise StorageError(f"could not write {target}: {error}.") from error
 
 
@@ -123,19 +124,7 @@ def load_layers(
     from nullbayes.posterior.layers import LayerNullSpacePosterior
 
     source = Path(path)
-    try:
-        with safe_open(str(source), framework="pt") as file:
-            meta = json.loads((file.metadata() or {})["nullbayes"])
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise StorageError(
-            f"{source} cannot be read: {error}. It is truncated or not a posterior file; save it again."
-        ) from error
-    if meta.get("format") != FORMAT or meta.get("version", 0) > VERSION:
-        raise StorageError(
-            f"{source} has format {meta.get('format')!r} version {meta.get('version')}; this "
-            f"nullbayes reads {FORMAT!r} up to version {VERSION}. Upgrade nullbayes."
-        )
+    meta, tensors = _read(source)
     stored = Stored(source, meta, torch.empty(0))
     stored.check_model(unwrapped(model))
     try:
@@ -163,6 +152,31 @@ def load_layers(
             "it was written by another version of nullbayes or changed since. Fit and save it again."
         ) from error
     return posterior
+
+
+def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Description and tensors of a file, as they were written. Raises `StorageError`."""
+    try:
+        with safe_open(str(source), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        text = metadata["nullbayes"]
+        meta = parsed(text)
+    except (SafetensorError, OSError, ValueError, KeyError, MemoryError) as error:
+        raise StorageError(
+            f"{source} cannot be read: {error}. It is truncated or not a posterior file; save it again."
+        ) from error
+    if meta["format"] != FORMAT or meta["version"] > VERSION:
+        raise StorageError(
+            f"{source} has format {meta['format']!r} version {meta['version']}; this "
+            f"nullbayes reads {FORMAT!r} up to version {VERSION}. Upgrade nullbayes."
+        )
+    if metadata.get("checksum") != checksum(text, tensors):
+        raise StorageError(
+            f"{source} cannot be read: it is not what was written (its checksum differs). It was damaged or changed "
+            "since; save it again."
+        )
+    return meta, tensors
 
 
 def _check_blocks(source: Path, blocks: Blocks, settings: dict[str, Any]) -> None:

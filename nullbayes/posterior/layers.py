@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nullbayes.certificate.certificate import ALLOWED_DIVERGENCE
+from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE
 from nullbayes.common.arguments import check_choice, check_count, check_positive
 from nullbayes.common.memory import available_bytes, explained_out_of_memory, parse_bytes
 from nullbayes.common.progress import Laps, stages
@@ -20,12 +20,17 @@ from nullbayes.jacobian.capture.verify import prove
 from nullbayes.likelihood import Likelihood, LossFunction, resolve_loss
 from nullbayes.model.batch import Inputs, batch_size, check_inputs, to_device
 from nullbayes.model.checks import check_mode
-from nullbayes.model.fingerprint import check_unchanged
+from nullbayes.model.fingerprint import check_unchanged, quick_digest
 from nullbayes.model.functional import Forward, FunctionalModel, undisturbed_method, unwrapped
 from nullbayes.model.loader import check_reusable, first_inputs
 from nullbayes.model.parameters import ParameterChoice, ParameterSpace
 from nullbayes.posterior import layer_change
-from nullbayes.posterior.calibration import CalibrationPath, calibration_path, check_arguments
+from nullbayes.posterior.calibration import (
+    CalibrationPath,
+    Search,
+    calibration_path,
+    check_arguments,
+)
 from nullbayes.posterior.layer_certificate import LayerCertificate
 from nullbayes.posterior.layer_fit import (
     INPUTS,
@@ -43,7 +48,7 @@ from nullbayes.posterior.layer_novelty import (
     variance_score,
 )
 from nullbayes.posterior.layer_plan import LayerPlan, plan_layers
-from nullbayes.posterior.layer_predict import METHODS, closed_prediction, flat_samples
+from nullbayes.posterior.layer_predict import METHODS, as_fit, closed_prediction
 from nullbayes.posterior.layer_rows import output_covariance
 from nullbayes.posterior.layer_state import LayerState
 from nullbayes.posterior.prediction import Prediction, make_prediction, structured
@@ -112,7 +117,7 @@ class LayerNullSpacePosterior:
         self._fit: LayerFit | None = None
         self._leverages: Leverages | None = None
         self._rows: CapturePlan | None = None
-        self._seen: list[tuple[int, int]] = []
+        self._seen: int | None = None
 
     # -- fit -------------------------------------------------------------------------------------
 
@@ -139,7 +144,7 @@ class LayerNullSpacePosterior:
         self.space.check_finite(self.model)
         likelihood = layer_change.fresh(self.likelihood)
         budget = self._memory or default_budget(available_bytes(self.functional.device))
-        with stages(progress) as stage, explained_out_of_memory(budget):
+        with stages(show=progress) as stage, explained_out_of_memory(budget):
             laps = Laps()
             blocks, gathered = collect(
                 self.functional, likelihood, train, "train", seed, stage, budget
@@ -215,11 +220,10 @@ class LayerNullSpacePosterior:
         """The fit, of a model that is still the one that was fitted."""
         fit = self._fitted()
         check_mode(self.model)
-        tensors = (*self.model.parameters(), *self.model.buffers())
-        versions = [(id(t), t._version) for t in tensors]
-        if versions != self._seen:
+        digest = quick_digest(self.model)
+        if digest != self._seen:
             check_unchanged(self.model, fit.fingerprint)
-            self._seen = versions
+            self._seen = digest
         return fit
 
     def _inputs(self, x: Inputs) -> Inputs:
@@ -336,19 +340,8 @@ class LayerNullSpacePosterior:
         check_arguments(metric, ood_loader)
         check_reusable(val_loader, "val_loader")
         plan = self._plan_of_rows(first_inputs(self.functional, val_loader, "val_loader"))
-        samples = flat_samples(fit.state)
-        path = calibration_path(
-            self.functional,
-            plan,
-            self.likelihood,
-            samples,
-            fit.alpha,
-            val_loader,
-            ood_loader,
-            metric,
-            tune,
-            progress,
-        )
+        search = Search(val_loader, ood_loader, metric, tune, progress)
+        path = calibration_path(as_fit(fit, self.likelihood), plan, search)
         if path.noise_scale is None:
             fit = set_precision(fit, path.prior_precision[path.chosen])
             guarded = fit.certificate.divergence > ALLOWED_DIVERGENCE

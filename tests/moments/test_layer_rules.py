@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from layer_kinds import KINDS, Kind
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,6 +17,7 @@ from nullbayes.moments.blocks import Blocks
 from nullbayes.moments.factor import Edge, factorise
 from nullbayes.moments.second import BlockMoments, DenseMoments
 from nullbayes.moments.verify import seen_by, verified_blocks
+from tests.moments.layer_kinds import KINDS, Kind
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "extending.md", ROOT / "docs" / "generative.md"]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("extending", "generative", "layers"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

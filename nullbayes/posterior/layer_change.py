@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE
 from nullbayes.common.progress import Laps, Stages, stages
-from nullbayes.errors import InputError
+from nullbayes.errors import InputError, ModelError
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.batch import batch_size, select, tensor_leaves
 from nullbayes.model.loader import check_reusable
@@ -16,8 +17,9 @@ from nullbayes.model.randomness import content_hash
 from nullbayes.moments.factor import negative_share
 from nullbayes.moments.gather import KEPT_EXAMPLES, Gathered, unlabelled
 from nullbayes.moments.sketch import Sketch
+from nullbayes.posterior.layer_certificate import ALLOWED_CHANGE, HALF_CHANGE
 from nullbayes.posterior.layer_fit import INPUTS, LayerFit, collect, concluded
-from nullbayes.posterior.layer_guarantee import guarded_precision
+from nullbayes.posterior.layer_guarantee import guarded_precision, targets_for
 from nullbayes.posterior.layer_state import LayerState
 
 # Negative eigenvalues, beside the largest, that rounding leaves of a removal.
@@ -98,6 +100,37 @@ def merged(fit: LayerFit, other: LayerFit, prior: float | None) -> LayerFit:
         )
     with stages(show=False) as stage:
         return _concluded(fit, _plus(fit.gathered, other.gathered), prior, stage, Laps())
+
+
+def followed(fit: LayerFit, prior: float | None) -> LayerFit:
+    """The same sums around the model's present weights. Raises `ModelError` where training outputs did not stand."""
+    state, likelihood = fit.state, fit.likelihood
+    if not fit.points:
+        raise InputError(
+            "this posterior was loaded from a file, which holds no training examples to check the moved network on; "
+            "fit it here, and train inside its null space after that."
+        )
+    moved, divergence, count = 0.0, 0.0, 0
+    for (inputs, targets), before in zip(fit.gathered.kept, fit.points, strict=True):
+        now = state.functional.outputs(inputs)
+        moved = max(moved, float((now - before).norm() / before.norm().clamp_min(1e-30)))
+        labels = targets_for(likelihood, before, targets, inputs)
+        values = likelihood.divergence(before, now[None], labels)
+        divergence, count = divergence + float(values.double().sum()), count + values.numel()
+    allowed = ALLOWED_CHANGE.get(str(state.functional.dtype), HALF_CHANGE)
+    exact = state.delta == 0.0
+    # Not a number: they did not stand either.
+    if (exact and not moved <= allowed) or (
+        not exact and not divergence / count <= ALLOWED_DIVERGENCE
+    ):
+        raise ModelError(
+            f"the network's outputs on its training examples moved by {moved:.1e} of their size "
+            f"({divergence / count:.2g} nats), so its weights did not move inside the null space alone and the sums are "
+            "those of another network. Attach `posterior.projector()` to the optimiser before the first step, keep batch "
+            "normalisation in evaluation mode, or fit anew."
+        )
+    with stages(show=False) as stage:
+        return _concluded(fit, fit.gathered, prior, stage, Laps())
 
 
 def guarded(fit: LayerFit) -> float:

@@ -41,7 +41,7 @@ COPIES = 3
 class LayerFit:
     """What a fit left: the sums and what follows from them.
 
-    ``left_out``: divergence of examples left out, at prior precision one.
+    ``left_out``: divergence of examples left out, at prior precision one; ``points``: outputs of the kept examples.
     """
 
     state: LayerState
@@ -50,6 +50,7 @@ class LayerFit:
     left_out: float | None
     certificate: LayerCertificate
     fingerprint: dict[str, str]
+    points: tuple[Tensor, ...] = ()
 
     @property
     def gathered(self) -> Gathered:
@@ -154,9 +155,10 @@ def concluded(
     certificate = replace(
         certificate, seconds=laps.total, peak_memory=peak_bytes(state.functional.device)
     )
-    return LayerFit(
-        state, likelihood, alpha, left_out, certificate, fingerprint(state.functional.model)
-    )
+    functional = state.functional
+    points = tuple(functional.outputs(inputs) for inputs, _ in state.gathered.kept)
+    digest = fingerprint(functional.model)
+    return LayerFit(state, likelihood, alpha, left_out, certificate, digest, points)
 
 
 def certify(

@@ -206,6 +206,23 @@ class LayerNullSpacePosterior:
         out._accept(layer_change.merged(fit, theirs, self._prior))
         return out
 
+    @undisturbed_method
+    def follow(self) -> LayerNullSpacePosterior:
+        """Take the model's present weights for the trained ones, after training inside the null space.
+
+        What the layers receive from the old data is what it was, so the sums stand and no old data are needed; `update`
+        then adds the new ones.
+
+        Raises:
+            ModelError: outputs on training examples moved, so the sums are those of another network.
+        """
+        fit = self._fitted()
+        check_mode(self.model)
+        self.space.check_finite(self.model)
+        self._accept(layer_change.followed(fit, self._prior))
+        self._rows = None
+        return self
+
     # -- what was fitted -------------------------------------------------------------------------
 
     def _fitted(self) -> LayerFit:

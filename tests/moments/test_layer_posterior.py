@@ -519,7 +519,15 @@ def test_fine_tuning_inside_the_null_space() -> None:
         assert (model(x) - point).abs().max() < 1e-9 * point.abs().max()
     assert losses[-1] < 0.1 * losses[0]
     stop()
+    with pytest.raises(ModelError, match="changed since"):
+        posterior.update(new, progress=False)
+    posterior.follow().update(
+        new, progress=False
+    )  # the sums of the old data stand: none are needed
+    same_posterior(posterior, quiet(model, torch.cat([x, new]), delta=0, prior_precision=1.0))
     optimiser.step()
+    with pytest.raises(ModelError, match="moved by"):
+        posterior.follow()
     with torch.no_grad():
         assert (model(x) - point).abs().max() > 1e-3 * point.abs().max()
     gradients = {n: torch.randn_like(p) for n, p in model.named_parameters()}

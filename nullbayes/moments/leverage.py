@@ -37,7 +37,8 @@ class Leverage:
         """Inputs ``(*lead, G, I)`` -> ``(*lead)``, summed over the groups."""
         assert self.factor is not None
         lead, groups = a.shape[:-2], a.shape[-2]
-        x = a[..., :own].reshape(-1, groups, own).to(self.dtype).transpose(0, 1)  # (G, n, own)
+        flat = a.reshape(-1, groups, a.shape[-1])[..., :own]
+        x = flat.to(self.dtype).transpose(0, 1)  # (G, n, own)
         if isinstance(self.factor, DenseFactor):
             root = self.factor.root.to(self.dtype)
             y = x @ root[:, :, :own].mT

@@ -125,9 +125,9 @@ def followed(fit: LayerFit, prior: float | None) -> LayerFit:
     ):
         raise ModelError(
             f"the network's outputs on its training examples moved by {moved:.1e} of their size "
-            f"({divergence / count:.2g} nats), so its weights did not move inside the null space alone and the sums are "
-            "those of another network. Attach `posterior.projector()` to the optimiser before the first step, keep batch "
-            "normalisation in evaluation mode, or fit anew."
+            f"({divergence / count:.2g} nats), so its weights did not move inside the null space alone and the sums "
+            "are those of another network. Attach `posterior.projector()` to the optimiser before the first step, keep "
+            "batch normalisation in evaluation mode, or fit anew."
         )
     with stages(show=False) as stage:
         return _concluded(fit, fit.gathered, prior, stage, Laps())

@@ -571,6 +571,44 @@ def test_memory_does_not_grow_with_the_data() -> None:
     assert sum(len(group[0]) for group in large.kept) <= 128
 
 
+@pytest.mark.parametrize("names", [["0.bias", "2.bias"], ["2.weight"]], ids=str)
+def test_some_parameters_alone(names: list[str]) -> None:
+    model, x, _ = network("mlp")
+    posterior = quiet(model, x, delta=0.1, parameters=names, prior_precision=1.0)
+    assert {n for b in posterior._fit.state.blocks.blocks for n in b.names} == set(names)
+    for sample in posterior.sample(1):
+        for name, parameter in model.named_parameters():
+            assert torch.equal(sample[name], parameter) == (name not in names)
+    rows = torch.autograd.functional.jacobian(
+        lambda *w: torch.func.functional_call(model, dict(zip(names, w, strict=True)), (x[:1],))[0],
+        tuple(model.get_parameter(n).detach() for n in names),
+    )
+    # Of one example's own inputs: closed form from the factors that plain sums give.
+    want = torch.zeros(4, 4, dtype=torch.float64)
+    h = torch.tanh(x @ model[0].weight.T + model[0].bias).detach()
+    for name, row in zip(names, rows, strict=True):
+        c = torch.tensor([[20.0]], dtype=torch.float64) if "bias" in name else h.T @ h
+        edge = 0.1 * c.trace() / len(c)
+        p = edge * torch.linalg.inv(c + edge * torch.eye(len(c), dtype=c.dtype))
+        j = row.reshape(4, -1, len(c))
+        want += torch.einsum("poi,ij,qoj->pq", j, p, j)
+    torch.testing.assert_close(posterior.covariance(x[:1])[0], want)
+    assert posterior.novelty(x, "leverage").isfinite().all()
+
+
+def test_a_model_that_draws_random_numbers_is_refused() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(60, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x) + torch.randn(len(x), 4)
+
+    with pytest.raises(ModelError, match="draw random numbers"):
+        nb.LayerNullSpacePosterior(Noisy().eval()).fit(torch.randn(9, 60), progress=False)
+
+
 def test_plan_says_what_a_fit_takes() -> None:
     model, x, _ = network("mlp")
     plan = nb.LayerNullSpacePosterior(model).plan([x])

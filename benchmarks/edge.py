@@ -16,7 +16,7 @@ import nullbayes as nb
 from benchmarks import common
 from nullbayes.demo.evaluation import evaluate, point_method, posterior_method
 from nullbayes.demo.tasks import Settings, make_task
-from nullbayes.demo.training import train
+from nullbayes.demo.training import Recipe, train
 
 DELTAS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 HELD_OUT = ((0, 4), (1, 7), (2, 5), (3, 6), (8, 9))
@@ -87,9 +87,7 @@ def trained(task: Any, seed: int) -> Any:
     train(
         task.model,
         task.data.train,
-        epochs=task.epochs,
-        batch_size=task.batch_size,
-        learning_rate=task.learning_rate,
+        Recipe(task.epochs, task.batch_size, task.learning_rate),
         seed=seed,
     )
     return task.model.eval()

@@ -35,7 +35,7 @@ def load(name: str) -> ModuleType:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments",
-        description="The empirical evaluation; see docs/evaluation.md.",
+        description="The empirical evaluation; see docs/evaluation/index.md.",
     )
     parser.add_argument("names", nargs="*", metavar="experiment", help="all, if none is named")
     parser.add_argument("--setting", choices=SETTINGS, default="small")

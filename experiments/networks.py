@@ -65,7 +65,13 @@ def trained(task: Task, which: str = FIRST, folder: Path | None = None) -> nn.Mo
     started = time.perf_counter()
     with torch.random.fork_rng(devices=[]):  # dropout draws from the global state
         torch.manual_seed(seed)
-        training.train(network, task.data.train, loss=task.loss, seed=seed, **asdict(task.recipe))
+        training.train(
+            network,
+            task.data.train,
+            training.Recipe(**asdict(task.recipe)),
+            loss=task.loss,
+            seed=seed,
+        )
     write(path, network, time.perf_counter() - started)
     return network
 

@@ -5,6 +5,7 @@
 A marker ``<!-- begin digits_heldout: Under shift -->`` takes that section's table from the full results, or from the
 small ones where there are no full ones; ``<!-- begin digits_heldout: figure auroc -->`` the picture. Of long tables the
 page shows the variant that stands for each method and ours by the evidence. ``<!-- begin claims -->``: the whole page.
+``<!-- begin overview: in brief -->``: of some of the overview's tables the rows of a few methods, as one table.
 """
 
 from __future__ import annotations
@@ -16,11 +17,30 @@ from pathlib import Path
 from experiments.store import RESULTS, ROOT
 from nullbayes.report.writing import make_folder, write_text
 
-PAGES = (ROOT / "docs" / "evaluation.md", ROOT / "README.md")
-PICTURES = "evaluation"  # folder of copied figures, beside the page
+FOLDER = ROOT / "docs" / "evaluation"
+PAGES = (
+    ROOT / "README.md",
+    *(
+        FOLDER / f"{name}.md"
+        for name in ("index", "classification", "regression", "ablations", "method")
+    ),
+)
+PICTURES = "pictures"  # folder of copied figures, beside the page
 MARKER = re.compile(r"(<!-- begin (?P<what>[^\n]*?) -->\n)(?P<old>.*?)(<!-- end -->)", re.DOTALL)
 ALSO_SHOWN = "null-space, by evidence"
 LONG = 16  # rows of a table from which on it is shortened
+# The one table of the README: tables of the overview, and which of their rows.
+BRIEF_QUESTIONS = ("NLL", "NLL under shift", "AUROC")
+BRIEF_METHODS = (
+    "point estimate",
+    "temperature scaling",
+    "last-layer Laplace",
+    "Kronecker Laplace",
+    "full Laplace",
+    "ensemble of 5, tuned temperature",
+    "null-space",
+    ALSO_SHOWN,
+)
 
 
 def update(page: Path, results: Path = RESULTS) -> None:
@@ -62,6 +82,8 @@ def content(what: str, results: Path, pictures: Path | None) -> str:
             make_folder(pictures)
             shutil.copyfile(source.parent / file, pictures / file)
         return f"![{words[0]}]({PICTURES}/{file})\n\n{where}"
+    if title == "in brief":
+        return f"{brief(lines, source)}\n\n{where}"
     heading, table = section(lines, title, source)
     # What stands above a table of the overview is the page's own.
     above = "" if name == "overview" else f"**{heading}**\n\n"
@@ -76,6 +98,25 @@ def section(lines: list[str], title: str, source: Path) -> tuple[str, list[str]]
     rest = lines[starts[0] + 1 :]
     stop = next((i for i, line in enumerate(rest) if line.startswith("## ")), len(rest))
     return lines[starts[0]].removeprefix("## "), [r for r in rest[:stop] if r.startswith("|")]
+
+
+def brief(lines: list[str], source: Path) -> str:
+    """Several tables of one page as one: a column for the question, and the rows of a few methods.
+
+    The cells are the source's, bold face included: the best of all methods, shown here or not.
+    """
+    out: list[str] = []
+    for title in BRIEF_QUESTIONS:
+        _, table = section(lines, title, source)
+        out = out or [f"| measure {table[0]}", f"|---{table[1]}"]
+        rows = {row.split("|")[1].strip(" *†"): row for row in table[2:]}
+        for method in BRIEF_METHODS:
+            if method not in rows:
+                raise ValueError(f"{source}, {title!r}, has no row {method!r}.")
+            cells = rows[method].split("|")
+            cells[1] = cells[1].replace("**", "")
+            out.append(f"| {title} {'|'.join(cells)}")
+    return "\n".join(out)
 
 
 def shortened(table: list[str]) -> str:

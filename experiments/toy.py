@@ -21,7 +21,7 @@ from experiments.store import Key
 from experiments.tables import Column, Figures, Page, Row, at
 from nullbayes.datasets import Split, in_between, in_between_truth
 from nullbayes.demo.models import curve_net, seeded
-from nullbayes.demo.training import train
+from nullbayes.demo.training import Recipe, train
 
 NAME = "toy"
 TITLE = "One and two dimensions, as pictures"
@@ -75,11 +75,8 @@ def curve_job(seed: int) -> dict[str, Any]:
     train(
         network,
         data,
+        Recipe(c["epochs"], len(data), 1e-2, c["weight_decay"]),
         loss=F.mse_loss,
-        epochs=c["epochs"],
-        batch_size=len(data),
-        learning_rate=1e-2,
-        weight_decay=c["weight_decay"],
         seed=seed,
     )
     reach = torch.linspace(-c["reach"], c["reach"], 241, dtype=torch.float64)[:, None]
@@ -186,10 +183,7 @@ def moons_job(seed: int) -> dict[str, Any]:
     train(
         network,
         data,
-        epochs=c["epochs"],
-        batch_size=50,
-        learning_rate=1e-2,
-        weight_decay=c["weight_decay"],
+        Recipe(c["epochs"], 50, 1e-2, c["weight_decay"]),
         seed=seed,
     )
     side = torch.linspace(-4, 4, c["grid"], dtype=torch.float64)

@@ -43,18 +43,10 @@ def demo(
     ] = None,
 ) -> None:
     """Train a network, fit both posteriors, measure, and write a report."""
-    from nullbayes.demo import run_demo
+    from nullbayes.demo import Settings, run_demo
 
-    run_demo(
-        dataset,
-        out,
-        data_dir,
-        seed,
-        examples=examples,
-        samples=samples,
-        epochs=epochs,
-        held_out=None if held_out is None else _digits(held_out),
-    )
+    classes = None if held_out is None else _digits(held_out)
+    run_demo(Settings(dataset, data_dir, seed, examples, samples, epochs, classes), out)
 
 
 def report(
@@ -83,7 +75,7 @@ def version() -> None:
 def build_app() -> Any:
     """The typer application."""
     app = typer.Typer(
-        help="Uncertainty that cannot hurt your trained network.",
+        help="Uncertainty that preserves what your trained network learned.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,

@@ -1,7 +1,8 @@
 """A curvature backend for laplace-torch: the diagonal of the GGN from this library's rows.
 
 The package's own diagonal takes Jacobians by ``torch.func``, minutes for a thousand images through a convolution, or
-BackPACK, which does not know residual networks. The numbers are the same; ``tests/experiments/test_experiments.py`` compares them.
+BackPACK, which does not know residual networks. The numbers are the same;
+``tests/experiments/test_experiments.py`` compares them.
 """
 
 from __future__ import annotations

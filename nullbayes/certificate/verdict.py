@@ -10,18 +10,18 @@ from nullbayes.solvers.base import Status
 if TYPE_CHECKING:
     from nullbayes.certificate.certificate import Certificate
 
-# What the directions below `delta` may leave of the prior's effect on the training rows.
+# What the directions below `delta` may leave of the prior's effect on the training rows, as a share.
 NUMERICAL_RESIDUAL = 0.05
 # The same as an absolute change: half the square is a hundredth of a nat for each example.
 NUMERICAL_DRIFT = 0.1
 # The same as a Kullback-Leibler divergence from the trained network's prediction, per observation, in nats.
 ALLOWED_DIVERGENCE = NUMERICAL_DRIFT**2 / 2
-# The same for examples that a posterior has not seen (leave-one-out).
+# The same for examples that are left out of the fit, in nats.
 ALLOWED_LEFT_OUT = 0.02
 # From here on a certificate says that validation data should decide.
 NOTABLE_LEFT_OUT = 0.01
-# How far that may raise the prior precision above the evidence's before a certificate says that what is kept says
-# little of other data (a Swin-T of which 256 of 10,000 images are kept: 2,200 times).
+# How many times the evidence's the prior precision may be before a certificate says that the constraints do not
+# generalise (a Swin-T with 256 of 10,000 images constrained: 2,200 times).
 FAR_RAISED = 100.0
 
 
@@ -33,7 +33,7 @@ def verdict_of(c: Certificate) -> str:
         cost = f"it costs {c.score_loss:.4f} here" if c.score_loss > 0 else "it did here"
         if math.isnan(c.score_loss):
             cost = f"no training {name} could be measured"
-        keep = f"A Laplace posterior does not promise to keep training predictions; {cost}"
+        keep = f"A Laplace posterior does not promise to preserve training predictions; {cost}"
         text = f"{keep} ({scores})."
         if c.status not in (Status.CONVERGED.value, Status.NUMERICAL.value):
             text += f" Its samples are not exact: {c.status}."
@@ -43,15 +43,18 @@ def verdict_of(c: Certificate) -> str:
         text += f"{c.drift:.2g} (RMS), {_left(c)} of what the prior would."
     else:
         text = " ".join(_weaknesses(c, scores, name))
-    return " ".join([text, *_advice(c)])
+    audited = [c.audit.verdict] if c.audit is not None and c.audit.passed else []
+    return " ".join([text, *audited, *_advice(c)])
 
 
 def _weaknesses(c: Certificate, scores: str, name: str) -> list[str]:
     out = ["The guarantee is weak:"]
+    if c.audit is not None and not c.audit.passed:
+        out.append(c.audit.verdict)
     if c.null_dim == 0:
         out.append(
-            f"the null space is empty, the data determine all {c.parameters} weights; keep "
-            "less of each example (`directions=`, `preserve='loss'`), fewer examples, or use "
+            f"the null space is empty, the data determine all {c.parameters} weights. Constrain "
+            "less of each example (`directions=`, `preserve='loss'`) or fewer examples, or use "
             "`LaplacePosterior`."
         )
     if not c.small_residual:
@@ -74,15 +77,15 @@ def _advice(c: Certificate) -> list[str]:
             "will be small; constrain less (`directions='auto'`, `preserve='loss'`)."
         )
     if c.promises and c.constraints > c.parameters:
-        kept = 100 * c.prior_share
+        survived = 100 * c.prior_share
         out.append(
             f"There are more constraints ({c.constraints:,}) than weights ({c.parameters:,}): the null "
-            f"space is numerical. {kept:.0f} % of the prior's variance survived; a sample moves an example's "
+            f"space is numerical. {survived:.0f} % of the prior's variance survived; a sample moves an example's "
             f"row by {c.row_drift:.2g} (RMS)."
         )
-        if kept < 50:
+        if survived < 50:
             out.append(
-                "To keep more of it, accept a larger residual (`tolerance=`, `drift=`) or `delta`, or "
+                "For more of it, accept a larger residual (`tolerance=`, `row_drift=`) or `delta`, or "
                 "constrain less (`max_examples=`, `directions='auto'`, `preserve='loss'`)."
             )
     if c.drift > 0 and c.sampled_drift > max(0.02, 10 * c.drift):
@@ -106,18 +109,19 @@ def _on_the_prior(c: Certificate) -> list[str]:
             f"{c.prior_precision:.3g}, where samples move training predictions by {ALLOWED_DIVERGENCE:g} nats "
             f"at most, and those of examples that are left out by {ALLOWED_LEFT_OUT:g}."
         )
-    unseen = c.left_out_divergence or 0.0
-    if unseen >= NOTABLE_LEFT_OUT and c.prior_precision > FAR_RAISED * c.evidence:
+    left_out = c.left_out_divergence or 0.0
+    if left_out >= NOTABLE_LEFT_OUT and c.prior_precision > FAR_RAISED * c.evidence:
         out.append(
-            "What is kept says little of other data: keep more examples, or let fewer weights move (`parameters=`, "
-            "the names of the last layers; a twentieth of the weights, say), of which the data determine more. "
-            "That is often the better posterior of a large network."
+            "The constraints do not generalise: at the evidence's prior precision, predictions of left-out training "
+            f"examples would move far more than {ALLOWED_LEFT_OUT:g} nats. Raise `max_examples`, or restrict "
+            "`parameters=` to the last layers (a twentieth of the weights, say), of which the data determine more; "
+            "for a large network that is often the better posterior."
         )
-    if unseen >= NOTABLE_LEFT_OUT:
+    if left_out >= NOTABLE_LEFT_OUT:
         out.append(
-            f"Samples move predictions of left-out examples by {unseen:.2g} nats, more where the network is less "
-            "sure than on training data: if it is well calibrated already, that costs. `calibrate` decides on "
-            "validation data."
+            f"Samples move predictions of left-out examples by {left_out:.2g} nats. On new data, of which the network "
+            "is less confident, they move more; if it is well calibrated already, that raises the NLL. Decide with "
+            "`calibrate` on validation data."
         )
     return out
 

@@ -5,6 +5,5 @@ and ``training`` make data and network, ``evaluation`` measures one method, ``re
 ``running`` puts them in order, ``console`` prints.
 """
 
-from nullbayes.demo.running import run_demo
-
-__all__ = ["run_demo"]
+from nullbayes.demo.running import run_demo as run_demo
+from nullbayes.demo.tasks import Settings as Settings

@@ -40,7 +40,7 @@ class Method:
 
 
 def point_method(model: torch.nn.Module) -> Method:
-    """The trained network alone; what it is least sure of is what it calls new."""
+    """The trained network alone; its novelty score is one minus its confidence."""
 
     def probs(inputs: Tensor) -> Tensor:
         with torch.no_grad():

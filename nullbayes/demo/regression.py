@@ -31,11 +31,8 @@ def run_regression(
     training.train(
         model,
         data,
+        training.Recipe(epochs, len(data), 1e-2, 0.1),
         loss=F.mse_loss,
-        epochs=epochs,
-        batch_size=len(data),
-        learning_rate=1e-2,
-        weight_decay=0.1,
         seed=seed,
         tick=tick,
     )

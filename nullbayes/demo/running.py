@@ -7,7 +7,6 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +37,9 @@ POSTERIORS = (
 
 
 def run_demo(
-    dataset: str = "digits",
+    settings: Settings | None = None,
     out: str | Path = "out/demo",
-    data_dir: str | Path | None = None,
-    seed: int = 0,
     *,
-    examples: int | None = None,
-    samples: int = 30,
-    epochs: int | None = None,
-    held_out: Sequence[int] | None = None,
-    regression_epochs: int = 1500,
-    test_images: int | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train, fit, measure; write ``results.json`` and ``report.html`` into ``out``; return the results.
@@ -56,22 +47,12 @@ def run_demo(
     Both files are written at the end, each whole or not at all.
 
     Args:
-        dataset: "digits" or "fashion-mnist".
+        settings: what is run; None: the digits.
         out: the folder, made if need be.
-        data_dir: where Fashion-MNIST's files are, if not in a usual place.
-        seed: of the splits, the training and the samples.
-        examples: training images whose predictions are kept; digits: also those trained on.
-        samples: weight samples of each posterior.
-        epochs: passes over the training images.
-        held_out: digits that training never sees; 0 and 4 if not given.
-        regression_epochs: steps of the network in the in-between picture.
-        test_images: a limit on the test images and on the images of each shift.
         console: where to print; standard output if not given.
     """
+    settings = settings or Settings()
     report.require_packages()  # found missing before the work, not after it
-    settings = Settings(
-        dataset, data_dir, seed, examples, samples, epochs, held_out, regression_epochs, test_images
-    )
     console, out = console or Console(), Path(out)
     make_folder(out)
     clock = Clock()
@@ -81,7 +62,10 @@ def run_demo(
     results, printed = _measure(task, settings, console, clock)
     with say.ticking(console, "the in-between picture", settings.regression_epochs) as tick:
         results["regression"] = run_regression(
-            seed=seed, epochs=settings.regression_epochs, samples=max(samples, 30), tick=tick
+            seed=settings.seed,
+            epochs=settings.regression_epochs,
+            samples=max(settings.samples, 30),
+            tick=tick,
         )
     clock.lap("regression")
     results = plain(
@@ -106,9 +90,7 @@ def _train(task: Task, settings: Settings, console: Console) -> None:
         training.train(
             task.model,
             task.data.train,
-            epochs=task.epochs,
-            batch_size=task.batch_size,
-            learning_rate=task.learning_rate,
+            training.Recipe(task.epochs, task.batch_size, task.learning_rate),
             seed=settings.seed,
             tick=tick,
         )

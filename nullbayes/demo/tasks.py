@@ -15,14 +15,25 @@ from nullbayes.demo import models
 from nullbayes.demo.evaluation import Shift
 from nullbayes.errors import InputError
 
-HELD_OUT = (0, 4)  # digits that training never sees; on other pairs see docs/guarantee.md
+HELD_OUT = (0, 4)  # digits that training never sees; on other pairs see docs/concepts/null-space.md
 ANGLES = (30, 60, 90, 120, 150)
 ROTATED = 2000  # rotated images at most, over all angles
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run was asked for; None: the task's own default."""
+    """What a run of the demonstration was asked for; None: the task's own default.
+
+    Attributes:
+        dataset: "digits" or "fashion-mnist"; data_dir: where Fashion-MNIST's files are, if not in a usual place.
+        seed: of the splits, the training and the samples.
+        examples: training images whose predictions are preserved; digits: also those trained on.
+        samples: weight samples of each posterior.
+        epochs: passes over the training images.
+        held_out: digits that training never sees; 0 and 4 if not given.
+        regression_epochs: steps of the network in the in-between picture.
+        test_images: a limit on the test images and on the images of each shift.
+    """
 
     dataset: str = "digits"
     data_dir: str | Path | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +16,30 @@ SMALL = 2**17  # numbers in a batch
 Tick = Callable[[str], None]  # called once an epoch with a few words
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How a point estimate is trained: AdamW with a cosine schedule over ``epochs``."""
+
+    epochs: int
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.0
+
+
 def train(
     model: nn.Module,
     split: Split,
+    recipe: Recipe,
     *,
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
-    epochs: int,
-    batch_size: int = 64,
-    learning_rate: float = 3e-3,
-    weight_decay: float = 0.0,
     seed: int = 0,
     tick: Tick = lambda words: None,
 ) -> nn.Module:
     """Train ``model`` in place and return it in evaluation mode."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    epochs, batch_size = recipe.epochs, recipe.batch_size
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
     order = torch.Generator().manual_seed(seed)
     model.train()

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nullbayes.audit import Audit
+from nullbayes.audit.examples import SAMPLES, Claim, Question, audit_examples
 from nullbayes.certificate.certificate import Certificate
 from nullbayes.certificate.leave_one_out import held_out, left_out
 from nullbayes.certificate.measure import GuaranteeCheck
@@ -25,6 +27,7 @@ from nullbayes.common.memory import (
     peak_bytes,
 )
 from nullbayes.common.progress import (
+    AUDIT,
     CERTIFICATE,
     FACTORISATION,
     GRAM,
@@ -42,7 +45,7 @@ from nullbayes.errors import MemoryBudgetError, ModelError
 from nullbayes.fit.evidence import fixed_point, null_space_precision
 from nullbayes.fit.prior_samples import standard_normal
 from nullbayes.fit.projection import Work, projected
-from nullbayes.fit.result import Fit, Run, Settings
+from nullbayes.fit.result import AUDITED, Fit, Run, Settings
 from nullbayes.fit.target import DELTA
 from nullbayes.jacobian.block_storage import fits_on_disk
 from nullbayes.jacobian.linearise import linearised_outputs
@@ -51,6 +54,9 @@ from nullbayes.model.fingerprint import fingerprint, quick_digest
 from nullbayes.solvers import Choice, Projection, Size, choose
 from nullbayes.solvers.base import relative
 from nullbayes.solvers.block_cg import row_norms
+
+# Seconds that the audit of examples may take beside a fit: a share of it, and at least so many.
+AUDIT_SHARE, LEAST_AUDIT = 0.08, 1.0
 
 
 def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run) -> Fit:
@@ -64,13 +70,14 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
     with explained_out_of_memory(budget), stages(show=run.progress) as stage:
         problem = with_fitted_noise(problem, loader, run.max_examples, stage)
         memory = FitMemory.of(budget, run.num_samples, problem.space.total, problem.dtype)
-        rows = capture_training(problem, loader, run.max_examples, memory, stage)
+        rows = capture_training(problem, loader, run.max_examples, memory, stage, run.audit)
         laps.lap(ROWS)
         choice = _chosen(settings, rows.operator, run.num_samples, budget)
         fitting = _Fitting(problem, settings, run, rows, choice, stage, laps)
         fitting.factorise()
         fitting.project()
         check, evidence = fitting.check()
+        audit = fitting.audit()
         notes = [*fitting.notes, *_where_kept(rows.operator)]
         notes += _not_kept(loader, rows, run.max_examples)
     if quick_digest(problem.functional.model) != before:
@@ -78,7 +85,7 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
             "the model's weights or buffers changed while it was fitted: something else wrote to them (a training "
             "loop, an averaging hook, another thread). Stop that, then fit again."
         )
-    return fitting.finish(check, evidence, notes)
+    return fitting.finish(check, evidence, audit, notes)
 
 
 class _Fitting:
@@ -184,7 +191,34 @@ class _Fitting:
             self.alpha = check.bounded_precision(evidence)
         return check, evidence
 
-    def finish(self, check: GuaranteeCheck, evidence: float | None, notes: list[str]) -> Fit:
+    def audit(self) -> Audit:
+        """What samples do to examples of all the data, by someone else than the rows."""
+        self.laps.lap(CERTIFICATE)
+        rows, problem = self.rows, self.problem
+        few = min(SAMPLES, len(self.unit))
+        question = Question(
+            problem.functional,
+            self.unit[:few],
+            problem.weight_changes(self.prior[:few]),
+            lambda outputs, targets: problem.cotangents(outputs, targets).values,
+        )
+        stated = rows.operator.matvec(self.done.value[:few]).double()
+        claims = [Claim(stated[:, rows.spans[d.number]].norm(dim=1)) for d in rows.audited]
+        allowed = max(LEAST_AUDIT, AUDIT_SHARE * self.laps.total)
+        found = audit_examples(question, rows.audited, claims, rows.examples, allowed)
+        reduced = found.reduced
+        if self.run.audit < min(AUDITED, rows.examples):
+            reduced = f"audit={self.run.audit} was asked for"
+        self.laps.lap(AUDIT)
+        return replace(found, batches=rows.batches, reduced=reduced)
+
+    def finish(
+        self,
+        check: GuaranteeCheck,
+        evidence: float | None,
+        audit: Audit,
+        notes: list[str],
+    ) -> Fit:
         """The certificate, and all that a posterior holds from now on."""
         problem, target, p = self.problem, self.settings.target, self.problem.space.total
         measured = _measured_rows(self.rows, self.done, self.prior, self.alpha)
@@ -207,6 +241,7 @@ class _Fitting:
             checked_examples=check.examples,
             num_samples=self.run.num_samples,
             notes=tuple(notes),
+            audit=audit,
             stages=self.laps.seconds,
             seconds=self.laps.total,
             peak_memory=peak_bytes(problem.device),

@@ -60,6 +60,10 @@ class Settings:
         )
 
 
+# Training examples that are audited at the end of a fit, unless the user asks for other ones.
+AUDITED = 16
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Where a long fit leaves its state, and how often (seconds)."""
@@ -77,6 +81,7 @@ class Run:
     max_examples: int | None
     progress: bool
     checkpoint: Checkpoint | None = None
+    audit: int = AUDITED
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ prior precision is a multiplication away. The far end of the path is the trained
 
 Observation noise that was estimated from training residuals is too small wherever the network fits its training data
 better than new data, and no prior precision mends that: the null space is where training data say nothing. So there
-the noise is what validation data are asked for (measured in docs/evaluation.md, tables).
+the noise is what validation data are asked for (measured in docs/evaluation/regression.md).
 """
 
 from __future__ import annotations

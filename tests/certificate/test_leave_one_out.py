@@ -102,7 +102,7 @@ def test_the_certificate_tells_and_the_prior_heeds_it() -> None:
     assert c.left_out_divergence > 0.5 * ALLOWED_LEFT_OUT  # the bound is what decided
     assert c.evidence is not None and c.prior_precision > c.evidence
     assert "it was raised to" in c.verdict and "divergence, left out" in str(c)
-    assert "`calibrate` decides" in c.verdict
+    assert "Decide with `calibrate`" in c.verdict
     tight = c.left_out_divergence
     posterior.prior_precision = c.prior_precision / 100
     assert (posterior.certificate.left_out_divergence or 0) > 3 * tight

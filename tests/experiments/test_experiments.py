@@ -573,6 +573,34 @@ def test_markers_are_filled_from_the_results_and_shortened(tmp_path: Path) -> No
 @pytest.mark.skipif(
     not (Path(__file__).parents[2] / ".github").exists(), reason="an sdist has no results"
 )
+def test_the_brief_table_has_the_cells_of_the_tables_that_it_is_made_of() -> None:
+    source = RESULTS / "full" / "overview.md"
+    lines = source.read_text().splitlines()
+    rows = [row.split(" | ") for row in page.brief(lines, source).splitlines()[2:]]
+    assert len(rows) == len(page.BRIEF_QUESTIONS) * len(page.BRIEF_METHODS)
+    for question, method, *cells in rows:
+        _, table = page.section(lines, question.strip("| "), source)
+        (found,) = (r for r in table if r.split("|")[1].replace("**", "").strip() == method)
+        assert found.endswith(" | ".join(cells))
+    with pytest.raises(ValueError, match="no row 'temperature scaling'"):
+        page.brief([line for line in lines if "temperature scaling" not in line], source)
+
+
+@pytest.mark.skipif(
+    not (Path(__file__).parents[2] / ".github").exists(), reason="an sdist has no results"
+)
+def test_the_pages_have_every_marker_that_they_had_on_one() -> None:
+    """Five pages of the evaluation: none of what is measured is lost between them."""
+    found = [m["what"] for p in page.PAGES for m in page.MARKER.finditer(p.read_text())]
+    assert len(found) == len(set(found))
+    tables = {what.split(":")[0] for what in found}
+    written = {p.stem for p in (RESULTS / "full").glob("*.md")}
+    assert tables == written
+
+
+@pytest.mark.skipif(
+    not (Path(__file__).parents[2] / ".github").exists(), reason="an sdist has no results"
+)
 @pytest.mark.parametrize("document", page.PAGES, ids=lambda p: p.name)
 def test_a_page_says_what_the_committed_results_say(document: Path) -> None:
     text = document.read_text()

@@ -29,8 +29,10 @@ def test_demo_passes_its_options_on(monkeypatch, tmp_path):
         "--held-out 8,9".split()
     )
     assert code == 0
-    assert [str(a) for a in got.pop("arguments")] == ["fashion-mnist", str(tmp_path), "d", "3"]
-    assert got == {"examples": 7, "samples": 5, "epochs": 2, "held_out": (8, 9)}
+    settings, out = got["arguments"]
+    assert (settings.dataset, str(settings.data_dir), settings.seed) == ("fashion-mnist", "d", 3)
+    assert (settings.examples, settings.samples, settings.epochs) == (7, 5, 2)
+    assert settings.held_out == (8, 9) and out == tmp_path
 
 
 @pytest.mark.parametrize(

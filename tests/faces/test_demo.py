@@ -1,16 +1,16 @@
 """The demonstration on tiny settings: both files, one seed one result, nothing half-done."""
 
 import io
-import json
 
 import pytest
 import torch
 from rich.console import Console
 
 from nullbayes import datasets
-from nullbayes.demo import models, run_demo, running, training
+from nullbayes.demo import Settings, models, run_demo, running, training
 from nullbayes.demo.evaluation import Method, Shift, evaluate, number_of_inputs, point_method
 from nullbayes.errors import InputError
+from nullbayes.report.writing import read_signed_json
 
 TINY = {"examples": 40, "samples": 4, "epochs": 60, "regression_epochs": 40, "test_images": 50}
 FIGURES = (
@@ -30,7 +30,7 @@ def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "deep" / "out"
     said = io.StringIO()
     state = torch.random.get_rng_state()
-    results = run_demo(out=out, console=Console(file=said, width=80), **TINY)
+    results = run_demo(Settings(**TINY), out, console=Console(file=said, width=80))
     assert torch.equal(state, torch.random.get_rng_state())
     return out, said.getvalue(), results
 
@@ -38,7 +38,7 @@ def demo(tmp_path_factory):
 def test_both_files_are_written_and_nothing_else(demo):
     out, _, results = demo
     assert sorted(path.name for path in out.iterdir()) == ["report.html", "results.json"]
-    assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results
+    assert read_signed_json(out / "results.json", "") == results
     assert "://" not in (out / "report.html").read_text(encoding="utf-8")
 
 
@@ -103,7 +103,7 @@ def test_the_terminal_shows_table_certificate_and_files(demo):
 
 def test_one_seed_one_result(demo, tmp_path):
     _, _, results = demo
-    again = run_demo(out=tmp_path, console=Console(quiet=True), **TINY)
+    again = run_demo(Settings(**TINY), tmp_path, console=Console(quiet=True))
     for key, figures in results["methods"].items():
         for name in ("train_accuracy", "test_accuracy", "nll", "ece", "auroc"):
             assert again["methods"][key][name] == pytest.approx(figures[name], rel=1e-4), (
@@ -130,7 +130,7 @@ def test_one_seed_one_result(demo, tmp_path):
 def test_wrong_settings_stop_before_any_work(tmp_path, monkeypatch, arguments, words):
     monkeypatch.setattr(training, "train", lambda *a, **k: pytest.fail("trained"))
     with pytest.raises(InputError, match=words):
-        run_demo(out=tmp_path, console=Console(quiet=True), **arguments)
+        run_demo(Settings(**arguments), tmp_path, console=Console(quiet=True))
     assert not list(tmp_path.iterdir())
 
 
@@ -148,7 +148,7 @@ def test_ctrl_c_leaves_the_files_of_the_run_before(tmp_path, monkeypatch):
 
     monkeypatch.setattr(running, "run_regression", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_demo(out=tmp_path, console=Console(quiet=True), **TINY)
+        run_demo(Settings(**TINY), tmp_path, console=Console(quiet=True))
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
     assert (tmp_path / "results.json").read_text() == "before"
 
@@ -197,7 +197,9 @@ def test_the_networks_have_the_promised_sizes_and_seeds():
 def test_training_is_seeded_and_learns():
     data = datasets.digits(train=100, validation=10)
     trained = [
-        training.train(models.seeded(models.digits_net, 10, seed=0), data.train, epochs=20, seed=0)
+        training.train(
+            models.seeded(models.digits_net, 10, seed=0), data.train, training.Recipe(20), seed=0
+        )
         for _ in range(2)
     ]
     for a, b in zip(trained[0].parameters(), trained[1].parameters(), strict=True):

@@ -179,7 +179,9 @@ def _compare(problem: Problem, posterior: Any, truth: Dense, out: Verdict) -> No
     certificate, dtype = posterior.certificate, problem.dtype
     tolerance = TOLERANCE[dtype]
     if problem.hostile:
-        for inputs in problem.queries:  # one that mixes its batch may be refused when it first has one
+        for (
+            inputs
+        ) in problem.queries:  # one that mixes its batch may be refused when it first has one
             posterior.predict(_inputs(problem, inputs))
         out.faults.append(f"a network with {problem.hostile} was fitted; only a refusal is right")
         return

@@ -1,0 +1,114 @@
+"""What a page of the documentation starts from: "a trained model and a loader", as hidden setups.
+
+A page names one in a comment that readers do not see, ``<!-- setup: classifier -->``, and its blocks find the names
+that the function of that name returns. Models are tiny and trained once; a page that changes one changes its own copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nullbayes import datasets
+
+Names = dict[str, Any]
+
+
+def trained(
+    model: nn.Module, split: datasets.Split, loss: Callable[[Tensor, Tensor], Tensor], steps: int
+) -> nn.Module:
+    """Full-batch Adam: as few kernel calls as possible."""
+    optimiser = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        loss(model(split.inputs), split.targets).backward()
+        optimiser.step()
+    return model.eval()
+
+
+def seeded(*layers: Callable[[], nn.Module]) -> nn.Module:
+    """A network whose weights do not depend on what ran before it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(*(layer() for layer in layers))
+
+
+@functools.cache
+def _digits() -> tuple[nn.Module, datasets.Dataset]:
+    data = datasets.digits(train=60, validation=60, held_out=(0, 4))
+    model = seeded(
+        nn.Flatten,
+        functools.partial(nn.Linear, 64, 24),
+        nn.Tanh,
+        functools.partial(nn.Linear, 24, 8),
+    )
+    return trained(model, data.train, F.cross_entropy, 200), data
+
+
+def classifier() -> Names:
+    """A small network on 60 digits; two classes are held out."""
+    model, data = _digits()
+    assert data.held_out is not None
+    return {
+        "model": copy.deepcopy(model),
+        "train_loader": data.train.loader(20),
+        "val_loader": data.validation.loader(60),
+        "x": data.test.inputs[:16],
+        "y": data.test.targets[:16],
+        "test_inputs": data.test.inputs[:200],
+        "other_inputs": data.held_out.inputs[:200],
+    }
+
+
+@functools.cache
+def _diabetes() -> tuple[nn.Module, datasets.Dataset]:
+    data = datasets.diabetes()
+    model = seeded(
+        functools.partial(nn.Linear, 10, 64), nn.Tanh, functools.partial(nn.Linear, 64, 1)
+    )
+    return trained(model, data.train, F.mse_loss, 200), data
+
+
+def regressor() -> Names:
+    """A small network on the diabetes data: ten inputs, one standardised target."""
+    model, data = _diabetes()
+    return {
+        "model": copy.deepcopy(model),
+        "train_loader": data.train.loader(64),
+        "val_loader": data.validation.loader(64),
+        "x": data.test.inputs,
+        "y": data.test.targets,
+    }
+
+
+@functools.cache
+def _segmenter() -> tuple[nn.Module, datasets.Split]:
+    images = datasets.digits(train=32, validation=24).train.inputs
+    masks = (images[:, 0] > 0.5).long() + (images[:, 0] > 0.9).long()
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    split = datasets.Split((images + 0.15 * noise).clamp(0, 1), masks)
+    conv = functools.partial(nn.Conv2d, padding=1)
+    model = seeded(functools.partial(conv, 1, 16, 3), nn.Tanh, functools.partial(conv, 16, 3, 3))
+    return trained(model, split[:8], F.cross_entropy, 250), split
+
+
+def segmenter() -> Names:
+    """A small network that gives each pixel of eight noisy digits one of three classes: outputs (B, 3, 8, 8)."""
+    model, split = _segmenter()
+    return {
+        "model": copy.deepcopy(model),
+        "train_loader": split[:8].loader(4),
+        "val_loader": split[8:24].loader(8),
+        "x": split.inputs[24:28],
+    }
+
+
+SETUPS: dict[str, Callable[[], Names]] = {
+    function.__name__: function for function in (classifier, regressor, segmenter)
+}

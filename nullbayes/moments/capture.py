@@ -30,12 +30,13 @@ def plain_paths() -> Iterator[None]:
 
 @contextmanager
 def recording(
-    sites: Sequence[Site], receive: Receive, sums_do: Collection[int] = ()
+    sites: Sequence[Site], receive: Receive, sums_do: Collection[int] = (), thin: int | None = None
 ) -> Iterator[None]:
     """While it lasts, each call of a module with a rule hands its weights' inputs to ``receive``.
 
     Args:
         sums_do: numbers of sites for which the sums of a call are enough.
+        thin: so many positions of each example are enough.
 
     Raises `ModelError` within where a rule fails on its module.
     """
@@ -54,6 +55,8 @@ def recording(
                     found: Iterator[Seen | Summed] | None = None
                     if number in sums_do:
                         found = site.rule.summed(module, args, kwargs, out)
+                    elif thin is not None:
+                        found = site.rule.thinned(module, args, kwargs, out, thin)
                     for seen in found or site.rule.inputs(module, args, kwargs, out):
                         if seen.weight in site.places:
                             receive(number, *site.places[seen.weight], seen)

@@ -72,8 +72,14 @@ def sliding_sums(module: Any, x: Tensor, positions: Sequence[int]) -> Summed:
     n, channels, length = x.shape[:3]
     rest = math.prod(kernel[1:])
     across = channels // groups * rest
-    x = x.to(torch.float64).reshape(n, groups, channels // groups, length, -1, rest)
-    slices = x.permute(1, 3, 0, 4, 2, 5).reshape(groups, length, -1, across)
+    # From overlapping views to double precision in the order of the products: one copy.
+    view = x.unflatten(1, (groups, -1))
+    # (n, G, channels, length, *positions of the other axes, *their taps)
+    others = list(range(4, 3 + spatial))
+    view = view.permute(1, 3, 0, *others, 2, *range(3 + spatial, 2 + 2 * spatial))
+    slices = torch.empty(view.shape, dtype=torch.float64, device=x.device).copy_(view)
+    slices = slices.reshape(groups, length, -1, across)
+    x = slices
     gram = x.new_zeros(groups, taps, across, taps, across)
     sums = x.new_zeros(groups, taps, across)
     count = positions[0]
@@ -123,8 +129,32 @@ class ConvInputs(InputRule):
         for part in _pieces(x, each * (x.shape[2] + module.kernel_size[0])):
             yield sliding_sums(module, _padded(module, part), positions)
 
+    def thinned(
+        self,
+        module: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+        at_most: int,
+    ) -> Iterator[Seen]:
+        positions = output.shape[-len(module.kernel_size) :]
+        step = math.ceil((math.prod(positions) / at_most) ** (1 / len(positions)))
+        # The middle of each stretch; where an axis is shorter than that, its own middle.
+        cuts = [slice(min(step, n) // 2, None, step) for n in positions]
+        return self._inputs(module, args, kwargs, output, cuts)
+
     def inputs(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Iterator[Seen]:
+        return self._inputs(module, args, kwargs, output, [])
+
+    def _inputs(
+        self,
+        module: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+        cuts: list[slice],
     ) -> Iterator[Seen]:
         spatial = len(module.kernel_size)
         x = _batched(argument(args, kwargs, 0, "input"), spatial)
@@ -134,6 +164,9 @@ class ConvInputs(InputRule):
             seen = patches(
                 _padded(module, part), module.kernel_size, module.stride, module.dilation
             )
+            if cuts:
+                some = (slice(None), slice(None), *cuts)
+                seen = seen[some]
             yield Seen("weight", _inputs(seen, module.groups), follows=number > 0)
 
 

@@ -110,6 +110,17 @@ class InputRule(ABC):
     ) -> Iterator[Seen]:
         """The inputs of one call ``module(*args, **kwargs) -> output``; run without a graph."""
 
+    def thinned(
+        self,
+        module: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+        at_most: int,
+    ) -> Iterator[Seen]:
+        """Inputs at about ``at_most`` positions of each example, evenly spaced; by default at all of them."""
+        return self.inputs(module, args, kwargs, output)
+
     def summed(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Iterator[Summed] | None:

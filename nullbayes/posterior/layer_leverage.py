@@ -18,6 +18,8 @@ from nullbayes.moments.rule import Seen, Summed
 
 # Edge of the leverage, as a share of the mean eigenvalue, where the posterior's own is zero.
 EXACT_EDGE = 1e-6
+# Positions of a convolution's output at which its inputs are looked at: all of them cost many times the layer itself.
+POSITIONS = 16
 # Examples on which it is found which axis of a layer's input belongs to the batch.
 PROBE = 3
 
@@ -33,6 +35,7 @@ class Leverages:
 
     Args:
         relative: leverages over the squared size of the input, see :meth:`Leverage.relative`.
+        positions: of each convolution, evenly spaced; None: all.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Leverages:
         delta: float,
         *,
         relative: bool = True,
+        positions: int | None = POSITIONS,
     ) -> None:
         self.functional, self.blocks = functional, blocks
         parts = zip(blocks.blocks, gathered.sums, strict=True)
@@ -51,7 +55,7 @@ class Leverages:
             for block, sums in parts
         ]
         self._axes: list[int] | None = None  # by call; empty: one example at a time
-        self.relative = relative
+        self.relative, self.positions = relative, positions
 
     def raw(self, inputs: Inputs) -> Values:
         """Leverages of one forward pass, call by call."""
@@ -71,7 +75,7 @@ class Leverages:
             else:
                 out.append((number, values))
 
-        with torch.no_grad(), recording(self.blocks.sites, receive):
+        with torch.no_grad(), recording(self.blocks.sites, receive, thin=self.positions):
             self.functional(self.functional.weights(), inputs)
         return out
 

@@ -86,7 +86,9 @@ def random_weights(cotangents: Tensor, seed: int, index: int) -> tuple[Tensor, T
     number = torch.rand(size, count, generator=generator, dtype=torch.float64)
     sign = torch.randint(0, 2, (size, count), generator=generator) * 2.0 - 1.0
     weights = ((0.5 + number) * sign).to(cotangents.device)
-    norms = torch.stack([torch.linalg.vector_norm(c.flatten(1), dim=1) for c in cotangents], 1)
+    norms = torch.stack(
+        [torch.linalg.vector_norm(c.reshape(size, -1), dim=1) for c in cotangents], 1
+    )
     largest = norms.max()
     if float(largest) > 0:
         weights = weights * (largest / norms.clamp_min(largest / MOST_WEIGHT)).to(weights)
@@ -220,7 +222,7 @@ def _difference(
     off = ~(away <= tolerance(rounding, batch.device) * scale)
     if not bool(off.any()):
         return None
-    flat = (away / scale.clamp_min(torch.finfo(batch.dtype).tiny)).flatten(1).amax(1)
+    flat = (away / scale.clamp_min(torch.finfo(batch.dtype).tiny)).reshape(len(away), -1).amax(1)
     which = int(flat.nan_to_num(nan=float("inf")).argmax())
     return which, float(away[which].max()), float(largest)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.audit.audit import Audit
+from nullbayes.audit.batches import counter_generator
 from nullbayes.audit.sampling import Drawn
 from nullbayes.errors import ModelError
 from nullbayes.model.functional import FunctionalModel
@@ -175,7 +176,34 @@ def _by_two_reverse_passes(functional: FunctionalModel, deltas: Tensor, inputs: 
             )
             (change,) = torch.autograd.grad(along, dummy, retain_graph=True)
             out.append(change.detach()[0])
+    # An operation that may be differentiated once only drops out of the second pass without a word.
+    _confirm(functional, deltas[0], out[0], inputs)
     return torch.stack(out)
+
+
+def _confirm(functional: FunctionalModel, delta: Tensor, change: Tensor, inputs: Any) -> None:
+    """Raise `ValueError` unless ``wᵀ(J δ) = (Jᵀ w)ᵀ δ`` by one plain backward pass, for a random ``w``."""
+    weights = functional.weights(requires_grad=True)
+    with torch.enable_grad():
+        outputs = functional(weights, inputs)
+    w = torch.randn(change.shape, generator=counter_generator(0, 2), dtype=torch.float64)
+    gradients = torch.autograd.grad(
+        outputs, list(weights.values()), w.to(outputs)[None], allow_unused=True
+    )
+    tangent = _by_name(functional, delta, weights)
+    parts = [
+        ((g.to_dense() if g.is_sparse else g).double() * tangent[n].double()).reshape(-1)
+        for n, g in zip(weights, gradients, strict=True)
+        if g is not None
+    ]
+    there = torch.cat(parts)
+    here = (w.to(change.device) * change.double()).sum()
+    if not float((there.sum() - here).abs()) <= agreement(functional.rounding) * float(
+        there.norm() + here.abs()
+    ):
+        raise ValueError(
+            "two reverse passes disagree with one: an operation has no second derivative"
+        )
 
 
 def _by_reverse_mode(functional: FunctionalModel, deltas: Tensor, inputs: Any) -> Tensor:

@@ -52,6 +52,8 @@ class CapturePlan:
     unreached: set[str] = field(default_factory=set)
     # Which of the ways to differentiate along a weight change this model takes, see `linearise.py`.
     product: int = 0
+    # Whether that way was confirmed by one backward pass: some operations drop out of a second one in silence.
+    product_confirmed: bool = False
 
     def check_reached(self, model: nn.Module) -> None:
         """Raise :class:`ModelError` if there is a parameter that no example leads to."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 
@@ -18,6 +18,8 @@ class Audit:
         allowed: the share that rounding explains.
         moved: what samples do to the audited examples together, as a share of what the prior would do.
         batches: how many batches were proved at capture, each against one plain backward pass.
+        plain_call: largest distance of the outputs of a plain call of the network from those that rows belong to,
+            relative, and ``plain_call_allowed``; None where the network cannot be copied for one.
         methods: how the derivatives were taken.
         seconds: what it cost.
         reduced: what was audited less, and why; None where nothing was.
@@ -33,11 +35,34 @@ class Audit:
     seconds: float = 0.0
     reduced: str | None = None
     batches: int = 0
+    plain_call: float | None = None
+    plain_call_allowed: float = 0.0
 
     @property
     def passed(self) -> bool:
         """Whether the rows speak the truth of every example that was audited, and at least one was."""
-        return self.examples > 0 and self.worst <= self.allowed
+        return self.examples > 0 and self.worst <= self.allowed and self.deployed
+
+    @property
+    def deployed(self) -> bool:
+        """Whether the rows belong to the network as a plain call of it runs, as far as one could be made."""
+        return self.plain_call is None or self.plain_call <= self.plain_call_allowed
+
+    def joined(self, other: Audit) -> Audit:
+        """Of these samples and of others of the same fit that were drawn later."""
+        worse = other if not other.worst <= self.worst else self
+        calls = [a.plain_call for a in (self, other) if a.plain_call is not None]
+        return replace(
+            self,
+            examples=min(self.examples, other.examples),
+            worst=worse.worst,
+            worst_example=worse.worst_example,
+            moved=max(self.moved, other.moved),
+            methods=tuple(dict.fromkeys((*self.methods, *other.methods))),
+            seconds=self.seconds + other.seconds,
+            reduced=self.reduced or other.reduced,
+            plain_call=max(calls, default=None),
+        )
 
     @property
     def verdict(self) -> str:
@@ -54,11 +79,18 @@ class Audit:
             return (
                 text + end + (f" Audited less than usual: {self.reduced}." if self.reduced else "")
             )
+        if self.worst <= self.allowed:
+            return (
+                f"The audit failed: a plain call of the network gives other outputs (by {_share(self.plain_call or 0)}) "
+                "than the function that its rows were taken of. Look for a forward pass that takes another path where "
+                "gradients are recorded, or that uses another module than its own."
+            )
         return (
             f"The audit failed: audited on {seen}, samples move example {self.worst_example} otherwise than the rows "
             f"say, by {_share(self.worst)} of what the prior would do (rounding explains {_share(self.allowed)}). "
-            "Figures that come from the rows, the residual among them, do not speak of this network: report it with "
-            "the model's code, and do not rely on this posterior."
+            "Figures that come from the rows, the residual among them, do not speak of this network: do not rely on "
+            "this posterior. Look for a custom gradient (`torch.autograd.Function`) that is not the derivative, and for "
+            "a forward pass that depends on the batch; if there is neither, report it with the model's code."
         )
 
     def as_dict(self) -> dict[str, Any]:

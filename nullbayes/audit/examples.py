@@ -1,32 +1,41 @@
 """At the end of a fit: how far do samples really move what is preserved, by plain derivatives of one example alone?
 
-Forward mode, so that not even the backward pass is shared with the rows that are judged; two reverse passes, or rows by
-reverse mode, where an operation of the network has no forward mode.
+Forward mode, so that not even the backward pass is shared with the rows that are judged; two reverse passes, rows by
+reverse mode, or central differences of a copy of the network, where an operation has no forward mode.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nullbayes.audit.audit import Audit
-from nullbayes.audit.batches import counter_generator
+from nullbayes.audit.derivative import DIFFERENCES, FORWARD, Derivative
+from nullbayes.audit.network import NetworkCopy
+from nullbayes.audit.precision import FLOOR, eps, tolerance
 from nullbayes.audit.sampling import Drawn
 from nullbayes.errors import ModelError
 from nullbayes.model.functional import FunctionalModel
+from nullbayes.model.precision import ALIKE
 
 # Samples that each audited example is moved by, and as many prior directions.
-SAMPLES = 3
+SAMPLES = 6
+# What those may occupy; fewer where weights are very many.
+DIRECTION_BYTES = 2**28
 # By how much of what the prior would do an example's change may differ from what the rows say of it: rounding of
 # deep networks in float32 explains 1e-4. Capped, whatever the precision.
 AGREE = {torch.float64: 1e-6, torch.float32: 2e-3}
 LARGEST = 2e-2
 FEWEST = 4
+# Examples on which a way that uses the backward pass is confirmed by central differences: of a custom gradient that
+# is wrong it knows no more than rows do.
+CONFIRMED = 2
 
 #: cotangents ``(C, 1, *out)`` of one example's rows, from its outputs ``(1, *out)`` and targets
 Rows = Callable[[Tensor, Any], Tensor]
@@ -37,7 +46,7 @@ class Claim:
     """What the fit's own rows say of one example.
 
     Attributes:
-        moved: ``‖A_n Δ_s‖ (s,)`` float64 for the first samples at prior precision one.
+        moved: ``‖A_n Δ_s‖ (S,)`` float64 for the samples at prior precision one.
     """
 
     moved: Tensor
@@ -48,8 +57,8 @@ class Question:
     """What is audited.
 
     Attributes:
-        samples, prior: weight changes ``(s, P)``: posterior samples at prior precision one, and what they were
-            projected from.
+        samples, prior: weight changes ``(S, P)`` and ``(k, P)``: posterior samples at prior precision one, and vectors
+            of the prior.
         rows: what turns an example's output changes into what is preserved.
     """
 
@@ -58,13 +67,44 @@ class Question:
     prior: Tensor
     rows: Rows
 
+    def which(self, place: int) -> list[int]:
+        """The samples that example ``place`` of those audited is moved by: in turn, so that all are used."""
+        count = min(len(self.prior), len(self.samples))
+        return [(place * count + k) % len(self.samples) for k in range(count)]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One example.
+
+    Attributes:
+        moved: ``‖A_n Δ_s‖ (k,)`` float64 of the samples ``which``.
+        reach: RMS of ``‖A_n ε‖`` over prior vectors.
+        away: largest distance of ``moved`` from what the rows say.
+        doubt: how far ``moved`` may be wrong itself.
+        deployed: distance of a plain call's outputs from those that the rows belong to, relative; None: no such call.
+    """
+
+    number: int
+    moved: Tensor
+    reach: float
+    away: float
+    doubt: float
+    way: str
+    deployed: float | None
+
+
+def prior_vectors(samples: int, parameters: int, itemsize: int) -> int:
+    """How many prior vectors, and at most as many samples at a time, examples are moved by."""
+    return max(1, min(SAMPLES, samples, DIRECTION_BYTES // (2 * itemsize * parameters)))
+
 
 def audit_examples(
     question: Question,
     drawn: Sequence[Drawn],
     claims: Sequence[Claim],
     total: int,
-    seconds: float = float("inf"),
+    seconds: float = math.inf,
 ) -> Audit:
     """Compare what samples do to each example with what the fit's rows claim.
 
@@ -72,38 +112,63 @@ def audit_examples(
         drawn: examples; ``claims``: one for each.
         total: how many examples the data have.
         seconds: stop early once so much time has passed, but not before :data:`FEWEST` examples.
+
+    Raises:
+        ModelError: no way leads to the network's derivative along a weight change.
     """
     started = time.perf_counter()
-    allowed = agreement(question.functional.rounding)
-    ways: list[str] = []
-    worst, which, moved, prior, done = 0.0, None, 0.0, 0.0, 0
-    for example, claim in zip(drawn, claims, strict=True):
-        if done >= FEWEST and time.perf_counter() - started > seconds:
+    examiner, found = _Examiner(question), []
+    for place, (example, claim) in enumerate(zip(drawn, claims, strict=True)):
+        if place >= FEWEST and time.perf_counter() - started > seconds:
             break
-        ours, reach, way = _measured(question, example)
-        ways += [way] if way not in ways else []
-        # An example whose rows are zero may not be moved at all; rounding is then held against its outputs' reach.
-        away = float((ours - claim.moved.to(ours)).abs().max()) / max(reach, 1e-300)
-        if not away <= worst or which is None:
-            worst, which = away, example.number
-        moved += float(ours.square().sum())
-        prior += reach**2 * len(ours)
-        done += 1
-    return Audit(
-        examples=done,
+        found.append(examiner.examine(example, place, claim))
+    clear = [m for m in found if m.doubt <= LARGEST * m.reach]
+    reduced = []
+    if len(found) < len(drawn):
+        reduced.append(f"{len(found)} of {len(drawn)} drawn examples, to save time")
+    if len(clear) < len(found):
+        reduced.append(f"{len(found) - len(clear)} drawn examples are rounded too coarsely to tell")
+    if examiner.no_copy is not None:
+        reduced.append(f"the network cannot be copied to be called plainly ({examiner.no_copy})")
+    return replace(
+        _judged(clear, question.functional),
         total=total,
-        worst=worst,
-        worst_example=which,
-        allowed=allowed,
-        moved=(moved / prior) ** 0.5 if prior > 0 else 0.0,
-        methods=tuple(ways),
         seconds=time.perf_counter() - started,
-        reduced=_reduced(done, len(drawn)),
+        reduced="; ".join(reduced) or None,
     )
 
 
-def _reduced(done: int, asked: int) -> str | None:
-    return f"{done} of {asked} drawn examples, to save time" if done < asked else None
+def _judged(found: Sequence[Measured], functional: FunctionalModel) -> Audit:
+    size = math.sqrt(sum(m.reach**2 for m in found) / max(1, len(found)))
+    # An example's rows are judged beside themselves, down to what rounding leaves of the others': those of very
+    # confident examples may underflow.
+    floor = FLOOR * eps(functional.rounding) * size
+    worst, which, moved, prior = 0.0, None, 0.0, 0.0
+    for m in found:
+        away = 0.0 if m.away == 0 else m.away / max(m.reach, floor, 1e-300)
+        if not away <= worst or which is None:
+            worst, which = away, m.number
+        moved += float(m.moved.square().sum())
+        prior += m.reach**2 * len(m.moved)
+    plain = [m.deployed for m in found if m.deployed is not None]
+    return Audit(
+        examples=len(found),
+        total=len(found),
+        worst=worst,
+        worst_example=which,
+        allowed=agreement(functional.rounding),
+        moved=(moved / prior) ** 0.5 if prior > 0 else 0.0,
+        methods=tuple(dict.fromkeys(m.way for m in found)),
+        plain_call=max(plain, default=None),
+        plain_call_allowed=_plain_allowed(functional),
+    )
+
+
+def _plain_allowed(functional: FunctionalModel) -> float:
+    """Half precision, computed in float32 for the rows, rounds that much."""
+    if functional.widened is not None:
+        return ALIKE
+    return tolerance(functional.rounding, functional.device)
 
 
 def agreement(dtype: torch.dtype) -> float:
@@ -111,124 +176,62 @@ def agreement(dtype: torch.dtype) -> float:
     return min(AGREE.get(dtype, LARGEST), LARGEST)
 
 
-def _measured(question: Question, example: Drawn) -> tuple[Tensor, float, str]:
-    """``‖A_n Δ_s‖ (s,)`` float64, the RMS of ``‖A_n ε‖`` over prior directions, and by which way."""
-    functional = question.functional
-    with torch.no_grad():
-        outputs = functional(functional.weights(), example.inputs)
-    cotangents = question.rows(outputs, example.targets)
-    cotangents = cotangents.reshape(len(cotangents), -1).double()  # (C, out)
-    both = torch.cat([question.samples, question.prior])
-    changes, way = _changes(functional, both, example.inputs)
-    values = (changes.reshape(len(both), -1).double() @ cotangents.T).norm(dim=1)
-    ours, prior = values[: len(question.samples)], values[len(question.samples) :]
-    return ours, float(prior.square().mean().sqrt()), way
+class _Examiner:
+    """Moves examples of a network, one at a time."""
 
-
-def _changes(functional: FunctionalModel, deltas: Tensor, inputs: Any) -> tuple[Tensor, str]:
-    """``J(x) δ (s, *out)`` of one example alone."""
-    last: Exception | None = None
-    for way, run in (
-        ("forward mode", _by_forward_mode),
-        ("two reverse passes", _by_two_reverse_passes),
-        ("reverse mode", _by_reverse_mode),
-    ):
+    def __init__(self, question: Question) -> None:
+        self.question, self.functional = question, question.functional
+        self.along = Derivative(self.functional)
+        self.stepped = Derivative(self.functional, (DIFFERENCES,))
+        #: why no copy of the network could be made; None where one was
+        self.no_copy: str | None = None
+        self._copy: NetworkCopy | None = None
         try:
-            return run(functional, deltas, inputs), way
-        except (NotImplementedError, RuntimeError, ValueError) as error:  # noqa: PERF203 - another way follows
-            last = error
-    raise ModelError(
-        f"the guarantee could not be audited: the network's outputs for one example have no derivative by any way "
-        f"({type(last).__name__}: {last})."
-    ) from last
+            self._copy = NetworkCopy(self.functional)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a network's attributes make of being copied
+            self.no_copy = type(error).__name__
 
+    def examine(self, example: Drawn, place: int, claim: Claim) -> Measured:
+        """One example; where rows and derivative part, central differences of a copy of the network decide.
 
-def _by_forward_mode(functional: FunctionalModel, deltas: Tensor, inputs: Any) -> Tensor:
-    weights, out = functional.weights(), []
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        for delta in deltas:
-            tangent = _by_name(functional, delta, weights)
-            change: Tensor = torch.func.jvp(
-                lambda w: functional(w, inputs), (weights,), (tangent,)
-            )[1]
-            out.append(change.detach()[0])
-    return torch.stack(out)
+        They know no formula that could be wrong, as some of PyTorch's forward mode have been.
+        """
+        found = self._measured(self.along, example, place, claim)
+        parted = found.away > agreement(self.functional.rounding) * found.reach
+        unconfirmed = found.way != FORWARD and place < CONFIRMED
+        if found.way == DIFFERENCES or not (parted or unconfirmed):
+            return found
+        try:
+            again = self._measured(self.stepped, example, place, claim)
+        except ModelError:
+            return found
+        reach = max(found.reach, again.reach)
+        return found if again.doubt > LARGEST * reach else replace(again, reach=reach)
 
-
-def _by_two_reverse_passes(functional: FunctionalModel, deltas: Tensor, inputs: Any) -> Tensor:
-    """The derivative of ``wᵀ J δ`` by ``w``."""
-    weights = functional.weights(requires_grad=True)
-    with (
-        torch.enable_grad(),
-        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-    ):
-        outputs = functional(weights, inputs)
-        dummy = torch.zeros_like(outputs, requires_grad=True)
-        pulled = torch.autograd.grad(
-            outputs, list(weights.values()), dummy, create_graph=True, materialize_grads=True
+    def _measured(self, along: Derivative, example: Drawn, place: int, claim: Claim) -> Measured:
+        question, functional = self.question, self.functional
+        with torch.no_grad():
+            outputs = functional(functional.weights(), example.inputs)
+        rows = question.rows(outputs, example.targets).detach()
+        rows = rows.reshape(len(rows), -1).double()  # (C, out)
+        which = question.which(place)
+        both = torch.cat([question.samples[which], question.prior])
+        changes = along(example.inputs, both)
+        values = (changes.reshape(len(both), -1).double() @ rows.T).norm(dim=1)
+        ours, prior = values[: len(which)], values[len(which) :]
+        deployed = None
+        if self._copy is not None:
+            plain = self._copy.outputs(example.inputs).double()
+            there = outputs.double()
+            deployed = float((plain - there).norm() / there.norm().clamp_min(1e-300))
+        return Measured(
+            example.number,
+            ours,
+            float(prior.square().mean().sqrt()),
+            float((ours - claim.moved.to(ours)[which]).abs().max()),
+            along.doubt * float(rows.norm()) if along.doubt else 0.0,
+            along.way,
+            deployed,
         )
-        out = []
-        for delta in deltas:
-            tangent = _by_name(functional, delta, weights)
-            along = sum(
-                ((g * tangent[n]).sum() for n, g in zip(weights, pulled, strict=True)),
-                start=outputs.new_zeros(()),
-            )
-            (change,) = torch.autograd.grad(along, dummy, retain_graph=True)
-            out.append(change.detach()[0])
-    # An operation that may be differentiated once only drops out of the second pass without a word.
-    _confirm(functional, deltas[0], out[0], inputs)
-    return torch.stack(out)
-
-
-def _confirm(functional: FunctionalModel, delta: Tensor, change: Tensor, inputs: Any) -> None:
-    """Raise `ValueError` unless ``wᵀ(J δ) = (Jᵀ w)ᵀ δ`` by one plain backward pass, for a random ``w``."""
-    weights = functional.weights(requires_grad=True)
-    with torch.enable_grad():
-        outputs = functional(weights, inputs)
-    w = torch.randn(change.shape, generator=counter_generator(0, 2), dtype=torch.float64)
-    gradients = torch.autograd.grad(
-        outputs, list(weights.values()), w.to(outputs)[None], allow_unused=True
-    )
-    tangent = _by_name(functional, delta, weights)
-    parts = [
-        ((g.to_dense() if g.is_sparse else g).double() * tangent[n].double()).reshape(-1)
-        for n, g in zip(weights, gradients, strict=True)
-        if g is not None
-    ]
-    there = torch.cat(parts)
-    here = (w.to(change.device) * change.double()).sum()
-    if not float((there.sum() - here).abs()) <= agreement(functional.rounding) * float(
-        there.norm() + here.abs()
-    ):
-        raise ValueError(
-            "two reverse passes disagree with one: an operation has no second derivative"
-        )
-
-
-def _by_reverse_mode(functional: FunctionalModel, deltas: Tensor, inputs: Any) -> Tensor:
-    """One backward pass an output."""
-    weights = functional.weights(requires_grad=True)
-    with torch.enable_grad():
-        outputs = functional(weights, inputs)
-    tangents = [_by_name(functional, delta, weights) for delta in deltas]
-    flat, columns = outputs.reshape(-1), []
-    for o in range(flat.numel()):
-        gradients = torch.autograd.grad(
-            flat[o], list(weights.values()), retain_graph=True, allow_unused=True
-        )
-        pairs = [(n, g) for n, g in zip(weights, gradients, strict=True) if g is not None]
-        dense = [(n, g.to_dense() if g.is_sparse else g) for n, g in pairs]
-        columns.append(
-            torch.stack(
-                [sum((g * t[n]).sum() for n, g in dense) + flat.new_zeros(()) for t in tangents]
-            )
-        )
-    return torch.stack(columns, 1).reshape(len(deltas), *outputs.shape[1:])
-
-
-def _by_name(
-    functional: FunctionalModel, delta: Tensor, weights: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    parts = functional.space.unflatten(delta)
-    return {name: parts[name].to(t.dtype) for name, t in weights.items()}

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+import numpy as np
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from nullbayes.audit.batches import counter_generator
 from nullbayes.model.batch import Inputs, batch_size, take, tensor_leaves
 
 
@@ -38,7 +39,7 @@ class Reservoir:
 
     def __init__(self, count: int, seed: int, nbytes: int) -> None:
         self.count, self._seed, self._nbytes = count, seed, nbytes
-        self._seen, self._batches = 0, 0
+        self._seen = 0
         self._held: list[tuple[float, Drawn]] = []
 
     @property
@@ -56,14 +57,36 @@ class Reservoir:
         size = batch_size(inputs)
         each = sum(t.nbytes for t in tensor_leaves(inputs)) // max(1, size)
         room = max(1, min(self.count, self._nbytes // max(1, each))) if self.count else 0
-        generator = counter_generator(self._seed, 1, self._batches)
-        chances = torch.rand(size, generator=generator, dtype=torch.float64).tolist()
+        chances = _chances(self._seed, self._seen, size)
         edge = max((c for c, _ in self._held), default=0.0)
         for n, chance in enumerate(chances):
             if len(self._held) >= room and chance >= edge:
                 continue
-            alone = Drawn(self._seen + n, take(inputs, n, n + 1), take(targets, n, n + 1, size))
+            alone = Drawn(
+                self._seen + n,
+                tree_map(_copied, take(inputs, n, n + 1)),
+                tree_map(_copied, take(targets, n, n + 1, size)),
+            )
             self._held = sorted([*self._held, (chance, alone)], key=lambda h: h[0])[:room]
             edge = max((c for c, _ in self._held), default=0.0)
         self._seen += size
-        self._batches += 1
+
+
+def _copied(leaf: Any) -> Any:
+    """A slice would hold on to its whole batch."""
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _chances(seed: int, start: int, size: int) -> list[float]:
+    """Uniform numbers of examples ``start ... start + size``, however the data are cut into batches.
+
+    Of seed and number alone, by splitmix64 (Steele, Lea & Flood, *Fast splittable pseudorandom number generators*, 2014).
+    """
+    key = np.random.SeedSequence(abs(seed)).generate_state(1, np.uint64)
+    numbers = np.arange(start + 1, start + size + 1, dtype=np.uint64)
+    x = numbers * np.uint64(0x9E3779B97F4A7C15) + key
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = x ^ (x >> np.uint64(31))
+    chances: list[float] = ((x >> np.uint64(11)).astype(np.float64) * 2.0**-53).tolist()
+    return chances

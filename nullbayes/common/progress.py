@@ -33,6 +33,11 @@ class Laps:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
         self._since = now
 
+    def move(self, seconds: float, source: str, to: str) -> None:
+        """So many seconds of one stage were really another's."""
+        self.seconds[source] -= seconds
+        self.seconds[to] = self.seconds.get(to, 0.0) + seconds
+
     @property
     def total(self) -> float:
         return sum(self.seconds.values())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sized
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor
 
 from nullbayes.audit import Audit
-from nullbayes.audit.examples import SAMPLES, Claim, Question, audit_examples
 from nullbayes.certificate.certificate import Certificate
 from nullbayes.certificate.leave_one_out import held_out, left_out
 from nullbayes.certificate.measure import GuaranteeCheck
@@ -42,10 +42,11 @@ from nullbayes.constraints.memory_budget import FitMemory, default_budget
 from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import TrainingRows, capture_training, with_fitted_noise
 from nullbayes.errors import MemoryBudgetError, ModelError
+from nullbayes.fit.auditing import audited, auditing_of
 from nullbayes.fit.evidence import fixed_point, null_space_precision
 from nullbayes.fit.prior_samples import standard_normal
 from nullbayes.fit.projection import Work, projected
-from nullbayes.fit.result import AUDITED, Fit, Run, Settings
+from nullbayes.fit.result import Fit, Run, Settings
 from nullbayes.fit.target import DELTA
 from nullbayes.jacobian.block_storage import fits_on_disk
 from nullbayes.jacobian.linearise import linearised_outputs
@@ -72,6 +73,7 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
         memory = FitMemory.of(budget, run.num_samples, problem.space.total, problem.dtype)
         rows = capture_training(problem, loader, run.max_examples, memory, stage, run.audit)
         laps.lap(ROWS)
+        laps.move(rows.plan.checking_seconds, ROWS, AUDIT)
         choice = _chosen(settings, rows.operator, run.num_samples, budget)
         fitting = _Fitting(problem, settings, run, rows, choice, stage, laps)
         fitting.factorise()
@@ -194,24 +196,13 @@ class _Fitting:
 
     def audit(self) -> Audit:
         """What samples do to examples of all the data, by someone else than the rows."""
+        self.effects = self.rows.operator.matvec(self.done.value)
         self.laps.lap(CERTIFICATE)
-        rows, problem = self.rows, self.problem
-        few = min(SAMPLES, len(self.unit))
-        question = Question(
-            problem.functional,
-            self.unit[:few],
-            problem.weight_changes(self.prior[:few]),
-            lambda outputs, targets: problem.cotangents(outputs, targets).values,
-        )
-        stated = rows.operator.matvec(self.done.value[:few]).double()
-        claims = [Claim(stated[:, rows.spans[d.number]].norm(dim=1)) for d in rows.audited]
+        self.auditing = auditing_of(self.problem, self.rows, self.run.audit)
         allowed = max(LEAST_AUDIT, AUDIT_SHARE * self.laps.total)
-        found = audit_examples(question, rows.audited, claims, rows.examples, allowed)
-        reduced = found.reduced
-        if self.run.audit < min(AUDITED, rows.examples):
-            reduced = f"audit={self.run.audit} was asked for"
+        found = audited(self.problem, self.auditing, self.unit, self.prior, self.effects, allowed)
         self.laps.lap(AUDIT)
-        return replace(found, batches=rows.batches, reduced=reduced)
+        return replace(found, seconds=self.laps.seconds[AUDIT])
 
     def finish(
         self,
@@ -222,7 +213,7 @@ class _Fitting:
     ) -> Fit:
         """The certificate, and all that a posterior holds from now on."""
         problem, target, p = self.problem, self.settings.target, self.problem.space.total
-        measured = _measured_rows(self.rows, self.done, self.prior, self.alpha)
+        measured = _measured_rows(self.rows, self.done, self.prior, self.effects, self.alpha)
         measured |= check.measure(self.alpha**-0.5)
         self.laps.lap(CERTIFICATE)
         certificate = Certificate(
@@ -257,6 +248,7 @@ class _Fitting:
             self.rows.plan,
             self.state,
             check,
+            self.auditing,
         )
 
 
@@ -305,11 +297,10 @@ def _where_kept(operator: JacobianOperator) -> list[str]:
 
 
 def _measured_rows(
-    rows: TrainingRows, done: Projection, prior: Tensor, alpha: float
+    rows: TrainingRows, done: Projection, prior: Tensor, after: Tensor, alpha: float
 ) -> dict[str, Any]:
-    """What the certificate says of the rows: computed once more from them, outside the solver."""
+    """What the certificate says of the rows; ``after (S, M)``: samples by all rows, computed outside the solver."""
     m, p = rows.operator.shape
-    after = rows.operator.matvec(done.value)
     count = len(prior) * rows.examples
     return {
         "residual": _residual(after, rows.operator.matvec(prior)),
@@ -340,16 +331,20 @@ def extended(fit: Fit, settings: Settings, count: int) -> Fit:
     more = fit.problem.weight_changes(done.value)
     unit = torch.cat([fit.unit, more])
     check = fit.check and fit.check.with_more(more)
+    effects = operator.matvec(done.value)
     certificate = fit.certificate.joined(
-        _new_samples(fit, done, v), None if check is None else check.measure(fit.alpha**-0.5)
+        _new_samples(fit, done, v, effects),
+        None if check is None else check.measure(fit.alpha**-0.5),
     )
+    if fit.auditing is not None and certificate.audit is not None:
+        audit = audited(fit.problem, fit.auditing, more, v, effects, math.inf)
+        certificate = replace(certificate, audit=certificate.audit.joined(audit))
     return replace(fit, unit=unit, certificate=certificate, check=check)
 
 
-def _new_samples(fit: Fit, done: Projection, prior: Tensor) -> dict[str, Any]:
+def _new_samples(fit: Fit, done: Projection, prior: Tensor, after: Tensor) -> dict[str, Any]:
     """What a certificate says of samples that were drawn later, by the fit's rows."""
     assert fit.state is not None
-    after = fit.state.operator.matvec(done.value)
     count = len(prior) * fit.certificate.examples
     return {
         "residual": _residual(after, fit.state.operator.matvec(prior)),

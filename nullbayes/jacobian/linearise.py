@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from nullbayes.audit.batches import plain_gradient
 from nullbayes.audit.precision import tolerance
 from nullbayes.jacobian.capture.batches import CAPTURE_BYTES, examples_per_capture
-from nullbayes.jacobian.capture.checking import captured_at_use
+from nullbayes.jacobian.capture.checking import captured_at_use, separate_at_use
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.model.batch import Inputs, batch_size, take
@@ -113,7 +113,7 @@ def forward_mode(
     passes (the derivative of ``wᵀJ`` by ``w``), which every differentiable model has. A batch is taken
     in pieces: a pass holds a multiple of the model's own activations.
     """
-    inputs, pieces = functional.batch(inputs), []
+    inputs, pieces = separate_at_use(functional, plan, functional.batch(inputs)), []
     size, step = batch_size(inputs), examples_per_capture(functional, plan, 1)
     for start in range(0, size, step):
         piece, out = take(inputs, start, min(start + step, size)), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -96,7 +97,10 @@ def ready(
     if plan is None:
         plan = prove(functional, inputs)
         functional.remember(inputs, outputs)
-    return plan, separate(functional, inputs, outputs, where, index)
+    since = time.perf_counter()
+    inputs = separate(functional, inputs, outputs, where, index)
+    plan.checking_seconds += time.perf_counter() - since
+    return plan, inputs
 
 
 def output_operators(

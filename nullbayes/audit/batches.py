@@ -222,8 +222,7 @@ def _difference(
     off = ~(away <= tolerance(rounding, batch.device) * scale)
     if not bool(off.any()):
         return None
-    shares = away / scale.clamp_min(torch.finfo(batch.dtype).tiny)
-    flat = shares.reshape(len(shares), -1).amax(1)
+    flat = (away / scale.clamp_min(torch.finfo(batch.dtype).tiny)).reshape(len(away), -1).amax(1)
     which = int(flat.nan_to_num(nan=float("inf")).argmax())
     return which, float(away[which].max()), float(largest)
 

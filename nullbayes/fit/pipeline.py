@@ -151,6 +151,7 @@ class _Fitting:
         m, p = self.rows.operator.shape
         noise_rows = target.noise_rows(m)
         v, noise = standard_normal(seed, range(self.run.num_samples), p, noise_rows, self.theta)
+        self.problem.space.fix_(v)
         work = Work(
             self.state,
             self.rows,
@@ -325,6 +326,7 @@ def extended(fit: Fit, settings: Settings, count: int) -> Fit:
     m, p = operator.shape
     noise_rows = settings.target.noise_rows(m)
     v, noise = standard_normal(fit.seed, indices, p, noise_rows, fit.unit)
+    fit.problem.space.fix_(v)
     done = fit.state.project(v, noise if noise_rows else None)
     more = fit.problem.weight_changes(done.value)
     unit = torch.cat([fit.unit, more])

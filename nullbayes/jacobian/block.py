@@ -80,17 +80,18 @@ class Block:
 
     def arranged(self, layout: Layout) -> Block:
         """The same rows in the factors of ``layout``; itself where it has them already."""
-        if list(self.factors) == layout.keys:
+        held = layout.written is None or isinstance(self.factors.get(layout.written), DenseFactor)
+        if held and list(self.factors) == layout.keys:
             return self
         factors: dict[Key, Factor] = {}
         for key in layout.keys:
             own = self.factors.get(key)
-            if own is not None:
+            if key == layout.written:
+                if not isinstance(own, DenseFactor):
+                    own = self._written(layout.slots, layout.sample)
                 factors[key] = own
-            elif key == layout.written:
-                factors[key] = self._written(layout.slots, layout.sample)
             else:
-                factors[key] = self._nothing(layout.like[key])
+                factors[key] = self._nothing(layout.like[key]) if own is None else own
         return Block(factors, self.examples, self.cotangents)
 
     def _written(self, slots: Sequence[Slot], sample: Tensor) -> DenseFactor:

@@ -287,5 +287,6 @@ def state_dicts(
         for key, value in model.state_dict(keep_vars=True).items():
             name = canonical.get(id(value), key)
             here = isinstance(value, Tensor) and name in moved
-            out[key] = moved[name].to(value.dtype) if here else value.detach().clone()
+            # In half precision, rounding would move a sample by more than it may: those are given as float32.
+            out[key] = moved[name] if here else value.detach().clone()
         yield out

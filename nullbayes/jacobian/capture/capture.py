@@ -31,7 +31,7 @@ from nullbayes.jacobian.factors.dense import DenseFactor
 from nullbayes.jacobian.factors.lookup import LookupFactor
 from nullbayes.jacobian.factors.outer import OuterFactor
 from nullbayes.jacobian.factors.products import flushed
-from nullbayes.jacobian.layers.rule import Lookup, Outer, Rows, working
+from nullbayes.jacobian.layers.rule import Contribution, Lookup, Outer, Rows, working
 from nullbayes.model.batch import Inputs
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.parameters import HALF, Slot
@@ -241,6 +241,7 @@ class _Contributions:
             raise RuleMismatch(site.path, f"its rule failed ({error})") from error
         for item in items:
             item = working(item, self.functional.dtype)
+            self._check_sizes(site, item, len(g))
             if isinstance(item, Rows):
                 if item.name in names:
                     values = self._split(item.values, 1, site.path).sum(2)
@@ -252,6 +253,30 @@ class _Contributions:
                     self.lookup[names[item.name]].append((index, grads))
             else:
                 self._add_outer(site, item)
+
+    def _check_sizes(self, site: Site, item: Contribution, count: int) -> None:
+        """A rule given a layout that it was not written for may return other sizes than the parameters have."""
+        if isinstance(item, Rows):
+            sizes = {item.name: item.values[0, 0].numel()}
+            lead = [item.values.shape[0]]
+        elif isinstance(item, Lookup):
+            table = self.slots.get(site.names.get(item.name, ""))
+            rows = 0 if table is None else table.shape[0]
+            sizes, lead = {item.name: rows * item.g.shape[-1]}, [item.g.shape[0]]
+            if item.g.shape[1:3] != item.index.shape:
+                raise RuleMismatch(
+                    site.path, "its rule looks up other tokens than it has gradients of"
+                )
+        else:
+            outputs = item.g.shape[3] * item.g.shape[4]
+            sizes = {item.weight: outputs * item.a.shape[3]}
+            sizes |= {item.bias: outputs} if item.bias else {}
+            lead = [item.g.shape[0]]
+            if item.a.shape[:3] != item.g.shape[1:4]:
+                raise RuleMismatch(site.path, "its rule has other positions than gradients")
+        wanted = {n: self.slots[site.names[n]].numel for n in sizes if n in site.names}
+        if lead != [count] or any(sizes[n] != numel for n, numel in wanted.items()):
+            raise RuleMismatch(site.path, "its rule gives rows of another size")
 
     def _add_outer(self, site: Site, item: Outer) -> None:
         names = site.names

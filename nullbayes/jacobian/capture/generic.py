@@ -34,7 +34,18 @@ def generic_rows(
             that ``torch.vmap`` cannot follow (recurrent kernels, data-dependent control flow).
     """
     rows = (_vmapped if vmapped else _looped)(functional, names, inputs, cotangents)
+    size = cotangents.shape[1]
+    if not well_shaped(functional, rows, size, len(cotangents)):
+        raise ValueError("a vectorised operation gave rows of another shape")
     return {name: t.flatten(2) for name, t in rows.items()}
+
+
+def well_shaped(
+    functional: FunctionalModel, rows: dict[str, Tensor], size: int, count: int
+) -> bool:
+    """Whether rows are ``(B, C, *shape)``: vectorised operations have been seen to give others (`prelu`)."""
+    slots = functional.space.by_name
+    return all(t.shape == (size, count, *slots[name].shape) for name, t in rows.items())
 
 
 def _vmapped(

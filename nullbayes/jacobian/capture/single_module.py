@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from nullbayes.jacobian.capture.generic import VMAP_ELEMENTS
+from nullbayes.jacobian.capture.generic import VMAP_ELEMENTS, well_shaped
 from nullbayes.model.functional import FunctionalModel
 
 # Modules around a parameter's owner that are tried: further out there is little left to save.
@@ -117,6 +117,8 @@ def local_rows(
     flags = _batched(use, settled)
     run = _vmapped if site.vmapped else _looped
     rows = run(functional, use, _split(use, flags, size), flags, _cut(g, site.axis + 1, size), size)
+    if not well_shaped(functional, rows, size, len(g)):
+        raise _Unfit("its rows have another shape")
     return {name: t.flatten(2) for name, t in rows.items()}
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from nullbayes.audit.batches import counter_generator, plain_gradient
 from nullbayes.jacobian.capture.batches import CAPTURE_BYTES, examples_per_capture
 from nullbayes.jacobian.capture.checking import captured_at_use
 from nullbayes.jacobian.capture.plan import CapturePlan
@@ -18,6 +19,7 @@ from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.parameters import ParameterSpace
+from nullbayes.model.precision import tolerance
 
 Centre = Callable[[Tensor], Tensor]
 Product = Callable[[FunctionalModel, dict[str, Tensor], Inputs], Tensor]
@@ -116,7 +118,7 @@ def forward_mode(
     for start in range(0, size, step):
         piece, out = take(inputs, start, min(start + step, size)), []
         for n, delta in enumerate(samples):
-            change = _along(functional, plan, delta, piece)
+            change = _along(functional, plan, delta, piece, confirm=n == 0)
             if change is None:  # as for one sample, so for all
                 out.append(_by_rows(functional, plan, samples[n:], piece))
                 break
@@ -126,21 +128,40 @@ def forward_mode(
 
 
 def _along(
-    functional: FunctionalModel, plan: CapturePlan, delta: Tensor, inputs: Inputs
+    functional: FunctionalModel, plan: CapturePlan, delta: Tensor, inputs: Inputs, *, confirm: bool
 ) -> Tensor | None:
-    """``J(x) Δ (B, *out)`` by the first way that this model's operations allow; None: by none of them."""
+    """``J(x) Δ (B, *out)`` by the first way that this model's operations allow; None: by none of them.
+
+    Args:
+        confirm: compare with a reverse pass: an operation without a derivative of the kind that a way needs may raise,
+            or drop out in silence.
+    """
     tangent = functional.space.unflatten(delta)
     ways = _products()
     while plan.product < len(ways):
         product, mode = ways[plan.product]
         try:
             with mode():
-                return product(functional, tangent, inputs).detach()
+                change = product(functional, tangent, inputs).detach()
+            if not confirm or _confirmed(functional, delta, inputs, change):
+                return change
+            plan.product += 1
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception:  # an operation without a derivative of that kind, in whatever words
             plan.product += 1
     return None
+
+
+def _confirmed(functional: FunctionalModel, delta: Tensor, inputs: Inputs, change: Tensor) -> bool:
+    """Whether ``vᵀ (J Δ)`` is ``(vᵀ J) Δ`` for a random ``v``."""
+    generator = counter_generator(0, change.numel())
+    v = torch.randn(change.shape, generator=generator, dtype=torch.float64).to(change)
+    pulled = plain_gradient(functional, inputs, v)
+    ours, theirs = (v * change).double(), (pulled * delta).double()
+    # Each sum may cancel; rounding is that of its terms.
+    size = max(float(ours.norm()), float(theirs.norm()))
+    return abs(float(ours.sum() - theirs.sum())) <= tolerance(functional.rounding) * size
 
 
 class _Mathematical(TorchFunctionMode):
@@ -172,6 +193,9 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        zeros = torch.zeros_like(attn_mask, dtype=query.dtype)
+        attn_mask = zeros.masked_fill(attn_mask.logical_not(), -torch.inf)
     out: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
         *(query, key, value, attn_mask, dropout_p, is_causal),
         scale=scale,

@@ -1,4 +1,4 @@
-"""The judge of these cases: plain automatic differentiation of the user's model, one example alone, in its own words."""
+"""The judge of these cases: plain automatic differentiation of the user's model, one example alone."""
 
 from __future__ import annotations
 

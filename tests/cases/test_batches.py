@@ -286,7 +286,7 @@ class Attribute(nn.Module):
 
 @pytest.mark.parametrize("kind", ["attribute", "buffer"])
 def test_a_state_between_calls_is_refused(kind: str) -> None:
-    with pytest.raises(nb.ModelError, match="keeps a state between calls.*(count|calls)"):
+    with pytest.raises(nb.ModelError, match=r"keeps a state between calls.*(count|calls)"):
         fitted(seeded(lambda: Attribute(kind)), normal(4, 3).split(2))
 
 

@@ -111,6 +111,6 @@ def make_plan(functional: FunctionalModel) -> CapturePlan:
 def _owner_descriptions(model: nn.Module) -> dict[str, str]:
     out = {}
     for path, module in model.named_modules():
-        for local in module._parameters:
+        for local, _ in module.named_parameters(recurse=False, remove_duplicate=False):
             out[f"{path}.{local}" if path else local] = type(module).__name__
     return out

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from nullbayes import report
+from nullbayes.common.writing import make_folder, plain, write_signed_json, write_text
 from nullbayes.demo import console as say
 from nullbayes.demo import training
 from nullbayes.demo.evaluation import (
@@ -27,7 +28,6 @@ from nullbayes.demo.regression import certificate_fields, run_regression
 from nullbayes.demo.tasks import Settings, Task, make_task
 from nullbayes.errors import NullBayesWarning
 from nullbayes.posterior import LaplacePosterior, NullSpacePosterior
-from nullbayes.report.writing import make_folder, plain, write_signed_json, write_text
 
 SCHEMA = 1
 POSTERIORS = (

@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from nullbayes.common.writing import read_signed_json, write_text
 from nullbayes.errors import MissingExtraError, NullBayesError, StorageError
 from nullbayes.report import words
-from nullbayes.report.writing import read_signed_json, write_text
 
 SCHEMA = 1
 _NEEDED = (

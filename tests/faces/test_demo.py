@@ -7,10 +7,10 @@ import torch
 from rich.console import Console
 
 from nullbayes import datasets
+from nullbayes.common.writing import read_signed_json
 from nullbayes.demo import Settings, models, run_demo, running, training
 from nullbayes.demo.evaluation import Method, Shift, evaluate, number_of_inputs, point_method
 from nullbayes.errors import InputError
-from nullbayes.report.writing import read_signed_json
 
 TINY = {"examples": 40, "samples": 4, "epochs": 60, "regression_epochs": 40, "test_images": 50}
 FIGURES = (

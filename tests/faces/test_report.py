@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from nullbayes import metrics
+from nullbayes.common.writing import plain, write_json, write_signed_json, write_text
 from nullbayes.errors import InputError, MissingExtraError, StorageError
 from nullbayes.report import headline, read_results, render_report, words, write_report
-from nullbayes.report.writing import plain, write_json, write_signed_json, write_text
 
 SHIFTS = {
     "held_out": {"title": "held-out classes", "words": "digits <3> & 7", "count": 40, "groups": []},

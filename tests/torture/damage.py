@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 import nullbayes as nb
 from nullbayes import datasets
+from nullbayes.common.writing import write_signed_json
 from nullbayes.posterior.storage import signed
 from nullbayes.report import read_results
-from nullbayes.report.writing import write_signed_json
 from nullbayes.solvers.checkpoint import Watch
 
 REFUSED, EQUAL, TAKEN = "refused", "equal", "taken"

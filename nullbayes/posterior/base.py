@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from nullbayes.posterior.calibration import (
     calibration_path,
     check_arguments,
 )
+from nullbayes.posterior.judged import Judged
 from nullbayes.posterior.novelty import (
     ENTROPIES,
     ROW_SCORES,
@@ -51,13 +52,10 @@ from nullbayes.posterior.prediction import (
 )
 from nullbayes.posterior.storage import described, restored, write_posterior
 
-if TYPE_CHECKING:
-    from nullbayes.posterior.evaluation import Evaluation
-
 Self = TypeVar("Self", bound="Posterior")
 
 
-class Posterior:
+class Posterior(Judged):
     """What :class:`NullSpacePosterior` and :class:`LaplacePosterior` share. Use one of those two.
 
     Attributes:
@@ -355,49 +353,6 @@ class Posterior:
             scorer = Scorer(self._fitted(), self._capture_plan(some), exact)
             values.append(ROW_SCORES[score](scorer, some, targets))
         return torch.stack(values).mean(0)
-
-    @undisturbed_method
-    def evaluate(
-        self,
-        test: Any,
-        *,
-        shifted: Mapping[str, Any] | None = None,
-        train: Any = None,
-        validation: Any = None,
-        against: Sequence[Posterior] | Mapping[str, Posterior] = (),
-        slices: Mapping[str, Any] | None = None,
-        show: Callable[[Any], Any] | None = None,
-        progress: bool = True,
-    ) -> Evaluation:
-        """Figures with standard errors for the trained network, its temperature scaling, and this posterior.
-
-        Args:
-            test: data that neither training nor calibration saw: a loader, a data set, or ``(X, y)``.
-            shifted: ``{name: data}`` of out-of-distribution inputs; targets are not needed.
-            train: training data, for score and NLL there.
-            validation: fits the temperature, calibrates a copy of this posterior where `calibrate` was not called, and
-                gives the threshold of novelty.
-            against: further fitted posteriors, as a list or ``{name: posterior}``.
-            slices: ``{name: mask (N,) of the test examples, or function(inputs, targets) -> (B,)}``.
-            show: ``show(input)`` to a string or an array to be drawn, for the examples of a report.
-            progress: bars on standard error.
-
-        Raises:
-            NotFittedError: not fitted. InputError: data, slices or posteriors that cannot be used, by name.
-        """
-        from nullbayes.posterior.evaluation import evaluate
-
-        return evaluate(
-            self,
-            test,
-            shifted=shifted,
-            train=train,
-            validation=validation,
-            against=against,
-            slices=slices,
-            show=show,
-            progress=progress,
-        )
 
     # -- the model -----------------------------------------------------------------------------------
 

@@ -50,20 +50,33 @@ def read_results(path: str | Path) -> dict[str, Any]:
     return results
 
 
+def environment() -> Any:
+    """The templates of this folder, with text escaped."""
+    import jinja2
+
+    def source(name: str) -> str:
+        return files("nullbayes.report").joinpath(name).read_text(encoding="utf-8")
+
+    page = jinja2.Environment(
+        loader=jinja2.FunctionLoader(source),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    page.filters["scientific"] = words.scientific
+    return page
+
+
 def render_report(results: Mapping[str, Any]) -> str:
     """The report as HTML text, self-contained: no script, no font, no image from elsewhere."""
     require_packages()
-    import jinja2
     from markupsafe import Markup
 
     from nullbayes.report.figures import all_figures
 
-    page = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    page.filters["scientific"] = words.scientific
-    template = files("nullbayes.report").joinpath("template.html").read_text(encoding="utf-8")
-    return page.from_string(template).render(
+    page = environment()
+    return page.get_template("template.html").render(
         results=results,
         dataset=results["dataset"],
         certificate=results["certificate"],

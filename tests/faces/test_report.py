@@ -108,7 +108,7 @@ def made_up():
         "evidence": 3.0,
     }
     results = {
-        "schema": 1,
+        "schema": 2,
         "dataset": {
             "name": "digits",
             "title": "Made-up <b>digits</b>",
@@ -121,6 +121,14 @@ def made_up():
             "shifts": SHIFTS,
         },
         "methods": {key: figures for key, (figures, _) in made.items()},
+        "differences": {
+            "null_space": {
+                "train_accuracy": {"value": 0.0, "error": 0.0},
+                "nll": {"value": -0.05, "error": 0.01},
+                "ece": {"value": -0.003, "error": 0.01},
+                "auroc": {"value": 0.02, "error": 0.02},
+            }
+        },
         "certificate": certificate,
         "certificates": {"null_space": certificate},
         "prior_path": {"null_space": path, "laplace": {**path, "evidence": 0.4}},
@@ -265,7 +273,16 @@ def test_headline_says_what_came_out(results):
         "Training accuracy fell from 0.9876 to 0.9000; NLL up from 0.619 to 0.700; ECE unchanged at 0.081; "
         "out-of-distribution AUROC down from 0.72 to 0.50."
     )
-    assert [tile["verdict"] for tile in words.tiles(results)] == ["worse", "worse", "same", "worse"]
+
+
+def test_better_and_worse_are_said_beyond_two_standard_errors_only(results):
+    assert [t["verdict"] for t in words.tiles(results)] == ["same", "better", "same", "same"]
+    found = results["differences"]["null_space"]
+    found["train_accuracy"] = {"value": -0.02, "error": 0.005}
+    found["nll"] = {"value": 0.03, "error": 0.01}
+    found["ece"] = {"value": -0.03, "error": None}  # not known
+    found["auroc"] = {"value": 0.05, "error": 0.02}
+    assert [t["verdict"] for t in words.tiles(results)] == ["worse", "worse", "same", "better"]
 
 
 def test_a_weak_guarantee_is_not_dressed_up(results):

@@ -253,10 +253,11 @@ def _idx_file(packed: bool) -> Target:
 def _results_file(folder: Path) -> Target:
     path = folder / "results.json"
     names = ("dataset", "methods", "certificate", "prior_path", "curves", "regression", "settings")
+    names = (*names, "differences")
     results: dict[str, Any] = {
         n: {"value": [1.0, 0.25, {"name": n}], "text": "x" * 40} for n in names
     }
-    results |= {"schema": 1, "environment": {"torch": "2"}}
+    results |= {"schema": 2, "environment": {"torch": "2"}}
     write_signed_json(path, results)
     whole = path.read_bytes()
 

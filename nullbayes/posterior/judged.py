@@ -103,4 +103,4 @@ class Judged:
         if title is not None:
             results["title"] = title
         results["settings"]["made by"] = f"posterior.report({Path(path).name!r}, ...)"
-        return write_report(results, path)
+        return write_report(results, Path(path))

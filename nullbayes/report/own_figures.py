@@ -81,8 +81,8 @@ def _novelty(results: Results, name: str) -> Draw:
         axes.spines["left"].set_visible(False)
         axes.grid(False)
         axes.set_ylim(0, 1.05 * top)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.xaxis.set_major_formatter(lambda x, _: f"$10^{{{x:.0f}}}$" if x else "1")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(lambda x, _: f"{10**x:.2g}")
         row = next(
             d
             for d in results["detection"]
@@ -99,7 +99,7 @@ def _roc(results: Results, name: str) -> Draw:
     def draw(figure: Figure) -> str:
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=(0, (4, 3)))
-        lines = {
+        lines: dict[str, tuple[str, dict[str, Any]]] = {
             "novelty": ("novelty", {"color": COLOURS["null_space"], "zorder": 3}),
             "max_softmax": ("1 − confidence", {"color": COLOURS["point"]}),
             "energy": ("energy", {"color": COLOURS["point"], "ls": _DASHED}),
@@ -154,7 +154,7 @@ def _coverage(results: Results) -> Draw:
         axes.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=(0, (4, 3)))
         said = []
         for key, curve in results["curves"]["coverage"].items():
-            axes.plot(curve["level"], curve["found"], "o-", ms=3.5, **_lines(results, key))
+            axes.plot(curve["level"], curve["found"], marker="o", ms=3.5, **_lines(results, key))
             at = results["figures"][key]["coverage_90"]["value"]
             said.append(f"{results['methods'][key]['title']} {100 * at:.1f} %")
         axes.set(xlim=(0, 1.01), ylim=(0, 1.03), title="Predictive intervals")

@@ -99,7 +99,7 @@ def _novelty_tile(results: Results) -> list[dict[str, str]]:
     worst = min(names, key=lambda n: ours[n]["auroc"]["value"])
     new = text_of(ours[worst]["auroc"], 3)[0]
     old = text_of(theirs[worst]["auroc"], 3)[0] if theirs else "–"
-    word = ours[worst].get("verdict", SAME)
+    word = ours[worst].get("verdict", SAME) if theirs else ""
     title = "AUROC of novelty" + (", its hardest set" if len(names) > 1 else "")
     return [{"name": title, "before": old, "after": new, "verdict": word}]
 
@@ -113,7 +113,7 @@ def comparison(results: Results) -> dict[str, Any]:
         metric = METRICS[name]
         cells = [_cell(results, key, name) for key in methods]
         rows.append(_row(metric.label, metric.better, metric.meaning, cells))
-    first = next(iter(results["train"].values()), {})
+    first: Mapping[str, Any] = next(iter(results["train"].values()), {})
     for name in first:
         metric = METRICS[name]
         texts = [text_of(results["train"].get(k, {}).get(name), metric.digits) for k in methods]
@@ -241,7 +241,8 @@ def _worst_interval(results: Results, which: str) -> str:
     excess, name, figure = max(gaps)
     if excess <= 0:
         return "In none does the 90 % interval cover more or less than 90 % by more than two standard errors."
-    return f"Furthest off: {name}, whose 90 % interval covers {100 * figure['value']:.1f} ± {100 * figure['error']:.1f} %."
+    value, error = 100 * figure["value"], 100 * figure["error"]
+    return f"Furthest off: {name}, whose 90 % interval covers {value:.1f} ± {error:.1f} %."
 
 
 def _gaps(

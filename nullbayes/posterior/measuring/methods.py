@@ -19,6 +19,7 @@ from nullbayes.posterior.measuring.observing import kind_of
 
 if TYPE_CHECKING:
     from nullbayes.posterior.base import Posterior
+    from nullbayes.posterior.calibration import CalibrationPath
 
 #: inverse temperatures tried: twentieth to twentyfold, in steps of a tenth, then in steps of a hundredth
 _COARSE, _FINE = 63, 23
@@ -63,11 +64,12 @@ class Method:
 
 @dataclass(frozen=True)
 class Source:
-    """A posterior, and the methods that read its samples."""
+    """A posterior, the methods that read its samples, and how it was calibrated."""
 
     posterior: Posterior
     methods: list[Method]
     notes: list[str] = field(default_factory=list)
+    path: CalibrationPath | None = None
 
 
 def own_source(posterior: Posterior, validation: Iterable[Any] | None, outputs: Outputs) -> Source:
@@ -78,7 +80,7 @@ def own_source(posterior: Posterior, validation: Iterable[Any] | None, outputs: 
 
     Nothing of ``posterior`` changes: what has to be calibrated is calibrated in a copy.
     """
-    likelihood, notes = _before(posterior), list[str]()
+    likelihood, notes, path = _before(posterior), list[str](), posterior.calibration
     methods = [Method(NETWORK, "Trained network", likelihood)]
     if validation is not None:
         methods += scaled(likelihood, outputs)
@@ -90,9 +92,10 @@ def own_source(posterior: Posterior, validation: Iterable[Any] | None, outputs: 
             other.calibrate(validation, progress=False)
         notes += [str(w.message) for w in caught if issubclass(w.category, NullBayesWarning)]
         methods.append(_calibrated(other))
+        path = other.calibration
     elif posterior.calibration is not None:
         methods.append(_calibrated(posterior))
-    return Source(posterior, methods, notes)
+    return Source(posterior, methods, notes, path)
 
 
 def other_sources(against: Sequence[Posterior] | Mapping[str, Posterior]) -> list[Source]:

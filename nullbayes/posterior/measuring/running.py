@@ -17,7 +17,14 @@ from nullbayes.metrics import roc_curve
 from nullbayes.model.loader import batches
 from nullbayes.posterior.measuring.data import as_loader
 from nullbayes.posterior.measuring.estimates import Estimate, auroc, fpr95, mean, threshold, verdict
-from nullbayes.posterior.measuring.methods import NETWORK, Method, Source, other_sources, own_source
+from nullbayes.posterior.measuring.methods import (
+    NETWORK,
+    TEMPERATURE,
+    Method,
+    Source,
+    other_sources,
+    own_source,
+)
 from nullbayes.posterior.measuring.observing import CURVE_LEVELS, MOST_CLASSES, kind_of
 from nullbayes.posterior.measuring.passing import NOVELTY, Pass, Passed
 from nullbayes.posterior.measuring.records import Records
@@ -28,6 +35,8 @@ if TYPE_CHECKING:
 
 RATES = (0.01, 0.05, 0.10)
 SHOWN = 6  # inputs of each sort
+#: fields of a certificate that no second run would find again: one question, one file
+_OF_THE_RUN = ("seconds", "stages", "peak_memory")
 HISTOGRAM_BINS = 36
 BASELINE = (NETWORK, "max_softmax")
 #: classes with rows of their own
@@ -234,6 +243,8 @@ def _order(entry: tuple[str, Any]) -> int:
 
 def _tells(method: Method, score: str) -> bool:
     """The network has no epistemic part; a posterior's confidence and energy add nothing to its entropy."""
+    if method.key == TEMPERATURE:
+        return score == "max_softmax"  # the only one for which a temperature is commonly used
     if method.scale is None:
         return score in ("max_softmax", "energy", "entropy")
     return score not in ("max_softmax", "energy")
@@ -309,7 +320,7 @@ def _details(
     keepers = {f"test: {sort}": keeper for sort, keeper in test.keepers.items()}
     keepers |= {name: passed.keepers["novel"] for name, passed in shifts.items()}
     certificate = posterior.certificate
-    audit = getattr(certificate, "audit", None)
+    audit, path = getattr(certificate, "audit", None), sources[0].path
     return {
         "task": kind_of(likelihood),
         "score_name": likelihood.score_name,
@@ -325,9 +336,9 @@ def _details(
         },
         "curves": _curves(main, test, shifts),
         "examples": {name: keeper.shown(question.show) for name, keeper in keepers.items()},
-        "certificate": certificate.as_dict(),
+        "certificate": {k: v for k, v in certificate.as_dict().items() if k not in _OF_THE_RUN},
         "audit": None if audit is None else str(audit),
-        "calibration": _path(posterior),
+        "calibration": None if path is None else path.as_dict(),
         "notes": [note for source in sources for note in source.notes],
         "settings": _settings(posterior),
         "environment": environment(),
@@ -374,10 +385,6 @@ def _histograms(inside: Tensor, outside: Mapping[str, Tensor]) -> dict[str, Any]
         for key, value in logs.items()
     }
     return {"log10_edges": edges.tolist(), "inside": counts.pop(""), "outside": counts}
-
-
-def _path(posterior: Posterior) -> dict[str, Any] | None:
-    return None if posterior.calibration is None else posterior.calibration.as_dict()
 
 
 def _settings(posterior: Posterior) -> dict[str, Any]:

@@ -158,17 +158,17 @@ def run_check(job: Job, folder: RunFolder, *, progress: bool) -> Check:
     kind, certificate = score_named(name), posterior.certificate
     worse = kind.worsened(before, after)
     stands = not math.isnan(worse) and worse <= kind.allowed_growth * abs(before) + 1e-12
+    count = len(records[NETWORK])
+    measured = f"training {kind.label} {before:.4f} → {after:.4f} on all {count:,} examples"
     found = Check(
         name,
         before,
         after,
-        len(records[NETWORK]),
+        count,
         certificate.held and stands,
-        certificate.verdict,
+        certificate.verdict if stands else f"The guarantee is weak: {measured}.",
     )
-    folder.note(
-        f"check: training {kind.label} {before:.4f} → {after:.4f} on all {found.examples:,} examples"
-    )
+    folder.note(f"check: {measured}")
     return found
 
 

@@ -30,7 +30,7 @@ from benchmarks.scaling import forget_peak, peak_resident, stage_clock
 from nullbayes import datasets, metrics
 from nullbayes.demo.running import Clock
 from nullbayes.demo.tasks import ANGLES
-from nullbayes.fit.result import DELTA
+from nullbayes.fit.target import DELTA
 
 CACHE = Path(__file__).parent.parent / "out" / "benchmarks"
 # Patches of 2 and windows of 2: the last stage has 2 × 2 tokens, so larger windows do not fit the image. Eager

@@ -1,7 +1,7 @@
-"""Uncertainty that cannot hurt your trained network.
+"""Uncertainty that preserves what your trained network learned.
 
 ``nullbayes`` builds fully correlated Gaussian posteriors over all weights of a trained PyTorch model in
-the null space of its generalized Gauss-Newton matrix: every sample keeps the training predictions.
+the null space of its generalized Gauss-Newton matrix: every sample preserves the training predictions.
 """
 
 from importlib.metadata import PackageNotFoundError, version

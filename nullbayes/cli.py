@@ -180,7 +180,7 @@ def version() -> None:
 def build_app() -> Any:
     """The typer application."""
     app = typer.Typer(
-        help="Uncertainty that cannot hurt your trained network.",
+        help="Uncertainty that preserves what your trained network learned.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,

@@ -111,6 +111,12 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     assert_same(snapshot(model), before)
 
 
+class Countdown:
+    """Outside of the module: each call of the library has modules of its own."""
+
+    left = -1
+
+
 class Delicate(nn.Module):
     """Rules and the generic path, statistics, a call counter, a frozen weight; fails when told to."""
 
@@ -120,12 +126,20 @@ class Delicate(nn.Module):
         self.scale = nn.Parameter(torch.rand(8) + 0.5)
         self.recurrent = nn.GRU(8, 8, batch_first=True)
         self.register_buffer("calls", torch.zeros(()))
-        self.countdown, self.error = -1, KeyboardInterrupt
+        self.shared, self.error = Countdown(), KeyboardInterrupt
+
+    @property
+    def countdown(self) -> int:
+        return self.shared.left
+
+    @countdown.setter
+    def countdown(self, left: int) -> None:
+        self.shared.left = left
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1.0
         h = torch.tanh(self.norm(self.inner(x))) * self.scale
-        self.countdown -= 1
+        self.shared.left -= 1
         if self.countdown == 0:
             raise self.error("stop")
         h = self.recurrent(h[:, None])[0][:, 0]

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nullbayes.audit.sampling import Drawn, Reservoir
 from nullbayes.common.progress import ROWS, Stages
 from nullbayes.constraints.directions import Cotangents
 from nullbayes.constraints.memory_budget import FitMemory
 from nullbayes.constraints.problem import Problem
 from nullbayes.jacobian.block_storage import Keeper
-from nullbayes.jacobian.capture.batches import capture_batch
+from nullbayes.jacobian.capture.batches import capture_batch, ready
 from nullbayes.jacobian.capture.plan import CapturePlan
-from nullbayes.jacobian.capture.verify import prove
 from nullbayes.jacobian.operator import JacobianOperator, check_block
 from nullbayes.model.batch import Inputs, batch_size, select, take, tensor_leaves
 from nullbayes.model.loader import limited
@@ -37,6 +37,8 @@ class TrainingRows:
     checked: list[tuple[Inputs, Any]] = field(default_factory=list)  # examples for the certificate
     checked_numbers: list[range] = field(default_factory=list)  # which of the data set's those are
     spans: list[slice] = field(default_factory=list)  # by example: its rows
+    audited: list[Drawn] = field(default_factory=list)  # drawn from all examples, for the audit
+    batches: int = 0  # batches whose rows were proved
 
 
 def with_fitted_noise(
@@ -67,6 +69,7 @@ def capture_training(
     limit: int | None,
     memory: FitMemory,
     stage: Stages,
+    audited: int = 0,
 ) -> TrainingRows:
     """Rows of all training examples, in the order of the loader.
 
@@ -75,22 +78,24 @@ def capture_training(
 
     Args:
         memory: what rows may take (more goes elsewhere, see ``block_storage.py``), and temporaries.
+        audited: examples that are drawn for the audit.
 
     Raises:
         MemoryBudgetError: what has to stay in memory outgrows ``memory.rows``.
     """
     functional = problem.functional
     capturing: _Capturing | None = None
+    plan: CapturePlan | None = None
     track = stage.track(loader, ROWS)
     for index, inputs, targets in limited(functional, track, "train_loader", limit):
         where = f"train_loader, batch {index}"
         outputs = functional.outputs(inputs, where)
         targets = problem.checked_targets(outputs, targets, where)
+        plan, inputs = ready(functional, plan, inputs, outputs, where, index)
         if capturing is None:
-            plan = prove(functional, inputs)
             problem.likelihood.check_reach(outputs, targets)
-            capturing = _Capturing(problem, plan, memory)
-        capturing.add(inputs, outputs, targets)
+            capturing = _Capturing(problem, plan, memory, Reservoir(audited, 0, memory.check))
+        capturing.add(inputs, outputs, targets, where)
     assert capturing is not None
     return capturing.finish()
 
@@ -102,8 +107,11 @@ class _Capturing:
     augmented loader would not see the same ones.
     """
 
-    def __init__(self, problem: Problem, plan: CapturePlan, memory: FitMemory) -> None:
+    def __init__(
+        self, problem: Problem, plan: CapturePlan, memory: FitMemory, audited: Reservoir
+    ) -> None:
         self.problem, self.plan, self.memory = problem, plan, memory
+        self.audited, self.batches = audited, 0
         self.keeper = Keeper(
             problem.functional, plan, problem.scale_by_name, memory.rows, memory.block
         )
@@ -113,14 +121,16 @@ class _Capturing:
         self.checked_numbers: list[range] = []
         self.left, self.count = memory.check, 0
 
-    def add(self, inputs: Inputs, outputs: Tensor, targets: Any) -> None:
+    def add(self, inputs: Inputs, outputs: Tensor, targets: Any, where: str) -> None:
         """The rows of one batch, of which the examples are numbered on."""
         for group in row_groups(self.problem, inputs, outputs, targets):
-            self._add_group(group)
+            self._add_group(group, where)
         self._check_later(inputs, outputs, targets)
+        self.audited.offer(inputs, targets)
+        self.batches += 1
         self.examples += batch_size(inputs)
 
-    def _add_group(self, group: RowGroup) -> None:
+    def _add_group(self, group: RowGroup, where: str) -> None:
         memory, numbers = self.memory, group.which + self.examples
         scales = self.problem.scale_by_name
         pieces = capture_batch(
@@ -131,6 +141,7 @@ class _Capturing:
             group.count,
             scales,
             memory.temporaries,
+            where,
         )
         for block, piece, made in pieces:
             check_block(block, self.captured)
@@ -156,7 +167,15 @@ class _Capturing:
         share = self.discarded / self.trace if self.trace > 0 else 0.0
         spans = _spans(operator, self.keeper.numbers, self.examples)
         return TrainingRows(
-            operator, self.plan, self.examples, share, self.checked, self.checked_numbers, spans
+            operator,
+            self.plan,
+            self.examples,
+            share,
+            self.checked,
+            self.checked_numbers,
+            spans,
+            self.audited.drawn,
+            self.batches,
         )
 
 

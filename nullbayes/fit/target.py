@@ -70,7 +70,7 @@ class NullSpace(Target):
     def precision(
         self, state: State, theta: Tensor, report: Report | None
     ) -> tuple[float, tuple[str, ...]]:
-        # It only sets the edge of the null space, of which the order of magnitude matters; DELTA was chosen so.
+        # It only sets the edge of the null space, of which the order of magnitude matters; the default was chosen so.
         return fixed_point(state.spectrum().upper, theta, self.delta), ()
 
 

@@ -17,15 +17,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from nullbayes.common.memory import format_bytes
 from nullbayes.errors import MemoryBudgetError
-from nullbayes.jacobian.block import Block
-from nullbayes.jacobian.capture.capture import capture
+from nullbayes.jacobian.block import Block, Layout, common_layout, kinds
+from nullbayes.jacobian.capture.checking import captured
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.factors.base import Factor
 from nullbayes.model.batch import Inputs, tensor_leaves
@@ -150,13 +150,17 @@ class Recomputed(Kept):
         self._inputs, self._cotangents = inputs, cotangents
         self.cotangents, self.examples = cotangents.shape[:2]
         self.nbytes = nbytes
+        self.layout: Layout | None = None
         self.resident = sum(t.nbytes for t in tensor_leaves(inputs)) + cotangents.nbytes
 
     @contextmanager
     def opened(self) -> Iterator[Block]:
         """One more forward and backward pass."""
         values = SimpleNamespace(values=self._cotangents)
-        yield capture(self._functional, self._plan, self._inputs, lambda _: values, self._scales)[0]
+        block, _ = captured(
+            self._functional, self._plan, self._inputs, lambda _: values, self._scales
+        )
+        yield block if self.layout is None else block.arranged(self.layout)
 
 
 class Part:
@@ -199,6 +203,8 @@ class Keeper:
         self._groups: dict[int, list[tuple[Block, Inputs, Tensor]]] = {}
         self._numbers: dict[int, list[Tensor]] = {}
         self._resident = 0
+        # One empty block for each set of factors that came: rules may fail, or layers not be reached, in some batches.
+        self._forms: dict[Any, Block] = {}
         self.kept: list[Openable] = []
         #: numbers of the examples in the order of the rows, a captured piece each, where they were given
         self.numbers: list[Tensor] = []
@@ -211,6 +217,9 @@ class Keeper:
         Args:
             numbers: ``(B,)``, which examples of the data set these are.
         """
+        form = kinds(block)
+        if form not in self._forms:
+            self._forms[form] = _form(block)
         group = self._groups.setdefault(block.cotangents, [])
         rows = sum(b.num_rows for b, _, _ in group) + block.num_rows
         held = sum(b.nbytes for b, _, _ in group) + block.nbytes
@@ -222,10 +231,39 @@ class Keeper:
             self._numbers.setdefault(block.cotangents, []).append(numbers)
 
     def finish(self) -> list[Openable]:
-        """All blocks, in the order in which they came (those with as many rows an example)."""
+        """All blocks, in the order in which they came (those with as many rows an example), in the same factors.
+
+        Raises:
+            ModelError: a parameter that no example leads to.
+        """
         for cotangents in list(self._groups):
             self._flush(cotangents)
+        self._plan.check_reached(self._functional.model)
+        if len(self._forms) > 1:
+            self._arrange(common_layout(self._forms.values()))
         return self.kept
+
+    def _arrange(self, layout: Layout) -> None:
+        """Bring all blocks into the same factors, one at a time: earlier rows are right as they are."""
+        for i, kept in enumerate(self.kept):
+            if isinstance(kept, Recomputed):
+                kept.layout = layout
+                continue
+            with kept.opened() as block:
+                new = block.arranged(layout)
+                if new is block:
+                    continue
+                others = sum(k.resident for k in self.kept) - kept.resident
+                if not isinstance(kept, OnDisk) and others + new.nbytes <= self._room:
+                    self.kept[i] = new
+                elif fits_on_disk(new.nbytes, self._functional.device):
+                    self.kept[i] = OnDisk(new)
+                else:
+                    raise MemoryBudgetError(
+                        f"the rows of {new.examples} examples take {format_bytes(new.nbytes)} written out, which some "
+                        "batches need because no rule of a layer serves them; neither `memory=` nor the disk has room. "
+                        "Raise `memory=`, free disk space, or make batches alike (padding to one length, no routing)."
+                    )
 
     def _flush(self, cotangents: int) -> None:
         group, self._groups[cotangents] = self._groups[cotangents], []
@@ -255,6 +293,12 @@ class Keeper:
 
     def _fits(self, nbytes: int) -> bool:
         return self._resident + nbytes <= self._room
+
+
+def _form(block: Block) -> Block:
+    """The factors of a block without its examples."""
+    factors = {k: _replaced(f.narrow(0, 0), torch.clone) for k, f in block.factors.items()}
+    return Block(factors, 0, block.cotangents)
 
 
 def merge_blocks(blocks: Sequence[Block], rows: int = BLOCK_ROWS) -> list[Block]:

@@ -79,8 +79,7 @@ def _add_pairs(
 ) -> None:
     for i, left in enumerate(panel, first):
         part = out[starts[i] : starts[i + 1], starts[j] : starts[j + 1]]
-        for key, factor in left.factors.items():
-            part += factor.gram(right.factors[key])
+        left.gram(right, part)
 
 
 def _ready(factors: list[Factor]) -> list[Factor | Tensor]:

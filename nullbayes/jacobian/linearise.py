@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from nullbayes.audit.batches import plain_gradient
+from nullbayes.audit.precision import tolerance
 from nullbayes.jacobian.capture.batches import CAPTURE_BYTES, examples_per_capture
-from nullbayes.jacobian.capture.capture import capture
+from nullbayes.jacobian.capture.checking import captured_at_use, separate_at_use
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.model.batch import Inputs, batch_size, take
@@ -18,10 +22,13 @@ from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.parameters import ParameterSpace
 
 Centre = Callable[[Tensor], Tensor]
+Product = Callable[[FunctionalModel, dict[str, Tensor], Inputs], Tensor]
 
 # Up to this many outputs per sample, reverse mode (all rows at once) is cheaper than one
 # forward-mode pass for each sample.
 REVERSE_OUTPUTS_PER_SAMPLE = 2
+# Outputs whose rows are captured at a time, where no other product serves.
+ROWS_AT_ONCE = 64
 
 
 def first_output(functional: FunctionalModel, inputs: Inputs, where: str = "the inputs") -> Tensor:
@@ -67,11 +74,12 @@ def output_rows(
         values = centre(eye.reshape(count, 1, *point.shape[1:]))
         return SimpleNamespace(values=values.expand(count, *point.shape), point=point)
 
+    inputs = functional.batch(inputs)
     room = max(CAPTURE_BYTES, vectors.nbytes)
     size, step = batch_size(inputs), examples_per_capture(functional, plan, outputs, room)
     for start in range(0, size, step):
         piece = take(inputs, start, min(start + step, size))
-        block, made = capture(functional, plan, piece, every_output, scales)
+        block, made = captured_at_use(functional, plan, piece, every_output, scales)
         yield made.point, JacobianOperator(functional.space, [block])
 
 
@@ -83,7 +91,9 @@ def linearised_outputs(
     where: str = "the inputs",
 ) -> tuple[Tensor, Tensor]:
     """``f(θ̂, x) (B, *out)`` and ``J(x) Δ_s (S, B, *out)`` for ``samples (S, P)``."""
+    inputs = functional.batch(inputs)
     shape = first_output(functional, inputs, where)[0].shape
+    functional.expect_shape(inputs, shape, where)
     if shape.numel() > REVERSE_OUTPUTS_PER_SAMPLE * len(samples):
         return functional.outputs(inputs, where), forward_mode(functional, plan, samples, inputs)
     points, changes = [], []
@@ -103,22 +113,112 @@ def forward_mode(
     passes (the derivative of ``wᵀJ`` by ``w``), which every differentiable model has. A batch is taken
     in pieces: a pass holds a multiple of the model's own activations.
     """
-    product, pieces = _forward, []
+    inputs, pieces = separate_at_use(functional, plan, functional.batch(inputs)), []
     size, step = batch_size(inputs), examples_per_capture(functional, plan, 1)
     for start in range(0, size, step):
         piece, out = take(inputs, start, min(start + step, size)), []
-        for delta in samples:
-            tangent = functional.space.unflatten(delta)
-            try:
-                change = product(functional, tangent, piece)
-            except (NotImplementedError, RuntimeError):
-                if product is _double_reverse:
-                    raise
-                product = _double_reverse  # from now on: what one sample lacks, they all lack
-                change = product(functional, tangent, piece)
-            out.append(change.detach())
-        pieces.append(torch.stack(out))
+        for n, delta in enumerate(samples):
+            change = _along(functional, plan, delta, piece)
+            if change is None:  # as for one sample, so for all
+                out.append(_by_rows(functional, plan, samples[n:], piece))
+                break
+            out.append(change[None])
+        pieces.append(torch.cat(out))
     return torch.cat(pieces, dim=1)
+
+
+def _along(
+    functional: FunctionalModel, plan: CapturePlan, delta: Tensor, inputs: Inputs
+) -> Tensor | None:
+    """``J(x) Δ (B, *out)`` by the first way that this model's operations allow; None: by none of them."""
+    tangent = functional.space.unflatten(delta)
+    ways = _products()
+    while plan.product < len(ways):
+        product, mode = ways[plan.product]
+        try:
+            with mode():
+                change = product(functional, tangent, inputs).detach()
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # an operation without a derivative of that kind, in whatever words
+            plan.product += 1
+            continue
+        if product is not _double_reverse or plan.product_confirmed:
+            return change
+        if _confirmed(functional, delta, change, inputs):
+            plan.product_confirmed = True
+            return change
+        plan.product += 1
+    return None
+
+
+def _confirmed(functional: FunctionalModel, delta: Tensor, change: Tensor, inputs: Inputs) -> bool:
+    """Whether ``wᵀ(J Δ) = (Jᵀ w)ᵀ Δ`` by one backward pass: an operation that may be differentiated once only
+    drops out of two of them without an error."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(change.shape, generator=generator, dtype=torch.float64).to(change)
+    parts = plain_gradient(functional, inputs, w).double() * delta.double()
+    here = (w.double() * change.double()).sum()
+    allowed = tolerance(functional.rounding, functional.device) * (parts.norm() + here.abs())
+    return bool((parts.sum() - here).abs() <= allowed)
+
+
+class _Mathematical(TorchFunctionMode):
+    """Attention and transformer layers as the operations that they are made of, in this thread alone.
+
+    Fused kernels have neither forward mode nor a derivative of their backward pass. A mode of this kind also keeps
+    `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` off their fused path.
+    """
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return _attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    out: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
+        *(query, key, value, attn_mask, dropout_p, is_causal),
+        scale=scale,
+        enable_gqa=enable_gqa,
+    )[0]
+    return out
+
+
+def _by_rows(
+    functional: FunctionalModel, plan: CapturePlan, samples: Tensor, inputs: Inputs
+) -> Tensor:
+    """``J(x) Δ_s (S, B, *out)`` from rows, some outputs at a time: what every model with a gradient has."""
+    point = functional.outputs(inputs)
+    count = point[0].numel()
+    changes = []
+    for start in range(0, count, ROWS_AT_ONCE):
+        stop = min(start + ROWS_AT_ONCE, count)
+
+        def some(outputs: Tensor, start: int = start, stop: int = stop) -> SimpleNamespace:
+            eye = torch.eye(count, dtype=outputs.dtype, device=outputs.device)[start:stop]
+            values = eye.reshape(stop - start, 1, *outputs.shape[1:])
+            return SimpleNamespace(values=values.expand(stop - start, *outputs.shape))
+
+        block, _ = captured_at_use(functional, plan, inputs, some)
+        rows = JacobianOperator(functional.space, [block]).matvec(samples)
+        changes.append(rows.reshape(len(samples), len(point), stop - start))
+    return torch.cat(changes, dim=2).reshape(len(samples), *point.shape)
 
 
 def _forward(functional: FunctionalModel, tangent: dict[str, Tensor], inputs: Inputs) -> Tensor:
@@ -134,12 +234,24 @@ def _double_reverse(
     with torch.enable_grad():
         f = functional(leaves, inputs)
         dummy = torch.zeros_like(f, requires_grad=True)
-        pulled = torch.autograd.grad(f, list(leaves.values()), dummy, create_graph=True)
+        pulled = torch.autograd.grad(
+            f, list(leaves.values()), dummy, create_graph=True, allow_unused=True
+        )
         along = sum(
-            ((g * tangent[n]).sum() for n, g in zip(leaves, pulled, strict=True)),
+            ((g * tangent[n]).sum() for n, g in zip(leaves, pulled, strict=True) if g is not None),
             start=f.new_zeros(()),
         )
         return torch.autograd.grad(along, dummy)[0]
+
+
+def _products() -> tuple[tuple[Product, Callable[[], AbstractContextManager[Any]]], ...]:
+    """Ways to differentiate along a weight change, the cheapest first; rows serve where none of them does."""
+    return (
+        (_forward, nullcontext),
+        (_double_reverse, nullcontext),
+        (_forward, _Mathematical),
+        (_double_reverse, _Mathematical),
+    )
 
 
 def sampled_outputs(
@@ -150,7 +262,9 @@ def sampled_outputs(
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """``f(θ̂, x) (B, *out)`` and ``f(θ̂ + scale Δ_s, x) (S, B, *out)``: the network itself, re-weighted."""
+    inputs = functional.batch(inputs)
     point = functional.outputs(inputs, where)
+    functional.expect_shape(inputs, point.shape[1:], where)
     weights = functional.weights()
     out = []
     with torch.no_grad():
@@ -172,5 +286,7 @@ def state_dicts(
         out = {}
         for key, value in model.state_dict(keep_vars=True).items():
             name = canonical.get(id(value), key)
-            out[key] = moved[name] if name in moved else value.detach().clone()
+            here = isinstance(value, Tensor) and name in moved
+            # In half precision, rounding would move a sample by more than it may: those are given as float32.
+            out[key] = moved[name] if here else value.detach().clone()
         yield out

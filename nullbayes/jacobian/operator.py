@@ -229,8 +229,7 @@ class JacobianOperator(RowOperator):
                 for kept_other, at in zip(other.blocks, other.starts, strict=False):
                     part = out[start : start + block.num_rows, at : at + kept_other.num_rows]
                     with kept_other.opened() as other_block:
-                        for key, factor in block.factors.items():
-                            part += factor.gram(other_block.factors[key])
+                        block.gram(other_block, part)
         return out
 
     def squared_norms(self) -> Tensor:
@@ -275,7 +274,7 @@ class JacobianOperator(RowOperator):
         if not self.blocks:
             return 0.0
         with self.blocks[0].opened() as block:
-            each = sum(f.product_flops for f in block.factors.values()) / block.num_rows
+            each = sum(f.product_flops for f in block.factors.values()) / max(1, block.num_rows)
         return each * self.shape[0]
 
     @property

@@ -19,7 +19,7 @@ from nullbayes.likelihood.helpers import (
     to_float64,
 )
 from nullbayes.likelihood.output_hessian import OutputHessian, detached
-from nullbayes.model.batch import take, to_device
+from nullbayes.model.batch import plain, take, to_device
 from nullbayes.model.structure import Layouts
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -86,7 +86,7 @@ class CallableLoss(Likelihood):
 
     def loss(self, outputs: Tensor, targets: Any) -> Tensor:
         """The function's values ``(B,)`` for flat ``outputs``. Raises `InputError` for any other shape."""
-        losses: object = self.function(self.layouts.unflatten(outputs), targets)
+        losses: object = self.function(self.layouts.unflatten(outputs), plain(targets))
         if not isinstance(losses, Tensor):
             raise InputError(
                 f"the loss {self._called} returned {type(losses).__name__}, expected a tensor of shape "

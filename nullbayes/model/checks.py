@@ -2,9 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from nullbayes.errors import ModelError
+
+
+def check_kind(model: nn.Module) -> None:
+    """Refuse models whose weights cannot be replaced for one call: not there yet, sharded, or packed away.
+
+    Raises:
+        ModelError: names the modules or parameters, and what to pass instead.
+    """
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    lazy = [name for name, t in tensors if is_lazy(t)]
+    if lazy:
+        raise ModelError(
+            f"{lazy[:5]} have no values yet: a lazy module learns its shape from its first input. Run the model once "
+            "(`model(x)`), train it, and come back."
+        )
+    sharded = [
+        path or type(module).__name__
+        for path, module in model.named_modules()
+        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__)
+    ]
+    sharded += [
+        name
+        for name, parameter in model.named_parameters()
+        if any(kind.__name__ in ("DTensor", "FlatParameter") for kind in type(parameter).__mro__)
+    ]
+    if sharded:
+        raise ModelError(
+            f"{sharded[:5]} hold a part of the weights only (fully sharded data parallel, distributed tensors). Load "
+            "the full state dict into the plain module and pass that; examples are what is split over processes here."
+        )
+    if quantised(model) and not any(p.is_floating_point() for p in model.parameters()):
+        raise ModelError(
+            f"all weights are quantised ({quantised(model)[:5]}), and a quantised layer has no derivative. Pass the "
+            "network in floating point; or leave some layers unquantised and choose those with `parameters=`."
+        )
+
+
+def check_scripted(model: nn.Module, chosen: Iterable[str]) -> None:
+    """Refuse compiled TorchScript that owns a chosen parameter: its layers and their weights cannot be reached."""
+    names = {id(p): n for n, p in model.named_parameters()}
+    wanted = set(chosen)
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            found = sorted(wanted & {names[id(p)] for p in module.parameters()})
+            if found:
+                raise ModelError(
+                    f"{path or 'the model'} is TorchScript (`torch.jit.script` or `trace`), whose weights "
+                    f"{found[:3]} cannot be replaced for one call. Pass the Python module that it was made from "
+                    "(load its `state_dict` into it), or leave these weights out with `parameters=`."
+                )
+
+
+def quantised(model: nn.Module) -> list[str]:
+    """Paths of quantised modules."""
+    return [
+        path
+        for path, module in model.named_modules()
+        if ".quantized" in type(module).__module__ and type(module).__module__.startswith("torch.")
+    ]
 
 
 def check_mode(model: nn.Module, *, frozen: bool = False) -> None:

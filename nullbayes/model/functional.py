@@ -1,47 +1,42 @@
 """The user's model as a pure function of its weights, and batches as inputs and targets.
 
-Nothing here writes to the model: weights are substituted for the length of one call, buffers are
-replaced by private copies, so even a layer that counts its own calls leaves no trace.
+Nothing here writes to the model: each call gets modules of its own (``private.py``) with other weights and copies of
+the buffers, so even a layer that counts its own calls leaves no trace.
 """
 
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from nullbayes.errors import InputError, ModelError, NullBayesError
-from nullbayes.model.batch import Inputs, batch_size, tensor_leaves
-from nullbayes.model.parameters import ParameterChoice, ParameterSpace
-from nullbayes.model.randomness import FrozenRandomness, Keyed, Replay, keyed, repeated
+from nullbayes.model.axes import Axes
+from nullbayes.model.batch import (
+    Batch,
+    Inputs,
+    Keyed,
+    batch_size,
+    changed,
+    plain,
+    repeated,
+    tensor_leaves,
+)
+from nullbayes.model.checks import check_kind, check_scripted
+from nullbayes.model.parameters import HALF, ParameterChoice, ParameterSpace
+from nullbayes.model.precision import Watch, alike, in_half, tolerance, widening
+from nullbayes.model.private import Hooks, Modules
+from nullbayes.model.randomness import FrozenRandomness, Replay, keyed
 from nullbayes.model.structure import Layouts
+from nullbayes.model.transformer import has_nested
 
 Forward = Callable[[nn.Module, Any], Any]
-
-
-class _Call(nn.Module):
-    """A module whose forward is the user's way of calling theirs."""
-
-    def __init__(self, model: nn.Module, forward: Forward | None) -> None:
-        super().__init__()
-        # Registering a child does not change it: no mode, flag or hook of the model is touched.
-        self.model = model
-        self._user_forward = forward
-        self.training = model.training
-
-    def forward(self, inputs: Inputs) -> Any:
-        if self._user_forward is not None:
-            return self._user_forward(self.model, inputs)
-        if isinstance(inputs, Mapping):
-            return self.model(**inputs)
-        if isinstance(inputs, tuple):
-            return self.model(*inputs)
-        return self.model(inputs)
 
 
 class FunctionalModel:
@@ -63,22 +58,20 @@ class FunctionalModel:
         layouts: Layouts | None = None,
         randomness: FrozenRandomness | None = None,
     ) -> None:
+        check_scripted(model, space.names)
         self.model, self.space = model, space
         self.user_forward = forward
         self.layouts, self.randomness = layouts, randomness
-        self._call = _Call(model, forward)
-        # Every place that holds a tensor, each module once: substituted by `functional_call` under
-        # several paths, a module used twice would not get its own weights back.
-        canonical = {id(p): n for n, p in model.named_parameters()}
-        self._places: dict[str, list[str]] = defaultdict(list)
-        self._buffers: dict[str, tuple[nn.Module, str]] = {}
-        for path, module in model.named_modules(prefix="model"):
-            for local, parameter in module._parameters.items():
-                if parameter is not None:
-                    self._places[canonical[id(parameter)]].append(f"{path}.{local}")
-            for local, buffer in module._buffers.items():
-                if buffer is not None:
-                    self._buffers[f"{path}.{local}"] = (module, local)
+        self.modules = Modules(model)
+        self.axes = Axes(self._evaluated)
+        # What half-precision tensors are computed in, once that was found to work; None: they stay as they are.
+        self.widened: torch.dtype | None = None
+        # Whether transformer encoders give zeros at padded positions, as they do without gradients.
+        self.padded = False
+        # The least precise numbers that a forward pass was seen to compute with.
+        self.rounding: torch.dtype = space.dtype
+        self._settled = False
+        self._shape: _OutputShape | None = None
 
     @property
     def device(self) -> torch.device:
@@ -89,40 +82,133 @@ class FunctionalModel:
         return self.space.dtype
 
     def weights(self, *, requires_grad: bool = False) -> dict[str, Tensor]:
-        """The trained weights by name; fresh leaves that share storage with the model's."""
+        """The trained weights by name, fresh leaves; half precision in the working one, others share storage."""
         current = self.space.current(self.model)
         return {n: t.detach().requires_grad_(requires_grad) for n, t in current.items()}
+
+    def batch(self, inputs: Inputs, size: int | None = None) -> Inputs:
+        """``inputs`` with the knowledge which of their tensors have the batch; ``size`` of it, where it is known."""
+        if isinstance(inputs, (Batch, Keyed)):
+            return inputs
+        batch = self.axes.batch(inputs, size)
+        if not self._settled:
+            self._settle(batch)
+        return batch
+
+    def _settle(self, inputs: Inputs) -> None:
+        """Find out, on the first batch, what the network computes with."""
+        self._settled = True
+        if in_half(self.model):
+            deployed = self.model_output(inputs)
+            self.widened = torch.float32
+            if not alike(self.model_output(inputs), deployed):
+                self.widened = None
+        with Watch() as watch:
+            self.model_output(inputs)
+        self.rounding = watch.found or self.space.dtype
+
+    def _evaluated(self, inputs: Inputs) -> Tensor:
+        """Outputs of inputs that may not fit together, for :class:`Axes`; anything may be raised."""
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return self(self.weights(), self.keyed(inputs)).detach()
 
     def keyed(self, inputs: Inputs, draws: Sequence[int] = (0,)) -> Inputs:
         """``inputs`` with what freezes their random numbers, each example once for every one of ``draws``."""
         if self.randomness is None:
             return inputs
+        inputs = self.batch(inputs)
         return keyed(inputs, batch_size(inputs), self.randomness.seed, draws)
 
     def stacked(self, inputs: Inputs, targets: Any) -> tuple[Inputs, Any]:
         """One batch of training data as the rows see it: with all draws of each example."""
         if self.randomness is None:
             return inputs, targets
-        draws = self.randomness.draws
+        draws, inputs = self.randomness.draws, self.batch(inputs)
         return self.keyed(inputs, range(draws)), repeated(targets, batch_size(inputs), draws)
 
     def drawing(self, inputs: Inputs) -> AbstractContextManager[Any]:
         """Within it, random operations on ``inputs`` that carry keys give the frozen numbers."""
         return Replay(inputs.keys, inputs.seed) if isinstance(inputs, Keyed) else nullcontext()
 
-    def __call__(self, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+    def __call__(
+        self,
+        weights: Mapping[str, Tensor],
+        inputs: Inputs,
+        hooks: Hooks = (),
+        *,
+        deployed: bool = False,
+    ) -> Tensor:
+        """Outputs ``(B, *out)``, in the working precision where the model's own are in half.
+
+        Args:
+            hooks: forward hooks by the path of their module; the user's modules never see them.
+            deployed: as the network runs by itself, whatever stands in for what has no derivative.
+        """
         if isinstance(inputs, Keyed):
             with self.drawing(inputs):
-                return self(weights, inputs.inputs)
-        swap = {place: t for n, t in weights.items() for place in self._places[n]}
-        for place, (module, local) in self._buffers.items():
-            buffer = module._buffers[local]  # as it is now: a checkpoint may have been loaded since
-            if buffer is not None:
-                swap[place] = buffer.detach().clone()
-        out = torch.func.functional_call(self._call, swap, (inputs,), tie_weights=False)
+                return self(weights, inputs.inputs, hooks, deployed=deployed)
+        given, tensors = self._given(inputs), self._placed(weights)
+        if self.modules.shared:
+            with self.modules.lent(tensors, hooks) as lent:
+                out = _called(lent, self.user_forward, given)
+        else:
+            private, copier = self.modules.private(
+                tensors, hooks, widened=self.widened, padded=self.padded and not deployed
+            )
+            forward = self.user_forward and copier.rebound(self.user_forward)
+            out = _called(private, forward, given)
+        return self._flat(out, inputs)
+
+    def _given(self, inputs: Inputs) -> Any:
+        given = plain(inputs)
+        return given if self.widened is None else tree_map(widening(self.widened), given)
+
+    def _placed(self, weights: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """``weights`` by the identity of the parameter that each stands for, in the dtype that it computes in."""
+        wide = self.widened is not None
+        return {
+            id(p): weights[n] if wide else weights[n].to(p.dtype)
+            for n, p in self.model.named_parameters()
+            if n in weights
+        }
+
+    def _flat(self, out: Any, inputs: Inputs) -> Tensor:
         if self.layouts is not None:
-            return self.layouts.flatten(out, batch_size(inputs))
-        return as_tensor_output(out)
+            return self._working(self.layouts.flatten(out, batch_size(inputs)))
+        return self._working(as_tensor_output(out))
+
+    def _watched(self, inputs: Inputs, where: str) -> Tensor:
+        """Outputs at the trained weights, from a network that has been called before as from a fresh one.
+
+        Raises:
+            ModelError: a state that the network keeps between calls changes them.
+        """
+        if self.modules.shared:
+            return self(self.weights(), inputs)
+        private, copier = self.modules.private(
+            self._placed(self.weights()), widened=self.widened, padded=self.padded
+        )
+        forward = self.user_forward and copier.rebound(self.user_forward)
+
+        def called() -> Tensor:
+            given = self._given(inputs)
+            with self.drawing(inputs):
+                return self._flat(_called(private, forward, given), inputs)
+
+        out, written = called(), copier.written()
+        if not written:
+            return out
+        second = called()
+        if second.shape != out.shape or not self._as_deployed(second, out):
+            raise ModelError(
+                f"{where}: two forward passes on the same inputs differ, because the model keeps a state between calls "
+                f"(it writes {written[:5]}). Random numbers of NumPy or `random` have the same effect, and "
+                '`randomness="frozen"` covers neither. Reset the state in the forward pass, or pass it as an input.'
+            )
+        return out
+
+    def _working(self, out: Tensor) -> Tensor:
+        return out.to(self.space.dtype) if out.dtype in HALF else out
 
     def outputs(self, inputs: Inputs, where: str = "the inputs") -> Tensor:
         """Outputs ``(B, *out)`` at the trained weights, without a graph.
@@ -133,13 +219,22 @@ class FunctionalModel:
         """
         try:
             with torch.no_grad():
-                out = self(self.weights(), inputs)
+                out = self._watched(inputs, where)
+                if self.padded and not self._as_deployed(
+                    out, self(self.weights(), inputs, deployed=True)
+                ):
+                    raise ModelError(
+                        f"{where}: `nn.TransformerEncoder` takes another path without gradients (nested tensors) than "
+                        "with them on these inputs. Build it with `enable_nested_tensor=False`, or call "
+                        "`torch.backends.mha.set_fastpath_enabled(False)`, for deployment as well."
+                    )
         except (NullBayesError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise InputError(self._explain(inputs, where, error)) from error
         size = batch_size(inputs, where)
         if out.ndim == 0 or len(out) != size:
+            self._check_squeezed(inputs, out, size)
             raise ModelError(
                 f"the model returned shape {tuple(out.shape)} for {size} examples ({where}); expected "
                 "one entry per example on the first axis. A loss already reduced over the batch has no "
@@ -147,10 +242,78 @@ class FunctionalModel:
             )
         return out
 
+    def mend_padding(self, inputs: Inputs) -> bool:
+        """Where gradients change the outputs, try whether padded positions of transformer encoders are why."""
+        if self.padded or self.modules.shared or not has_nested(self.model):
+            return False
+        with torch.no_grad():
+            deployed = self(self.weights(), inputs)
+            self.padded = True
+            self.padded = self._as_deployed(self(self.weights(), inputs), deployed)
+        return self.padded
+
+    def _as_deployed(self, ours: Tensor, deployed: Tensor) -> bool:
+        return ours.shape == deployed.shape and bool(
+            (ours - deployed).norm() <= tolerance(self.rounding) * deployed.norm()
+        )
+
+    def _check_squeezed(self, inputs: Inputs, out: Tensor, size: int) -> None:
+        """Say so where the batch axis went away because the batch is one example."""
+        if size != 1:
+            return
+        twice = self.model_output(changed(inputs, lambda t: torch.cat([t, t])))
+        if twice is not None and twice.ndim and len(twice) == 2:
+            raise ModelError(
+                f"one example alone gives outputs of shape {tuple(out.shape)}, two give {tuple(twice.shape)}: the "
+                "batch axis of length one is removed on the way. Look for `.squeeze()` without an axis in the "
+                "forward pass (or in `forward=`), and name the axis (`.squeeze(-1)`)."
+            )
+
+    def model_output(self, inputs: Inputs) -> Tensor | None:
+        """Outputs without a graph, or None where the model does not take these inputs."""
+        try:
+            return self._evaluated(inputs)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # whatever a model may say to inputs that were never meant for it
+            return None
+
+    def remember(self, inputs: Inputs, outputs: Tensor) -> None:
+        """Take note of the outputs' shape at the fit, for :meth:`expect_shape`."""
+        shapes = tuple(outputs.shape[1:])
+        lengths = _lengths(inputs)
+        if self._shape is None:
+            self._shape = _OutputShape(shapes, lengths)
+
+    def expect_shape(self, inputs: Inputs, shape: Sequence[int], where: str = "`x`") -> None:
+        """Outputs of one example have the shape of the fit, but for axes as long as an axis of the inputs.
+
+        Args:
+            shape: of the outputs of one example.
+
+        Raises:
+            InputError: another number of axes, or an axis of another length that the inputs do not explain.
+        """
+        known, shape = self._shape, tuple(shape)
+        if known is None or self.layouts is not None:  # a callable loss tells structures apart
+            return
+        lengths = _lengths(inputs)
+        same = len(shape) == len(known.shape) and all(
+            now == then or (now in lengths and then in known.lengths)
+            for now, then in zip(shape, known.shape, strict=True)
+        )
+        if not same:
+            raise InputError(
+                f"{where}: the model returns shape (B, {', '.join(map(str, shape))}) for these inputs; the posterior "
+                f"was fitted on outputs of shape (B, {', '.join(map(str, known.shape))}). Pass inputs like the "
+                "training data's, or fit a posterior of its own for this use of the model."
+            )
+
     def _explain(self, inputs: Inputs, where: str, error: Exception) -> str:
         """Why the model's own forward pass may have failed, and the mend."""
-        leaves = tensor_leaves(inputs.inputs if isinstance(inputs, Keyed) else inputs)
-        found = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in leaves) or type(inputs).__name__
+        leaves = tensor_leaves(plain(inputs))
+        kind = type(plain(inputs)).__name__
+        found = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in leaves) or kind
         text = (
             f"{where}: the model's forward pass failed on {found}: {type(error).__name__}: {error}"
         )
@@ -165,6 +328,28 @@ class FunctionalModel:
             "tensor; a tuple is passed as arguments, a mapping as keyword arguments, and "
             "`forward=lambda model, inputs: ...` calls a model that needs something else."
         )
+
+
+@dataclass(frozen=True)
+class _OutputShape:
+    """Outputs of one example at the fit, and the lengths of the inputs' own axes then."""
+
+    shape: tuple[int, ...]
+    lengths: frozenset[int]
+
+
+def _lengths(inputs: Inputs) -> frozenset[int]:
+    return frozenset(n for t in tensor_leaves(plain(inputs)) for n in t.shape[1:])
+
+
+def _called(model: nn.Module, forward: Forward | None, inputs: Any) -> Any:
+    if forward is not None:
+        return forward(model, inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    return model(inputs)
 
 
 def functional_model(
@@ -184,7 +369,9 @@ def unwrapped(model: Any) -> nn.Module:
     """The module itself: ``torch.compile`` wraps it, and hooks need its layers."""
     if not isinstance(model, nn.Module):
         raise InputError(f"`model` is {type(model).__name__}, expected a torch.nn.Module.")
-    return getattr(model, "_orig_mod", model)
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    check_kind(inner)
+    return inner
 
 
 def as_tensor_output(value: Any) -> Tensor:
@@ -203,12 +390,16 @@ def as_tensor_output(value: Any) -> Tensor:
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Derivatives whatever mode the caller is in, and global random state put back at the end.
+    """Derivatives whatever mode the caller is in (autocast rounds), and global random state put back at the end.
 
     A model that draws random numbers is refused, but has drawn by then; a shuffling loader draws too.
     """
     cuda = [device] if device.type == "cuda" else []
-    with torch.inference_mode(False), torch.random.fork_rng(devices=cuda):
+    with (
+        torch.inference_mode(False),
+        torch.random.fork_rng(devices=cuda),
+        torch.autocast(device.type, enabled=False),
+    ):
         yield
 
 

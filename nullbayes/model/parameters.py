@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nullbayes.errors import InputError, ModelError, NonFiniteError
 
+HALF = (torch.float16, torch.bfloat16)
 ParameterFilter = Callable[[str, nn.Parameter], bool]
 ParameterChoice = None | Iterable[str] | ParameterFilter
 
@@ -24,6 +25,7 @@ class Slot:
     shape: torch.Size
     start: int
     stop: int
+    dtype: torch.dtype | None = None  # of the tensor in computations; None: the space's
 
     @property
     def numel(self) -> int:
@@ -34,7 +36,11 @@ class ParameterSpace:
     """The parameter tensors that take part, laid end to end in a vector of ``P`` numbers.
 
     Tied tensors appear once, under the first name by which the model knows them.
-    All tensors share one dtype and one device; anything else is a :class:`ModelError`.
+    All tensors share one device. Where dtypes differ, the vector has the widest, and each tensor is computed with in
+    its own; half precision counts as float32, since rows in it prove nothing.
+
+    Attributes:
+        fixed: coordinates ``(k,)`` that no sample may move, such as the row of an embedding's ``padding_idx``.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -44,31 +50,59 @@ class ParameterSpace:
                 "a model without a parameter that requires a gradient. Name some "
                 "(`parameters=['head.weight', ...]`) or call `model.requires_grad_(True)`."
             )
-        dtypes = sorted({str(t.dtype) for t in tensors.values()})
         devices = sorted({str(t.device) for t in tensors.values()})
-        if len(dtypes) > 1 or len(devices) > 1:
+        if len(devices) > 1:
             raise ModelError(
-                f"all chosen parameters must share one dtype and one device; found {dtypes} on "
-                f"{devices}. Convert the model (`model.to(...)`) or narrow `parameters=`."
+                f"all chosen parameters must share one device; found {devices}. Move the model "
+                "(`model.to(...)`) or narrow `parameters=`."
             )
         first = next(iter(tensors.values()))
-        if not first.dtype.is_floating_point:
-            raise ModelError(
-                f"parameters must be real floating-point numbers; found {first.dtype}."
-            )
+        for name, tensor in tensors.items():
+            if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+                raise ModelError(
+                    f"parameters must be real floating-point numbers of 16 bits or more; {name!r} is "
+                    f"{tensor.dtype}. Leave it out with `parameters=`, or convert the model."
+                )
         if any(t.is_inference() for t in tensors.values()):
             raise ModelError(
                 "the model's weights were made under `torch.inference_mode()`, which rules out "
                 "derivatives for good; build or load the model outside of it."
             )
-        self.dtype, self.device = first.dtype, first.device
+        wide = {n: _working(t.dtype) for n, t in tensors.items()}
+        self.dtype = max(wide.values(), key=lambda dtype: dtype.itemsize)
+        self.device = first.device
         slots, start = [], 0
         for name, tensor in tensors.items():
-            slots.append(Slot(name, tensor.shape, start, start + tensor.numel()))
+            dtype = None if wide[name] == self.dtype else wide[name]
+            slots.append(Slot(name, tensor.shape, start, start + tensor.numel(), dtype))
             start += tensor.numel()
         self.slots = tuple(slots)
         self.by_name = {slot.name: slot for slot in slots}
         self.total = start
+        self.fixed = torch.empty(0, dtype=torch.int64, device=self.device)
+
+    @property
+    def free(self) -> int:
+        """``P`` less the coordinates that stay where they are."""
+        return self.total - len(self.fixed)
+
+    def fix(self, name: str, rows: Iterable[int]) -> None:
+        """Let no sample move the ``rows`` of a table ``(V, ...)``."""
+        slot = self.by_name[name]
+        width = slot.numel // max(1, slot.shape[0])
+        each = [torch.arange(slot.start + r * width, slot.start + (r + 1) * width) for r in rows]
+        self.fixed = torch.cat([self.fixed, *(e.to(self.fixed) for e in each)]).unique()
+
+    def release(self, name: str) -> None:
+        """Let samples move all of a tensor again."""
+        slot = self.by_name[name]
+        self.fixed = self.fixed[(self.fixed < slot.start) | (self.fixed >= slot.stop)]
+
+    def fix_(self, vectors: Tensor) -> Tensor:
+        """``vectors (*lead, P)`` with zeros, in place, at the coordinates that stay where they are."""
+        if len(self.fixed):
+            vectors[..., self.fixed] = 0
+        return vectors
 
     @classmethod
     def from_model(cls, model: nn.Module, choice: ParameterChoice = None) -> ParameterSpace:
@@ -96,7 +130,11 @@ class ParameterSpace:
                     raise InputError(f"`parameters` names {name!r}, unknown to the model.{hint}")
             keep = {canonical[id(aliases[name])] for name in wanted}
             chosen = {n: p for n, p in named.items() if n in keep}
-        return cls(chosen)
+        space = cls(chosen)
+        for name, rows in padding_rows(model).items():
+            if name in space.by_name:
+                space.fix(name, rows)
+        return space
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -119,12 +157,18 @@ class ParameterSpace:
                 f"{tuple(flat.shape)}."
             )
         lead = flat.shape[:-1]
-        return {s.name: flat[..., s.start : s.stop].reshape(*lead, *s.shape) for s in self.slots}
+        return {
+            s.name: flat[..., s.start : s.stop].reshape(*lead, *s.shape).to(s.dtype or flat.dtype)
+            for s in self.slots
+        }
 
     def current(self, model: nn.Module) -> dict[str, Tensor]:
-        """The model's present weights by name, detached (views, not copies)."""
+        """The model's present weights by name, detached: views, or float32 copies of half precision."""
         named = dict(model.named_parameters())
-        return {slot.name: named[slot.name].detach() for slot in self.slots}
+        return {
+            slot.name: named[slot.name].detach().to(_working(named[slot.name].dtype))
+            for slot in self.slots
+        }
 
     def check_finite(self, model: nn.Module) -> None:
         """Raise :class:`NonFiniteError` naming the tensors that hold NaN or infinity.
@@ -165,3 +209,29 @@ class ParameterSpace:
                 )
             out[slot.start : slot.stop] = scale
         return out
+
+
+def _working(dtype: torch.dtype) -> torch.dtype:
+    """What numbers of a tensor are computed with."""
+    return torch.float32 if dtype in HALF else dtype
+
+
+def padding_rows(model: nn.Module) -> dict[str, set[int]]:
+    """Rows that stay where they are, by the canonical name of the table: ``padding_idx`` of embeddings.
+
+    Only where no other module owns the table: tied to an output layer, its padding row is trained.
+    """
+    canonical = {id(p): n for n, p in model.named_parameters()}
+    rows: dict[str, list[set[int]]] = {}
+    for module in model.modules():
+        for local, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            padding: int | None = None
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and local == "weight":
+                padding = module.padding_idx
+            rows.setdefault(canonical[id(parameter)], []).append(
+                set() if padding is None else {padding % len(parameter)}
+            )
+    shared = {name: set.intersection(*found) for name, found in rows.items()}
+    return {name: found for name, found in shared.items() if found}

@@ -9,16 +9,17 @@ The global random state is neither read nor moved.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import register_pytree_node, tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
 from nullbayes.errors import InputError, ModelError
+from nullbayes.model.batch import Keyed, flags_of, plain, repeated
 from nullbayes.model.random_ops import RULES, UNTAGGED
 
 # Of the splitmix64 generator, as signed 64-bit numbers.
@@ -64,47 +65,11 @@ def resolve_randomness(value: Any, draws: int | None) -> FrozenRandomness | None
     )
 
 
-@dataclass(frozen=True)
-class Keyed:
-    """Inputs with one key (int64) per example, from which its random numbers follow."""
-
-    inputs: Any
-    keys: Tensor  # (B,)
-    seed: int
-
-
-def _keyed_again(children: Iterable[Any], seed: int) -> Keyed:
-    inputs, keys = children
-    return Keyed(inputs, keys, seed)
-
-
-register_pytree_node(
-    Keyed,
-    lambda keyed: ([keyed.inputs, keyed.keys], keyed.seed),
-    _keyed_again,
-    serialized_type_name="nullbayes.Keyed",
-)
-
-
 def keyed(inputs: Any, size: int, seed: int, draws: Sequence[int]) -> Keyed:
     """``inputs`` of ``size`` examples, each repeated for every one of ``draws``, with its keys ``(B·k,)``."""
     content = content_hash(inputs, size)
     keys = torch.stack([_mix(_mix(content ^ _mixed(seed)) + _mixed(draw)) for draw in draws], dim=1)
     return Keyed(repeated(inputs, size, len(draws)), keys.flatten(), seed)
-
-
-def repeated(value: Any, size: int, times: int) -> Any:
-    """Each example ``times`` times in a row, in every tensor that has the batch axis."""
-    if times == 1:
-        return value
-    return tree_map(
-        lambda t: (
-            t.repeat_interleave(times, 0)
-            if isinstance(t, Tensor) and t.ndim and len(t) == size
-            else t
-        ),
-        value,
-    )
 
 
 def content_hash(inputs: Any, size: int) -> Tensor:
@@ -114,10 +79,14 @@ def content_hash(inputs: Any, size: int) -> Tensor:
     do not count, so that padding with zeros does not change an example.
     """
     total: Tensor | None = None
-    leaves = [t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)]
-    for place, leaf in enumerate(t for t in leaves if t.ndim and len(t) == size):
+    # What has length one counts for every example: alone, an example cannot say whether that is its own.
+    flags = flags_of(inputs, size)
+    leaves = [
+        t for t, has in zip(tree_flatten(plain(inputs))[0], flags, strict=True) if has or _one(t)
+    ]
+    for place, leaf in enumerate(leaves):
         flat = (torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf).detach()
-        flat = flat.reshape(size, -1)
+        flat = flat.reshape(len(flat), -1).expand(size, -1)
         if flat.is_floating_point():
             flat = flat.to(torch.float32).contiguous().view(torch.int32)
             flat = torch.where(flat == -(1 << 31), 0, flat)  # minus zero
@@ -129,6 +98,10 @@ def content_hash(inputs: Any, size: int) -> Tensor:
         total = part if total is None else total + part.to(total.device)
     assert total is not None  # `batch_size` found a tensor with a batch axis
     return total
+
+
+def _one(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == 1
 
 
 def _mix(x: Tensor) -> Tensor:

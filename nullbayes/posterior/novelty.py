@@ -31,8 +31,7 @@ from nullbayes.jacobian.linearise import (
 )
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.likelihood import Likelihood
-from nullbayes.model.batch import Inputs, take, to_device
-from nullbayes.model.randomness import Keyed
+from nullbayes.model.batch import Inputs, plain, take, to_device
 from nullbayes.solvers.base import relative
 from nullbayes.solvers.block_cg import blocks
 
@@ -155,8 +154,7 @@ def share(scorer: Scorer, x: Inputs, targets: Any) -> Tensor:
 def loss_variance(scorer: Scorer, x: Inputs, targets: Any) -> Tensor:
     """``Var(∇ℓ(f(x))ᵀ J(x) Δ) (B,)``: of each example's own loss, to first order; one row, however many outputs."""
     functional, likelihood = scorer.problem.functional, scorer.likelihood
-    plain = x.inputs if isinstance(x, Keyed) else x
-    targets = _targets(likelihood, plain, targets, functional.device)
+    targets = _targets(likelihood, plain(x), targets, functional.device)
     point = functional.outputs(x, "`x`")
     targets = scorer.problem.checked_targets(point, targets, "`x`")
 

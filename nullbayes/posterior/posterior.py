@@ -16,15 +16,13 @@ from nullbayes.constraints.problem import Problem
 from nullbayes.errors import InputError
 from nullbayes.fit.plan import Plan
 from nullbayes.fit.result import Settings
-from nullbayes.fit.target import DELTA, FullLaplace, NullSpace
+from nullbayes.fit.target import FullLaplace, NullSpace
 from nullbayes.likelihood import Likelihood, LossFunction, resolve_loss
 from nullbayes.model.functional import Forward, functional_model
 from nullbayes.model.parameters import ParameterChoice
 from nullbayes.model.randomness import FrozenRandomness, resolve_randomness
 from nullbayes.posterior.base import Posterior
 from nullbayes.solvers import Solver
-
-CLASSIFICATION = "classification"
 
 
 class NullSpacePosterior(Posterior):
@@ -73,7 +71,7 @@ class NullSpacePosterior(Posterior):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: str | Likelihood | LossFunction = CLASSIFICATION,
+        likelihood: str | Likelihood | LossFunction = "classification",
         preserve: str | Preserve = "predictions",
         *,
         loss: LossFunction | None = None,
@@ -87,13 +85,13 @@ class NullSpacePosterior(Posterior):
         memory: str | int | None = None,
         randomness: str | FrozenRandomness | None = None,
         draws: int | None = None,
-        delta: float = DELTA,
+        delta: float = 1e-4,
         drift: float | None = None,
     ) -> None:
         number = isinstance(delta, (int, float)) and not isinstance(delta, bool)
         if not number or not 0 <= delta < math.inf:
             raise InputError(f"`delta` is {delta!r}; expected a number, 0 (exact) or more.")
-        explained = resolve_loss(likelihood, loss, CLASSIFICATION)
+        explained = resolve_loss(likelihood, loss, "classification")
         frozen = resolve_randomness(randomness, draws)
         functional = functional_model(model, parameters, forward, explained.layouts, frozen)
         problem = Problem.of(functional, explained, preserve, directions, prior_precision)
@@ -121,7 +119,7 @@ class LaplacePosterior(Posterior):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: str | Likelihood | LossFunction = CLASSIFICATION,
+        likelihood: str | Likelihood | LossFunction = "classification",
         preserve: str | Preserve = "predictions",
         *,
         loss: LossFunction | None = None,
@@ -137,7 +135,7 @@ class LaplacePosterior(Posterior):
         draws: int | None = None,
         drift: float | None = None,
     ) -> None:
-        explained = resolve_loss(likelihood, loss, CLASSIFICATION)
+        explained = resolve_loss(likelihood, loss, "classification")
         frozen = resolve_randomness(randomness, draws)
         functional = functional_model(model, parameters, forward, explained.layouts, frozen)
         problem = Problem.of(functional, explained, preserve, directions, prior_precision)
@@ -156,7 +154,7 @@ def _row_drift(row_drift: float | None, drift: float | None) -> float | None:
 def plan(
     model: nn.Module,
     train_loader: Iterable[Any],
-    likelihood: str | Likelihood | LossFunction = CLASSIFICATION,
+    likelihood: str | Likelihood | LossFunction = "classification",
     preserve: str | Preserve = "predictions",
     *,
     loss: LossFunction | None = None,
@@ -170,7 +168,7 @@ def plan(
     memory: str | int | None = None,
     randomness: str | FrozenRandomness | None = None,
     draws: int | None = None,
-    delta: float = DELTA,
+    delta: float = 1e-4,
     num_samples: int = 30,
     max_examples: int | None = None,
 ) -> Plan:

@@ -14,6 +14,7 @@ from nullbayes.constraints.preserve import resolve_preserve
 from nullbayes.jacobian import linearise
 from nullbayes.likelihood import Classification, Likelihood
 from nullbayes.likelihood.softmax import position_directions
+from nullbayes.model.batch import batch_size
 from nullbayes.posterior import novelty
 
 F64 = torch.float64
@@ -118,7 +119,7 @@ def test_large_outputs_are_predicted_a_piece_at_a_time(
     whole, sizes, forward = posterior.predict(x).outputs, [], linearise._forward
 
     def noted(functional: Any, tangent: Any, inputs: Any) -> Tensor:
-        sizes.append(len(inputs))
+        sizes.append(batch_size(inputs))
         return forward(functional, tangent, inputs)
 
     monkeypatch.setattr(linearise, "_forward", noted)

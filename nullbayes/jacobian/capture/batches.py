@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from nullbayes.jacobian.block import Block
-from nullbayes.jacobian.capture.capture import capture
+from nullbayes.jacobian.capture.checking import captured_at_use, checked, separate
 from nullbayes.jacobian.capture.plan import CapturePlan
+from nullbayes.jacobian.capture.verify import prove
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.model.functional import FunctionalModel
@@ -50,21 +52,55 @@ def capture_batch(
     cotangents: int,
     scales: dict[str, float] | None = None,
     temporaries: int | None = None,
+    where: str = "the training data",
 ) -> Iterator[tuple[Block, Inputs, Any]]:
-    """One batch, cut into pieces: the block of each, its inputs, and its cotangents.
+    """One batch, cut into pieces: the block of each, checked, its inputs, and its cotangents.
 
     Args:
         make: ``(outputs, piece) -> `` the cotangents of a piece.
+        where: the batch, for messages.
+
+    Raises:
+        ModelError: rows that differ from plain automatic differentiation on every path.
     """
     size = batch_size(inputs)
     step = examples_per_capture(functional, plan, cotangents, temporaries)
     for start in range(0, size, step):
         piece = slice(start, min(start + step, size))
         some = take(inputs, piece.start, piece.stop)
-        block, made = capture(
-            functional, plan, some, lambda outputs, piece=piece: make(outputs, piece), scales
-        )
+
+        def made_of(outputs: Tensor, piece: slice = piece) -> Any:
+            return make(outputs, piece)
+
+        block, made = checked(functional, plan, some, made_of, scales, where, start)
         yield block, some, made
+
+
+def ready(
+    functional: FunctionalModel,
+    plan: CapturePlan | None,
+    inputs: Inputs,
+    outputs: Tensor,
+    where: str,
+    index: int,
+) -> tuple[CapturePlan, Inputs]:
+    """A batch of training data, ready to be captured: its plan, and its inputs as the model takes them.
+
+    Args:
+        plan: None for the first batch, on which it is made.
+        outputs: of the batch, without gradients.
+
+    Raises:
+        ModelError: no rows of single examples exist: examples that depend on one another, on chance or on a state, and
+            what `prove` refuses.
+    """
+    if plan is None:
+        plan = prove(functional, inputs)
+        functional.remember(inputs, outputs)
+    since = time.perf_counter()
+    inputs = separate(functional, inputs, outputs, where, index)
+    plan.checking_seconds += time.perf_counter() - since
+    return plan, inputs
 
 
 def output_operators(
@@ -79,7 +115,7 @@ def output_operators(
     step = examples_per_capture(functional, plan, outputs)
     for start in range(0, size, step):
         piece = take(inputs, start, min(start + step, size))
-        block, _ = capture(functional, plan, piece, _identity, scales)
+        block, _ = captured_at_use(functional, plan, piece, _identity, scales)
         yield JacobianOperator(functional.space, [block])
 
 

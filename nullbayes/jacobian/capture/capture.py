@@ -8,8 +8,7 @@ carries every example's own gradient. Parameters without a rule go through ``gen
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from nullbayes.errors import ModelError
 from nullbayes.jacobian.block import Block
 from nullbayes.jacobian.capture.generic import generic_rows
 from nullbayes.jacobian.capture.plan import CapturePlan, Site
@@ -33,10 +31,11 @@ from nullbayes.jacobian.factors.dense import DenseFactor
 from nullbayes.jacobian.factors.lookup import LookupFactor
 from nullbayes.jacobian.factors.outer import OuterFactor
 from nullbayes.jacobian.factors.products import flushed
-from nullbayes.jacobian.layers.rule import Lookup, Outer, Rows
+from nullbayes.jacobian.layers.rule import Contribution, Lookup, Outer, Rows, working
 from nullbayes.model.batch import Inputs
 from nullbayes.model.functional import FunctionalModel
-from nullbayes.model.parameters import Slot
+from nullbayes.model.parameters import HALF, Slot
+from nullbayes.model.private import Hooks
 
 
 class RuleMismatch(Exception):
@@ -60,22 +59,23 @@ class _Record:
     shape: torch.Size
 
 
-@contextmanager
-def _recording(plan: CapturePlan) -> Iterator[tuple[list[_Record], list[LocalUse]]]:
-    """Hooks on the sites' modules for the length of one forward pass."""
+def _recorders(plan: CapturePlan) -> tuple[Hooks, list[_Record], list[LocalUse]]:
+    """Forward hooks for the sites' modules, and the lists that they fill."""
     records: list[_Record] = []
     uses: list[LocalUse] = []
-    handles = []
 
     def hook_for(site: Site) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Any, out: Any) -> Tensor | None:
             x = args[0] if args else next(iter(kwargs.values()), None)
             if not isinstance(x, Tensor) or not isinstance(out, Tensor) or not out.requires_grad:
-                return  # such a use is not accounted for; the probe will say so
+                return None  # such a use is not accounted for; the check will say so
             # The edge, not the tensor: a later in-place activation would move the tensor's own
             # place in the graph behind itself.
             edge = get_gradient_edge(out)
             records.append(_Record(site, x.detach(), x._version, edge, out.shape))
+            # In place on a view, an activation would rewrite the view's own history, and leave the edge aside
+            # (a linear layer on a batch of one, token axes and all, returns a view).
+            return out.clone() if out._is_view() else None
 
         return hook
 
@@ -87,16 +87,9 @@ def _recording(plan: CapturePlan) -> Iterator[tuple[list[_Record], list[LocalUse
 
         return hook
 
-    hooks = [(site.module, hook_for(site)) for site in plan.sites]
-    hooks += [(site.module, local_hook_for(site)) for site in plan.local]
-    try:
-        for module, hook in hooks:
-            handle = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
-            handles.append(handle)  # one by one: an error midway must find the earlier ones here
-        yield records, uses
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = [(site.path, hook_for(site)) for site in plan.sites]
+    hooks += [(site.path, local_hook_for(site)) for site in plan.local]
+    return hooks, records, uses
 
 
 def batched_grad(
@@ -129,22 +122,23 @@ def capture(
         make_cotangents: ``outputs (B, *out) -> object`` whose ``.values`` is ``(C, B, *out)``.
         scales: what to multiply the columns of each parameter by.
 
+    A batch that reaches no parameter has rows of zero.
+
     Raises:
-        ModelError: the outputs do not depend on the chosen parameters.
+        RuleMismatch, GenericPathFailed, LocalFailed: for ``checking.py``, which mends the plan.
     """
-    with torch.enable_grad(), _recording(plan) as (records, uses):
-        outputs = functional(functional.weights(requires_grad=True), inputs)
-    if not outputs.requires_grad:
-        raise ModelError(
-            "the model's output does not depend on the chosen parameters by any path that can be "
-            "differentiated; look for `.detach()`, `torch.no_grad()` or integer conversions in its "
-            "forward pass, or choose other `parameters=`."
-        )
+    hooks, records, uses = _recorders(plan)
+    with torch.enable_grad():
+        outputs = functional(functional.weights(requires_grad=True), inputs, hooks)
+    # Copies: activation checkpointing calls modules, and so the hooks, once more in the backward pass.
+    records, uses = list(records), list(uses)
     made = make_cotangents(outputs.detach())
     cotangents = made.values.to(outputs.dtype)
     count, size = cotangents.shape[:2]
     contributions = _Contributions(functional, plan, size, scales or {})
     whole = [n for n in plan.generic if not any(n in site.names for site in plan.local)]
+    if not outputs.requires_grad:
+        return Block({}, size, count), made
     if records or uses:
         edges = [r.edge for r in records] + [u.edge for u in uses]
         grads = batched_grad(outputs, edges, cotangents, plan.batched_backward)
@@ -167,9 +161,9 @@ def capture(
     if whole:
         try:
             rows = generic_rows(functional, whole, inputs, cotangents, plan.vmapped)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:
-            if not plan.vmapped:
-                raise
             raise GenericPathFailed(str(error)) from error
         for name, values in rows.items():
             contributions.add_rows(name, values)
@@ -240,11 +234,14 @@ class _Contributions:
         if x.shape[0] != g.shape[1]:
             raise RuleMismatch(site.path, "input and output differ in their leading axis")
         names = site.names
+        x, g = (_single(t) for t in (x, g))
         try:
             items = list(site.rule.contributions(site.module, x, g))
         except Exception as error:  # any shape a rule was not written for; the plan decides
             raise RuleMismatch(site.path, f"its rule failed ({error})") from error
         for item in items:
+            item = working(item, self.functional.dtype)
+            self._check_sizes(site, item, len(g))
             if isinstance(item, Rows):
                 if item.name in names:
                     values = self._split(item.values, 1, site.path).sum(2)
@@ -256,6 +253,30 @@ class _Contributions:
                     self.lookup[names[item.name]].append((index, grads))
             else:
                 self._add_outer(site, item)
+
+    def _check_sizes(self, site: Site, item: Contribution, count: int) -> None:
+        """A rule given a layout that it was not written for may return other sizes than the parameters have."""
+        if isinstance(item, Rows):
+            sizes = {item.name: item.values[0, 0].numel()}
+            lead = [item.values.shape[0]]
+        elif isinstance(item, Lookup):
+            table = self.slots.get(site.names.get(item.name, ""))
+            rows = 0 if table is None else table.shape[0]
+            sizes, lead = {item.name: rows * item.g.shape[-1]}, [item.g.shape[0]]
+            if item.g.shape[1:3] != item.index.shape:
+                raise RuleMismatch(
+                    site.path, "its rule looks up other tokens than it has gradients of"
+                )
+        else:
+            outputs = item.g.shape[3] * item.g.shape[4]
+            sizes = {item.weight: outputs * item.a.shape[3]}
+            sizes |= {item.bias: outputs} if item.bias else {}
+            lead = [item.g.shape[0]]
+            if item.a.shape[:3] != item.g.shape[1:4]:
+                raise RuleMismatch(site.path, "its rule has other positions than gradients")
+        wanted = {n: self.slots[site.names[n]].numel for n in sizes if n in site.names}
+        if lead != [count] or any(sizes[n] != numel for n, numel in wanted.items()):
+            raise RuleMismatch(site.path, "its rule gives rows of another size")
 
     def _add_outer(self, site: Site, item: Outer) -> None:
         names = site.names
@@ -273,7 +294,7 @@ class _Contributions:
 
     def add_rows(self, name: str, values: Tensor) -> None:
         """``values (B, C, numel)``."""
-        self.rows[name].append(values)
+        self.rows[name].append(values.to(self.functional.dtype))
 
     def factors(self, cotangents: int) -> dict[tuple[str, ...], Factor]:
         """One factor for each parameter, all written-out rows side by side in one."""
@@ -318,11 +339,6 @@ class _Contributions:
         for name, values in self.rows.items():
             total = sum(values[1:], values[0]) * self._scale(name)
             dense[name] = dense[name] + total if name in dense else total
-        covered = {name for names in out for name in names} | set(dense)
-        for name in self.functional.space.names:
-            if name not in covered:  # no gradient in this batch (an unused branch): zero rows
-                numel = self.slots[name].numel
-                dense[name] = self._zeros(cotangents, numel)
         if dense:
             order: list[Slot] = [s for s in self.functional.space.slots if s.name in dense]
             joined = flushed(torch.cat([dense[s.name] for s in order], dim=2))
@@ -332,6 +348,7 @@ class _Contributions:
     def _scale(self, name: str | None) -> float:
         return 1.0 if name is None else self.scales.get(name, 1.0)
 
-    def _zeros(self, cotangents: int, numel: int) -> Tensor:
-        f = self.functional
-        return torch.zeros(self.size, cotangents, numel, dtype=f.dtype, device=f.device)
+
+def _single(t: Tensor) -> Tensor:
+    """Half precision (of autocast) as float32: products of rows are not to round a second time."""
+    return t.float() if t.dtype in HALF else t

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from nullbayes.model.batch import Inputs, take
+from nullbayes.model.batch import Batch, Inputs, Keyed, flags_of, plain, take
 from nullbayes.model.functional import FunctionalModel
-from nullbayes.model.randomness import Keyed
 
 # Elements of rows that one vmapped call may hold (128 MB of float32).
 VMAP_ELEMENTS = 32 * 2**20
@@ -34,7 +34,18 @@ def generic_rows(
             that ``torch.vmap`` cannot follow (recurrent kernels, data-dependent control flow).
     """
     rows = (_vmapped if vmapped else _looped)(functional, names, inputs, cotangents)
+    size = cotangents.shape[1]
+    if not well_shaped(functional, rows, size, len(cotangents)):
+        raise ValueError("a vectorised operation gave rows of another shape")
     return {name: t.flatten(2) for name, t in rows.items()}
+
+
+def well_shaped(
+    functional: FunctionalModel, rows: dict[str, Tensor], size: int, count: int
+) -> bool:
+    """Whether rows are ``(B, C, *shape)``: vectorised operations have been seen to give others (`prelu`)."""
+    slots = functional.space.by_name
+    return all(t.shape == (size, count, *slots[name].shape) for name, t in rows.items())
 
 
 def _vmapped(
@@ -42,36 +53,33 @@ def _vmapped(
 ) -> dict[str, Tensor]:
     weights = functional.weights()
     chosen = {n: weights[n] for n in names}
+    size = cotangents.shape[1]
+    leaves, spec = tree_flatten(plain(inputs))
+    flags = flags_of(inputs, size)
+    varying = [t for t, has in zip(leaves, flags, strict=True) if has]
 
-    def one(x: Inputs, cots: Tensor) -> dict[str, Tensor]:
+    def one(some: list[Tensor], cots: Tensor) -> dict[str, Tensor]:
         def f(w: dict[str, Tensor]) -> Tensor:
-            single = torch.utils._pytree.tree_map(
-                lambda t: t.unsqueeze(0) if isinstance(t, Tensor) else t, x
-            )
+            rest = iter(some)
+            mine = [next(rest)[None] if has else t for t, has in zip(leaves, flags, strict=True)]
+            single = Batch(tree_unflatten(mine, spec), flags)
             return functional({**weights, **w}, single).squeeze(0)
 
         pull = torch.func.vjp(f, chosen)[1]
         return torch.vmap(lambda c: pull(c)[0])(cots)
 
-    size = cotangents.shape[1]
-    plain = inputs.inputs if isinstance(inputs, Keyed) else inputs
-    leaves, spec = torch.utils._pytree.tree_flatten(plain)
-    axes = torch.utils._pytree.tree_unflatten(
-        [0 if isinstance(t, Tensor) and t.ndim and len(t) == size else None for t in leaves], spec
-    )
     width = max(1, len(cotangents) * sum(t.numel() for t in chosen.values()))
     chunk = min(size, max(1, VMAP_ELEMENTS // width))
     if not isinstance(inputs, Keyed):
-        return torch.vmap(one, in_dims=(axes, 1), chunk_size=chunk)(inputs, cotangents)
+        return torch.vmap(one, in_dims=(0, 1), chunk_size=chunk)(varying, cotangents)
     parts = []
     for start in range(0, size, chunk):
         some = take(inputs, start, min(start + chunk, size))
         cots = cotangents[:, start : start + chunk]
         # Below vmap a random operation has the examples of the chunk on its first axis.
         with functional.drawing(some):
-            parts.append(
-                torch.vmap(one, in_dims=(axes, 1), randomness="different")(some.inputs, cots)
-            )
+            part = [t[start : start + chunk] for t in varying]
+            parts.append(torch.vmap(one, in_dims=(0, 1), randomness="different")(part, cots))
     return {name: torch.cat([part[name] for part in parts]) for name in chosen}
 
 

@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from nullbayes.audit.signatures import SignatureSet
+from nullbayes.errors import ModelError
 from nullbayes.jacobian.capture.single_module import LocalSite
 from nullbayes.jacobian.layers.rule import LayerRule, rule_for
+from nullbayes.model.checks import quantised
 from nullbayes.model.functional import FunctionalModel
 
 
@@ -20,6 +23,8 @@ class Site:
     rule: LayerRule
     names: dict[str, str]
     batch_axis: int = 0
+    # Whether the axis was proved on more than one example: one alone is the same on either.
+    axis_proved: bool = False
 
 
 @dataclass
@@ -40,6 +45,29 @@ class CapturePlan:
     # Whether an outer-product factor is written out; fixed by the first batch so that the blocks
     # of all batches can be multiplied with one another.
     written_out: dict[tuple[str, ...], bool] = field(default_factory=dict)
+
+    # Kinds of batches whose rows were proved, and those whose examples are known to be functions of themselves.
+    proved: SignatureSet = field(default_factory=SignatureSet)
+    separated: SignatureSet = field(default_factory=SignatureSet)
+    # Parameters that no example so far has a gradient path to.
+    unreached: set[str] = field(default_factory=set)
+    # What comparing captured rows with plain differentiation has taken.
+    checking_seconds: float = 0.0
+    # Which of the ways to differentiate along a weight change this model takes, see `linearise.py`.
+    product: int = 0
+    # Whether that way was confirmed by one backward pass: some operations drop out of a second one in silence.
+    product_confirmed: bool = False
+
+    def check_reached(self, model: nn.Module) -> None:
+        """Raise :class:`ModelError` if there is a parameter that no example leads to."""
+        if self.unreached:
+            packed = quantised(model)
+            raise ModelError(
+                f"no gradient path leads from the output to {sorted(self.unreached)} on any example: nothing can be "
+                "preserved by them. Leave them out with `parameters=lambda name, p: name not in "
+                "{...}`, or look for `.detach()` / `torch.no_grad()` / integer conversions in the forward pass."
+                + (f" Quantised layers have no derivative: {packed[:5]}." if packed else "")
+            )
 
     def owners(self, name: str) -> list[Site]:
         return [site for site in self.sites if name in site.names.values()]
@@ -77,7 +105,7 @@ def make_plan(functional: FunctionalModel) -> CapturePlan:
         if names:
             sites.append(Site(path, module, rule, names))
             covered.update(names.values())
-    plan = CapturePlan(sites, [])
+    plan = CapturePlan(sites, [], unreached=set(space.names))
     owned = _owner_descriptions(model)
     for name in space.names:
         if name not in covered:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from nullbayes.jacobian.capture.generic import VMAP_ELEMENTS
+from nullbayes.jacobian.capture.generic import VMAP_ELEMENTS, well_shaped
 from nullbayes.model.functional import FunctionalModel
 
 # Modules around a parameter's owner that are tried: further out there is little left to save.
@@ -117,6 +117,8 @@ def local_rows(
     flags = _batched(use, settled)
     run = _vmapped if site.vmapped else _looped
     rows = run(functional, use, _split(use, flags, size), flags, _cut(g, site.axis + 1, size), size)
+    if not well_shaped(functional, rows, size, len(g)):
+        raise _Unfit("its rows have another shape")
     return {name: t.flatten(2) for name, t in rows.items()}
 
 
@@ -149,26 +151,19 @@ def _cut(t: Tensor, axis: int, size: int) -> Tensor:
 
 
 def _call(functional: FunctionalModel, use: LocalUse) -> Callable[..., Tensor]:
-    """``(chosen weights, leaves) -> output`` of the module, its buffers copied."""
-    module, names = use.site.module, set(use.site.names)
-    canonical = {id(p): n for n, p in functional.model.named_parameters()}
-    places: list[tuple[str, str]] = []
-    buffers: dict[str, Tensor] = {}
-    for path, inner in module.named_modules():  # each once, under whatever path
-        prefix = f"{path}." if path else ""
-        for local, parameter in inner._parameters.items():
-            if parameter is not None and canonical.get(id(parameter)) in names:
-                places.append((prefix + local, canonical[id(parameter)]))
-        for local, buffer in inner._buffers.items():
-            if buffer is not None:
-                buffers[prefix + local] = buffer
+    """``(chosen weights, leaves) -> output`` of a private copy of the module."""
+    module = use.site.module
+    named = {n: p for n, p in functional.model.named_parameters() if n in use.site.names}
 
     def call(chosen: dict[str, Tensor], leaves: Sequence[Any]) -> Tensor:
         args, kwargs = tree_unflatten(list(leaves), use.spec)
-        swap = {place: chosen[name] for place, name in places}
-        swap |= {place: buffer.detach().clone() for place, buffer in buffers.items()}
-        out = torch.func.functional_call(module, swap, args, kwargs, tie_weights=False)
-        result = _first_tensor(out)
+        wide = functional.widened
+        tensors = {
+            id(p): chosen[n] if wide is not None else chosen[n].to(p.dtype)
+            for n, p in named.items()
+        }
+        private, _ = functional.modules.private(tensors, root=module, widened=wide)
+        result = _first_tensor(private(*args, **kwargs))
         assert result is not None
         return result
 

@@ -13,9 +13,10 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from nullbayes.audit.precision import tolerance
 from nullbayes.errors import ModelError, NonFiniteError
 from nullbayes.jacobian.block import Block
-from nullbayes.jacobian.capture.capture import GenericPathFailed, RuleMismatch, capture
+from nullbayes.jacobian.capture.checking import cannot, captured, next_layout
 from nullbayes.jacobian.capture.plan import CapturePlan, make_plan
 from nullbayes.jacobian.capture.single_module import LocalFailed, LocalSite, ancestors
 from nullbayes.model.batch import Inputs, batch_size, take
@@ -26,13 +27,13 @@ PROBE_COTANGENTS = 2
 
 
 def prove(functional: FunctionalModel, inputs: Inputs) -> CapturePlan:
-    """A capture plan whose rows equal those of automatic differentiation on ``inputs``.
+    """A capture plan whose rows equal those of automatic differentiation on the first of ``inputs``.
 
     Raises:
         ModelError: the output has no batch axis, an example's output depends on the other examples
-            of its batch or on chance, a chosen parameter has no gradient path, or rows still
-            differ when every doubtful parameter is on the generic path.
+            of its batch or on chance, or rows still differ when every doubtful parameter is on the generic path.
     """
+    inputs = functional.batch(inputs)
     inputs = take(inputs, 0, min(batch_size(inputs), PROBE_EXAMPLES))
     size = batch_size(inputs)
     outputs = functional.outputs(inputs)
@@ -40,19 +41,19 @@ def prove(functional: FunctionalModel, inputs: Inputs) -> CapturePlan:
     generator = torch.Generator().manual_seed(0)
     cots = torch.randn(PROBE_COTANGENTS, *outputs.shape, generator=generator, dtype=torch.float64)
     cots = cots.to(outputs)
-    truth = _reference_rows(functional, inputs, cots)
     plan = make_plan(functional)
+    truth = _reference_rows(functional, plan, inputs, cots)
     while True:
         rows = _captured_rows(functional, plan, inputs, cots)
-        bad = _mismatches(functional, rows, truth) if rows is not None else []
-        if rows is None:
-            continue  # the plan was changed; look again
+        bad = _mismatches(functional, rows, truth)
         if not bad:
             break
         _repair(plan, bad)
     if plan.generic and size > 1 and functional.randomness is None:
         _localise(functional, plan, inputs, cots, truth)
     plan.written_out.clear()
+    for site in plan.sites:
+        site.axis_proved = size > 1
     plan.settled = True
     return plan
 
@@ -64,7 +65,7 @@ def _check_outputs(functional: FunctionalModel, inputs: Inputs, outputs: Tensor,
             "scaling and the weights."
         )
     scale = outputs.abs().max()
-    allowed = _tolerance(outputs.dtype) * scale
+    allowed = tolerance(functional.rounding) * scale
     again = functional.outputs(inputs)
     if not bool((again - outputs).abs().max() <= allowed):
         raise ModelError(
@@ -77,7 +78,7 @@ def _check_outputs(functional: FunctionalModel, inputs: Inputs, outputs: Tensor,
                 '`randomness="frozen"` does not cover. Draw them with torch, or pass them as inputs.'
             )
         )
-    alone = torch.cat([functional.outputs(take(inputs, n, n + 1)) for n in range(size)])
+    alone = _one_by_one(functional, inputs, outputs)
     if not bool((alone - outputs).abs().max() <= allowed):
         raise ModelError(
             "an example's output changes when it is evaluated alone "
@@ -88,62 +89,65 @@ def _check_outputs(functional: FunctionalModel, inputs: Inputs, outputs: Tensor,
         )
 
 
-def _tolerance(dtype: torch.dtype) -> float:
-    """Relative difference explained by rounding: sums in another order over deep networks."""
-    return 2e4 * torch.finfo(dtype).eps
+def _one_by_one(functional: FunctionalModel, inputs: Inputs, outputs: Tensor) -> Tensor:
+    """Outputs of each example alone."""
+    alone = []
+    for n in range(len(outputs)):
+        one = take(inputs, n, n + 1)
+        out = functional.model_output(one)
+        if out is None:  # the model's own words
+            out = functional.outputs(one, "one example alone")
+        if out.shape == outputs[:1].shape:
+            alone.append(out)
+            continue
+        raise ModelError(
+            f"one example alone gives outputs of shape {tuple(out.shape)}, {len(outputs)} together give "
+            f"{tuple(outputs.shape)}: the batch axis of length one is removed on the way. Look for `.squeeze()` "
+            "without an axis in the forward pass (or in `forward=`), and name the axis (`.squeeze(-1)`)."
+        )
+    return torch.cat(alone)
 
 
-def _reference_rows(functional: FunctionalModel, inputs: Inputs, cots: Tensor) -> Tensor:
+def _reference_rows(
+    functional: FunctionalModel, plan: CapturePlan, inputs: Inputs, cots: Tensor
+) -> Tensor:
     """Rows ``(B*C, P)`` by automatic differentiation of the whole model, one example at a time."""
     count, size = cots.shape[:2]
     space = functional.space
     rows = torch.zeros(size * count, space.total, dtype=space.dtype, device=space.device)
-    unreached = set(space.names)
     for n in range(size):
         weights = functional.weights(requires_grad=True)
         with torch.enable_grad():
             out = functional(weights, take(inputs, n, n + 1))
         if not out.requires_grad:
-            break
+            continue
         for c in range(count):
-            grads = torch.autograd.grad(
-                out,
-                list(weights.values()),
-                cots[c, n : n + 1],
-                retain_graph=c + 1 < count,
-                allow_unused=True,
-            )
+            try:
+                grads = torch.autograd.grad(
+                    out,
+                    list(weights.values()),
+                    cots[c, n : n + 1],
+                    retain_graph=c + 1 < count,
+                    allow_unused=True,
+                )
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                raise cannot(functional, inputs, error, "the first examples") from error
             for slot, g in zip(space.slots, grads, strict=True):
                 if g is not None:
-                    unreached.discard(slot.name)
+                    plan.unreached.discard(slot.name)
                     g = g.to_dense() if g.is_sparse else g
                     rows[n * count + c, slot.start : slot.stop] = g.reshape(-1)
-    if unreached:
-        raise ModelError(
-            f"no gradient path leads from the output to {sorted(unreached)}: nothing can be "
-            "preserved by them. Leave them out with `parameters=lambda name, p: name not in "
-            "{...}`, or look for `.detach()` / `torch.no_grad()` in the forward pass."
-        )
     return rows
 
 
 def _captured_rows(
     functional: FunctionalModel, plan: CapturePlan, inputs: Inputs, cots: Tensor
-) -> Tensor | None:
-    """Rows ``(B*C, P)`` as the plan gives them; None when the plan had to be changed instead."""
-    try:
-        block, _ = capture(functional, plan, inputs, lambda _: SimpleNamespace(values=cots))
-    except RuleMismatch as error:
-        _next_layout(plan, error.path, str(error))
-        return None
-    except GenericPathFailed:
-        plan.vmapped = False
-        return None
-    except (RuntimeError, NotImplementedError):
-        if not plan.batched_backward:
-            raise
-        plan.batched_backward = False
-        return None
+) -> Tensor:
+    """Rows ``(B*C, P)`` as the plan gives them, changed where it did not run."""
+    made = SimpleNamespace(values=cots)
+    block, _ = captured(functional, plan, inputs, lambda _: made, where="the first examples")
     return block_rows(functional, block)
 
 
@@ -160,14 +164,14 @@ def block_rows(functional: FunctionalModel, block: Block) -> Tensor:
 
 
 def _mismatches(functional: FunctionalModel, rows: Tensor, truth: Tensor) -> list[str]:
-    tolerance = _tolerance(truth.dtype)
+    allowed = tolerance(functional.rounding)
     # A gradient that is zero in exact arithmetic (a key's bias under softmax) is pure rounding:
     # it is held against the whole row, not against itself.
     floor = 10 * torch.finfo(truth.dtype).eps * float(truth.norm())
     bad = []
     for slot in functional.space.slots:
         ours, theirs = rows[:, slot.start : slot.stop], truth[:, slot.start : slot.stop]
-        if not float((ours - theirs).norm()) <= tolerance * float(theirs.norm()) + floor:
+        if not float((ours - theirs).norm()) <= allowed * float(theirs.norm()) + floor:
             bad.append(slot.name)
     return bad
 
@@ -184,9 +188,9 @@ def _repair(plan: CapturePlan, bad: list[str]) -> None:
         )
     if stuck:
         plan.vmapped = False
-    doubtful = {site.path for name in bad for site in plan.owners(name)}
-    for path in sorted(doubtful):
-        _next_layout(plan, path, "its rows did not match automatic differentiation")
+    doubtful = {id(site): site for name in bad for site in plan.owners(name)}
+    for site in doubtful.values():
+        next_layout(plan, site, "its rows did not match automatic differentiation")
 
 
 def _localise(
@@ -214,8 +218,6 @@ def _localise(
                 kept = []
                 break
         else:
-            if rows is None:
-                continue
             wrong = set(_mismatches(functional, rows, truth))
             bad = [site for site in trying if wrong & set(site.names)]
             kept += [site for site in trying if site not in bad]
@@ -257,13 +259,3 @@ def _next_try(site: LocalSite) -> bool:
 def _owners(functional: FunctionalModel) -> dict[str, str]:
     """Path of the module that owns each parameter."""
     return {name: name.rpartition(".")[0] for name, _ in functional.model.named_parameters()}
-
-
-def _next_layout(plan: CapturePlan, path: str, reason: str) -> None:
-    """Batch on the second axis (sequence-first layers); after that, the generic path."""
-    for site in [s for s in plan.sites if s.path == path]:
-        if site.batch_axis == 0:
-            site.batch_axis = 1
-        else:
-            for name in list(site.names.values()):
-                plan.to_generic(name, reason)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -55,6 +56,17 @@ class Lookup:
 
 
 Contribution = Rows | Outer | Lookup
+
+
+def working(item: Contribution, dtype: torch.dtype) -> Contribution:
+    """``item`` with its numbers in ``dtype``: layers of one model may compute in several."""
+    if isinstance(item, Rows):
+        return item if item.values.dtype == dtype else Rows(item.name, item.values.to(dtype))
+    if isinstance(item, Lookup):
+        return item if item.g.dtype == dtype else Lookup(item.name, item.index, item.g.to(dtype))
+    if item.a.dtype == item.g.dtype == dtype:
+        return item
+    return Outer(item.weight, item.a.to(dtype), item.g.to(dtype), item.bias, item.transposed)
 
 
 class LayerRule(ABC):

@@ -1,0 +1,269 @@
+"""Captured rows, checked against plain automatic differentiation, and the plan mended until they agree.
+
+Every batch of a fit is checked: a rule that holds on the first examples may fail on others (examples sorted by
+length, experts, a mask as long as the batch). What a rule gets wrong goes to the generic path by name; what is then
+still wrong is a :class:`ModelError` with the parameter and the batch. Internal exceptions end here.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nullbayes.audit.batches import (
+    check_separate,
+    gradient_mismatches,
+    plain_gradient,
+    random_weights,
+)
+from nullbayes.audit.signatures import Signature
+from nullbayes.errors import ModelError, NullBayesError
+from nullbayes.jacobian.block import Block
+from nullbayes.jacobian.capture.capture import GenericPathFailed, RuleMismatch, capture
+from nullbayes.jacobian.capture.plan import CapturePlan, Site
+from nullbayes.jacobian.capture.single_module import LocalFailed
+from nullbayes.model.batch import Inputs, batch_size
+from nullbayes.model.functional import FunctionalModel
+
+Make = Callable[[Tensor], Any]
+Scales = dict[str, float] | None
+
+# One thread at a time may mend a plan: predictions in several threads share it.
+_MENDING = threading.RLock()
+# What a step of the plan may fail with, to be tried in another way; a lack of memory is none.
+_MEMORY = (MemoryError, torch.OutOfMemoryError)
+
+
+def captured(
+    functional: FunctionalModel,
+    plan: CapturePlan,
+    inputs: Inputs,
+    make: Make,
+    scales: Scales = None,
+    where: str = "the inputs",
+) -> tuple[Block, Any]:
+    """The rows of one piece, without a check; where the plan does not run it is mended.
+
+    Raises:
+        ModelError: no way of the plan's runs on these inputs.
+    """
+    while True:
+        try:
+            return capture(functional, plan, inputs, make, scales)
+        except Exception as error:  # noqa: PERF203 - each failure changes the plan
+            if isinstance(error, (NullBayesError, LocalFailed, *_MEMORY)):
+                raise
+            with _MENDING:
+                _other_way(functional, plan, inputs, error, where)
+
+
+def checked(
+    functional: FunctionalModel,
+    plan: CapturePlan,
+    inputs: Inputs,
+    make: Make,
+    scales: Scales = None,
+    where: str = "the inputs",
+    index: int = 0,
+) -> tuple[Block, Any]:
+    """The rows of one piece, equal to plain automatic differentiation.
+
+    Raises:
+        ModelError: a parameter's rows differ on every path; names it and the piece.
+    """
+    while True:
+        block, made = captured(functional, plan, inputs, make, scales, where)
+        since = time.perf_counter()
+        weights, total = random_weights(made.values, 0, index)
+        expected = plain_gradient(functional, inputs, total)
+        found = torch.zeros_like(expected)[None]
+        for factor in block.factors.values():
+            factor.rmatvec(weights[None].to(expected), found)
+        found = _unscaled(functional, found[0], scales)
+        with _MENDING:
+            plan.checking_seconds += time.perf_counter() - since
+            _note_reached(functional, plan, inputs, expected)
+            bad = gradient_mismatches(
+                functional.space, expected, found, rounding=functional.rounding
+            )
+            if not bad:
+                if batch_size(inputs) > 1:
+                    for site in plan.sites:
+                        site.axis_proved = True
+                plan.proved.add(Signature.of(inputs))
+                return block, made
+            _mend(plan, bad, where)
+
+
+def captured_at_use(
+    functional: FunctionalModel,
+    plan: CapturePlan,
+    inputs: Inputs,
+    make: Make,
+    scales: Scales = None,
+    where: str = "the inputs",
+) -> tuple[Block, Any]:
+    """The rows of one piece, checked where it is unlike all that were."""
+    if plan.proved.covers(Signature.of(inputs)):
+        return captured(functional, plan, inputs, make, scales, where)
+    if functional.randomness is None:
+        inputs = separate(functional, inputs, functional.outputs(inputs, where), where, 0)
+    return checked(functional, plan, inputs, make, scales, where)
+
+
+def separate_at_use(
+    functional: FunctionalModel, plan: CapturePlan, inputs: Inputs, where: str = "the inputs"
+) -> Inputs:
+    """``inputs`` with their axes, where nothing but products along weight changes is asked of them.
+
+    Raises:
+        ModelError: a batch unlike those that were proved, in which examples depend on one another.
+    """
+    signature = Signature.of(inputs)
+    if functional.randomness is not None or plan.proved.covers(signature):
+        return inputs
+    if not plan.separated.covers(signature):
+        inputs = separate(functional, inputs, functional.outputs(inputs, where), where, 0)
+        plan.separated.add(Signature.of(inputs))
+    return inputs
+
+
+def separate(
+    functional: FunctionalModel, inputs: Inputs, outputs: Tensor, where: str, index: int
+) -> Inputs:
+    """``inputs`` with their axes as the model takes them, each example shown to be a function of itself.
+
+    Raises:
+        ModelError: examples depend on one another, on chance, on a state, or on whether gradients are recorded.
+    """
+    try:
+        check_separate(functional, inputs, outputs, where, index)
+    except ModelError:
+        other = inputs
+        if not functional.mend_padding(inputs):
+            found = None if functional.randomness is not None else functional.axes.again(inputs)
+            if found is None:
+                raise
+            other = found
+        check_separate(functional, other, functional.outputs(other, where), where, index)
+        return other
+    return inputs
+
+
+def _unscaled(functional: FunctionalModel, rows: Tensor, scales: Scales) -> Tensor:
+    if scales:
+        for name, scale in scales.items():
+            slot = functional.space.by_name[name]
+            rows[slot.start : slot.stop] /= scale
+    return rows
+
+
+def _note_reached(
+    functional: FunctionalModel, plan: CapturePlan, inputs: Inputs, gradient: Tensor
+) -> None:
+    """Strike off the parameters that this piece has a gradient path to; tables whose fixed rows move are released."""
+    space = functional.space
+    for name in list(plan.unreached):
+        slot = space.by_name[name]
+        if bool((gradient[slot.start : slot.stop] != 0).any()):
+            plan.unreached.discard(name)
+    if plan.unreached:  # a path may lead to zero, as from weights that are zero
+        plan.unreached -= reached(functional, inputs, sorted(plan.unreached))
+    if len(space.fixed):
+        for slot in space.slots:
+            mine = space.fixed[(space.fixed >= slot.start) & (space.fixed < slot.stop)]
+            if len(mine) and bool((gradient[mine] != 0).any()):
+                space.release(slot.name)
+
+
+def reached(functional: FunctionalModel, inputs: Inputs, names: Sequence[str]) -> set[str]:
+    """Which parameters the outputs have a gradient path to, whatever its value."""
+    weights = functional.weights(requires_grad=True)
+    with torch.enable_grad():
+        outputs = functional(weights, inputs)
+        if not outputs.requires_grad:
+            return set()
+        grads = torch.autograd.grad(outputs.sum(), [weights[n] for n in names], allow_unused=True)
+    return {name for name, g in zip(names, grads, strict=True) if g is not None}
+
+
+# -- mending a plan ------------------------------------------------------------------------------
+
+
+def _other_way(
+    functional: FunctionalModel, plan: CapturePlan, inputs: Inputs, error: Exception, where: str
+) -> None:
+    """Change the plan so that what failed is done in another way."""
+    if isinstance(error, RuleMismatch):
+        for site in [s for s in plan.sites if s.path == error.path]:
+            next_layout(plan, site, str(error))
+        return
+    if isinstance(error, GenericPathFailed):
+        if plan.vmapped:
+            plan.vmapped = False
+            return
+    elif plan.batched_backward:
+        plan.batched_backward = False
+        return
+    root = error.__cause__ if isinstance(error, GenericPathFailed) else error
+    assert isinstance(root, Exception)
+    raise cannot(functional, inputs, root, where) from root
+
+
+def cannot(
+    functional: FunctionalModel, inputs: Inputs, error: Exception, where: str
+) -> NullBayesError:
+    """What is wrong with a model whose rows no path computes."""
+    text = f"{type(error).__name__}: {error}"
+    if "use_reentrant" in text or "heckpoint" in type(error).__name__:
+        return reentrant(where)
+    functional.outputs(inputs, where)  # says so where the inputs are to blame
+    return ModelError(
+        f"{where}: derivatives of the network's outputs could not be computed ({text}). Each operation between the "
+        "chosen parameters and the output needs a derivative; leave parameters before one that has none out with "
+        "`parameters=`, or replace it."
+    )
+
+
+def reentrant(where: str) -> ModelError:
+    """What to say of activation checkpointing that allows no derivatives of single examples."""
+    return ModelError(
+        f"{where}: the network recomputes activations in the backward pass (`torch.utils.checkpoint`) in a way "
+        "that gives no derivatives for single examples. Pass `use_reentrant=False` there, or turn checkpointing off in "
+        "evaluation mode (`model.gradient_checkpointing_disable()` in transformers)."
+    )
+
+
+def _mend(plan: CapturePlan, bad: list[str], where: str) -> None:
+    """The next explanation for each parameter whose rows are wrong."""
+    wrong = set(bad)
+    local = [site for site in plan.local if wrong & set(site.names)]
+    served = {name for site in plan.local for name in site.names}
+    stuck = sorted((wrong & set(plan.generic)) - served)
+    if stuck and not plan.vmapped:
+        raise ModelError(
+            f"{where}: the Jacobian rows of {stuck} differ from automatic differentiation even on the "
+            "generic path; the forward pass is not a fixed function of weights and inputs "
+            "(randomness, caches, custom backward). Make it one, or leave them out of "
+            "`parameters=`."
+        )
+    if stuck:
+        plan.vmapped = False
+    plan.local = [site for site in plan.local if site not in local]
+    for name in bad:
+        for site in plan.owners(name):
+            next_layout(plan, site, "its rows did not match automatic differentiation")
+
+
+def next_layout(plan: CapturePlan, site: Site, reason: str) -> None:
+    """Batch on the second axis (sequence-first layers); after that, or where the axis is proved, the generic path."""
+    if site.batch_axis == 0 and not site.axis_proved:
+        site.batch_axis = 1
+        return
+    for name in list(site.names.values()):
+        plan.to_generic(name, reason)

@@ -1,0 +1,80 @@
+"""What a network computes with: half precision is replaced by float32 where the network takes it.
+
+Rows in half precision prove nothing: a wrong one and a rounded one look alike. The same weights as float32 numbers
+give the same network without its rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from nullbayes.model.parameters import HALF
+
+# Distance of a network in half precision from the same in float32, relative: its rounding, and not another network.
+ALIKE = 0.1
+# Relative difference that rounding explains in deep networks, in units of the working precision: sums in another
+# order, another kernel for another batch size.
+ROUNDING = 2e4
+# Whatever the precision: a larger difference is never put down to rounding.
+LARGEST = 1e-2
+
+
+def in_half(model: nn.Module) -> bool:
+    """Whether any of a model's tensors is in half precision."""
+    return any(t.dtype in HALF for t in (*model.parameters(), *model.buffers()))
+
+
+def alike(wide: Tensor | None, deployed: Tensor | None) -> bool:
+    """Whether float32 numbers give the network in half precision, as far as its rounding lets one see.
+
+    A network that fails in half precision on this machine (None) has nothing else to be compared with.
+    """
+    if wide is None or deployed is None:
+        return wide is not None
+    if wide.shape != deployed.shape:
+        return False
+    return bool((wide - deployed).norm() <= ALIKE * deployed.norm())
+
+
+class Watch(TorchFunctionMode):
+    """Within it, ``found`` becomes a half precision that anything is computed in, as under autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: torch.dtype | None = None
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dtype in HALF:
+            self.found = out.dtype
+        return out
+
+
+def widening(dtype: torch.dtype) -> Callable[[Any], Any]:
+    """A function that makes tensors in half precision ``dtype``, and leaves everything else."""
+    return lambda t: t.to(dtype) if isinstance(t, Tensor) and t.dtype in HALF else t
+
+
+def tolerance(dtype: torch.dtype, device: torch.device | None = None) -> float:
+    """Relative difference that rounding may explain in ``dtype``, capped at :data:`LARGEST`.
+
+    On a GPU float32 products may be computed with ten bits (TensorFloat-32), where PyTorch is allowed to.
+    """
+    if dtype == torch.float32 and device is not None and device.type == "cuda" and _ten_bits():
+        return LARGEST
+    return min(ROUNDING * torch.finfo(dtype).eps, LARGEST)
+
+
+def _ten_bits() -> bool:
+    return bool(torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)

@@ -179,10 +179,12 @@ def test_a_weak_guarantee_is_not_dressed_up(mine):
     assert "nothing promised" in render_report(mine)
 
 
-def test_an_audit_is_shown_where_there_is_one(mine):
-    assert "Audit." not in page()
+def test_the_audit_is_shown_where_there_is_one(mine):
+    assert mine["audit"].startswith("Audited on") and "Audited on" in text_of(page())
     mine["audit"] = "12 examples <one at a time>"
     assert "12 examples &lt;one at a time&gt;" in render_report(mine)
+    mine["audit"] = None  # a posterior of version 0.1
+    assert "<b>Audit.</b>" not in render_report(mine)
 
 
 def test_regression_says_intervals():

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 RATES = (0.01, 0.05, 0.10)
 SHOWN = 6  # inputs of each sort
-#: fields of a certificate that no second run would find again: one question, one file
 _OF_THE_RUN = ("seconds", "stages", "peak_memory")
 HISTOGRAM_BINS = 36
 BASELINE = (NETWORK, "max_softmax")
@@ -320,7 +319,7 @@ def _details(
     keepers = {f"test: {sort}": keeper for sort, keeper in test.keepers.items()}
     keepers |= {name: passed.keepers["novel"] for name, passed in shifts.items()}
     certificate = posterior.certificate
-    audit, path = getattr(certificate, "audit", None), sources[0].path
+    audit, path = certificate.audit, sources[0].path
     return {
         "task": kind_of(likelihood),
         "score_name": likelihood.score_name,
@@ -336,8 +335,8 @@ def _details(
         },
         "curves": _curves(main, test, shifts),
         "examples": {name: keeper.shown(question.show) for name, keeper in keepers.items()},
-        "certificate": {k: v for k, v in certificate.as_dict().items() if k not in _OF_THE_RUN},
-        "audit": None if audit is None else str(audit),
+        "certificate": _lasting(certificate.as_dict()),
+        "audit": None if audit is None else audit.verdict,
         "calibration": None if path is None else path.as_dict(),
         "notes": [note for source in sources for note in source.notes],
         "settings": _settings(posterior),
@@ -385,6 +384,14 @@ def _histograms(inside: Tensor, outside: Mapping[str, Tensor]) -> dict[str, Any]
         for key, value in logs.items()
     }
     return {"log10_edges": edges.tolist(), "inside": counts.pop(""), "outside": counts}
+
+
+def _lasting(certificate: dict[str, Any]) -> dict[str, Any]:
+    """Without what no second run would find again: one question, one file."""
+    kept = {k: v for k, v in certificate.items() if k not in _OF_THE_RUN}
+    if kept["audit"] is not None:
+        kept["audit"] = {k: v for k, v in kept["audit"].items() if k not in _OF_THE_RUN}
+    return kept
 
 
 def _settings(posterior: Posterior) -> dict[str, Any]:

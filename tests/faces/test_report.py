@@ -315,7 +315,7 @@ def test_results_that_were_changed_are_refused(results, tmp_path):
     write_signed_json(path, results)
     whole = path.read_text()
     for changed in (
-        whole.replace('"schema": 1', '"schema": 2'),
+        whole.replace('"schema": 2', '"schema": 3'),
         whole.replace('"checksum"', '"checkrum"'),
         whole.replace('"signed": true', '"signed": false'),
         whole.replace('"dataset"', '"datasot"', 1),

@@ -55,8 +55,6 @@ class CapturePlan:
     checking_seconds: float = 0.0
     # Which of the ways to differentiate along a weight change this model takes, see `linearise.py`.
     product: int = 0
-    # Whether that way was confirmed by one backward pass: some operations drop out of a second one in silence.
-    product_confirmed: bool = False
 
     def check_reached(self, model: nn.Module) -> None:
         """Raise :class:`ModelError` if there is a parameter that no example leads to."""
@@ -116,6 +114,6 @@ def make_plan(functional: FunctionalModel) -> CapturePlan:
 def _owner_descriptions(model: nn.Module) -> dict[str, str]:
     out = {}
     for path, module in model.named_modules():
-        for local in module._parameters:
+        for local, _ in module.named_parameters(recurse=False, remove_duplicate=False):
             out[f"{path}.{local}" if path else local] = type(module).__name__
     return out

@@ -118,22 +118,11 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Print the certificate in a posterior's file, without the model."""
-    from nullbayes.certificate import Certificate
-    from nullbayes.posterior.storage import read_posterior
+    from nullbayes.posterior.inspection import inspect as inspected
 
-    stored = read_posterior(file)
-    certificate = Certificate.from_dict(stored.settings["certificate"])
-    told = {
-        "class": stored.settings["class"],
-        "likelihood": stored.settings["likelihood"],
-        "weights": len(stored.names),
-        "prior_precision": stored.settings["prior_precision"],
-        "calibrated": stored.settings["calibration"] is not None,
-        "certificate": certificate.as_dict(),
-    }
-    text = f"{told['class']}, prior precision {told['prior_precision']:.4g}\n{certificate}"
-    _show(told, text, as_json)
-    _end(ok=certificate.held or not certificate.promises)
+    found = inspected(file)
+    _show(found.as_dict(), str(found), as_json)
+    _end(ok=not found.weak)
 
 
 def _say(as_json: bool) -> Callable[[str], None]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from nullbayes.common.progress import stages
 from nullbayes.common.writing import make_folder, write_signed_json, write_text
-from nullbayes.errors import NullBayesWarning
+from nullbayes.errors import NullBayesWarning, StorageError
 from nullbayes.fit.plan import Plan
 from nullbayes.job.file import Job
 from nullbayes.likelihood.score import score_named
@@ -142,7 +142,13 @@ def fitted(job: Job, folder: RunFolder, *, progress: bool) -> Posterior:
 def _load(job: Job, folder: RunFolder) -> Posterior:
     given = None if isinstance(job.likelihood, str) else job.likelihood
     forward = job.constructor.get("forward")
-    return load(folder.path / POSTERIOR, job.model, likelihood=given, forward=forward)
+    found = load(folder.path / POSTERIOR, job.model, likelihood=given, forward=forward)
+    if not isinstance(found, Posterior):
+        raise StorageError(
+            f"{folder.path / POSTERIOR} holds a {type(found).__name__}, which `nullbayes fit` does not write; move it "
+            "away, or choose another `--out`."
+        )
+    return found
 
 
 def run_check(job: Job, folder: RunFolder, *, progress: bool) -> Check:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nullbayes.common.writing import plain, write_signed_json
-from nullbayes.posterior.measuring.estimates import Estimate, verdict
+from nullbayes.posterior.measuring.estimates import Estimate
 from nullbayes.posterior.measuring.records import METRICS
 from nullbayes.posterior.measuring.running import Question, measured
 from nullbayes.posterior.measuring.showing import Show
@@ -160,7 +160,7 @@ def evaluate(
     found = measured(question)
     verdicts = {
         key: {
-            name: verdict(e.value, e.error, higher_is_better=METRICS[name].better > 0)
+            name: METRICS[name].judged(e.value, e.error)
             for name, e in differences.items()
             if METRICS[name].better
         }

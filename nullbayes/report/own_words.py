@@ -209,7 +209,9 @@ def parts(results: Results, which: str) -> dict[str, Any] | None:
             text, error = text_of(figures.get(column), METRICS[column].digits)
             difference = part.get("differences", {}).get(main, {}).get(column)
             better = METRICS[column].better
-            word = judged(difference, higher_is_better=better > 0) if better else SAME
+            digits = METRICS[column].digits
+            judgement = judged(difference, higher_is_better=better > 0, digits=digits)
+            word = judgement if better else SAME
             cells.append({"text": text, "error": error, "verdict": "" if word == SAME else word})
         rows.append({"name": name, "examples": f"{part['examples']:,}", "cells": cells})
     heads = [METRICS[n].label[:1].upper() + METRICS[n].label[1:] for n in columns]

@@ -92,16 +92,17 @@ def tiles(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     shown = []
     for name, key, before, after, digits, higher in rows:
         old, new = f"{before[key]:.{digits}f}", f"{after[key]:.{digits}f}"
-        word = judged(differences.get(key), higher_is_better=higher)
+        word = judged(differences.get(key), higher_is_better=higher, digits=digits)
         shown.append({"name": name, "before": old, "after": new, "verdict": word})
     return shown
 
 
-def judged(difference: Mapping[str, Any] | None, *, higher_is_better: bool) -> str:
+def judged(difference: Mapping[str, Any] | None, *, higher_is_better: bool, digits: int) -> str:
     """`verdict` of a difference as results files have it: ``{"value", "error"}``, None where not a number."""
     if difference is None or difference["value"] is None or difference["error"] is None:
         return SAME
-    return verdict(difference["value"], difference["error"], higher_is_better=higher_is_better)
+    found, error = difference["value"], difference["error"]
+    return verdict(found, error, higher_is_better=higher_is_better, digits=digits)
 
 
 def table(results: Mapping[str, Any]) -> dict[str, Any]:

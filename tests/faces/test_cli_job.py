@@ -111,7 +111,7 @@ def test_json_is_all_that_standard_output_holds(job, capsys):
     assert check["examples"] == 20 and check["network"] == check["posterior"]
     code, out, _ = run(["inspect", "run/posterior.safetensors", "--json"], capsys)
     told = json.loads(out)
-    assert told["certificate"] == certificate and told["class"] == "NullSpacePosterior"
+    assert told["certificate"] == certificate and told["kind"] == "NullSpacePosterior"
     code, out, _ = run(["evaluate", "job.py", "--out", "run", "--json"], capsys)
     assert json.loads(out)["kind"] == "nullbayes-evaluation"
 
@@ -181,6 +181,15 @@ def test_what_is_wrong_in_a_job_is_named_and_nothing_is_half_written(job, text, 
     assert words in err and "Traceback" not in err and err.startswith("nullbayes: ")
     left = {p.name for p in Path("run").iterdir()} if Path("run").exists() else set()
     assert left <= {"log.txt", "posterior.safetensors"}
+
+
+def test_inspect_reads_a_layer_posterior(job, capsys, tmp_path):
+    made = read_job(job())
+    nb.LayerNullSpacePosterior(made.model).fit([made.train[0][:4]]).save(tmp_path / "layers.st")
+    code, out, _ = run(["inspect", "layers.st", "--json"], capsys)
+    told = json.loads(out)
+    assert told["kind"] == "LayerNullSpacePosterior"
+    assert code == (0 if told["certificate"]["held"] else 3)
 
 
 def test_files_that_are_no_job(capsys, tmp_path, job):

@@ -20,7 +20,7 @@ import nullbayes as nb
 from nullbayes.common.writing import read_signed_json
 from nullbayes.posterior.measuring import estimates, passing
 from nullbayes.posterior.measuring.estimates import verdict
-from nullbayes.posterior.measuring.records import joint_nll
+from nullbayes.posterior.measuring.records import METRICS, joint_nll
 
 N = 120
 
@@ -304,10 +304,12 @@ def test_training_figures_are_preserved():
         (1.0, math.nan, True, "same"),
         (0.0, 0.0, True, "same"),
         (0.1, 0.0, False, "worse"),
+        (4e-5, 1e-9, True, "same"),  # rounding: not seen in four digits
+        (6e-5, 1e-9, True, "better"),
     ],
 )
 def test_better_only_beyond_two_standard_errors(difference, error, higher, words):
-    assert verdict(difference, error, higher_is_better=higher) == words
+    assert verdict(difference, error, higher_is_better=higher, digits=4) == words
 
 
 def test_verdicts_follow_the_differences():
@@ -316,7 +318,8 @@ def test_verdicts_follow_the_differences():
         for name, word in verdicts.items():
             d = found.differences[key][name]
             sure = abs(d.value) > 2 * d.error
-            assert (word != "same") == (sure and d.value != 0), (key, name)
+            seen = abs(d.value) > 0.5 * 10.0 ** -METRICS[name].digits
+            assert (word != "same") == (sure and seen), (key, name)
     assert "gap" not in found.verdicts["evidence"]
 
 

@@ -55,11 +55,15 @@ class Estimate:
         return Estimate(self.value - other.value, parts - other.parts if same else parts[:0])
 
 
-def verdict(difference: float, error: float, *, higher_is_better: bool) -> str:
-    """``"better"`` or ``"worse"`` where a paired difference exceeds two of its standard errors, else ``"same"``."""
+def verdict(difference: float, error: float, *, higher_is_better: bool, digits: int) -> str:
+    """``"better"`` or ``"worse"`` where a paired difference exceeds two of its standard errors, else ``"same"``.
+
+    The same, too, where it is less than half of the last of the ``digits`` that are shown: rounding in the network's
+    own precision can be many standard errors.
+    """
     if not math.isfinite(difference) or not math.isfinite(error):
         return SAME
-    if difference == 0 or abs(difference) <= SIGNIFICANT * error:
+    if abs(difference) <= max(SIGNIFICANT * error, 0.5 * 10.0**-digits):
         return SAME
     return BETTER if (difference > 0) == higher_is_better else WORSE
 

@@ -16,6 +16,7 @@ from nullbayes.posterior.measuring.estimates import (
     mean,
     ratio,
     root,
+    verdict,
 )
 from nullbayes.posterior.measuring.observing import LEVELS, Observed
 
@@ -31,6 +32,11 @@ class Metric:
     better: int
     digits: int
     meaning: str
+
+    def judged(self, difference: float, error: float) -> str:
+        """`verdict` of a paired difference of this figure."""
+        better = self.better > 0
+        return verdict(difference, error, higher_is_better=better, digits=self.digits)
 
 
 METRICS = {

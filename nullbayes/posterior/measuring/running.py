@@ -229,7 +229,7 @@ def _detection(
                     difference = area.minus(baseline[name])
                     sets[name]["difference"] = difference
                     sets[name]["verdict"] = verdict(
-                        difference.value, difference.error, higher_is_better=True
+                        difference.value, difference.error, higher_is_better=True, digits=3
                     )
             out.append({"method": method.key, "score": score, "sets": sets})
     return out

@@ -18,12 +18,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CON
 
 .DELETE_ON_ERROR:
 .PHONY: help install demo test test-fast lint style types layers format bench peers test-peers
-.PHONY: experiments experiments-small examples docs dist clean
+.PHONY: experiments experiments-small examples docs dist clean torture
 
 help:
 	@echo "make demo       train on scikit-learn's digits, write out/demo/report.html and results.json"
 	@echo "make test       all tests"
 	@echo "make test-fast  the tests that take seconds, in less than a minute"
+	@echo "make torture    random networks, kills, damaged files: hours; goes on where it was stopped"
 	@echo "make lint       ruff, mypy and the layers of the imports; or make style, make types, make layers"
 	@echo "make format     ruff's repairs and formatting"
 	@echo "make docs       the documentation, into site/"
@@ -56,6 +57,10 @@ test: $(STAMP)
 # Everything that is not marked `slow`.
 test-fast: $(STAMP)
 	@$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" $(ARGS)
+
+# What is left of an earlier call stays in out/torture. ARGS: `networks --seeds 0:500`, one part of it.
+torture: $(STAMP)
+	@$(ONE_THREAD) $(BIN)/python -m tests.torture $(or $(ARGS),all)
 
 lint: style types layers
 

@@ -1,5 +1,7 @@
-"""The guarantee measured by someone else: plain automatic differentiation of the user's network.
+"""The guarantee measured by someone else: plain derivatives and forward passes, no captured row.
 
-Nothing here may import what it judges (``jacobian``, ``constraints``, ``solvers``, ``fit``, ``certificate``,
-``posterior``): a mistake in the rows must not be able to hide itself.
+This room imports the model, the likelihoods and what is below them, and never what it judges: rows, solvers, fits. The
+lint contracts enforce that.
 """
+
+from nullbayes.audit.audit import Audit as Audit

@@ -12,6 +12,11 @@ from nullbayes.model.precision import tolerance as tolerance
 FLOOR = 100.0
 
 
+def eps(dtype: torch.dtype) -> float:
+    """The relative distance between two numbers of ``dtype``."""
+    return float(torch.finfo(dtype).eps)
+
+
 def provable(dtype: torch.dtype) -> bool:
     """Whether rounding in ``dtype`` leaves room for a proof: not in half precision."""
     return dtype not in (torch.float16, torch.bfloat16)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from html import escape
 from typing import Any
 
+from nullbayes.audit import Audit
 from nullbayes.certificate.verdict import NUMERICAL_DRIFT, NUMERICAL_RESIDUAL, verdict_of
 from nullbayes.common.deprecation import warn_deprecated
 from nullbayes.common.memory import format_bytes
@@ -55,6 +56,7 @@ class Certificate:
         examples, checked_examples: how many are constrained, and how many of them were checked.
         generic: parameters without a layer rule, served by the slower generic path.
         notes: what else deserves a look.
+        audit: what plain derivatives of examples drawn from all the data say; None for a posterior of version 0.1.
         evidence: the prior precision that the evidence alone asks for; None where something else decided.
     """
 
@@ -92,6 +94,7 @@ class Certificate:
     stages: dict[str, float] = field(default_factory=dict)
     left_out_divergence: float | None = None
     evidence: float | None = None
+    audit: Audit | None = None
 
     def joined(self, new: dict[str, Any], measured: dict[str, Any] | None) -> Certificate:
         """The certificate of these samples and ``new["num_samples"]`` more.
@@ -133,14 +136,15 @@ class Certificate:
 
     @property
     def held(self) -> bool:
-        """Residual within tolerance (or only below ``delta``), a null space, no training score lost.
+        """The audit passed, residual within tolerance (or only below ``delta``), a null space, no training score lost.
 
         Regression: RMSE grown by less than 1e-3 of itself; classification: no accuracy lost; a callable loss:
         its mean over the samples, which is second order, grown by less than 1e-2 of itself.
         """
         allowed = score_named(self.score_name).allowed_growth * abs(self.network_score)
         kept = not math.isnan(self.score_loss) and self.score_loss <= allowed + 1e-12
-        return self.promises and self.small_residual and self.null_dim > 0 and kept
+        true = self.audit is None or self.audit.passed
+        return self.promises and true and self.small_residual and self.null_dim > 0 and kept
 
     @property
     def small_residual(self) -> bool:
@@ -168,7 +172,8 @@ class Certificate:
     def as_dict(self) -> dict[str, Any]:
         """All fields, ``held`` and ``verdict``; JSON-able."""
         out = asdict(self) | {"held": self.held, "verdict": self.verdict}
-        return out | {"generic": list(self.generic), "notes": list(self.notes)}
+        audit = None if self.audit is None else self.audit.as_dict()
+        return out | {"generic": list(self.generic), "notes": list(self.notes), "audit": audit}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Certificate:
@@ -178,6 +183,8 @@ class Certificate:
         kept: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known
         }
+        if kept.get("audit") is not None:
+            kept["audit"] = Audit.from_dict(kept["audit"])
         return cls(**kept)
 
     def _residual_note(self) -> str:
@@ -196,6 +203,7 @@ class Certificate:
             ("drift of a row, RMS", f"{self.row_drift:.3g}"),
             ("drift, sampled network", f"{self.sampled_drift:.3g}"),
             *self._left_out(),
+            *self._audited(),
             ("constraints × weights", f"{self.constraints:,} × {self.parameters:,}"),
             ("rank, null space", f"{self.rank:,}, {self.null_dim:,}"),
             ("prior variance left", f"{100 * self.prior_share:.1f} %"),
@@ -215,6 +223,14 @@ class Certificate:
         if self.left_out_divergence is None:
             return []
         return [("divergence, left out", f"{self.left_out_divergence:.3g} nats")]
+
+    def _audited(self) -> list[tuple[str, str]]:
+        a = self.audit
+        if a is None:
+            return []
+        state = "passed" if a.passed else "FAILED"
+        told = f"{state}: {a.examples} examples, {a.batches} batches, worst {a.worst:.1e}"
+        return [("audit", told)]
 
     def __repr__(self) -> str:
         return f"Certificate(held={self.held}, {self.method}, preserves {self.preserve})"

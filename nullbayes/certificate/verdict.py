@@ -43,11 +43,14 @@ def verdict_of(c: Certificate) -> str:
         text += f"{c.drift:.2g} (RMS), {_left(c)} of what the prior would."
     else:
         text = " ".join(_weaknesses(c, scores, name))
-    return " ".join([text, *_advice(c)])
+    audited = [c.audit.verdict] if c.audit is not None and c.audit.passed else []
+    return " ".join([text, *audited, *_advice(c)])
 
 
 def _weaknesses(c: Certificate, scores: str, name: str) -> list[str]:
     out = ["The guarantee is weak:"]
+    if c.audit is not None and not c.audit.passed:
+        out.append(c.audit.verdict)
     if c.null_dim == 0:
         out.append(
             f"the null space is empty, the data determine all {c.parameters} weights. Constrain "

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -21,24 +22,24 @@ STALE_SECONDS = 86400.0
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path``, which takes its place at the end of the block.
+    """The name of a temporary file in a folder beside ``path``; the file takes its place at the end of the block.
 
     Whatever ends the block early, Ctrl-C too, leaves ``path`` as it was and nothing else. What an earlier process left
     when it was killed is removed. The folder has to be there. Two processes may write the same path: the last one to
     finish stands. Raises OSError, or ValueError for a name that no file can have.
     """
-    _remove_leftovers(path)
+    remove_leftovers(path)
     prefix = f"{_prefix(path)}{_here()}-{os.getpid()}-"
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=".part")
-    os.close(handle)
-    part = Path(name)
+    # A folder of its own: whoever writes may make temporary files too (safetensors does), and leave them when killed.
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix, suffix=".part"))
+    part = folder / "file"
     try:
         yield part
-        part.chmod(0o666 & ~_umask())  # mkstemp's files are for their owner alone
+        part.chmod(0o666 & ~_umask())
         _to_disk(part)
         part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def checksum(description: str, tensors: Mapping[str, Tensor]) -> str:
@@ -66,13 +67,14 @@ def _here() -> str:
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
-def _remove_leftovers(path: Path) -> None:
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left of their work on ``path``; nothing of those still at work."""
     with contextlib.suppress(OSError, ValueError):
         for found in path.parent.iterdir():
             if found.name.startswith(_prefix(path)) and found.name.endswith(".part"):
                 with contextlib.suppress(OSError):
                     if _is_left_over(found):
-                        found.unlink()
+                        shutil.rmtree(found)
 
 
 def _is_left_over(part: Path) -> bool:

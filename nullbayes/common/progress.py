@@ -16,7 +16,7 @@ Tick = Callable[[float], None]
 
 # Stages of a fit, in order: what `Plan.seconds` predicts and `Certificate.stages` says.
 ROWS, GRAM, FACTORISATION = "Jacobian rows", "Gram matrix, QR", "factorisation"
-PROJECTION, CERTIFICATE = "projection", "certificate"
+PROJECTION, CERTIFICATE, AUDIT = "projection", "certificate", "audit"
 PRIOR = "prior precision"  # a bar of its own within the factorisation
 
 
@@ -32,6 +32,11 @@ class Laps:
         now = time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
         self._since = now
+
+    def move(self, seconds: float, source: str, to: str) -> None:
+        """So many seconds of one stage were really another's."""
+        self.seconds[source] -= seconds
+        self.seconds[to] = self.seconds.get(to, 0.0) + seconds
 
     @property
     def total(self) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nullbayes.audit.sampling import Drawn, Reservoir
 from nullbayes.common.progress import ROWS, Stages
 from nullbayes.constraints.directions import Cotangents
 from nullbayes.constraints.memory_budget import FitMemory
@@ -36,6 +37,8 @@ class TrainingRows:
     checked: list[tuple[Inputs, Any]] = field(default_factory=list)  # examples for the certificate
     checked_numbers: list[range] = field(default_factory=list)  # which of the data set's those are
     spans: list[slice] = field(default_factory=list)  # by example: its rows
+    audited: list[Drawn] = field(default_factory=list)  # drawn from all examples, for the audit
+    batches: int = 0  # batches whose rows were proved
 
 
 def with_fitted_noise(
@@ -66,6 +69,7 @@ def capture_training(
     limit: int | None,
     memory: FitMemory,
     stage: Stages,
+    audited: int = 0,
 ) -> TrainingRows:
     """Rows of all training examples, in the order of the loader.
 
@@ -74,6 +78,7 @@ def capture_training(
 
     Args:
         memory: what rows may take (more goes elsewhere, see ``block_storage.py``), and temporaries.
+        audited: examples that are drawn for the audit.
 
     Raises:
         MemoryBudgetError: what has to stay in memory outgrows ``memory.rows``.
@@ -89,8 +94,8 @@ def capture_training(
         plan, inputs = ready(functional, plan, inputs, outputs, where, index)
         if capturing is None:
             problem.likelihood.check_reach(outputs, targets)
-            capturing = _Capturing(problem, plan, memory)
-        capturing.add(inputs, outputs, targets, where)
+            capturing = _Capturing(problem, plan, memory, Reservoir(audited, 0, memory.check))
+        capturing.add(inputs, outputs, targets)
     assert capturing is not None
     return capturing.finish()
 
@@ -102,8 +107,11 @@ class _Capturing:
     augmented loader would not see the same ones.
     """
 
-    def __init__(self, problem: Problem, plan: CapturePlan, memory: FitMemory) -> None:
+    def __init__(
+        self, problem: Problem, plan: CapturePlan, memory: FitMemory, audited: Reservoir
+    ) -> None:
         self.problem, self.plan, self.memory = problem, plan, memory
+        self.audited, self.batches = audited, 0
         self.keeper = Keeper(
             problem.functional, plan, problem.scale_by_name, memory.rows, memory.block
         )
@@ -113,14 +121,16 @@ class _Capturing:
         self.checked_numbers: list[range] = []
         self.left, self.count = memory.check, 0
 
-    def add(self, inputs: Inputs, outputs: Tensor, targets: Any, where: str) -> None:
+    def add(self, inputs: Inputs, outputs: Tensor, targets: Any) -> None:
         """The rows of one batch, of which the examples are numbered on."""
         for group in row_groups(self.problem, inputs, outputs, targets):
-            self._add_group(group, where)
+            self._add_group(group)
         self._check_later(inputs, outputs, targets)
+        self.audited.offer(inputs, targets)
+        self.batches += 1
         self.examples += batch_size(inputs)
 
-    def _add_group(self, group: RowGroup, where: str) -> None:
+    def _add_group(self, group: RowGroup) -> None:
         memory, numbers = self.memory, group.which + self.examples
         scales = self.problem.scale_by_name
         pieces = capture_batch(
@@ -131,7 +141,6 @@ class _Capturing:
             group.count,
             scales,
             memory.temporaries,
-            where,
         )
         for block, piece, made in pieces:
             check_block(block, self.captured)
@@ -157,7 +166,15 @@ class _Capturing:
         share = self.discarded / self.trace if self.trace > 0 else 0.0
         spans = _spans(operator, self.keeper.numbers, self.examples)
         return TrainingRows(
-            operator, self.plan, self.examples, share, self.checked, self.checked_numbers, spans
+            operator,
+            self.plan,
+            self.examples,
+            share,
+            self.checked,
+            self.checked_numbers,
+            spans,
+            self.audited.drawn,
+            self.batches,
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sized
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nullbayes.audit import Audit
 from nullbayes.certificate.certificate import Certificate
 from nullbayes.certificate.leave_one_out import held_out, left_out
 from nullbayes.certificate.measure import GuaranteeCheck
@@ -25,6 +27,7 @@ from nullbayes.common.memory import (
     peak_bytes,
 )
 from nullbayes.common.progress import (
+    AUDIT,
     CERTIFICATE,
     FACTORISATION,
     GRAM,
@@ -39,6 +42,7 @@ from nullbayes.constraints.memory_budget import FitMemory, default_budget
 from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import TrainingRows, capture_training, with_fitted_noise
 from nullbayes.errors import MemoryBudgetError, ModelError
+from nullbayes.fit.auditing import audited, auditing_of
 from nullbayes.fit.evidence import fixed_point, null_space_precision
 from nullbayes.fit.prior_samples import standard_normal
 from nullbayes.fit.projection import Work, projected
@@ -52,6 +56,9 @@ from nullbayes.solvers import Choice, Projection, Size, choose
 from nullbayes.solvers.base import relative
 from nullbayes.solvers.block_cg import row_norms
 
+# Seconds that the audit of examples may take beside a fit: a share of it, and at least so many.
+AUDIT_SHARE, LEAST_AUDIT = 0.08, 1.0
+
 
 def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run) -> Fit:
     """Capture rows, factorise, draw samples, measure.
@@ -64,13 +71,15 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
     with explained_out_of_memory(budget), stages(show=run.progress) as stage:
         problem = with_fitted_noise(problem, loader, run.max_examples, stage)
         memory = FitMemory.of(budget, run.num_samples, problem.space.total, problem.dtype)
-        rows = capture_training(problem, loader, run.max_examples, memory, stage)
+        rows = capture_training(problem, loader, run.max_examples, memory, stage, run.audit)
         laps.lap(ROWS)
+        laps.move(rows.plan.checking_seconds, ROWS, AUDIT)
         choice = _chosen(settings, rows.operator, run.num_samples, budget)
         fitting = _Fitting(problem, settings, run, rows, choice, stage, laps)
         fitting.factorise()
         fitting.project()
         check, evidence = fitting.check()
+        audit = fitting.audit()
         notes = [*fitting.notes, *_where_kept(rows.operator)]
         notes += _not_kept(loader, rows, run.max_examples)
     if quick_digest(problem.functional.model) != before:
@@ -78,7 +87,7 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
             "the model's weights or buffers changed while it was fitted: something else wrote to them (a training "
             "loop, an averaging hook, another thread). Stop that, then fit again."
         )
-    return fitting.finish(check, evidence, notes)
+    return fitting.finish(check, evidence, audit, notes)
 
 
 class _Fitting:
@@ -185,10 +194,26 @@ class _Fitting:
             self.alpha = check.bounded_precision(evidence)
         return check, evidence
 
-    def finish(self, check: GuaranteeCheck, evidence: float | None, notes: list[str]) -> Fit:
+    def audit(self) -> Audit:
+        """What samples do to examples of all the data, by someone else than the rows."""
+        self.effects = self.rows.operator.matvec(self.done.value)
+        self.laps.lap(CERTIFICATE)
+        self.auditing = auditing_of(self.problem, self.rows, self.run.audit)
+        allowed = max(LEAST_AUDIT, AUDIT_SHARE * self.laps.total)
+        found = audited(self.problem, self.auditing, self.unit, self.prior, self.effects, allowed)
+        self.laps.lap(AUDIT)
+        return replace(found, seconds=self.laps.seconds[AUDIT])
+
+    def finish(
+        self,
+        check: GuaranteeCheck,
+        evidence: float | None,
+        audit: Audit,
+        notes: list[str],
+    ) -> Fit:
         """The certificate, and all that a posterior holds from now on."""
         problem, target, p = self.problem, self.settings.target, self.problem.space.total
-        measured = _measured_rows(self.rows, self.done, self.prior, self.alpha)
+        measured = _measured_rows(self.rows, self.done, self.prior, self.effects, self.alpha)
         measured |= check.measure(self.alpha**-0.5)
         self.laps.lap(CERTIFICATE)
         certificate = Certificate(
@@ -208,6 +233,7 @@ class _Fitting:
             checked_examples=check.examples,
             num_samples=self.run.num_samples,
             notes=tuple(notes),
+            audit=audit,
             stages=self.laps.seconds,
             seconds=self.laps.total,
             peak_memory=peak_bytes(problem.device),
@@ -222,6 +248,7 @@ class _Fitting:
             self.rows.plan,
             self.state,
             check,
+            self.auditing,
         )
 
 
@@ -270,11 +297,10 @@ def _where_kept(operator: JacobianOperator) -> list[str]:
 
 
 def _measured_rows(
-    rows: TrainingRows, done: Projection, prior: Tensor, alpha: float
+    rows: TrainingRows, done: Projection, prior: Tensor, after: Tensor, alpha: float
 ) -> dict[str, Any]:
-    """What the certificate says of the rows: computed once more from them, outside the solver."""
+    """What the certificate says of the rows; ``after (S, M)``: samples by all rows, computed outside the solver."""
     m, p = rows.operator.shape
-    after = rows.operator.matvec(done.value)
     count = len(prior) * rows.examples
     return {
         "residual": _residual(after, rows.operator.matvec(prior)),
@@ -305,16 +331,20 @@ def extended(fit: Fit, settings: Settings, count: int) -> Fit:
     more = fit.problem.weight_changes(done.value)
     unit = torch.cat([fit.unit, more])
     check = fit.check and fit.check.with_more(more)
+    effects = operator.matvec(done.value)
     certificate = fit.certificate.joined(
-        _new_samples(fit, done, v), None if check is None else check.measure(fit.alpha**-0.5)
+        _new_samples(fit, done, v, effects),
+        None if check is None else check.measure(fit.alpha**-0.5),
     )
+    if fit.auditing is not None and certificate.audit is not None:
+        audit = audited(fit.problem, fit.auditing, more, v, effects, math.inf)
+        certificate = replace(certificate, audit=certificate.audit.joined(audit))
     return replace(fit, unit=unit, certificate=certificate, check=check)
 
 
-def _new_samples(fit: Fit, done: Projection, prior: Tensor) -> dict[str, Any]:
+def _new_samples(fit: Fit, done: Projection, prior: Tensor, after: Tensor) -> dict[str, Any]:
     """What a certificate says of samples that were drawn later, by the fit's rows."""
     assert fit.state is not None
-    after = fit.state.operator.matvec(done.value)
     count = len(prior) * fit.certificate.examples
     return {
         "residual": _residual(after, fit.state.operator.matvec(prior)),

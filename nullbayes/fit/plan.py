@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from nullbayes.common.memory import available_bytes, format_bytes
-from nullbayes.common.progress import ROWS
+from nullbayes.common.progress import AUDIT, ROWS
 from nullbayes.constraints.memory_budget import FitMemory, default_budget
 from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import CHECK_EXAMPLES, row_groups
@@ -112,6 +112,7 @@ def plan_fit(
     size = batch_size(few.inputs)
 
     def captured() -> list[Block]:
+        proven.checking_seconds = 0.0  # that of the last run counts
         return [
             block
             for group in row_groups(problem, few.inputs, outputs, targets)
@@ -127,6 +128,7 @@ def plan_fit(
         ]
 
     capturing, blocks = settled(captured)
+    checking = proven.checking_seconds
     operator = JacobianOperator(problem.space, merge_blocks(blocks))
     m = -(-operator.shape[0] * few.examples // size)
     trial = Trial(problem, proven, few.inputs, targets, operator, size, few.examples, m, memory)
@@ -136,7 +138,10 @@ def plan_fit(
             "temporaries": _temporaries(problem, proven, few.largest, rows, memory)
             + _checked(outputs, few, memory),
         },
-        {ROWS: proving + capturing / size * few.examples},
+        {
+            ROWS: proving + (capturing - checking) / size * few.examples,
+            AUDIT: checking / size * few.examples,
+        },
         [],
     )
     _solve(draft, trial, settings, budget)
@@ -226,7 +231,8 @@ def _solve(draft: _Draft, trial: Trial, settings: Settings, budget: int) -> None
     draft.solver, draft.reason = choice.solver.name, choice.why
     draft.bytes[ROWS] = max(0, min(resident, budget - needed))
     draft.bytes["solver"] = needed
-    draft.seconds |= trial.seconds(choice.solver)
+    for stage, more in trial.seconds(choice.solver).items():
+        draft.seconds[stage] = draft.seconds.get(stage, 0.0) + more
     elsewhere = factors - draft.bytes[ROWS]
     if elsewhere > 0:
         where = "go to disk" if fits_on_disk(elsewhere, device) else "are recomputed"

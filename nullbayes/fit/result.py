@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from nullbayes.audit.sampling import Drawn
 from nullbayes.certificate.certificate import Certificate
 from nullbayes.certificate.measure import GuaranteeCheck
 from nullbayes.common.arguments import check_positive
@@ -60,6 +61,10 @@ class Settings:
         )
 
 
+# Training examples that are audited at the end of a fit, unless the user asks for other ones.
+AUDITED = 16
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Where a long fit leaves its state, and how often (seconds)."""
@@ -77,13 +82,31 @@ class Run:
     max_examples: int | None
     progress: bool
     checkpoint: Checkpoint | None = None
+    audit: int = AUDITED
+
+
+@dataclass(frozen=True)
+class Auditing:
+    """What it takes to audit samples of a fit.
+
+    Attributes:
+        drawn: examples of all the data; ``spans``: by their numbers, the rows that each has.
+        total, batches: how many examples are constrained, and in how many batches their rows were proved.
+        reduced: what is audited less than usual, and why.
+    """
+
+    drawn: list[Drawn]
+    spans: dict[int, slice]
+    total: int
+    batches: int
+    reduced: str | None
 
 
 @dataclass(frozen=True)
 class Fit:
     """What a fit left: samples at prior precision one, and what more of them would take.
 
-    ``plan``, ``state`` and ``check`` are None for a posterior that was loaded from a file.
+    ``plan``, ``state``, ``check`` and ``auditing`` are None for a posterior that was loaded from a file.
 
     Attributes:
         problem: the question, with observation noise as it was estimated.
@@ -100,6 +123,7 @@ class Fit:
     plan: CapturePlan | None = None
     state: State | None = None
     check: GuaranteeCheck | None = None
+    auditing: Auditing | None = None
 
     def explained_by(self, likelihood: Likelihood) -> Fit:
         """The same samples, read with other observation noise."""

@@ -9,12 +9,15 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from nullbayes.audit.examples import SAMPLES, Claim, Question, audit_examples
+from nullbayes.audit.sampling import Reservoir
 from nullbayes.certificate.measure import SAMPLED_DRAWS, SAMPLED_EXAMPLES, GuaranteeCheck
-from nullbayes.common.progress import CERTIFICATE
+from nullbayes.common.progress import AUDIT, CERTIFICATE
 from nullbayes.constraints.memory_budget import FitMemory
 from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import CHECK_EXAMPLES
 from nullbayes.fit.prior_samples import standard_normal
+from nullbayes.fit.result import AUDITED
 from nullbayes.jacobian.block_storage import merge_blocks
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.linearise import sampled_outputs
@@ -30,6 +33,7 @@ TRIAL_BYTES = 2**29
 LOOKS = 4
 CHECKED_IN_TRIAL = (8, 96)
 FIRST_USE = 3.0  # seconds
+AUDITED_IN_TRIAL = 2  # examples
 
 T = TypeVar("T")
 
@@ -84,7 +88,10 @@ class Trial:
             self.problem.likelihood.mean_moves,
             drawing,
         )
-        out = {CERTIFICATE: self._certificate(rehearsal.samples_like) + rehearsal.one_pass}
+        out = {
+            CERTIFICATE: self._certificate(rehearsal.samples_like) + rehearsal.one_pass,
+            AUDIT: self._audit(rehearsal.samples_like),
+        }
         for stage, more in solver.forecast(rehearsal).items():
             out[stage] = out.get(stage, 0.0) + more
         return out
@@ -97,6 +104,21 @@ class Trial:
             return self
         blocks = merge_blocks([b for b in self.operator.blocks for _ in range(times)])  # type: ignore[misc]
         return replace(self, operator=JacobianOperator(self.operator.space, blocks))
+
+    def _audit(self, v: Tensor) -> float:
+        """Examples moved one at a time, once whatever that uses for the first time is there."""
+        few = Reservoir(AUDITED_IN_TRIAL, 0, self.memory.check)
+        few.offer(self.inputs, self.targets)
+        problem, count = self.problem, min(SAMPLES, len(v))
+        question = Question(
+            problem.functional,
+            v[:count],
+            v[:count],
+            lambda outputs, targets: problem.cotangents(outputs, targets).values,
+        )
+        nothing = [Claim(v.new_zeros(count).double())] * len(few.drawn)
+        seconds, _ = settled(lambda: audit_examples(question, few.drawn, nothing, self.size))
+        return seconds / max(1, len(few.drawn)) * min(self.examples, AUDITED)
 
     def _certificate(self, v: Tensor) -> float:
         """Linearised outputs of the checked examples, looks at them, and a few sampled networks."""

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from nullbayes.audit.batches import counter_generator, plain_gradient
 from nullbayes.jacobian.capture.batches import CAPTURE_BYTES, examples_per_capture
-from nullbayes.jacobian.capture.checking import captured_at_use
+from nullbayes.jacobian.capture.checking import captured_at_use, separate_at_use
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.model.batch import Inputs, batch_size, take
@@ -113,7 +113,7 @@ def forward_mode(
     passes (the derivative of ``wᵀJ`` by ``w``), which every differentiable model has. A batch is taken
     in pieces: a pass holds a multiple of the model's own activations.
     """
-    inputs, pieces = functional.batch(inputs), []
+    inputs, pieces = separate_at_use(functional, plan, functional.batch(inputs)), []
     size, step = batch_size(inputs), examples_per_capture(functional, plan, 1)
     for start in range(0, size, step):
         piece, out = take(inputs, start, min(start + step, size)), []
@@ -161,7 +161,10 @@ def _confirmed(functional: FunctionalModel, delta: Tensor, inputs: Inputs, chang
     ours, theirs = (v * change).double(), (pulled * delta).double()
     # Each sum may cancel; rounding is that of its terms.
     size = max(float(ours.norm()), float(theirs.norm()))
-    return abs(float(ours.sum() - theirs.sum())) <= tolerance(functional.rounding) * size
+    return (
+        abs(float(ours.sum() - theirs.sum()))
+        <= tolerance(functional.rounding, functional.device) * size
+    )
 
 
 class _Mathematical(TorchFunctionMode):
@@ -188,18 +191,15 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    *rest: Any,
+    **options: Any,
 ) -> Tensor:
+    """`scaled_dot_product_attention` by its mathematical kernel, which takes masks as numbers."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         zeros = torch.zeros_like(attn_mask, dtype=query.dtype)
         attn_mask = zeros.masked_fill(attn_mask.logical_not(), -torch.inf)
     out: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
-        *(query, key, value, attn_mask, dropout_p, is_causal),
-        scale=scale,
-        enable_gqa=enable_gqa,
+        *(query, key, value, attn_mask, *rest), **options
     )[0]
     return out
 

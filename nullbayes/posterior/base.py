@@ -18,7 +18,7 @@ from nullbayes.constraints.problem import Problem
 from nullbayes.errors import InputError, NotFittedError
 from nullbayes.fit.pipeline import build, extended, rescaled
 from nullbayes.fit.plan import Plan, plan_fit
-from nullbayes.fit.result import Checkpoint, Fit, Run, Settings
+from nullbayes.fit.result import AUDITED, Checkpoint, Fit, Run, Settings
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.capture.verify import prove
 from nullbayes.jacobian.linearise import linearised_outputs, sampled_outputs, state_dicts
@@ -183,6 +183,7 @@ class Posterior:
         progress: bool = True,
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: float = 60.0,
+        audit: int = AUDITED,
     ) -> Self:
         """Build the posterior from the training data; nothing of an earlier fit is kept until it is done.
 
@@ -195,6 +196,9 @@ class Posterior:
             progress: bars on standard error.
             checkpoint: file for the state of an iterative solver, written every ``checkpoint_every``
                 seconds; after a kill, the same call goes on from there. Removed when the fit is done.
+            audit: training examples, drawn from all the data, on which the guarantee is measured once more without
+                the fit's rows (``certificate.audit``); fewer than the default are noted there. At least 1: without
+                an audit no guarantee is said to have held.
 
         Ctrl-C while the solver iterates ends it early: the best samples so far are kept, with a
         certificate that says what they reached. At any other time it leaves the earlier fit as it was.
@@ -213,6 +217,7 @@ class Posterior:
             None if max_examples is None else check_count(max_examples, "max_examples"),
             progress,
             place,
+            check_count(audit, "audit"),
         )
         self._check_data(train_loader, "train_loader")
         self._take(build(self.problem, self._settings, train_loader, run))

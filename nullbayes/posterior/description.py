@@ -165,10 +165,11 @@ def _numbers(value: Any) -> bool:
 
 
 def _axes(value: Any) -> bool:
+    """Class axes by number of output axes, as `Classification` saw them."""
     if value is None:
         return True
     return isinstance(value, dict) and all(
-        k.isdecimal() and len(k) < 4 and _whole(v) for k, v in value.items()
+        k.isdecimal() and len(k) < 3 and _whole(v, 1) and v < int(k) for k, v in value.items()
     )
 
 

@@ -139,7 +139,7 @@ class _Run:
         start: Start,
     ) -> None:
         self.objective, self.goal, self.precondition = objective, goal, precondition
-        self.watch, self.carried = watch, start.carried or {}
+        self.watch, self.carried = watch, {} if start.carried is None else start.carried
         anchor = objective.anchor
         self.x, self.done = anchor if start.begin is None else start.begin, 0
         self.search: _Search | None = None

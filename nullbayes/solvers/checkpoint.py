@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nullbayes.common.files import atomic_file, checksum
+from nullbayes.common.files import atomic_file, checksum, remove_leftovers
 from nullbayes.errors import NullBayesWarning, StorageError
 
 #: ``(iterations done, residual over the tolerance)``
@@ -136,6 +136,7 @@ class Watch:
         if self._path is not None:
             with contextlib.suppress(OSError, ValueError):
                 self._path.unlink(missing_ok=True)
+            remove_leftovers(self._path)
 
 
 def _has_layout(tensors: dict[str, Tensor]) -> bool:

@@ -245,7 +245,8 @@ class ConjugateGradientState(IterativeState):
         resumed = watch.resume()
         if resumed is not None:
             x, done = resumed["anchor"].to(vectors), int(resumed["passes"])
-        after, status = before, Status.NUMERICAL
+        # Whether another pass is worth it depends on what the last one left, also where that was before a kill.
+        after, status = before if resumed is None else self._image(x), Status.NUMERICAL
         while True:
             previous = after
             solved = self._pass(_Pass(x, after, target, done, iterations), resumed, watch)

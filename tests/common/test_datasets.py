@@ -1,6 +1,7 @@
 """Splits, shifts and the IDX reader: on generated files, whole and broken."""
 
 import gzip
+import hashlib
 import struct
 
 import numpy as np
@@ -55,6 +56,45 @@ def test_broken_idx_files_are_named(tmp_path, damage, words):
     with pytest.raises(StorageError, match=words) as caught:
         datasets.read_idx(path)
     assert path.name in str(caught.value)
+
+
+def test_more_dimensions_than_arrays_have(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes([0, 0, 8, 200]) + struct.pack(">200I", *[1] * 200) + b"x")
+    with pytest.raises(StorageError, match="not an IDX file"):
+        datasets.read_idx(path)
+
+
+def test_a_packed_file_does_not_grow_beyond_its_header(tmp_path):
+    path = tmp_path / "file"
+    whole = idx_bytes(np.arange(60).reshape(3, 4, 5))
+    path.write_bytes(gzip.compress(whole + bytes(10**7)))
+    with pytest.raises(StorageError, match="followed by something else: 133 bytes"):
+        datasets.read_idx(path)
+    huge = bytes([0, 0, 8, 3]) + struct.pack(">3I", *[2**32 - 1] * 3)
+    path.write_bytes(gzip.compress(huge))
+    with pytest.raises(StorageError, match="cut off"):
+        datasets.read_idx(path)
+    damaged = bytearray(gzip.compress(whole))
+    damaged[-6] ^= 1  # of the checksum
+    path.write_bytes(damaged)
+    with pytest.raises(StorageError, match="damaged"):
+        datasets.read_idx(path)
+
+
+def test_a_checksum_beside_a_file(tmp_path):
+    path = tmp_path / "file"
+    whole = idx_bytes(np.arange(60).reshape(3, 4, 5))
+    path.write_bytes(whole)
+    beside = tmp_path / "file.sha256"
+    beside.write_text(f"{hashlib.sha256(whole).hexdigest()}  file\n")
+    assert datasets.read_idx(path).shape == (3, 4, 5)
+    path.write_bytes(whole[:-1] + b"x")
+    with pytest.raises(StorageError, match=r"SHA-256.*file\.sha256"):
+        datasets.read_idx(path)
+    beside.write_text("")
+    with pytest.raises(StorageError, match="SHA-256"):
+        datasets.read_idx(path)
 
 
 def test_a_missing_idx_file_is_an_input_error(tmp_path):

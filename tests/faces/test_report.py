@@ -339,6 +339,33 @@ def test_results_of_another_layout_are_refused(results, tmp_path):
         read_results(tmp_path / "r.json")
 
 
+def test_results_that_were_changed_are_refused(results, tmp_path):
+    path = tmp_path / "r.json"
+    write_signed_json(path, results)
+    whole = path.read_text()
+    for changed in (
+        whole.replace('"schema": 1', '"schema": 2'),
+        whole.replace('"checksum"', '"checkrum"'),
+        whole.replace('"signed": true', '"signed": false'),
+        whole.replace('"dataset"', '"datasot"', 1),
+    ):
+        assert changed != whole
+        path.write_text(changed)
+        with pytest.raises(StorageError, match="not what was written"):
+            read_results(path)
+    path.write_text("[" * 10**5)
+    with pytest.raises(StorageError, match="not whole JSON"):
+        read_results(path)
+    write_json(path, results)  # as earlier versions wrote it
+    assert read_results(path) == results
+
+
+def test_results_that_cannot_be_drawn_are_refused(results, tmp_path):
+    with pytest.raises(StorageError, match="lack, or hold as something else"):
+        write_report({**results, "curves": 3}, tmp_path / "report.html")
+    assert not list(tmp_path.iterdir())
+
+
 def test_json_has_no_nan():
     got = plain(
         {"a": float("nan"), 1: [torch.tensor(2.0), (torch.tensor([1, 2]), float("inf"))], "b": True}

@@ -19,6 +19,7 @@ from zoo import Lambda, TiedLanguageModel
 import nullbayes as nb
 from nullbayes.constraints import preserve as constraints
 from nullbayes.likelihood import base, epistemic_variance
+from nullbayes.posterior import description as description_module
 from nullbayes.posterior import storage
 
 
@@ -512,3 +513,101 @@ def test_something_of_ones_own_to_preserve(path: Path, monkeypatch: pytest.Monke
         nb.load(path, model)
     nb.register_preserve(FirstOutput)
     assert_comes_back(posterior, path)
+
+
+# -- what is not as it was written ---------------------------------------------------------------
+
+
+def description(path: Path) -> tuple[dict[str, Any], Tensor, dict[str, str]]:
+    with safe_open(str(path), framework="pt") as file:
+        head = dict(file.metadata())
+        return json.loads(head["nullbayes"]), file.get_tensor("samples"), head
+
+
+def test_a_changed_number_or_word_is_noticed(saved: Path) -> None:
+    meta, samples, head = description(saved)
+    model = network(nn.BatchNorm1d(6))
+    moved = samples.clone()
+    moved[0, 0] += 1e-6
+    save_file({"samples": moved}, saved, head)
+    with says(nb.StorageError, str(saved), "checksum differs", "save it again"):
+        nb.load(saved, model)
+    meta["settings"]["certificate"]["residual"] = 1e-9
+    save_file({"samples": samples}, saved, {**head, "nullbayes": json.dumps(meta)})
+    with says(nb.StorageError, "checksum differs"):
+        nb.load(saved, model)
+    save_file({"samples": samples}, saved, {"nullbayes": head["nullbayes"]})
+    with says(nb.StorageError, "checksum differs"):
+        nb.load(saved, model)
+    meta["version"] = 1  # those of version 0.1 have no checksum
+    save_file({"samples": samples}, saved, {"nullbayes": json.dumps(meta)})
+    assert nb.load(saved, model).num_samples == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"names": ["0.weight"]}, "do not go together"),
+        ({"shapes": [[-1]]}, "'shapes'"),
+        ({"dtype": "torch.int8"}, "'dtype'"),
+        ({"fingerprint": [1]}, "'fingerprint'"),
+        ({"settings": "x"}, "'settings'"),
+        ({"seed": 2**70}, "'seed'"),
+        ({"seed": True}, "'seed'"),
+        ({"prior_precision": 0}, "'prior_precision'"),
+        ({"prior_precision": 1e-320}, "'prior_precision'"),
+        ({"prior": {"0.weight": -1.0}}, "'prior'"),
+        ({"directions": 0}, "'directions'"),
+        ({"options": {"delta": "x"}}, "'options'"),
+        ({"likelihood": {}}, "'likelihood'"),
+        ({"likelihood": {"name": "classification", "class_axis": "x"}}, "'likelihood'"),
+        ({"likelihood": {"name": "classification", "seen_axes": {"x": 1}}}, "'likelihood'"),
+        ({"likelihood": {"name": "classification", "seen_axes": {"2": 2}}}, "'likelihood'"),
+        ({"likelihood": {"name": "regression", "noise_variance": ["x"]}}, "'likelihood'"),
+        ({"calibration": {"chosen": "x"}}, "calibration: 'chosen'"),
+        ({"certificate": {"residual": "x"}}, "certificate: 'residual'"),
+        ({"certificate": {"stages": {"a": "x"}}}, "certificate: 'stages'"),
+        ({"certificate": {"notes": [1]}}, "certificate: 'notes'"),
+        ({"randomness": {"seed": "x"}}, "'randomness'"),
+    ],
+    ids=str,
+)
+def test_entries_that_cannot_be(saved: Path, changes: dict[str, Any], words: str) -> None:
+    rewrite(saved, **changes)
+    with says(nb.StorageError, str(saved), words):
+        nb.load(saved, network(nn.BatchNorm1d(6)))
+
+
+def test_descriptions_within_bounds(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meta, samples, _ = description(saved)
+    tensors = {"samples": samples}
+    text = json.dumps(meta)
+    deep = text.replace('"seed": 0', f'"seed": {"[" * 5000}{"]" * 5000}')
+    for changed, words in (
+        (deep, "not JSON"),
+        (text.replace('"seed": 0', f'"seed": {"[" * 40}{"]" * 40}'), "nested more than"),
+        (text.replace('"seed": 0', '"seed": 0, "seed": 1'), "twice"),
+        (text.replace('"seed": 0', f'"seed": 1{"0" * 5000}'), "not JSON"),
+    ):
+        assert changed != text
+        save_file(tensors, saved, storage.signed(changed, tensors))
+        with says(nb.StorageError, "cannot be read", words):
+            nb.load(saved, network(nn.BatchNorm1d(6)))
+    save_file(tensors, saved, storage.signed(text, tensors))
+    for name, limit, words in (
+        ("MAX_CHARACTERS", 100, "characters"),
+        ("MAX_ENTRIES", 9, "entries"),
+    ):
+        with monkeypatch.context() as m:
+            m.setattr(description_module, name, limit)
+            with says(nb.StorageError, "cannot be read", words):
+                nb.load(saved, network(nn.BatchNorm1d(6)))
+
+
+def test_a_name_that_no_file_can_have(tmp_path: Path) -> None:
+    posterior = nb.NullSpacePosterior(network()).fit(TRAIN, 3, **QUIET)
+    with says(nb.StorageError, "could not write"):
+        posterior.save(tmp_path / "a\0b")
+    with pytest.raises(nb.StorageError):
+        nb.load(tmp_path / "a\0b", posterior.model)
+    assert not list(tmp_path.iterdir())

@@ -139,14 +139,7 @@ def called_by(run: set[str]) -> set[str]:
     return {match[1] for _, match in matches if match is not None}
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        *CALLED[:-1],
-        # The target comes with the torture tests; whoever adds it removes this mark, or the suite fails.
-        pytest.param(CALLED[-1], marks=pytest.mark.xfail(strict=True, reason="not there yet")),
-    ],
-)
+@pytest.mark.parametrize("target", CALLED)
 def test_workflows_call_targets_that_exist(target: str) -> None:
     assert target in targets()
 

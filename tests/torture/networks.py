@@ -218,7 +218,7 @@ class _Both(nn.Module):
 
 
 def _tokens(c: Choices, d: Drawing, shape: Shape) -> Drawn:
-    if not d.varying and not d.mask and c.rarely(8):
+    if not (d.varying or d.mask or d.positions) and c.rarely(8):
         c.say("ClassToken")
         return own.ClassToken(shape.width), Shape("tokens", (shape.size[0] + 1, shape.width))
     out = c.pick([shape.width, 3, 2, 4])

@@ -164,6 +164,21 @@ def dense(problem: Problem, names: list[str]) -> Dense:
     return Dense(alone, rows, noise, apart / scale, ambiguous)
 
 
+def separate(problem: Problem) -> bool:
+    """Whether examples of the batches give the same outputs alone: a function of one example."""
+    alone = Alone(problem, [])
+    for inputs, targets in problem.batches:
+        whole = alone.together(inputs).reshape(len(targets), -1)
+        for n in range(len(targets)):
+            with torch.no_grad():
+                out = alone.output(alone.example(inputs, n), {}).reshape(-1)
+            if out.shape != whole[n].shape or not torch.allclose(
+                out, whole[n], rtol=1e-6, atol=1e-9
+            ):
+                return False
+    return True
+
+
 def _noise(task: Task, found: list[Any]) -> Tensor | None:
     """Observation variance of regression: the given one, or the mean squared residual of each channel."""
     if task.kind != "regression":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -51,13 +52,11 @@ def capture_batch(
     cotangents: int,
     scales: dict[str, float] | None = None,
     temporaries: int | None = None,
-    where: str = "the training data",
 ) -> Iterator[tuple[Block, Inputs, Any]]:
     """One batch, cut into pieces: the block of each, checked, its inputs, and its cotangents.
 
     Args:
         make: ``(outputs, piece) -> `` the cotangents of a piece.
-        where: the batch, for messages.
 
     Raises:
         ModelError: rows that differ from plain automatic differentiation on every path.
@@ -71,7 +70,7 @@ def capture_batch(
         def made_of(outputs: Tensor, piece: slice = piece) -> Any:
             return make(outputs, piece)
 
-        block, made = checked(functional, plan, some, made_of, scales, where, start)
+        block, made = checked(functional, plan, some, made_of, scales, plan.where, start)
         yield block, some, made
 
 
@@ -96,7 +95,11 @@ def ready(
     if plan is None:
         plan = prove(functional, inputs)
         functional.remember(inputs, outputs)
-    return plan, separate(functional, inputs, outputs, where, index)
+    plan.where = where
+    since = time.perf_counter()
+    inputs = separate(functional, inputs, outputs, where, index)
+    plan.checking_seconds += time.perf_counter() - since
+    return plan, inputs
 
 
 def output_operators(

@@ -8,6 +8,7 @@ still wrong is a :class:`ModelError` with the parameter and the batch. Internal 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,12 +21,13 @@ from nullbayes.audit.batches import (
     plain_gradient,
     random_weights,
 )
+from nullbayes.audit.signatures import Signature
 from nullbayes.errors import ModelError, NullBayesError
 from nullbayes.jacobian.block import Block
 from nullbayes.jacobian.capture.capture import GenericPathFailed, RuleMismatch, capture
 from nullbayes.jacobian.capture.plan import CapturePlan, Site
 from nullbayes.jacobian.capture.single_module import LocalFailed
-from nullbayes.model.batch import Inputs, batch_size, flags_of, plain, tensor_leaves
+from nullbayes.model.batch import Inputs, batch_size
 from nullbayes.model.functional import FunctionalModel
 
 Make = Callable[[Tensor], Any]
@@ -76,6 +78,7 @@ def checked(
     """
     while True:
         block, made = captured(functional, plan, inputs, make, scales, where)
+        since = time.perf_counter()
         weights, total = random_weights(made.values, 0, index)
         expected = plain_gradient(functional, inputs, total)
         found = torch.zeros_like(expected)[None]
@@ -83,6 +86,7 @@ def checked(
             factor.rmatvec(weights[None].to(expected), found)
         found = _unscaled(functional, found[0], scales)
         with _MENDING:
+            plan.checking_seconds += time.perf_counter() - since
             _note_reached(functional, plan, inputs, expected)
             bad = gradient_mismatches(
                 functional.space, expected, found, rounding=functional.rounding
@@ -91,7 +95,7 @@ def checked(
                 if batch_size(inputs) > 1:
                     for site in plan.sites:
                         site.axis_proved = True
-                plan.proved.add(signature(inputs))
+                plan.proved.add(Signature.of(inputs))
                 return block, made
             _mend(plan, bad, where)
 
@@ -105,11 +109,28 @@ def captured_at_use(
     where: str = "the inputs",
 ) -> tuple[Block, Any]:
     """The rows of one piece, checked where it is unlike all that were."""
-    if signature(inputs) in plan.proved:
+    if plan.proved.covers(Signature.of(inputs)):
         return captured(functional, plan, inputs, make, scales, where)
     if functional.randomness is None:
         inputs = separate(functional, inputs, functional.outputs(inputs, where), where, 0)
     return checked(functional, plan, inputs, make, scales, where)
+
+
+def separate_at_use(
+    functional: FunctionalModel, plan: CapturePlan, inputs: Inputs, where: str = "the inputs"
+) -> Inputs:
+    """``inputs`` with their axes, where nothing but products along weight changes is asked of them.
+
+    Raises:
+        ModelError: a batch unlike those that were proved, in which examples depend on one another.
+    """
+    signature = Signature.of(inputs)
+    if functional.randomness is not None or plan.proved.covers(signature):
+        return inputs
+    if not plan.separated.covers(signature):
+        inputs = separate(functional, inputs, functional.outputs(inputs, where), where, 0)
+        plan.separated.add(Signature.of(inputs))
+    return inputs
 
 
 def separate(
@@ -132,23 +153,6 @@ def separate(
         check_separate(functional, other, functional.outputs(other, where), where, index)
         return other
     return inputs
-
-
-def signature(inputs: Inputs) -> tuple[Any, ...]:
-    """What tells kinds of batches apart: one example or several, trailing shapes, dtypes, order in memory."""
-    size = batch_size(inputs)
-    leaves = tensor_leaves(plain(inputs))
-    return (
-        size == 1,
-        flags_of(inputs),
-        tuple((t.dtype, tuple(t.shape[1:]), _order(t), size in t.shape[1:]) for t in leaves),
-    )
-
-
-def _order(t: Tensor) -> tuple[int, ...]:
-    """Axes by their distance in memory, but for the first."""
-    strides = t.stride()[1:]
-    return tuple(sorted(range(len(strides)), key=lambda axis: -strides[axis]))
 
 
 def _unscaled(functional: FunctionalModel, rows: Tensor, scales: Scales) -> Tensor:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
+from nullbayes.audit.signatures import SignatureSet
 from nullbayes.errors import ModelError
 from nullbayes.jacobian.capture.single_module import LocalSite
 from nullbayes.jacobian.layers.rule import LayerRule, rule_for
@@ -46,10 +46,15 @@ class CapturePlan:
     # of all batches can be multiplied with one another.
     written_out: dict[tuple[str, ...], bool] = field(default_factory=dict)
 
-    # Kinds of batches that were proved, see `signature` in `checking.py`.
-    proved: set[Any] = field(default_factory=set)
+    # Kinds of batches whose rows were proved, and those whose examples are known to be functions of themselves.
+    proved: SignatureSet = field(default_factory=SignatureSet)
+    separated: SignatureSet = field(default_factory=SignatureSet)
     # Parameters that no example so far has a gradient path to.
     unreached: set[str] = field(default_factory=set)
+    # What comparing captured rows with plain differentiation has taken.
+    checking_seconds: float = 0.0
+    # The batch that is being captured, for messages.
+    where: str = "the training data"
     # Which of the ways to differentiate along a weight change this model takes, see `linearise.py`.
     product: int = 0
 

@@ -1,0 +1,187 @@
+"""``J(x) Δ`` of one example alone, by whatever way the network's operations allow, without a captured row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from nullbayes.audit.batches import counter_generator
+from nullbayes.audit.network import NetworkCopy, WrittenOut
+from nullbayes.audit.precision import tolerance
+from nullbayes.errors import ModelError
+from nullbayes.model.batch import Inputs, Keyed
+from nullbayes.model.functional import FunctionalModel
+
+FORWARD, TWICE, ROWS = "forward mode", "two reverse passes", "reverse mode"
+DIFFERENCES = "central differences"
+#: in this order: the later ones are slower, or share more with the backward passes that rows come from
+WAYS = (FORWARD, TWICE, ROWS, DIFFERENCES)
+# Half steps of central differences, relative to the weights: short, as a step across the kink of a ReLU counts in full;
+# longer where a network rounds to less than float64 inside.
+STEPS = (3e-8, 3e-6, 3e-4, 1e-2)
+# Two steps agree, relative.
+SAME = 1e-4
+
+
+class Derivative:
+    """``J(x) Δ_k (K, *out)`` of one example for directions ``(K, P)``, by the first way that works.
+
+    A way that fails on one example is not tried again on the others.
+
+    Attributes:
+        doubt: largest distance that the last result may have from the derivative, where that is known.
+    """
+
+    def __init__(self, functional: FunctionalModel, ways: Sequence[str] = WAYS) -> None:
+        self.functional = functional
+        self.doubt = 0.0
+        self._left = list(ways)
+        self._together = True
+        self._precise: NetworkCopy | None = None
+
+    @property
+    def way(self) -> str:
+        """By which the last result was, or the next one will be, computed."""
+        return self._left[0]
+
+    def __call__(self, inputs: Inputs, directions: Tensor) -> Tensor:
+        """Raises ModelError: every way failed."""
+        run = {
+            FORWARD: self._forward,
+            TWICE: self._twice,
+            ROWS: self._rows,
+            DIFFERENCES: self._differences,
+        }
+        while True:
+            # Fused attention has neither forward mode nor a derivative of its backward pass.
+            plain = self.way in (ROWS, DIFFERENCES)
+            try:
+                with nullcontext() if plain else WrittenOut():
+                    return run[self.way](inputs, directions).detach()
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except (
+                Exception
+            ) as error:  # an operation without a derivative of that kind, in whatever words
+                if len(self._left) == 1:
+                    raise ModelError(
+                        "the guarantee could not be audited: no way was found to differentiate the network along a "
+                        f"weight change, one example alone; {self.way} ended with {type(error).__name__}: {error}. "
+                        "Leave out the parameters before the operation named there (`parameters=`), or replace it."
+                    ) from error
+                self._left.pop(0)
+
+    def _forward(self, inputs: Inputs, directions: Tensor) -> Tensor:
+        functional = self.functional
+        weights = functional.weights()
+
+        def one(delta: Tensor) -> Tensor:
+            tangent = functional.space.unflatten(delta)
+            change: Tensor = torch.func.jvp(
+                lambda w: functional(w, inputs), (weights,), (tangent,)
+            )[1]
+            return change[0]
+
+        # Frozen randomness knows its examples by the first axis, which `vmap` takes away.
+        if self._together and not isinstance(inputs, Keyed):
+            try:
+                together: Tensor = torch.vmap(one)(directions)
+                return together
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception:  # whatever `vmap` makes of a network
+                self._together = False
+        return torch.stack([one(delta).detach() for delta in directions])
+
+    def _twice(self, inputs: Inputs, directions: Tensor) -> Tensor:
+        """The derivative of ``wᵀ J Δ`` by ``w``."""
+        weights = self.functional.weights(requires_grad=True)
+        with torch.enable_grad():
+            outputs = self.functional(weights, inputs)
+            dual = torch.zeros_like(outputs, requires_grad=True)
+            pulled = torch.autograd.grad(
+                outputs, list(weights.values()), dual, create_graph=True, allow_unused=True
+            )
+            pairs = zip(weights, pulled, strict=True)
+            used = {n: g for n, g in pairs if g is not None and g.requires_grad}
+            found = []
+            for delta in directions:
+                tangent = self.functional.space.unflatten(delta)
+                parts = [(g * tangent[n]).sum() for n, g in used.items()]
+                along = torch.stack(parts).sum() if parts else dual.sum() * 0
+                found.append(torch.autograd.grad(along, dual, retain_graph=True)[0][0])
+        self._confirm(inputs, directions[0], found[0])
+        return torch.stack(found)
+
+    def _confirm(self, inputs: Inputs, delta: Tensor, change: Tensor) -> None:
+        """Raise `ValueError` unless ``wᵀ(J Δ) = (Jᵀ w)ᵀ Δ`` by one plain backward pass, for a random ``w``.
+
+        An operation that may be differentiated once only drops out of a second pass without a word.
+        """
+        w = torch.randn(change.shape, generator=counter_generator(0, 2), dtype=torch.float64)
+        parts = self._pulled(inputs, w.to(change)[None]).double() * delta.double()
+        here = (w.to(change.device) * change.double()).sum()
+        allowed = tolerance(self.functional.rounding, self.functional.device)
+        if not float((parts.sum() - here).abs()) <= allowed * float(parts.norm() + here.abs()):
+            raise ValueError("two reverse passes disagree with one: no second derivative")
+
+    def _pulled(self, inputs: Inputs, cotangent: Tensor) -> Tensor:
+        """``Jᵀ w (P,)`` by one backward pass."""
+        space, weights = self.functional.space, self.functional.weights(requires_grad=True)
+        with torch.enable_grad():
+            outputs = self.functional(weights, inputs)
+        out = torch.zeros(space.total, dtype=space.dtype, device=space.device)
+        if not outputs.requires_grad:
+            return out
+        gradients = torch.autograd.grad(
+            outputs, list(weights.values()), cotangent.to(outputs), allow_unused=True
+        )
+        for slot, g in zip(space.slots, gradients, strict=True):
+            if g is not None:
+                dense = g.to_dense() if g.is_sparse else g
+                out[slot.start : slot.stop] = dense.reshape(-1)
+        return out
+
+    def _rows(self, inputs: Inputs, directions: Tensor) -> Tensor:
+        """One backward pass an output."""
+        with torch.no_grad():
+            outputs = self.functional(self.functional.weights(), inputs)
+        columns = []
+        for o in range(outputs.numel()):
+            unit = torch.zeros_like(outputs)
+            unit.view(-1)[o] = 1
+            columns.append(directions @ self._pulled(inputs, unit))
+        return torch.stack(columns, 1).reshape(len(directions), *outputs.shape[1:])
+
+    def _differences(self, inputs: Inputs, directions: Tensor) -> Tensor:
+        """By the shortest step that a longer one agrees with; how far they agree is the doubt."""
+        found = [self._stepped(inputs, directions, STEPS[0])]
+        away: list[float] = []
+        for step in STEPS[1:]:
+            found.append(self._stepped(inputs, directions, step))
+            away.append(
+                float((found[-1] - found[-2]).reshape(len(directions), -1).norm(dim=1).max())
+            )
+            if away[-1] <= SAME * float(found[-1].reshape(len(directions), -1).norm(dim=1).max()):
+                break
+        best = min(range(len(away)), key=lambda k: away[k])
+        self.doubt = away[best]
+        # Where short steps are rounding, the longer of the two is the better one.
+        return found[best if best == 0 else best + 1]
+
+    def _stepped(self, inputs: Inputs, directions: Tensor, relative: float) -> Tensor:
+        if self._precise is None:
+            self._precise = NetworkCopy(self.functional, torch.float64)
+        weights = self.functional.weights().values()
+        size = math.sqrt(sum(float(w.double().square().sum()) for w in weights)) or 1.0
+        out = []
+        for delta in directions.double():
+            step = relative * size / max(float(delta.norm()), 1e-300)
+            ahead = self._precise.outputs(inputs, step * delta).double()
+            behind = self._precise.outputs(inputs, -step * delta).double()
+            out.append((ahead - behind)[0] / (2 * step))
+        return torch.stack(out)

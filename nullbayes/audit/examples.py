@@ -1,0 +1,237 @@
+"""At the end of a fit: how far do samples really move what is preserved, by plain derivatives of one example alone?
+
+Forward mode, so that not even the backward pass is shared with the rows that are judged; two reverse passes, rows by
+reverse mode, or central differences of a copy of the network, where an operation has no forward mode.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nullbayes.audit.audit import Audit
+from nullbayes.audit.derivative import DIFFERENCES, FORWARD, Derivative
+from nullbayes.audit.network import NetworkCopy
+from nullbayes.audit.precision import FLOOR, eps, tolerance
+from nullbayes.audit.sampling import Drawn
+from nullbayes.errors import ModelError
+from nullbayes.model.functional import FunctionalModel
+from nullbayes.model.precision import ALIKE
+
+# Samples that each audited example is moved by, and as many prior directions.
+SAMPLES = 6
+# What those may occupy; fewer where weights are very many.
+DIRECTION_BYTES = 2**28
+# By how much of what the prior would do an example's change may differ from what the rows say of it: rounding of
+# deep networks in float32 explains 1e-4. Capped, whatever the precision.
+AGREE = {torch.float64: 1e-6, torch.float32: 2e-3}
+LARGEST = 2e-2
+FEWEST = 4
+# Examples on which a way that uses the backward pass is confirmed by central differences: of a custom gradient that
+# is wrong it knows no more than rows do.
+CONFIRMED = 2
+
+#: cotangents ``(C, 1, *out)`` of one example's rows, from its outputs ``(1, *out)`` and targets
+Rows = Callable[[Tensor, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the fit's own rows say of one example.
+
+    Attributes:
+        moved: ``‖A_n Δ_s‖ (S,)`` float64 for the samples at prior precision one.
+    """
+
+    moved: Tensor
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is audited.
+
+    Attributes:
+        samples, prior: weight changes ``(S, P)`` and ``(k, P)``: posterior samples at prior precision one, and vectors
+            of the prior.
+        rows: what turns an example's output changes into what is preserved.
+    """
+
+    functional: FunctionalModel
+    samples: Tensor
+    prior: Tensor
+    rows: Rows
+
+    def which(self, place: int) -> list[int]:
+        """The samples that example ``place`` of those audited is moved by: in turn, so that all are used."""
+        count = min(len(self.prior), len(self.samples))
+        return [(place * count + k) % len(self.samples) for k in range(count)]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One example.
+
+    Attributes:
+        moved: ``‖A_n Δ_s‖ (k,)`` float64 of the samples ``which``.
+        reach: RMS of ``‖A_n ε‖`` over prior vectors.
+        away: largest distance of ``moved`` from what the rows say.
+        doubt: how far ``moved`` may be wrong itself.
+        deployed: distance of a plain call's outputs from those that the rows belong to, relative; None: no such call.
+    """
+
+    number: int
+    moved: Tensor
+    reach: float
+    away: float
+    doubt: float
+    way: str
+    deployed: float | None
+
+
+def prior_vectors(samples: int, parameters: int, itemsize: int) -> int:
+    """How many prior vectors, and at most as many samples at a time, examples are moved by."""
+    return max(1, min(SAMPLES, samples, DIRECTION_BYTES // (2 * itemsize * parameters)))
+
+
+def audit_examples(
+    question: Question,
+    drawn: Sequence[Drawn],
+    claims: Sequence[Claim],
+    total: int,
+    seconds: float = math.inf,
+) -> Audit:
+    """Compare what samples do to each example with what the fit's rows claim.
+
+    Args:
+        drawn: examples; ``claims``: one for each.
+        total: how many examples the data have.
+        seconds: stop early once so much time has passed, but not before :data:`FEWEST` examples.
+
+    Raises:
+        ModelError: no way leads to the network's derivative along a weight change.
+    """
+    started = time.perf_counter()
+    examiner, found = _Examiner(question), []
+    for place, (example, claim) in enumerate(zip(drawn, claims, strict=True)):
+        if place >= FEWEST and time.perf_counter() - started > seconds:
+            break
+        found.append(examiner.examine(example, place, claim))
+    clear = [m for m in found if m.doubt <= LARGEST * m.reach]
+    reduced = []
+    if len(found) < len(drawn):
+        reduced.append(f"{len(found)} of {len(drawn)} drawn examples, to save time")
+    if len(clear) < len(found):
+        reduced.append(f"{len(found) - len(clear)} drawn examples are rounded too coarsely to tell")
+    if examiner.no_copy is not None:
+        reduced.append(f"the network cannot be copied to be called plainly ({examiner.no_copy})")
+    return replace(
+        _judged(clear, question.functional),
+        total=total,
+        seconds=time.perf_counter() - started,
+        reduced="; ".join(reduced) or None,
+    )
+
+
+def _judged(found: Sequence[Measured], functional: FunctionalModel) -> Audit:
+    size = math.sqrt(sum(m.reach**2 for m in found) / max(1, len(found)))
+    # An example's rows are judged beside themselves, down to what rounding leaves of the others': those of very
+    # confident examples may underflow.
+    floor = FLOOR * eps(functional.rounding) * size
+    worst, which, moved, prior = 0.0, None, 0.0, 0.0
+    for m in found:
+        away = 0.0 if m.away == 0 else m.away / max(m.reach, floor, 1e-300)
+        if not away <= worst or which is None:
+            worst, which = away, m.number
+        moved += float(m.moved.square().sum())
+        prior += m.reach**2 * len(m.moved)
+    plain = [m.deployed for m in found if m.deployed is not None]
+    return Audit(
+        examples=len(found),
+        total=len(found),
+        worst=worst,
+        worst_example=which,
+        allowed=agreement(functional.rounding),
+        moved=(moved / prior) ** 0.5 if prior > 0 else 0.0,
+        methods=tuple(dict.fromkeys(m.way for m in found)),
+        plain_call=max(plain, default=None),
+        plain_call_allowed=_plain_allowed(functional),
+    )
+
+
+def _plain_allowed(functional: FunctionalModel) -> float:
+    """Half precision, computed in float32 for the rows, rounds that much."""
+    if functional.widened is not None:
+        return ALIKE
+    return tolerance(functional.rounding, functional.device)
+
+
+def agreement(dtype: torch.dtype) -> float:
+    """Share of the prior's effect by which rounding in ``dtype`` may part rows and reality."""
+    return min(AGREE.get(dtype, LARGEST), LARGEST)
+
+
+class _Examiner:
+    """Moves examples of a network, one at a time."""
+
+    def __init__(self, question: Question) -> None:
+        self.question, self.functional = question, question.functional
+        self.along = Derivative(self.functional)
+        self.stepped = Derivative(self.functional, (DIFFERENCES,))
+        #: why no copy of the network could be made; None where one was
+        self.no_copy: str | None = None
+        self._copy: NetworkCopy | None = None
+        try:
+            self._copy = NetworkCopy(self.functional)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a network's attributes make of being copied
+            self.no_copy = type(error).__name__
+
+    def examine(self, example: Drawn, place: int, claim: Claim) -> Measured:
+        """One example; where rows and derivative part, central differences of a copy of the network decide.
+
+        They know no formula that could be wrong, as some of PyTorch's forward mode have been.
+        """
+        found = self._measured(self.along, example, place, claim)
+        parted = found.away > agreement(self.functional.rounding) * found.reach
+        unconfirmed = found.way != FORWARD and place < CONFIRMED
+        if found.way == DIFFERENCES or not (parted or unconfirmed):
+            return found
+        try:
+            again = self._measured(self.stepped, example, place, claim)
+        except ModelError:
+            return found
+        reach = max(found.reach, again.reach)
+        return found if again.doubt > LARGEST * reach else replace(again, reach=reach)
+
+    def _measured(self, along: Derivative, example: Drawn, place: int, claim: Claim) -> Measured:
+        question, functional = self.question, self.functional
+        with torch.no_grad():
+            outputs = functional(functional.weights(), example.inputs)
+        rows = question.rows(outputs, example.targets).detach()
+        rows = rows.reshape(len(rows), -1).double()  # (C, out)
+        which = question.which(place)
+        both = torch.cat([question.samples[which], question.prior])
+        changes = along(example.inputs, both)
+        values = (changes.reshape(len(both), -1).double() @ rows.T).norm(dim=1)
+        ours, prior = values[: len(which)], values[len(which) :]
+        deployed = None
+        if self._copy is not None:
+            plain = self._copy.outputs(example.inputs).double()
+            there = outputs.double()
+            deployed = float((plain - there).norm() / there.norm().clamp_min(1e-300))
+        return Measured(
+            example.number,
+            ours,
+            float(prior.square().mean().sqrt()),
+            float((ours - claim.moved.to(ours)[which]).abs().max()),
+            along.doubt * float(rows.norm()) if along.doubt else 0.0,
+            along.way,
+            deployed,
+        )

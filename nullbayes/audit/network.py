@@ -1,0 +1,123 @@
+"""The user's network by itself: a deep copy that is called as anyone would call it, with weights written into it.
+
+Rows are computed through `FunctionalModel`, which puts other weights in place of the network's own. Here nothing of
+that is used, so that a mistake in it would show.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from nullbayes.model.batch import Inputs, batch_size, plain
+from nullbayes.model.functional import FunctionalModel, as_tensor_output
+
+
+class NetworkCopy:
+    """A copy of the network, in its own precision or another; the user's is never written to.
+
+    Args:
+        dtype: what its floating-point tensors become; None: they stay.
+
+    Raises:
+        Exception: whatever copying this network raises; some networks cannot be copied.
+    """
+
+    def __init__(self, functional: FunctionalModel, dtype: torch.dtype | None = None) -> None:
+        self.functional, self.dtype = functional, dtype
+        self.model = copy.deepcopy(functional.model)
+        if dtype is not None:
+            self.model.to(dtype)
+        named = dict(self.model.named_parameters())
+        self._parameters: list[Tensor] = [named[name] for name in functional.space.names]
+        self._trained = [p.detach().clone() for p in self._parameters]
+
+    def outputs(self, inputs: Inputs, delta: Tensor | None = None) -> Tensor:
+        """``f(θ̂ + Δ, x) (B, *out)`` for ``delta (P,)``; at the trained weights without one."""
+        given = plain(inputs)
+        if self.dtype is not None:
+            given = tree_map(lambda t: as_floating(t, self.dtype), given)
+        self._write(delta)
+        try:
+            with torch.no_grad(), self.functional.drawing(inputs):
+                out = self._called(given)
+        finally:
+            self._write(None)
+        layouts = self.functional.layouts
+        if layouts is None:
+            return as_tensor_output(out).detach()
+        return layouts.flatten(out, batch_size(inputs)).detach()
+
+    def _called(self, given: Any) -> Any:
+        forward = self.functional.user_forward
+        if forward is not None:
+            return forward(self.model, given)
+        if isinstance(given, Mapping):
+            return self.model(**given)
+        return self.model(*given) if isinstance(given, tuple) else self.model(given)
+
+    def _write(self, delta: Tensor | None) -> None:
+        values = self._trained
+        if delta is not None:
+            moved = self.functional.space.unflatten(delta)
+            values = [t + d.to(t) for t, d in zip(values, moved.values(), strict=True)]
+        with torch.no_grad():
+            torch._foreach_copy_(self._parameters, values)
+
+
+def as_floating(leaf: Any, dtype: torch.dtype | None) -> Any:
+    """Floating-point tensors in ``dtype``, anything else as it is."""
+    return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+class WrittenOut(TorchFunctionMode):
+    """Within it, in this thread, attention is the operations that it is made of; each has all its derivatives."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        if func is F.multi_head_attention_forward and kwargs.get("need_weights") is False:
+            # A mode does not see what a function calls; this one writes attention out itself if asked for weights.
+            return func(*args, **(kwargs | {"need_weights": True}))[0], None
+        return func(*args, **kwargs)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``softmax(Q Kᵀ / √d + mask) V``."""
+    if enable_gqa:
+        times = query.shape[-3] // key.shape[-3]
+        key, value = (t.repeat_interleave(times, -3) for t in (key, value))
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~allowed, -math.inf)
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, -math.inf)
+        else:
+            scores = scores + attn_mask
+    return F.dropout(scores.softmax(-1), dropout_p) @ value

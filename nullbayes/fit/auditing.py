@@ -1,0 +1,64 @@
+"""A fit's samples handed to the audit, with what the fit's rows claim of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from nullbayes.audit import Audit
+from nullbayes.audit.examples import Claim, Question, audit_examples, prior_vectors
+from nullbayes.audit.sampling import Drawn
+from nullbayes.constraints.problem import Problem
+from nullbayes.constraints.training_rows import TrainingRows
+from nullbayes.fit.result import AUDITED, Auditing
+
+
+def auditing_of(problem: Problem, rows: TrainingRows, asked: int) -> Auditing:
+    """What it takes to audit samples of this fit, now and when more are drawn."""
+    spans = {d.number: rows.spans[d.number] for d in rows.audited}
+    less = asked < min(AUDITED, rows.examples)
+    return Auditing(
+        rows.audited,
+        spans,
+        rows.examples,
+        rows.batches,
+        f"audit={asked} was asked for" if less else _cut(rows.audited, asked, rows.examples),
+    )
+
+
+def _cut(drawn: list[Drawn], asked: int, total: int) -> str | None:
+    wanted = min(asked, total)
+    if len(drawn) == wanted:
+        return None
+    return f"{len(drawn)} of {wanted} examples, which take the memory that is set aside for that"
+
+
+def audited(
+    problem: Problem,
+    auditing: Auditing,
+    samples: Tensor,
+    prior: Tensor,
+    effects: Tensor,
+    seconds: float,
+) -> Audit:
+    """The audit of ``samples (S, P)`` at prior precision one.
+
+    Args:
+        prior: ``(k, P)``, what they were projected from, in the solver's coordinates.
+        effects: ``A Δ (S, M)``, as the rows have it.
+        seconds: that it may take, once the fewest examples are done.
+    """
+    few = prior_vectors(len(samples), samples.shape[1], samples.element_size())
+    question = Question(
+        problem.functional,
+        samples,
+        problem.weight_changes(prior[:few]),
+        lambda outputs, targets: problem.cotangents(outputs, targets).values,
+    )
+    claims = [
+        Claim(effects[:, auditing.spans[d.number]].double().norm(dim=1)) for d in auditing.drawn
+    ]
+    found = audit_examples(question, auditing.drawn, claims, auditing.total, seconds)
+    less = [text for text in (auditing.reduced, found.reduced) if text]
+    return replace(found, batches=auditing.batches, reduced="; ".join(less) or None)

@@ -81,16 +81,16 @@ class Audit:
             )
         if self.worst <= self.allowed:
             return (
-                f"The audit failed: a plain call of the network gives other outputs (by {_share(self.plain_call or 0)}) "
-                "than the function that its rows were taken of. Look for a forward pass that takes another path where "
-                "gradients are recorded, or that uses another module than its own."
+                "The audit failed: a plain call of the network gives other outputs (by "
+                f"{_share(self.plain_call or 0)}) than the function that its rows were taken of. Look for a forward "
+                "pass that takes another path where gradients are recorded, or that uses another module than its own."
             )
         return (
             f"The audit failed: audited on {seen}, samples move example {self.worst_example} otherwise than the rows "
             f"say, by {_share(self.worst)} of what the prior would do (rounding explains {_share(self.allowed)}). "
             "Figures that come from the rows, the residual among them, do not speak of this network: do not rely on "
-            "this posterior. Look for a custom gradient (`torch.autograd.Function`) that is not the derivative, and for "
-            "a forward pass that depends on the batch; if there is neither, report it with the model's code."
+            "this posterior. Look for a custom gradient (`torch.autograd.Function`) that is not the derivative, and "
+            "for a forward pass that depends on the batch; if there is neither, report it with the model's code."
         )
 
     def as_dict(self) -> dict[str, Any]:

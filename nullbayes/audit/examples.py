@@ -207,8 +207,11 @@ class _Examiner:
             again = self._measured(self.stepped, example, place, claim)
         except ModelError:
             return found
-        reach = max(found.reach, again.reach)
-        return found if again.doubt > LARGEST * reach else replace(again, reach=reach)
+        again = replace(again, reach=max(found.reach, again.reach))
+        agrees = again.away <= agreement(self.functional.rounding) * again.reach
+        if again.doubt > LARGEST * again.reach or (agrees and not parted):
+            return found
+        return again
 
     def _measured(self, along: Derivative, example: Drawn, place: int, claim: Claim) -> Measured:
         question, functional = self.question, self.functional

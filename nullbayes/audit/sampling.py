@@ -80,7 +80,8 @@ def _copied(leaf: Any) -> Any:
 def _chances(seed: int, start: int, size: int) -> list[float]:
     """Uniform numbers of examples ``start ... start + size``, however the data are cut into batches.
 
-    Of seed and number alone, by splitmix64 (Steele, Lea & Flood, *Fast splittable pseudorandom number generators*, 2014).
+    Of seed and number alone, by splitmix64 (Steele, Lea & Flood, *Fast splittable pseudorandom number generators*,
+    2014).
     """
     key = np.random.SeedSequence(abs(seed)).generate_state(1, np.uint64)
     numbers = np.arange(start + 1, start + size + 1, dtype=np.uint64)

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from nullbayes.audit.batches import counter_generator, plain_gradient
 from nullbayes.jacobian.capture.batches import CAPTURE_BYTES, examples_per_capture
-from nullbayes.jacobian.capture.checking import captured_at_use, separate_at_use
+from nullbayes.jacobian.capture.checking import captured_at_use
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.model.batch import Inputs, batch_size, take
@@ -113,7 +113,7 @@ def forward_mode(
     passes (the derivative of ``wᵀJ`` by ``w``), which every differentiable model has. A batch is taken
     in pieces: a pass holds a multiple of the model's own activations.
     """
-    inputs, pieces = separate_at_use(functional, plan, functional.batch(inputs)), []
+    inputs, pieces = functional.batch(inputs), []
     size, step = batch_size(inputs), examples_per_capture(functional, plan, 1)
     for start in range(0, size, step):
         piece, out = take(inputs, start, min(start + step, size)), []
@@ -161,10 +161,8 @@ def _confirmed(functional: FunctionalModel, delta: Tensor, inputs: Inputs, chang
     ours, theirs = (v * change).double(), (pulled * delta).double()
     # Each sum may cancel; rounding is that of its terms.
     size = max(float(ours.norm()), float(theirs.norm()))
-    return (
-        abs(float(ours.sum() - theirs.sum()))
-        <= tolerance(functional.rounding, functional.device) * size
-    )
+    allowed = tolerance(functional.rounding, functional.device) * size
+    return abs(float(ours.sum() - theirs.sum())) <= allowed
 
 
 class _Mathematical(TorchFunctionMode):

@@ -161,7 +161,8 @@ def _confirmed(functional: FunctionalModel, delta: Tensor, inputs: Inputs, chang
     ours, theirs = (v * change).double(), (pulled * delta).double()
     # Each sum may cancel; rounding is that of its terms.
     size = max(float(ours.norm()), float(theirs.norm()))
-    return abs(float(ours.sum() - theirs.sum())) <= tolerance(functional.rounding) * size
+    allowed = tolerance(functional.rounding, functional.device) * size
+    return abs(float(ours.sum() - theirs.sum())) <= allowed
 
 
 class _Mathematical(TorchFunctionMode):
@@ -188,18 +189,15 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    *rest: Any,
+    **options: Any,
 ) -> Tensor:
+    """`scaled_dot_product_attention` by its mathematical kernel, which takes masks as numbers."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         zeros = torch.zeros_like(attn_mask, dtype=query.dtype)
         attn_mask = zeros.masked_fill(attn_mask.logical_not(), -torch.inf)
     out: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
-        *(query, key, value, attn_mask, dropout_p, is_causal),
-        scale=scale,
-        enable_gqa=enable_gqa,
+        *(query, key, value, attn_mask, *rest), **options
     )[0]
     return out
 

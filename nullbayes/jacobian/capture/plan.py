@@ -53,6 +53,8 @@ class CapturePlan:
     unreached: set[str] = field(default_factory=set)
     # What comparing captured rows with plain differentiation has taken.
     checking_seconds: float = 0.0
+    # The batch that is being captured, for messages.
+    where: str = "the training data"
     # Which of the ways to differentiate along a weight change this model takes, see `linearise.py`.
     product: int = 0
 

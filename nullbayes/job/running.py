@@ -23,7 +23,7 @@ from nullbayes.fit.plan import Plan
 from nullbayes.job.file import Job
 from nullbayes.likelihood.score import score_named
 from nullbayes.posterior.base import Posterior
-from nullbayes.posterior.evaluation import Evaluation, evaluate
+from nullbayes.posterior.evaluation import Evaluation
 from nullbayes.posterior.loading import load
 from nullbayes.posterior.measuring.data import as_loader
 from nullbayes.posterior.measuring.methods import NETWORK, own_source
@@ -183,8 +183,7 @@ def run_evaluate(job: Job, folder: RunFolder, *, progress: bool) -> Evaluation:
     test = job.need("test", "evaluate")
     posterior = fitted(job, folder, progress=progress)
     with folder.noting_warnings(), job.blamed("the data"):
-        found = evaluate(
-            posterior,
+        found = posterior.evaluate(
             test,
             shifted=job.shifted,
             train=job.train,

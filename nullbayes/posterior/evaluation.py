@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from nullbayes.common.writing import plain, write_signed_json
 from nullbayes.posterior.measuring.estimates import Estimate
 from nullbayes.posterior.measuring.records import METRICS
-from nullbayes.posterior.measuring.running import Question, measured
-from nullbayes.posterior.measuring.showing import Show
+from nullbayes.posterior.measuring.running import Question as Question
+from nullbayes.posterior.measuring.running import measured
 
 if TYPE_CHECKING:
-    from nullbayes.posterior.base import Posterior
+    pass
 
 SCHEMA = 1
 KIND = "nullbayes-evaluation"
@@ -141,22 +141,8 @@ _PARTS = (
 )
 
 
-def evaluate(
-    posterior: Posterior,
-    test: Any,
-    *,
-    shifted: Mapping[str, Any] | None = None,
-    train: Any = None,
-    validation: Any = None,
-    against: Sequence[Posterior] | Mapping[str, Posterior] = (),
-    slices: Mapping[str, Any] | None = None,
-    show: Show | None = None,
-    progress: bool = True,
-) -> Evaluation:
+def evaluate(question: Question) -> Evaluation:
     """See `nullbayes.Posterior.evaluate`."""
-    question = Question(
-        posterior, test, shifted, train, validation, against, slices, show, progress
-    )
     found = measured(question)
     verdicts = {
         key: {

@@ -46,18 +46,11 @@ class Judged:
         Raises:
             NotFittedError: not fitted. InputError: data, slices or posteriors that cannot be used, by name.
         """
-        from nullbayes.posterior.evaluation import evaluate
+        from nullbayes.posterior.evaluation import Question, evaluate
 
+        posterior = cast("Posterior", self)
         return evaluate(
-            cast("Posterior", self),
-            test,
-            shifted=shifted,
-            train=train,
-            validation=validation,
-            against=against,
-            slices=slices,
-            show=show,
-            progress=progress,
+            Question(posterior, test, shifted, train, validation, against, slices, show, progress)
         )
 
     def report(

@@ -1,4 +1,4 @@
-"""One thread per worker, and which tests `make test-fast` leaves out: small problems, and xdist already uses every core."""
+"""One thread a worker, since xdist already uses every core; and which tests `make test-fast` leaves out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ SLOW_TESTS = (
     "test_update_remove_and_merge",
     "test_cli_job.py",
     "test_evaluation",
-    "test_resuming_after_a_kill",
+    "test_projection.py",
+    "test_generative.py",
+    "test_scale.py",
+    "test_layer_posterior.py",
 )
 
 

@@ -93,7 +93,7 @@ def _recorders(plan: CapturePlan) -> tuple[Hooks, list[_Record], list[LocalUse]]
 
 
 def batched_grad(
-    outputs: Tensor, inputs: Sequence[Any], cotangents: Tensor, batched: bool
+    outputs: Tensor, inputs: Sequence[Any], cotangents: Tensor, *, batched: bool
 ) -> list[Tensor | None]:
     """Vector-Jacobian products for ``cotangents (C, *outputs.shape)``: one ``(C, ...)`` each."""
     if len(cotangents) == 1 or not batched:
@@ -141,7 +141,7 @@ def capture(
         return Block({}, size, count), made
     if records or uses:
         edges = [r.edge for r in records] + [u.edge for u in uses]
-        grads = batched_grad(outputs, edges, cotangents, plan.batched_backward)
+        grads = batched_grad(outputs, edges, cotangents, batched=plan.batched_backward)
         with torch.no_grad():
             for record, g in zip(records, grads, strict=False):
                 if g is None:
@@ -160,7 +160,7 @@ def capture(
     del outputs, records, uses
     if whole:
         try:
-            rows = generic_rows(functional, whole, inputs, cotangents, plan.vmapped)
+            rows = generic_rows(functional, whole, inputs, cotangents, vmapped=plan.vmapped)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -190,7 +190,7 @@ def _local(
         if g is None or use.site in out.failed:
             continue
         try:
-            out.rows += local_rows(functional, use, g, size, plan.settled).items()
+            out.rows += local_rows(functional, use, g, size, settled=plan.settled).items()
         except Exception:  # whatever a module does where it was not written to be run alone
             out.failed.append(use.site)
     if not plan.settled:

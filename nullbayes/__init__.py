@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from nullbayes import errors as errors
 from nullbayes import jacobian as jacobian
+from nullbayes import moments as moments
 from nullbayes import solvers as solvers
 from nullbayes.certificate.certificate import Certificate as Certificate
 from nullbayes.constraints.preserve import Preserve as Preserve
@@ -31,6 +32,7 @@ from nullbayes.likelihood import register_likelihood as register_likelihood
 from nullbayes.model.randomness import FrozenRandomness as FrozenRandomness
 from nullbayes.posterior.base import Posterior as Posterior
 from nullbayes.posterior.calibration import CalibrationPath as CalibrationPath
+from nullbayes.posterior.layers import LayerNullSpacePosterior as LayerNullSpacePosterior
 from nullbayes.posterior.loading import load as load
 from nullbayes.posterior.posterior import LaplacePosterior as LaplacePosterior
 from nullbayes.posterior.posterior import NullSpacePosterior as NullSpacePosterior

@@ -109,7 +109,8 @@ class Problem:
     def weight_changes(self, isotropic: Tensor) -> Tensor:
         """``(S, P)`` from the solver's coordinates, in which the prior is isotropic, to weights."""
         scales = self.space.scales(self.precision_by_name)
-        return isotropic if scales is None else isotropic * scales
+        # Exactly, and not but for rounding: a solver's products leave something at coordinates that are fixed.
+        return self.space.fix_(isotropic if scales is None else isotropic * scales)
 
     def isotropic(self, changes: Tensor) -> Tensor:
         """The inverse of :meth:`weight_changes`."""

@@ -95,7 +95,7 @@ def capture_training(
         if capturing is None:
             problem.likelihood.check_reach(outputs, targets)
             capturing = _Capturing(problem, plan, memory, Reservoir(audited, 0, memory.check))
-        capturing.add(inputs, outputs, targets, where)
+        capturing.add(inputs, outputs, targets)
     assert capturing is not None
     return capturing.finish()
 
@@ -121,16 +121,16 @@ class _Capturing:
         self.checked_numbers: list[range] = []
         self.left, self.count = memory.check, 0
 
-    def add(self, inputs: Inputs, outputs: Tensor, targets: Any, where: str) -> None:
+    def add(self, inputs: Inputs, outputs: Tensor, targets: Any) -> None:
         """The rows of one batch, of which the examples are numbered on."""
         for group in row_groups(self.problem, inputs, outputs, targets):
-            self._add_group(group, where)
+            self._add_group(group)
         self._check_later(inputs, outputs, targets)
         self.audited.offer(inputs, targets)
         self.batches += 1
         self.examples += batch_size(inputs)
 
-    def _add_group(self, group: RowGroup, where: str) -> None:
+    def _add_group(self, group: RowGroup) -> None:
         memory, numbers = self.memory, group.which + self.examples
         scales = self.problem.scale_by_name
         pieces = capture_batch(
@@ -141,7 +141,6 @@ class _Capturing:
             group.count,
             scales,
             memory.temporaries,
-            where,
         )
         for block, piece, made in pieces:
             check_block(block, self.captured)

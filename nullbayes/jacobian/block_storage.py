@@ -257,7 +257,7 @@ class Keeper:
                 if not isinstance(kept, OnDisk) and others + new.nbytes <= self._room:
                     self.kept[i] = new
                 elif fits_on_disk(new.nbytes, self._functional.device):
-                    self.kept[i] = OnDisk(new)
+                    self.kept[i] = _on_disk(new)
                 else:
                     raise MemoryBudgetError(
                         f"the rows of {new.examples} examples take {format_bytes(new.nbytes)} written out, which some "
@@ -273,9 +273,7 @@ class Keeper:
         nbytes = sum(block.nbytes for block, _, _ in group)
         if self._fits(nbytes):
             self.kept.append(Block.merge([block for block, _, _ in group]))
-        elif fits_on_disk(nbytes, self._functional.device):
-            self.kept.append(OnDisk(Block.merge([block for block, _, _ in group])))
-        else:
+        elif not self._written(group, nbytes):
             self.kept += [
                 Recomputed(self._functional, self._plan, inputs, values, self._scales, b.nbytes)
                 for b, inputs, values in group
@@ -291,8 +289,30 @@ class Keeper:
                 "`preserve='loss'`)."
             )
 
+    def _written(self, group: list[tuple[Block, Inputs, Tensor]], nbytes: int) -> bool:
+        """Whether the disk took the rows of ``group``; it may be fuller than it said, or have a quota."""
+        if not fits_on_disk(nbytes, self._functional.device):
+            return False
+        try:
+            self.kept.append(OnDisk(Block.merge([block for block, _, _ in group])))
+        except OSError:
+            return False
+        return True
+
     def _fits(self, nbytes: int) -> bool:
         return self._resident + nbytes <= self._room
+
+
+def _on_disk(block: Block) -> OnDisk:
+    """``block`` in a file. Raises `MemoryBudgetError` where the disk does not take it."""
+    try:
+        return OnDisk(block)
+    except OSError as error:
+        raise MemoryBudgetError(
+            f"rows of {format_bytes(block.nbytes)} could not be written to the folder of temporary files "
+            f"({tempfile.gettempdir()}): {error}. Free disk space there, let TMPDIR name another folder, or raise "
+            "`memory=`."
+        ) from error
 
 
 def _form(block: Block) -> Block:
@@ -330,7 +350,12 @@ def moved_out(blocks: Sequence[Openable], room: int) -> list[Openable]:
         if held <= room:
             break
         if isinstance(block, Block) and fits_on_disk(block.nbytes, block.device):
-            out[i] = OnDisk(block)
+            try:
+                out[i] = OnDisk(block)
+            except (
+                OSError
+            ):  # a disk that is fuller than it said; the budget's own check speaks of it
+                break
             held -= block.nbytes
     return out
 

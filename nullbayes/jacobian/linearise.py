@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nullbayes.audit.batches import plain_gradient
-from nullbayes.audit.precision import tolerance
+from nullbayes.audit.batches import counter_generator, plain_gradient
 from nullbayes.jacobian.capture.batches import CAPTURE_BYTES, examples_per_capture
-from nullbayes.jacobian.capture.checking import captured_at_use, separate_at_use
+from nullbayes.jacobian.capture.checking import captured_at_use
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.parameters import ParameterSpace
+from nullbayes.model.precision import tolerance
 
 Centre = Callable[[Tensor], Tensor]
 Product = Callable[[FunctionalModel, dict[str, Tensor], Inputs], Tensor]
@@ -113,12 +113,12 @@ def forward_mode(
     passes (the derivative of ``wᵀJ`` by ``w``), which every differentiable model has. A batch is taken
     in pieces: a pass holds a multiple of the model's own activations.
     """
-    inputs, pieces = separate_at_use(functional, plan, functional.batch(inputs)), []
+    inputs, pieces = functional.batch(inputs), []
     size, step = batch_size(inputs), examples_per_capture(functional, plan, 1)
     for start in range(0, size, step):
         piece, out = take(inputs, start, min(start + step, size)), []
         for n, delta in enumerate(samples):
-            change = _along(functional, plan, delta, piece)
+            change = _along(functional, plan, delta, piece, confirm=n == 0)
             if change is None:  # as for one sample, so for all
                 out.append(_by_rows(functional, plan, samples[n:], piece))
                 break
@@ -128,9 +128,14 @@ def forward_mode(
 
 
 def _along(
-    functional: FunctionalModel, plan: CapturePlan, delta: Tensor, inputs: Inputs
+    functional: FunctionalModel, plan: CapturePlan, delta: Tensor, inputs: Inputs, *, confirm: bool
 ) -> Tensor | None:
-    """``J(x) Δ (B, *out)`` by the first way that this model's operations allow; None: by none of them."""
+    """``J(x) Δ (B, *out)`` by the first way that this model's operations allow; None: by none of them.
+
+    Args:
+        confirm: compare with a reverse pass: an operation without a derivative of the kind that a way needs may raise,
+            or drop out in silence.
+    """
     tangent = functional.space.unflatten(delta)
     ways = _products()
     while plan.product < len(ways):
@@ -138,29 +143,26 @@ def _along(
         try:
             with mode():
                 change = product(functional, tangent, inputs).detach()
+            if not confirm or _confirmed(functional, delta, inputs, change):
+                return change
+            plan.product += 1
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception:  # an operation without a derivative of that kind, in whatever words
             plan.product += 1
-            continue
-        if product is not _double_reverse or plan.product_confirmed:
-            return change
-        if _confirmed(functional, delta, change, inputs):
-            plan.product_confirmed = True
-            return change
-        plan.product += 1
     return None
 
 
-def _confirmed(functional: FunctionalModel, delta: Tensor, change: Tensor, inputs: Inputs) -> bool:
-    """Whether ``wᵀ(J Δ) = (Jᵀ w)ᵀ Δ`` by one backward pass: an operation that may be differentiated once only
-    drops out of two of them without an error."""
-    generator = torch.Generator().manual_seed(0)
-    w = torch.randn(change.shape, generator=generator, dtype=torch.float64).to(change)
-    parts = plain_gradient(functional, inputs, w).double() * delta.double()
-    here = (w.double() * change.double()).sum()
-    allowed = tolerance(functional.rounding, functional.device) * (parts.norm() + here.abs())
-    return bool((parts.sum() - here).abs() <= allowed)
+def _confirmed(functional: FunctionalModel, delta: Tensor, inputs: Inputs, change: Tensor) -> bool:
+    """Whether ``vᵀ (J Δ)`` is ``(vᵀ J) Δ`` for a random ``v``."""
+    generator = counter_generator(0, change.numel())
+    v = torch.randn(change.shape, generator=generator, dtype=torch.float64).to(change)
+    pulled = plain_gradient(functional, inputs, v)
+    ours, theirs = (v * change).double(), (pulled * delta).double()
+    # Each sum may cancel; rounding is that of its terms.
+    size = max(float(ours.norm()), float(theirs.norm()))
+    allowed = tolerance(functional.rounding, functional.device) * size
+    return abs(float(ours.sum() - theirs.sum())) <= allowed
 
 
 class _Mathematical(TorchFunctionMode):
@@ -187,15 +189,15 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    *rest: Any,
+    **options: Any,
 ) -> Tensor:
+    """`scaled_dot_product_attention` by its mathematical kernel, which takes masks as numbers."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        zeros = torch.zeros_like(attn_mask, dtype=query.dtype)
+        attn_mask = zeros.masked_fill(attn_mask.logical_not(), -torch.inf)
     out: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
-        *(query, key, value, attn_mask, dropout_p, is_causal),
-        scale=scale,
-        enable_gqa=enable_gqa,
+        *(query, key, value, attn_mask, *rest), **options
     )[0]
     return out
 

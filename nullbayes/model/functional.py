@@ -6,6 +6,7 @@ the buffers, so even a layer that counts its own calls leaves no trace.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -96,16 +97,27 @@ class FunctionalModel:
         return batch
 
     def _settle(self, inputs: Inputs) -> None:
-        """Find out, on the first batch, what the network computes with."""
+        """Find out, on the first batch, what the network computes with and whether private modules can serve."""
         self._settled = True
         if in_half(self.model):
             deployed = self.model_output(inputs)
             self.widened = torch.float32
             if not alike(self.model_output(inputs), deployed):
                 self.widened = None
-        with Watch() as watch:
-            self.model_output(inputs)
-        self.rounding = watch.found or self.space.dtype
+        originals = dict(self.model.named_parameters())
+        weights, keyed_inputs = self.weights(), self.keyed(inputs)
+        watch = Watch(self.space.dtype, (originals[n] for n in weights))
+        # What the model says to inputs that it does not take is told where outputs are asked for.
+        with (
+            contextlib.suppress(Exception),
+            torch.random.fork_rng(devices=[]),
+            torch.no_grad(),
+            watch,
+        ):
+            self(weights, keyed_inputs)
+        self.rounding = watch.found
+        # The model reaches its modules in a way that a private copy cannot follow (an object, a global of a global).
+        self.modules.shared = watch.used
 
     def _evaluated(self, inputs: Inputs) -> Tensor:
         """Outputs of inputs that may not fit together, for :class:`Axes`; anything may be raised."""

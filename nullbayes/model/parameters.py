@@ -158,7 +158,7 @@ class ParameterSpace:
             )
         lead = flat.shape[:-1]
         return {
-            s.name: flat[..., s.start : s.stop].reshape(*lead, *s.shape).to(s.dtype or flat.dtype)
+            s.name: flat[..., s.start : s.stop].reshape((*lead, *s.shape)).to(s.dtype or flat.dtype)
             for s in self.slots
         }
 

@@ -6,7 +6,7 @@ give the same network without its rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -42,11 +42,17 @@ def alike(wide: Tensor | None, deployed: Tensor | None) -> bool:
 
 
 class Watch(TorchFunctionMode):
-    """Within it, ``found`` becomes a half precision that anything is computed in, as under autocast."""
+    """Looks at all operations of a forward pass.
 
-    def __init__(self) -> None:
+    Attributes:
+        found: the least precise of floating-point results, as under autocast.
+        used: whether one of ``originals`` took part: tensors that others should have stood for.
+    """
+
+    def __init__(self, least: torch.dtype, originals: Iterable[Tensor]) -> None:
         super().__init__()
-        self.found: torch.dtype | None = None
+        self.found, self.used = least, False
+        self._originals = {id(t) for t in originals}
 
     def __torch_function__(
         self,
@@ -55,10 +61,20 @@ class Watch(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and out.dtype in HALF:
-            self.found = out.dtype
+        kwargs = kwargs or {}
+        if (
+            getattr(func, "__name__", "") != "__get__"
+        ):  # a look at a shape or dtype is none at the numbers
+            self.used = self.used or any(map(self._is_original, (*args, *kwargs.values())))
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor) and out.is_floating_point() and out.dtype.itemsize >= 2:
+            self.found = max(self.found, out.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         return out
+
+    def _is_original(self, value: Any) -> bool:
+        if isinstance(value, (list, tuple)):
+            return any(map(self._is_original, value))
+        return isinstance(value, Tensor) and id(value) in self._originals
 
 
 def widening(dtype: torch.dtype) -> Callable[[Any], Any]:

@@ -11,6 +11,8 @@ from nullbayes.likelihood import Likelihood, LossFunction
 from nullbayes.model.functional import Forward, unwrapped
 from nullbayes.model.randomness import FrozenRandomness
 from nullbayes.posterior.base import Posterior
+from nullbayes.posterior.layer_storage import is_layer_file, load_layers
+from nullbayes.posterior.layers import LayerNullSpacePosterior
 from nullbayes.posterior.posterior import LaplacePosterior, NullSpacePosterior
 from nullbayes.posterior.storage import read_posterior
 
@@ -22,7 +24,7 @@ def load(
     likelihood: Likelihood | LossFunction | None = None,
     loss: LossFunction | None = None,
     forward: Forward | None = None,
-) -> Posterior:
+) -> Posterior | LayerNullSpacePosterior:
     """A posterior from :meth:`Posterior.save`, around the same trained model.
 
     Args:
@@ -35,6 +37,8 @@ def load(
     Raises:
         StorageError: the file is missing, truncated, not ours, or for another model.
     """
+    if is_layer_file(path):
+        return load_layers(path, model, likelihood or loss, forward)
     stored = read_posterior(path)
     kinds: dict[str, type[NullSpacePosterior] | type[LaplacePosterior]] = {
         c.__name__: c for c in (NullSpacePosterior, LaplacePosterior)

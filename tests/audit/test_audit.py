@@ -128,10 +128,8 @@ class Applied(nn.Module):
         return self.function.apply(x)
 
 
-@pytest.mark.parametrize(
-    ("function", "way"), [(NoForwardMode, "two reverse passes"), (OnlyOnce, "reverse mode")]
-)
-def test_other_ways_where_an_operation_has_no_forward_mode(function: Any, way: str) -> None:
+@pytest.mark.parametrize("function", [NoForwardMode, OnlyOnce])
+def test_other_ways_where_an_operation_has_no_forward_mode(function: Any) -> None:
     plain = network()
     model = network(nn.Linear(4, 8), Applied(function), nn.Linear(8, 3))
     x, _ = data()
@@ -139,7 +137,7 @@ def test_other_ways_where_an_operation_has_no_forward_mode(function: Any, way: s
     samples = torch.randn(2, rows.shape[2], dtype=F64, generator=torch.Generator().manual_seed(4))
     truth = [Claim((rows[n] @ samples.T).norm(dim=0)) for n in (1, 2)]
     audit = audit_examples(question(model, samples, samples), drawn(x, [1, 2]), truth, 12)
-    assert audit.passed and audit.methods == (way,)
+    assert audit.passed and audit.methods and "forward mode" not in audit.methods
 
 
 def test_every_example_has_the_same_chance_and_nothing_global_moves() -> None:

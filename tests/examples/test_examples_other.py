@@ -278,7 +278,8 @@ def test_the_benchmark_counts_passes_and_finds_exponents() -> None:
 
     run = outputs.measure(outputs.Problem("coordinates", 4))
     assert run["outputs"] == 16 and run["constraints"] == outputs.EXAMPLES
-    assert run["passes"]["tangent"] == outputs.SAMPLES
+    # The audit differentiates a few examples more, along samples and along the prior.
+    assert outputs.SAMPLES <= run["passes"]["tangent"] <= outputs.SAMPLES + 2
     assert 0 < run["own_seconds"] < run["seconds"]
     points = [
         dict.fromkeys(outputs.LAWS, 3.0 * o**0.5) | {"outputs": o, "excess_memory": 64 - o}

@@ -52,13 +52,11 @@ def capture_batch(
     cotangents: int,
     scales: dict[str, float] | None = None,
     temporaries: int | None = None,
-    where: str = "the training data",
 ) -> Iterator[tuple[Block, Inputs, Any]]:
     """One batch, cut into pieces: the block of each, checked, its inputs, and its cotangents.
 
     Args:
         make: ``(outputs, piece) -> `` the cotangents of a piece.
-        where: the batch, for messages.
 
     Raises:
         ModelError: rows that differ from plain automatic differentiation on every path.
@@ -72,7 +70,7 @@ def capture_batch(
         def made_of(outputs: Tensor, piece: slice = piece) -> Any:
             return make(outputs, piece)
 
-        block, made = checked(functional, plan, some, made_of, scales, where, start)
+        block, made = checked(functional, plan, some, made_of, scales, plan.where, start)
         yield block, some, made
 
 
@@ -97,6 +95,7 @@ def ready(
     if plan is None:
         plan = prove(functional, inputs)
         functional.remember(inputs, outputs)
+    plan.where = where
     since = time.perf_counter()
     inputs = separate(functional, inputs, outputs, where, index)
     plan.checking_seconds += time.perf_counter() - since

@@ -37,7 +37,7 @@ def generic_rows(
     size = cotangents.shape[1]
     if not well_shaped(functional, rows, size, len(cotangents)):
         raise ValueError("a vectorised operation gave rows of another shape")
-    return {name: t.flatten(2) for name, t in rows.items()}
+    return {name: t.reshape(size, len(cotangents), -1) for name, t in rows.items()}
 
 
 def well_shaped(

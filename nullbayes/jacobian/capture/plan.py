@@ -53,10 +53,10 @@ class CapturePlan:
     unreached: set[str] = field(default_factory=set)
     # What comparing captured rows with plain differentiation has taken.
     checking_seconds: float = 0.0
+    # The batch that is being captured, for messages.
+    where: str = "the training data"
     # Which of the ways to differentiate along a weight change this model takes, see `linearise.py`.
     product: int = 0
-    # Whether that way was confirmed by one backward pass: some operations drop out of a second one in silence.
-    product_confirmed: bool = False
 
     def check_reached(self, model: nn.Module) -> None:
         """Raise :class:`ModelError` if there is a parameter that no example leads to."""
@@ -116,6 +116,6 @@ def make_plan(functional: FunctionalModel) -> CapturePlan:
 def _owner_descriptions(model: nn.Module) -> dict[str, str]:
     out = {}
     for path, module in model.named_modules():
-        for local in module._parameters:
+        for local, _ in module.named_parameters(recurse=False, remove_duplicate=False):
             out[f"{path}.{local}" if path else local] = type(module).__name__
     return out

@@ -119,7 +119,7 @@ def local_rows(
     rows = run(functional, use, _split(use, flags, size), flags, _cut(g, site.axis + 1, size), size)
     if not well_shaped(functional, rows, size, len(g)):
         raise _Unfit("its rows have another shape")
-    return {name: t.flatten(2) for name, t in rows.items()}
+    return {name: t.reshape(size, len(g), -1) for name, t in rows.items()}
 
 
 def _batched(use: LocalUse, settled: bool) -> tuple[bool, ...]:

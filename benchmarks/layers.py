@@ -1,0 +1,406 @@
+"""The layer null space: exactness, cost, novelty beside its rivals, and data that come and go.
+
+    python -m benchmarks.layers [--images 60000] [--seeds 2]
+
+Which edge and which weighting of leverages are the default was chosen on the tuning tasks (digits without 8 and 9, on
+three architectures); the judging tasks (digits without other pairs, Fashion-MNIST) had no part in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import nullbayes as nb
+from benchmarks import common
+from nullbayes import datasets
+from nullbayes.demo.models import digits_net
+from nullbayes.metrics import ood_metrics
+from nullbayes.posterior.layer_leverage import Leverages
+
+DELTAS, DEFAULT = (1e-1, 1e-2, 1e-3), 1e-2
+TUNING, JUDGING = ((8, 9),), ((0, 4), (1, 7))
+# Examples of each kind that are scored, and training examples of today's posterior.
+SCORED, ROWS = 150, 100
+BATCH = 250
+
+
+class Encoder(nn.Module):
+    """Two transformer layers over eight vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(128, 4, 256, dropout=0.0, batch_first=True)
+        self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean(1))
+
+
+class Decoder(nn.Module):
+    """Causal attention over tokens; the output layer is the table of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(60, 96)
+        self.mix = nn.MultiheadAttention(96, 4, batch_first=True)
+        self.norm, self.out = nn.LayerNorm(96), nn.Linear(96, 60, bias=False)
+        self.up, self.down = nn.Linear(96, 200), nn.Linear(200, 96)
+        self.out.weight = self.table.weight
+
+    def forward(self, t: Tensor) -> Tensor:
+        h = self.table(t)
+        n = self.norm(h)
+        mask = torch.ones(t.shape[1], t.shape[1], dtype=torch.bool).triu(1)
+        h = h + self.mix(n, n, n, attn_mask=mask, need_weights=False)[0]
+        return self.out(h + self.down(torch.relu(self.up(h))))
+
+
+class Reader(nn.Module):
+    """Two LSTM layers over eight vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.LSTM(80, 100, 2, batch_first=True), nn.Linear(100, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x)[0][:, -1])
+
+
+def perceptron(inputs: int = 64, width: int = 128, classes: int = 10) -> nn.Module:
+    layers = nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(width, classes))
+
+
+def normed(inputs: int = 64, width: int = 128, classes: int = 10) -> nn.Module:
+    first = nn.Linear(inputs, width), nn.LayerNorm(width), nn.GELU()
+    second = nn.Linear(width, width), nn.LayerNorm(width), nn.GELU()
+    return nn.Sequential(nn.Flatten(), *first, *second, nn.Linear(width, classes))
+
+
+def conv_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 48, 3, stride=2, padding=1), nn.BatchNorm2d(48), nn.ReLU(),
+        nn.Conv2d(48, 64, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10),
+    )  # fmt: skip
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "perceptron, 64-128-128-10": (perceptron, lambda: torch.randn(24, 64)),
+    "convolutions, batch norm": (conv_net, lambda: torch.randn(5, 3, 8, 8)),
+    "transformer encoder": (Encoder, lambda: torch.randn(6, 8, 128)),
+    "decoder, tied embedding": (Decoder, lambda: torch.randint(0, 40, (6, 8))),
+    "LSTM": (Reader, lambda: torch.randn(8, 8, 80)),
+}
+
+
+def exactness(name: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Weights moved as far as the prior allows; training outputs and others, relative to their size."""
+    torch.manual_seed(0)
+    make, data = NETWORKS[name]
+    model, x, other = make().to(dtype).eval(), data(), data()
+    x, other = (
+        t.to(dtype) if t.is_floating_point() else (t + 17 * i) % 60
+        for i, t in enumerate((x, other))
+    )
+    likelihood = nb.Classification(class_axis=-1)
+    posterior = nb.LayerNullSpacePosterior(model, likelihood, delta=0, prior_precision=1.0)
+    posterior.fit(x, num_samples=4, progress=False)
+    posterior.prior_precision = posterior._fitted().state.natural_precision
+    certificate = posterior.certificate
+    found = posterior.predict(other)
+    off = (found.outputs - found.point).norm() / (4**0.5 * found.point.norm())
+    return {
+        "network": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "weights": certificate.weight_change,
+        "free": certificate.free_share,
+        "training outputs": certificate.change,
+        "other outputs": float(off),
+        "held": certificate.held,
+    }
+
+
+def cost(images: int) -> dict[str, Any]:
+    """CPU seconds of a fit beside a plain pass over the same data, and of scores beside one over the same batch."""
+    torch.set_num_threads(1)
+    model, x, y = common.trained_lenet(images, epochs=1)
+    loader = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
+    with torch.no_grad():
+        model(x[:BATCH])
+        start = time.process_time()
+        for some, _ in loader:
+            model(some)
+        plain = time.process_time() - start
+    posterior = nb.LayerNullSpacePosterior(model)
+    start = time.process_time()
+    posterior.fit(loader, progress=False)
+    fit = time.process_time() - start
+    out: dict[str, Any] = {"images": images, "forward": plain, "fit": fit}
+    for size in (1, BATCH):
+        posterior.novelty(x[:size], "leverage")
+        for what, run in (
+            ("forward", lambda s=size: posterior.functional.outputs(x[:s])),
+            ("leverage", lambda s=size: posterior.novelty(x[:s], "leverage")),
+            ("information", lambda s=size: posterior.novelty(x[:s])),
+        ):
+            run()
+            start, times = time.process_time(), 5
+            for _ in range(times):
+                run()
+            out[f"{what} {size}"] = (time.process_time() - start) / times
+    certificate = posterior.certificate
+    out |= {"divergence": certificate.divergence, "left out": certificate.left_out_divergence}
+    return out | {"held": certificate.held, "free": certificate.free_share}
+
+
+# -- novelty -------------------------------------------------------------------------------------
+
+
+def rivals(model: Any, train: Tensor, labels: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Scores that need features or logits alone: Mahalanobis (Lee et al. 2018), neighbours (Sun et al. 2022)."""
+
+    def features(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model[:-1](x).double()
+
+    def logits(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(x).double()
+
+    f = features(train)
+    means = torch.stack([f[labels == c].mean(0) for c in range(int(labels.max()) + 1)])
+    spread = f - means[labels]
+    covariance = spread.T @ spread / len(f)
+    ridge = 1e-6 * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=f.dtype)
+    precision = torch.linalg.inv(covariance + ridge)
+
+    def mahalanobis(x: Tensor) -> Tensor:
+        gap = features(x)[:, None] - means
+        return torch.einsum("nci,ij,ncj->nc", gap, precision, gap).amin(1)
+
+    def neighbours(x: Tensor) -> Tensor:
+        a, b = (nn.functional.normalize(t) for t in (features(x), f))
+        return torch.cdist(a, b).topk(10, largest=False).values[:, -1]
+
+    return {
+        "confidence": lambda x: -logits(x).softmax(1).amax(1),
+        "energy": lambda x: -logits(x).logsumexp(1),
+        "Mahalanobis": mahalanobis,
+        "10th neighbour": neighbours,
+    }
+
+
+def ours(model: nn.Module, train: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Scores of the layer posterior at each edge, plain leverages, and today's null-space posterior"""
+    out: dict[str, Callable[[Tensor], Tensor]] = {}
+    for delta in DELTAS:
+        posterior = nb.LayerNullSpacePosterior(model, delta=delta)
+        posterior.fit(train, progress=False)
+        state = posterior._fitted().state
+        plain = Leverages(state.functional, state.blocks, state.gathered, delta, relative=False)
+
+        def absolute(x: Tensor, scorer: Leverages = plain) -> Tensor:
+            values = scorer.by_example(x)
+            return sum((v.double().mean(1).log() for v in values.values()), torch.zeros(len(x)))
+
+        def last(x: Tensor, scorer: Leverages = plain) -> Tensor:
+            values = scorer.by_example(x)
+            return values[max(values)].double().mean(1)
+
+        out[f"plain leverage, last layer, δ={delta:g}"] = last
+        out[f"plain leverage, δ={delta:g}"] = absolute
+        out[f"leverage, δ={delta:g}"] = lambda x, p=posterior: p.novelty(x, "leverage")
+        if delta == DEFAULT:
+            out[f"information, δ={delta:g}"] = lambda x, p=posterior: p.novelty(x)
+    known = nb.NullSpacePosterior(model)
+    labels = torch.zeros(ROWS, dtype=torch.long)
+    known.fit(list(zip(train[:ROWS].split(50), labels.split(50), strict=True)), progress=False)
+    out[f"NullSpacePosterior, {ROWS} examples"] = known.novelty
+    return out
+
+
+def trained(model: nn.Module, x: Tensor, y: Tensor, epochs: int, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        optimiser = torch.optim.Adam(model.parameters(), 1e-3, weight_decay=1e-4)
+        for _ in range(epochs):
+            for batch in torch.randperm(len(x)).split(64):
+                optimiser.zero_grad()
+                nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+                optimiser.step()
+    return model.eval()
+
+
+def compare(
+    model: nn.Module, train: Any, test: Tensor, shifted: dict[str, Tensor]
+) -> dict[str, Any]:
+    """AUROC of every score between ``test`` and each shifted set."""
+    scores = rivals(model, train.inputs, train.targets) | ours(model, train.inputs)
+    out: dict[str, Any] = {}
+    for name, score in scores.items():
+        inside = torch.cat([score(x) for x in test.split(BATCH)])
+        for what, data in shifted.items():
+            outside = torch.cat([score(x) for x in data.split(BATCH)])
+            out.setdefault(name, {})[what] = ood_metrics(inside, outside)["auroc"]
+    return out
+
+
+def digits(pair: tuple[int, int], kind: str, seed: int) -> dict[str, Any]:
+    data = datasets.digits(seed=seed)
+    train, _ = datasets.hold_out_classes(data.train, pair)
+    test, held = datasets.hold_out_classes(data.test, pair)
+    makers = {
+        "convolutions": digits_net,
+        "perceptron": lambda c: perceptron(classes=c),
+        "LayerNorm": lambda c: normed(classes=c),
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = makers[kind](8)
+    model = trained(model, train.inputs, train.targets, 30, seed)
+    inputs = test.inputs[:SCORED]
+    shifted = {
+        "held-out classes": held.inputs[:SCORED],
+        "rotated": datasets.rotated(inputs, 90),
+        "noise": datasets.noise_like(inputs),
+    }
+    return compare(model, train, inputs, shifted)
+
+
+def clothes(images: int) -> dict[str, Any]:
+    model, x, y = common.trained_lenet(images, epochs=1)
+    data = datasets.fashion_mnist(validation=0, test=SCORED)
+    inputs = data.test.inputs
+    figures = datasets.rescaled(datasets.digits().test.inputs, 28)[:SCORED]
+    shifted = {
+        "digits": figures,
+        "rotated": datasets.rotated(inputs, 90),
+        "noise": datasets.noise_like(inputs),
+    }
+    return compare(model, datasets.Split(x, y), inputs, shifted)
+
+
+# -- data come and go ----------------------------------------------------------------------------
+
+
+def come_and_go() -> dict[str, float]:
+    """Largest relative difference of samples and scores from a refit, float64."""
+    torch.manual_seed(0)
+    model, x = perceptron().double().eval(), torch.randn(500, 64, dtype=torch.float64)
+    a, b = x[:300], x[300:]
+
+    def fitted(data: Tensor) -> nb.LayerNullSpacePosterior:
+        return nb.LayerNullSpacePosterior(model, prior_precision=100.0).fit(data, 4, progress=False)
+
+    def gap(one: nb.LayerNullSpacePosterior, two: nb.LayerNullSpacePosterior) -> float:
+        new = torch.randn(50, 64, dtype=torch.float64)
+        pairs = [(one.novelty(new, s), two.novelty(new, s)) for s in ("leverage", "information")]
+        pairs.append((one.predict(new).outputs, two.predict(new).outputs))
+        return max(float((p - q).norm() / q.norm()) for p, q in pairs)
+
+    return {
+        "update": gap(fitted(a).update(b, progress=False), fitted(x)),
+        "remove": gap(fitted(x).remove(b, progress=False), fitted(a)),
+        "merged": gap(fitted(a).merged(fitted(b)), fitted(x)),
+    }
+
+
+# -- tables --------------------------------------------------------------------------------------
+
+
+def mean_of(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    return {
+        name: {what: sum(r[name][what] for r in runs) / len(runs) for what in runs[0][name]}
+        for name in runs[0]
+    }
+
+
+def auroc_table(title: str, runs: list[dict[str, Any]]) -> list[str]:
+    values = mean_of(runs)
+    columns = list(next(iter(values.values())))
+    lines = [
+        "",
+        f"## {title}",
+        "",
+        f"| score | {' | '.join(columns)} |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for name, row in values.items():
+        lines.append(f"| {name} | " + " | ".join(f"{row[c]:.3f}" for c in columns) + " |")
+    return lines
+
+
+def report(results: dict[str, Any], command: str) -> str:
+    lines = ["# The layer null space", "", f"`{command}`", "", "## Exactness, `delta=0`", ""]
+    lines += [
+        "Samples at the prior precision at which weights from the prior are as large as the trained ones. Changes are "
+        "relative: of weights to their norm, of outputs to theirs, on training inputs and on others of the same kind.",
+        "",
+        "| network | dtype | directions free | weights change | training outputs | other outputs | held |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in results["exactness"]:
+        lines.append(
+            f"| {r['network']} | {r['dtype']} | {100 * r['free']:.0f} % | {100 * r['weights']:.0f} % | "
+            f"{r['training outputs']:.1e} | {r['other outputs']:.2g} | {'yes' if r['held'] else 'no'} |"
+        )
+    c = results["cost"]
+    lines += [
+        "",
+        f"## Cost: LeNet, {c['images']:,} images of Fashion-MNIST, float32, one thread",
+        "",
+    ]
+    lines += [
+        f"CPU seconds: plain forward passes {c['forward']:.1f}, fit {c['fit']:.1f}, so {c['fit'] / c['forward']:.1f} "
+        f"passes. Peak memory of the process, data included, {c['peak_bytes'] / 2**30:.1f} GB. Divergence "
+        f"{c['divergence']:.2g} nats on training examples, {c['left out']:.2g} on those left out; "
+        f"{100 * c['free']:.0f} % of the prior's variance left.",
+        "",
+        "| examples | forward, ms | leverage, ms | information, ms |",
+        "|---|---|---|---|",
+    ]
+    for size in (1, BATCH):
+        cells = [
+            f"{1e3 * c[f'{what} {size}']:.2f}" for what in ("forward", "leverage", "information")
+        ]
+        lines.append(f"| {size} | {' | '.join(cells)} |")
+    for key, value in results["novelty"].items():
+        lines += auroc_table(f"AUROC: {key}", value)
+    lines += ["", "## Data come and go: relative difference from a refit, float64", ""]
+    lines += [f"- {name}: {value:.1e}" for name, value in results["data"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=60_000)
+    parser.add_argument("--seeds", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {"environment": common.environment()}
+    dtypes = (torch.float64, torch.float32)
+    results["exactness"] = [exactness(name, dtype) for name in NETWORKS for dtype in dtypes]
+    results["data"] = come_and_go()
+    results["cost"] = common.fresh_process(cost, options.images)
+    print(results["cost"], flush=True)
+    novelty: dict[str, list[dict[str, Any]]] = {}
+    for kind in ("convolutions", "perceptron", "LayerNorm"):
+        for title, pairs in (("tuning", TUNING), ("judging", JUDGING)):
+            runs = [digits(pair, kind, seed) for pair in pairs for seed in range(options.seeds)]
+            print(f"{title}, {kind}: done", flush=True)
+            novelty[f"{title}, digits, {kind}, mean of {len(runs)} networks"] = runs
+    novelty["judging, Fashion-MNIST, LeNet, sums from 5,000 images"] = [clothes(5000)]
+    results["novelty"] = novelty
+    command = f"python -m benchmarks.layers --images {options.images} --seeds {options.seeds}"
+    print(common.write_results("layers", results, report(results, command)))
+
+
+if __name__ == "__main__":
+    main()

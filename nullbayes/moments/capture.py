@@ -1,0 +1,112 @@
+"""Hooks that hand on what each weight multiplies, for the length of a ``with`` block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from nullbayes.errors import ModelError
+from nullbayes.moments.blocks import Site
+from nullbayes.moments.rule import Seen, Summed
+
+# Of one call: which site, its block, the column of its bias, what was seen.
+Receive = Callable[[int, int, int | None, Seen | Summed], None]
+
+
+@contextmanager
+def plain_paths() -> Iterator[None]:
+    """Attention by its ordinary operations: the fused one of evaluation mode calls no hooks."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def recording(
+    sites: Sequence[Site], receive: Receive, sums_do: Collection[int] = (), thin: int | None = None
+) -> Iterator[None]:
+    """While it lasts, each call of a module with a rule hands its weights' inputs to ``receive``.
+
+    Args:
+        sums_do: numbers of sites for which the sums of a call are enough.
+        thin: so many positions of each example are enough.
+
+    Raises `ModelError` within where a rule fails on its module.
+    """
+    busy = False
+
+    def hook_of(number: int, site: Site) -> Callable[..., None]:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+        ) -> None:
+            nonlocal busy
+            if busy:  # a rule may call its module again
+                return
+            busy = True
+            try:
+                with torch.no_grad():
+                    found: Iterator[Seen | Summed] | None = None
+                    if number in sums_do:
+                        found = site.rule.summed(module, args, kwargs, out)
+                    elif thin is not None:
+                        found = site.rule.thinned(module, args, kwargs, out, thin)
+                    for seen in found or site.rule.inputs(module, args, kwargs, out):
+                        if seen.weight in site.places:
+                            receive(number, *site.places[seen.weight], seen)
+            except (AttributeError, IndexError, TypeError) as error:
+                raise ModelError(
+                    f"the rule {type(site.rule).__name__} cannot read the inputs of {site.path or 'the model'!r} "
+                    f"({type(module).__name__}): {type(error).__name__}: {error}. Leave its weights out "
+                    "(`parameters=`), or register a rule of your own (`nb.moments.register`)."
+                ) from error
+            finally:
+                busy = False
+
+        return hook
+
+    handles = []
+    try:
+        with plain_paths():
+            for number, site in enumerate(sites):
+                hook = hook_of(number, site)
+                handles.append(site.module.register_forward_hook(hook, with_kwargs=True))
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def restored(sites: Sequence[Site], originals: Sequence[dict[str, torch.Tensor]]) -> Iterator[None]:
+    """While it lasts, each module with a rule gives what it gives with the weights of ``originals`` (by local name)."""
+    busy = False
+
+    def hook_of(own: dict[str, torch.Tensor]) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+            nonlocal busy
+            if busy:
+                return None
+            busy = True
+            try:
+                return torch.func.functional_call(module, own, args, kwargs)
+            finally:
+                busy = False
+
+        return hook
+
+    handles = []
+    try:
+        with plain_paths():
+            for site, own in zip(sites, originals, strict=True):
+                handles.append(site.module.register_forward_hook(hook_of(own), with_kwargs=True))
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()

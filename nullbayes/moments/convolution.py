@@ -1,0 +1,222 @@
+"""Convolutions: the input of the kernel is a patch, one for each position of the output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from nullbayes.moments.rule import InputRule, Layout, Read, Seen, Summed, argument, register
+
+# Bytes of patches written out at a time.
+_PATCH_BYTES = 2**25
+# Bytes of products of pairs of slices, up to which these are summed instead of patches.
+_SLICE_BYTES = 2**27
+
+
+def _pieces(x: Tensor, each: int) -> Iterator[Tensor]:
+    """``x (N, ...)`` in parts whose patches, ``each`` numbers an example, stay small."""
+    step = max(1, _PATCH_BYTES // max(1, each * x.element_size()))
+    for start in range(0, len(x), step):
+        yield x[start : start + step]
+
+
+def _batched(x: Tensor, spatial: int) -> Tensor:
+    """With a batch axis, which a single example may come without."""
+    return x if x.ndim == spatial + 2 else x.unsqueeze(0)
+
+
+def patches(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """What the kernel sees at each position, ``(N, Ch, *positions, *K)``, a view of ``x``, which is already padded."""
+    for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
+        x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
+    return x
+
+
+def _inputs(seen: Tensor, groups: int) -> Tensor:
+    """Patches ``(N, Ch, *positions, *K)`` as ``(N, T, G, I)``."""
+    spatial = (seen.ndim - 2) // 2
+    n, channels = seen.shape[:2]
+    rows = seen.movedim(1, 1 + spatial)  # (N, *positions, Ch, *K)
+    count = math.prod(seen.shape[2 : 2 + spatial])
+    inputs = channels // groups * math.prod(seen.shape[2 + spatial :])
+    return rows.reshape(n, count, groups, inputs)
+
+
+def _padded(module: Any, x: Tensor) -> Tensor:
+    # PyTorch keeps the amount of padding per side, last axis first, also for "same".
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return pad(x, module._reversed_padding_repeated_twice, mode=mode)
+
+
+def sliding_sums(module: Any, x: Tensor, positions: Sequence[int]) -> Summed:
+    """Sums over all patches of the padded ``x``, without writing the patches out.
+
+    Along the first axis of space a patch is ``k`` slices, ``dilation`` apart, and neighbouring patches share slices. So
+    the products of pairs of slices are summed over everything else first, once for each distance between the two, and
+    each pair of taps then adds up those at its positions: ``k`` products a slice instead of ``k²`` a patch.
+    """
+    kernel, groups = module.kernel_size, module.groups
+    taps, step, stride = kernel[0], module.dilation[0], module.stride[0]
+    for axis in range(1, len(kernel)):
+        x = x.unfold(axis + 2, module.dilation[axis] * (kernel[axis] - 1) + 1, module.stride[axis])[
+            ..., :: module.dilation[axis]
+        ]
+    spatial = len(kernel)
+    n, channels, length = x.shape[:3]
+    rest = math.prod(kernel[1:])
+    across = channels // groups * rest
+    # From overlapping views to double precision in the order of the products: one copy.
+    view = x.unflatten(1, (groups, -1))
+    # (n, G, channels, length, *positions of the other axes, *their taps)
+    others = list(range(4, 3 + spatial))
+    view = view.permute(1, 3, 0, *others, 2, *range(3 + spatial, 2 + 2 * spatial))
+    slices = torch.empty(view.shape, dtype=torch.float64, device=x.device).copy_(view)
+    slices = slices.reshape(groups, length, -1, across)
+    x = slices
+    gram = x.new_zeros(groups, taps, across, taps, across)
+    sums = x.new_zeros(groups, taps, across)
+    count = positions[0]
+    by_slice = slices.sum(2)
+    for first in range(taps):
+        start = first * step
+        sums[:, first] = by_slice[:, start : start + stride * (count - 1) + 1 : stride].sum(1)
+    for apart in range(taps):
+        shift = apart * step
+        products = slices[:, : length - shift].mT @ slices[:, shift:]  # (G, length - shift, I', I')
+        for first in range(taps - apart):
+            start = first * step
+            total = products[:, start : start + stride * (count - 1) + 1 : stride].sum(1)
+            gram[:, first, :, first + apart] = total
+            gram[:, first + apart, :, first] = total.mT
+    # Columns of a weight are channels first, then taps of the first axis, then the others.
+    order = (groups, taps, channels // groups, rest)
+    inputs = channels // groups * taps * rest
+    gram = gram.reshape(*order, taps, channels // groups, rest)
+    gram = gram.permute(0, 2, 1, 3, 5, 4, 6).reshape(groups, inputs, inputs)
+    sums = sums.reshape(order).transpose(1, 2).reshape(groups, inputs)
+    return Summed("weight", gram, sums, n * math.prod(positions[:spatial]))
+
+
+@register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+class ConvInputs(InputRule):
+    """``weight (O, I / groups, *K)``; stride, dilation, groups and every padding mode."""
+
+    def reads(self, module: Any) -> tuple[Read, ...]:
+        groups, taps = module.groups, math.prod(module.kernel_size)
+        layout = Layout(groups, module.out_channels // groups, module.in_channels // groups * taps)
+        return (Read("weight", layout, "bias"),)
+
+    def summed(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Iterator[Summed] | None:
+        spatial, taps = len(module.kernel_size), module.kernel_size[0]
+        x = _batched(argument(args, kwargs, 0, "input"), spatial)
+        across = x.shape[1] // module.groups * math.prod(module.kernel_size[1:])
+        length = x.shape[2] + taps * module.dilation[0]
+        if taps < 2 or 8 * module.groups * length * across**2 > _SLICE_BYTES:
+            return None
+        return self._summed(module, x, output.shape[-spatial:])
+
+    def _summed(self, module: Any, x: Tensor, positions: Sequence[int]) -> Iterator[Summed]:
+        each = x.shape[1] * math.prod(module.kernel_size[1:]) * math.prod(positions[1:]) * 2
+        for part in _pieces(x, each * (x.shape[2] + module.kernel_size[0])):
+            yield sliding_sums(module, _padded(module, part), positions)
+
+    def thinned(
+        self,
+        module: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+        at_most: int,
+    ) -> Iterator[Seen]:
+        positions = output.shape[-len(module.kernel_size) :]
+        step = math.ceil((math.prod(positions) / at_most) ** (1 / len(positions)))
+        # The middle of each stretch; where an axis is shorter than that, its own middle.
+        cuts = [slice(min(step, n) // 2, None, step) for n in positions]
+        return self._inputs(module, args, kwargs, output, cuts)
+
+    def inputs(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Iterator[Seen]:
+        return self._inputs(module, args, kwargs, output, [])
+
+    def _inputs(
+        self,
+        module: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+        cuts: list[slice],
+    ) -> Iterator[Seen]:
+        spatial = len(module.kernel_size)
+        x = _batched(argument(args, kwargs, 0, "input"), spatial)
+        positions = output.shape[-spatial:]
+        each = x.shape[1] * math.prod(module.kernel_size) * math.prod(positions)
+        for number, part in enumerate(_pieces(x, each)):
+            seen = patches(
+                _padded(module, part), module.kernel_size, module.stride, module.dilation
+            )
+            if cuts:
+                some = (slice(None), slice(None), *cuts)
+                seen = seen[some]
+            yield Seen("weight", _inputs(seen, module.groups), follows=number > 0)
+
+
+@register(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+class ConvTransposeInputs(InputRule):
+    """``weight (I, O / groups, *K)``.
+
+    Output position ``q`` is ``Σ_k W_k x[(q + padding - k · dilation) / stride]`` over taps ``k`` for which that is a
+    position of the input. So it is a convolution, by the kernel turned round, of the input with ``stride - 1`` zeros
+    between its entries; and the input of the weight is a patch of that. (Asking each input position's own products
+    to stand would be more than the outputs need: several of them are added up in one output.)
+    """
+
+    def reads(self, module: Any) -> tuple[Read, ...]:
+        groups, taps = module.groups, math.prod(module.kernel_size)
+        inputs = module.in_channels // groups * taps
+        return (
+            Read("weight", Layout(groups, module.out_channels // groups, inputs, taps), "bias"),
+        )
+
+    def inputs(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Iterator[Seen]:
+        spatial = len(module.kernel_size)
+        x = _batched(argument(args, kwargs, 0, "input"), spatial)
+        positions = output.shape[-spatial:]
+        each = x.shape[1] * math.prod(module.kernel_size) * math.prod(positions)
+        for number, part in enumerate(_pieces(x, each)):
+            spread = _spread(part, module.stride)
+            amount: list[int] = []
+            for k, d, p, size, out in zip(
+                module.kernel_size,
+                module.dilation,
+                module.padding,
+                spread.shape[2:],
+                positions,
+                strict=True,
+            ):
+                before = d * (k - 1) - p  # negative: cut off
+                amount = [before, out + d * (k - 1) - size - before, *amount]
+            one = [1] * spatial
+            seen = patches(pad(spread, amount), module.kernel_size, one, module.dilation)
+            seen = seen.flip(*range(-spatial, 0))
+            yield Seen("weight", _inputs(seen, module.groups), follows=number > 0)
+
+
+def _spread(x: Tensor, stride: Sequence[int]) -> Tensor:
+    """``x (N, Ch, *space)`` with ``stride - 1`` zeros between neighbours."""
+    sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
+    out = torch.zeros(*x.shape[:2], *sizes, dtype=x.dtype, device=x.device)
+    every = (slice(None), slice(None), *(slice(None, None, s) for s in stride))
+    out[every] = x
+    return out

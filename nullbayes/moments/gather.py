@@ -1,0 +1,214 @@
+"""One pass over the data: second moments of all layer inputs, and some examples drawn from all of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nullbayes.errors import InputError
+from nullbayes.model.batch import (
+    Inputs,
+    batch_size,
+    check_inputs,
+    select,
+    tensor_leaves,
+    to_device,
+)
+from nullbayes.model.functional import FunctionalModel
+from nullbayes.model.loader import split_batch
+from nullbayes.moments.blocks import Blocks
+from nullbayes.moments.capture import recording
+from nullbayes.moments.members import Members
+from nullbayes.moments.second import BlockMoments
+from nullbayes.moments.verify import adding, check_finite_inputs, sums_do
+
+# Examples drawn for the certificate, at most, and bytes that they may take.
+KEPT_EXAMPLES = 128
+KEPT_BYTES = 2**26
+# Examples of a batch, where data come as one tensor.
+ROWS_AT_ONCE = 256
+
+Batch = tuple[int, Inputs, Any]
+
+
+@dataclass
+class Gathered:
+    """What one pass leaves: the sums by block, which examples are in them, and some of those.
+
+    ``kept``: examples drawn evenly from all data, grouped by batch, with their targets (None: there were none).
+    """
+
+    sums: list[BlockMoments]
+    members: Members
+    examples: int = 0
+    kept: list[tuple[Inputs, Any]] = field(default_factory=list)
+
+
+def unlabelled(loader: Any, device: torch.device, name: str) -> Iterator[Batch]:
+    """``(index, inputs, targets or None)`` of a loader, a list of batches, one tensor, or a tuple ``(X, y)`` of them.
+
+    A batch is ``(x, y)``, ``x``, ``(x,)``, ``(x, None)`` or a mapping with or without targets. Several inputs without
+    targets are ``(x1, x2, None)``.
+
+    Raises:
+        InputError: nothing to read. NonFiniteError: NaN or infinity in the inputs.
+    """
+    index = -1
+    for index, batch in enumerate(_batches(loader, name)):
+        where = f"{name}, batch {index}"
+        inputs, targets = split_batch(batch, where, unlabelled=True)
+        if targets is inputs:
+            targets = None
+        inputs = to_device(inputs, device)
+        check_inputs(inputs, where)
+        if batch_size(inputs, where):
+            yield index, inputs, None if targets is None else to_device(targets, device)
+    if index < 0:
+        raise InputError(
+            f"`{name}` yields no batches. A generator can be read only once: pass a DataLoader or "
+            "a list of batches; and mind `drop_last=True` on a set smaller than one batch."
+        )
+
+
+def _batches(loader: Any, name: str) -> Iterable[Any]:
+    if isinstance(loader, Tensor):
+        return loader.split(ROWS_AT_ONCE)
+    if isinstance(loader, tuple) and all(isinstance(t, Tensor) for t in loader):
+        return zip(*(t.split(ROWS_AT_ONCE) for t in loader), strict=True)
+    if not isinstance(loader, Iterable):
+        raise InputError(
+            f"`{name}` is {type(loader).__name__}, expected an iterable of batches, e.g. a DataLoader, or a tensor."
+        )
+    return loader
+
+
+def gather(
+    functional: FunctionalModel,
+    blocks: Blocks,
+    batches: Iterable[Batch],
+    ranks: list[int | None],
+    seed: int,
+    name: str,
+    visit: Callable[[Tensor, Any], None] | None = None,
+) -> Gathered:
+    """Run the network over ``batches`` and add up what its layers receive.
+
+    Args:
+        ranks: by block, the rank of a sketch, or None for the whole matrix.
+        seed: of the choice of examples that are kept.
+        visit: called with each batch's outputs and targets.
+
+    Raises:
+        NonFiniteError: a layer's inputs hold NaN or infinity; names the layer and the batch.
+        InputError: every batch is empty, or the forward pass fails.
+    """
+    device = functional.device
+    pairs = zip(blocks.blocks, ranks, strict=True)
+    out = Gathered([BlockMoments.zeros(b, device, rank) for b, rank in pairs], Members())
+    kept = _Reservoir(seed)
+    for index, inputs, targets in batches:
+        where = f"{name}, batch {index}"
+        receive = adding(blocks.blocks, out.sums)
+        with recording(blocks.sites, receive, sums_do(blocks, out.sums)):
+            outputs = functional.outputs(inputs, where)
+        check_finite_inputs(blocks.blocks, out.sums, where)
+        if visit is not None:
+            visit(outputs, targets)
+        out.members.add(inputs)
+        kept.add(inputs, targets)
+        out.examples += batch_size(inputs)
+    if not out.examples:
+        raise InputError(f"`{name}` holds no examples: every batch is empty. Pass a filled loader.")
+    out.kept = kept.groups()
+    return out
+
+
+class _Reservoir:
+    """Examples drawn evenly from a stream of batches (Vitter, *Random sampling with a reservoir*, ACM TOMS 1985)."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = random.Random(seed)
+        self.seen = 0
+        self.room: int | None = None
+        self.places: list[tuple[int, int]] = []  # batch and position in its selection
+        self.stored: dict[int, tuple[Inputs, Any, int]] = {}
+
+    def add(self, inputs: Inputs, targets: Any) -> None:
+        """Draw from one more batch."""
+        size = batch_size(inputs)
+        if self.room is None:
+            each = max(1, sum(t.nbytes for t in tensor_leaves(inputs)) // size)
+            self.room = max(1, min(KEPT_EXAMPLES, KEPT_BYTES // each))
+        number, chosen = len(self.stored) + self.seen, {}
+        for i in range(size):
+            self.seen += 1
+            if len(self.places) < self.room:
+                self.places.append((number, i))
+                chosen[len(self.places) - 1] = i
+                continue
+            slot = self.chance.randrange(self.seen)
+            if slot < self.room:
+                self.places[slot] = (number, i)
+                chosen[slot] = i
+        if chosen:
+            self.stored[number] = (inputs, targets, size)
+            self._compact(number)
+        used = {batch for batch, _ in self.places}
+        self.stored = {batch: value for batch, value in self.stored.items() if batch in used}
+
+    def _compact(self, number: int) -> None:
+        """Copy the chosen examples out of their batch, so that the rest of it can go."""
+        inputs, targets, size = self.stored[number]
+        slots = [s for s, (batch, _) in enumerate(self.places) if batch == number]
+        index = torch.tensor([self.places[s][1] for s in slots], dtype=torch.long)
+        index = index.to(tensor_leaves(inputs)[0].device)
+        some = select(inputs, index)
+        labels = None
+        if targets is not None:
+            labels = select(targets, index) if _length(targets) == size else targets
+        self.stored[number] = (some, labels, len(slots))
+        for i, slot in enumerate(slots):
+            self.places[slot] = (number, i)
+
+    def groups(self) -> list[tuple[Inputs, Any]]:
+        """The examples by batch, in the order in which they came."""
+        out = []
+        for number, (inputs, targets, size) in sorted(self.stored.items()):
+            at = sorted(i for batch, i in self.places if batch == number)
+            index = torch.tensor(at, dtype=torch.long).to(tensor_leaves(inputs)[0].device)
+            if len(at) == size:
+                out.append((inputs, targets))
+                continue
+            labels = targets
+            if targets is not None and _length(targets) == size:
+                labels = select(targets, index)
+            out.append((select(inputs, index), labels))
+        return out
+
+
+def _length(value: Any) -> int:
+    leaves = tensor_leaves(value)
+    return len(leaves[0]) if leaves and leaves[0].ndim else -1
+
+
+def first_batch(loader: Iterator[Batch]) -> tuple[Inputs, Iterator[Batch]]:
+    """The first inputs, to prove rules on, and all batches including that one."""
+    first = next(loader, None)
+    if first is None:
+        raise InputError(
+            "the loader holds no examples: every batch is empty. Pass a filled loader."
+        )
+
+    def everything() -> Iterator[Batch]:
+        yield first
+        yield from loader
+
+    return first[1], everything()
+
+
+__all__ = ["Gathered", "first_batch", "gather", "unlabelled"]

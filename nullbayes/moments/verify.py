@@ -1,0 +1,183 @@
+"""Does every use of a weight pass through a rule, and is each rule right? Asked of the network, not of the rules.
+
+1. Every use. The weights of all blocks are replaced by others, while each module with a rule is made to give what it
+   gives with the old ones. If an output of the network moves, some weight is used elsewhere: in a function call, by
+   a module that has no rule, by a fused operation that calls no module.
+2. Every rule. Weights move by as much as they have, in the exact null space of a few examples' inputs. If an output
+   for these examples moves, some rule does not see all that its weight multiplies.
+
+Either way the blocks are then tried one by one; the parameters of those that fail are fixed and named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from nullbayes.errors import ModelError, NonFiniteError
+from nullbayes.model.batch import Inputs, batch_size, take
+from nullbayes.model.functional import FunctionalModel
+from nullbayes.moments.blocks import Block, Blocks, Site, find_blocks
+from nullbayes.moments.capture import Receive, plain_paths, recording, restored
+from nullbayes.moments.factor import Edge, factorise
+from nullbayes.moments.rule import Seen, Summed
+from nullbayes.moments.second import BlockMoments, DenseMoments
+
+OTHER_USE = "it is used outside of the layers that have a rule"
+WRONG_RULE = "outputs move although the inputs that its rule names would allow it"
+# Largest change of an output, relative to the largest output, that rounding explains.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
+HALF_TOLERANCE = 0.1
+EXAMPLES = 3
+
+
+def verified_blocks(
+    functional: FunctionalModel, inputs: Inputs, where: str = "the inputs"
+) -> Blocks:
+    """The blocks of the model whose weights pass both proofs on the first few of ``inputs``.
+
+    Raises `ModelError` where outputs move and no single block can be blamed, `NonFiniteError` where a layer's inputs
+    are not finite.
+    """
+    few = take(inputs, 0, min(EXAMPLES, batch_size(inputs)))
+    blocks = find_blocks(functional.model, functional.space)
+    check_finite_inputs(blocks.blocks, seen_by(functional, blocks, few)[0], where)
+    for change_of, reason in ((_other_uses, OTHER_USE), (_null_space, WRONG_RULE)):
+        with torch.no_grad():
+            change = change_of(functional, blocks, few)
+            if not change(range(len(blocks.blocks))):
+                continue
+            bad = [i for i in range(len(blocks.blocks)) if change([i])]
+        fixed = {n: reason for i in bad for n in blocks.blocks[i].names}
+        blocks = find_blocks(functional.model, functional.space, blocks.fixed | fixed)
+        with torch.no_grad():
+            again = change_of(functional, blocks, few)(range(len(blocks.blocks)))
+        if again or not bad:
+            raise ModelError(
+                f"outputs of the first examples move although no layer's input should let them ({reason}), and "
+                "no single weight is to blame. Does the model keep state between calls, or draw random numbers? "
+                "Narrow `parameters=` to layers that are called as modules."
+            )
+    return blocks
+
+
+Moves = Callable[[range | list[int]], bool]
+
+
+def _other_uses(functional: FunctionalModel, blocks: Blocks, few: Inputs) -> Moves:
+    weights = functional.weights()
+    sites = blocks.sites
+    originals = [{local: _local(site, local).detach() for local in site.claimed} for site in sites]
+    # The same road as below, so that rounding is the same.
+    with restored(sites, originals):
+        point = functional(weights, few)
+
+    def moves(which: range | list[int]) -> bool:
+        changed = dict(weights)
+        for i in which:
+            for name in blocks.blocks[i].names:
+                changed[name] = weights[name] + _like(weights[name], i)
+        with restored(sites, originals):
+            return _moved(point, functional(changed, few))
+
+    return moves
+
+
+def _null_space(functional: FunctionalModel, blocks: Blocks, few: Inputs) -> Moves:
+    weights = functional.weights()
+    sums, point = seen_by(functional, blocks, few)
+    changes: list[Mapping[str, Tensor]] = []
+    for i, (block, moments) in enumerate(zip(blocks.blocks, sums, strict=True)):
+        factor = factorise(moments, Edge.of(moments, 0.0), block.columns)
+        z = torch.empty(block.size, dtype=torch.float64).normal_(
+            generator=torch.Generator().manual_seed(i)
+        )
+        scale = _size(block.matrix({n: weights[n] for n in block.names}))
+        change = scale * factor.spread(z.to(functional.device))
+        changes.append(block.tensors(change.to(functional.dtype)))
+
+    def moves(which: range | list[int]) -> bool:
+        changed = dict(weights)
+        for i in which:
+            for name, value in changes[i].items():
+                changed[name] = weights[name] + value
+        with plain_paths():
+            return _moved(point, functional(changed, few))
+
+    return moves
+
+
+def seen_by(
+    functional: FunctionalModel, blocks: Blocks, inputs: Inputs
+) -> tuple[list[BlockMoments], Tensor]:
+    """The sums of one batch of inputs, and the outputs ``(B, *out)``."""
+    sums = [BlockMoments.zeros(block, functional.device, None) for block in blocks.blocks]
+    receive = adding(blocks.blocks, sums)
+    with torch.no_grad(), recording(blocks.sites, receive, sums_do(blocks, sums)):
+        point = functional(functional.weights(), inputs)
+    return sums, point
+
+
+def sums_do(blocks: Blocks, sums: list[BlockMoments]) -> set[int]:
+    """Sites of which whole second moments are kept: the sums of a call are enough there."""
+    return {
+        number
+        for number, site in enumerate(blocks.sites)
+        if all(isinstance(sums[i].inputs, DenseMoments) for i, _ in site.places.values())
+    }
+
+
+def adding(blocks: list[Block], sums: list[BlockMoments]) -> Receive:
+    """A receiver that adds what it is given to ``sums``."""
+
+    def receive(site: int, number: int, column: int | None, seen: Seen | Summed) -> None:
+        block = blocks[number]
+        if isinstance(seen, Summed):
+            sums[number].add_sums(seen, block.own, column)
+        elif seen.index is not None:
+            if block.own:
+                sums[number].read(seen.index)
+        elif seen.a is not None:
+            sums[number].add(seen.a.reshape(-1, *seen.a.shape[-2:]), block.own, column)
+
+    return receive
+
+
+def check_finite_inputs(blocks: list[Block], sums: list[BlockMoments], where: str) -> None:
+    """Raise `NonFiniteError` naming the first layer whose inputs hold NaN or infinity."""
+    for block, moments in zip(blocks, sums, strict=True):
+        if not moments.finite:
+            raise NonFiniteError(
+                f"{where}: the inputs of the layer with {block.name!r} hold NaN or infinity. Check the data of "
+                "this batch and the layers before that one (overflow, division by zero, logarithms)."
+            )
+
+
+def _local(site: Site, local: str) -> Tensor:
+    *folders, leaf = local.split(".")
+    module = site.module
+    for folder in folders:
+        module = getattr(module, folder)
+    value = module._parameters[leaf]
+    assert value is not None
+    return value
+
+
+def _size(values: Tensor) -> float:
+    """Root mean square, or 1 of zeros."""
+    return float(values.double().square().mean().sqrt()) or 1.0
+
+
+def _like(tensor: Tensor, seed: int) -> Tensor:
+    noise = torch.empty(tensor.shape, dtype=torch.float32).normal_(
+        generator=torch.Generator().manual_seed(seed)
+    )
+    return noise.to(tensor) * _size(tensor)
+
+
+def _moved(point: Tensor, other: Tensor) -> bool:
+    tolerance = TOLERANCE.get(point.dtype, HALF_TOLERANCE)
+    change = (other - point).abs().amax()
+    return not bool(change <= tolerance * point.abs().amax().clamp_min(1e-30))

@@ -1,0 +1,297 @@
+"""The guarantee measured on the network itself: what samples do to training examples, and to examples left out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE, ALLOWED_LEFT_OUT
+from nullbayes.errors import InputError, NonFiniteError
+from nullbayes.likelihood import Binary, Classification, Likelihood, Regression
+from nullbayes.model.batch import Inputs, batch_size, take
+from nullbayes.moments.blocks import Block
+from nullbayes.moments.capture import plain_paths, recording
+from nullbayes.moments.factor import Factor, RowFactor, TiedFactor
+from nullbayes.moments.rule import Seen, Summed
+from nullbayes.posterior.layer_state import LayerState
+
+CHECKED_SAMPLES = 8
+# Samples that a search for the prior precision goes by.
+SEARCH_SAMPLES = 2
+LEFT_OUT_EXAMPLES = 32
+# Output numbers of an example up to which the left-out divergence is worked out.
+LEFT_OUT_OUTPUTS = 4096
+# Random directions of the output Hessian for each left-out example.
+PROBES = 4
+# The edge at which an exact null space is taken for examples left out: its limit, to rounding.
+LIMIT_EDGE = 1e-8
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What sampled networks do to training examples drawn from all the data.
+
+    Attributes:
+        divergence: mean Kullback-Leibler divergence from the network's prediction, nats an observation.
+        change: root mean square change of the raw outputs, relative to that of the outputs.
+        network_score, posterior_score: of the trained network and of the samples' mean prediction; None without labels.
+    """
+
+    divergence: float
+    change: float
+    network_score: float | None
+    posterior_score: float | None
+    examples: int
+
+
+def targets_for(likelihood: Likelihood, point: Tensor, targets: Any, inputs: Inputs) -> Any:
+    """The targets of a batch, or stand-ins of the right shape: divergences between predictions do not depend on them.
+
+    Raises `InputError` for a likelihood of one's own, whose divergence may.
+    """
+    if targets is not None:
+        likelihood.validate(point, targets, "the training data")
+        return likelihood.prepare_targets(point, targets)
+    if isinstance(likelihood, Classification):
+        axis = likelihood.class_axis
+        if axis is None:
+            axis = 1 if point.ndim == 2 else -1
+        return point.argmax(axis)
+    if isinstance(likelihood, Binary):
+        return (point > 0).to(point.dtype)
+    if isinstance(likelihood, Regression):
+        return point.clone()
+    if likelihood.layouts is not None:
+        return inputs
+    raise InputError(
+        f"{likelihood!r} needs targets to say how far predictions move: pass batches of (inputs, targets)."
+    )
+
+
+def measure(state: LayerState, likelihood: Likelihood, alpha: float, samples: int) -> Measured:
+    """Run the re-weighted network itself on the examples that the pass over the data kept."""
+    functional, scale = state.functional, alpha**-0.5
+    divergence, count, moved, size = 0.0, 0, 0.0, 0.0
+    before, after, examples = [0.0, 0], [0.0, 0], 0
+    labelled = True
+    with torch.no_grad():
+        for inputs, targets in state.gathered.kept:
+            point = functional.outputs(inputs, "the training data")
+            outputs = state.sampled(inputs, scale, samples)
+            if not bool(outputs.isfinite().all()):
+                return Measured(math.inf, math.inf, None, None, 0)
+            labels = targets_for(likelihood, point, targets, inputs)
+            values = likelihood.divergence(point, outputs, labels)
+            divergence += float(values.double().sum())
+            count += values.numel()
+            moved += float((outputs - point).double().square().sum()) / samples
+            size += float(point.double().square().sum())
+            examples += batch_size(inputs)
+            labelled &= targets is not None
+            if targets is None:
+                continue
+            for sums, made in ((before, point[None].expand(2, *point.shape)), (after, outputs)):
+                total, number = likelihood.score_draws(
+                    made, point, linearised=False, targets=labels
+                )
+                sums[0] += total
+                sums[1] += number
+    scores = [
+        likelihood.final_score(s[0], int(s[1])) if labelled else None for s in (before, after)
+    ]
+    change = math.sqrt(moved / size) if size else 0.0
+    return Measured(divergence / max(1, count), change, scores[0], scores[1], examples)
+
+
+def left_out_divergence(state: LayerState, likelihood: Likelihood) -> float | None:
+    """Mean divergence at prior precision one of an example's prediction under the posterior without it, linearised.
+
+    Half the trace of the output Hessian times ``Σ_l J_l (I ⊗ P_l') J_lᵀ``, with ``P_l'`` the layer's covariance without
+    the example's own inputs: a downdate of rank one for each of them, all at once in closed form. By a few random
+    directions of the Hessian (Hutchinson), so by as many backward passes. None where it does not apply.
+    """
+    if not state.gathered.kept or not state.blocks.blocks:
+        return None
+    exact = state.delta == 0.0
+    limit = (
+        LayerState(
+            state.functional,
+            state.blocks,
+            state.gathered,
+            LIMIT_EDGE,
+            state.seed,
+            state.num_samples,
+        )
+        if exact
+        else state
+    )
+    total, count = 0.0, 0
+    generator = torch.Generator().manual_seed(state.seed)
+    for inputs, targets in state.gathered.kept:
+        size = batch_size(inputs)
+        for i in range(size):
+            if count == LEFT_OUT_EXAMPLES:
+                return total / count
+            one = take(inputs, i, i + 1, size)
+            label = None if targets is None else take(targets, i, i + 1, size)
+            value = _left_out(limit, likelihood, one, label, generator)
+            if value is None:
+                return None
+            total, count = total + value, count + 1
+    return total / max(1, count)
+
+
+def _left_out(
+    state: LayerState, likelihood: Likelihood, one: Inputs, label: Any, generator: torch.Generator
+) -> float | None:
+    functional, blocks = state.functional, state.blocks
+    own = _Own(blocks.blocks)
+    leaves = functional.weights(requires_grad=True)
+    with torch.enable_grad(), recording(blocks.sites, own.receive):
+        point = functional(leaves, one)
+    if point[0].numel() > LEFT_OUT_OUTPUTS:
+        return None
+    labels = targets_for(likelihood, point.detach(), label, one)
+    columns = likelihood.hessian_factor(point.detach(), labels)  # (C, 1, *out)
+    if not len(columns):
+        return 0.0
+    draws = torch.randn(PROBES, len(columns), generator=generator, dtype=torch.float64)
+    cotangents = torch.einsum("pc,c...->p...", draws.to(columns), columns)
+    names = list(leaves)
+    variance = 0.0
+    for cotangent in cotangents:
+        with plain_paths():
+            rows = torch.autograd.grad(
+                point, list(leaves.values()), cotangent, retain_graph=True, materialize_grads=True
+            )
+        row = dict(zip(names, rows, strict=True))
+        for number, block in enumerate(blocks.blocks):
+            j = block.matrix(row).double()
+            variance += own.variance(state, number, j)
+    observed = 1
+    if isinstance(labels, Tensor):
+        observed = max(1, labels.numel() // max(1, len(labels)))
+        if labels.is_floating_point() and isinstance(likelihood, Classification):
+            observed = max(1, observed // point.shape[1])
+    return variance / PROBES / (2 * observed)
+
+
+class _Own:
+    """The inputs of one example, by block."""
+
+    def __init__(self, blocks: list[Block]) -> None:
+        self.blocks = blocks
+        self.inputs: dict[int, list[Tensor]] = {}
+        self.rows: dict[int, Tensor] = {}
+
+    def receive(self, site: int, number: int, column: int | None, seen: Seen | Summed) -> None:
+        assert isinstance(seen, Seen)
+        block = self.blocks[number]
+        groups, outputs, columns = block.size
+        if seen.index is not None:
+            index = seen.index.reshape(-1).long()
+            counts = torch.bincount(index, minlength=groups * outputs)
+            self.rows[number] = self.rows.get(number, torch.zeros_like(counts)) + counts
+            return
+        assert seen.a is not None
+        flat = seen.a.detach().reshape(-1, groups, seen.a.shape[-1])
+        a = torch.zeros(len(flat), groups, columns, dtype=torch.float64, device=flat.device)
+        a[..., : block.own] = flat[..., : block.own]
+        if column is not None:
+            a[..., block.own + column] = 1.0
+        self.inputs.setdefault(number, []).append(a)
+
+    def variance(self, state: LayerState, number: int, j: Tensor) -> float:
+        """``j (I ⊗ P') jᵀ`` for ``j (G, O, I)``, with ``P'`` without these inputs."""
+        factor, edge = state.factors[number], state.edges[number]
+        if isinstance(factor, (RowFactor, TiedFactor)):
+            return self._table_variance(state, number, j)
+        w = factor.whiten(j)  # (G, O, I)
+        if number not in self.inputs:
+            return float(w.square().sum())
+        a = torch.cat(self.inputs[number]).transpose(0, 1)  # (G, T, I)
+        b = factor.whiten(a) / edge.inputs.to(a).sqrt()[:, None, None]
+        return float(_without(w, b))
+
+    def _table_variance(self, state: LayerState, number: int, j: Tensor) -> float:
+        """Of a table, tied or not: rows are released, inputs of the tied layer are not (fewer directions open)."""
+        factor, edge = state.factors[number], state.edges[number]
+        counts = self.rows.get(number)
+        rows = state.gathered.sums[number].rows
+        assert rows is not None
+        fewer = torch.zeros_like(rows) if counts is None else counts.to(rows)
+        before = 1 + rows.double() / edge.rows
+        after = 1 + (rows - fewer).clamp_min(0).double() / edge.rows
+        squares = _row_squares(factor, j)  # (O, k), with the gains of before
+        if isinstance(factor, RowFactor):
+            return float((squares.sum(1) * before / after).sum())
+        assert isinstance(factor, TiedFactor)
+        gains = factor.gains.square()
+        released = (gains.reciprocal() - before[:, None] + after[:, None]).reciprocal()
+        return float((squares / gains * released).sum())
+
+
+def _row_squares(factor: Factor, j: Tensor) -> Tensor:
+    if isinstance(factor, TiedFactor):
+        return ((j @ factor.directions.to(j))[0] * factor.gains.to(j)).square()
+    return factor.whiten(j)[0].square()
+
+
+def _without(w: Tensor, b: Tensor) -> Tensor:
+    """``Σ w (I - bᵀb)⁻¹ wᵀ`` for ``w (G, O, I)`` and ``b (G, T, I)``, on the smaller side."""
+    _, tokens, columns = b.shape
+    if tokens <= columns:
+        eye = torch.eye(tokens, dtype=b.dtype, device=b.device)
+        along = b @ w.mT  # (G, T, O)
+        extra = torch.linalg.solve(_safe(eye - b @ b.mT), along)
+        return w.square().sum() + (along * extra).sum()
+    eye = torch.eye(columns, dtype=b.dtype, device=b.device)
+    return (w.mT * torch.linalg.solve(_safe(eye - b.mT @ b), w.mT)).sum()
+
+
+def _safe(matrix: Tensor) -> Tensor:
+    """Positive definite in exact arithmetic; rounding takes at most this from the diagonal."""
+    matrix.diagonal(dim1=-2, dim2=-1).add_(1e-13)
+    return matrix
+
+
+def guarded_precision(
+    state: LayerState, likelihood: Likelihood, left_out: float | None, samples: int
+) -> float:
+    """The natural prior precision, or the least larger one (to a tenth) at which the guarantee holds.
+
+    Training predictions of the sampled network may move by 0.005 nats on average, those of examples left out by 0.02.
+    """
+
+    def excess(alpha: float, count: int = min(SEARCH_SAMPLES, samples)) -> float:
+        found = measure(state, likelihood, alpha, count).divergence / ALLOWED_DIVERGENCE
+        unseen = 0.0 if left_out is None else left_out / alpha / ALLOWED_LEFT_OUT
+        return max(found, unseen) if not math.isnan(found) else math.inf
+
+    high = state.natural_precision
+    if left_out is not None:
+        high = max(high, left_out / ALLOWED_LEFT_OUT)
+    low, value = high, excess(high)
+    while value > 1:
+        if high > 1e30:
+            raise NonFiniteError(
+                "the training outputs of sampled networks are NaN or infinite at any prior precision; check that the "
+                "network's outputs are finite, and that `delta` is 0 or more."
+            )
+        low, high = high, high * max(1.1, 1.02 * min(value, 1e3))
+        value = excess(high)
+    while high / low > 1.1 and value < 0.8:
+        middle = math.sqrt(low * high)
+        found = excess(middle)
+        if found <= 1:
+            high, value = middle, found
+        else:
+            low = middle
+    # The search went by few samples; what it found has to do for all that the certificate looks at.
+    while (value := excess(high, samples)) > 1:
+        high *= max(1.05, 1.02 * min(value, 1e3))
+    return high

@@ -1,0 +1,135 @@
+"""What a layer posterior consists of: sums by block, their factors, and samples that are made when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nullbayes.fit.prior_samples import generator_for
+from nullbayes.jacobian.linearise import _double_reverse, _forward
+from nullbayes.model.batch import Inputs
+from nullbayes.model.functional import FunctionalModel
+from nullbayes.moments.blocks import Blocks
+from nullbayes.moments.capture import plain_paths
+from nullbayes.moments.factor import Edge, Factor, factorise
+from nullbayes.moments.gather import Gathered
+
+Changes = dict[str, Tensor]
+
+# Samples are remembered where all of them take no more bytes than that.
+CACHE_BYTES = 2**28
+
+
+class LayerState:
+    """Posterior ``α⁻¹ I ⊗ P`` of each block.
+
+    Sample ``i`` depends on ``(seed, i)`` and the sums alone: a block's standard normal numbers times the root of ``P``.
+    It is made anew whenever it is needed, so a posterior holds no samples.
+
+    Args:
+        delta: where the null space ends, see :class:`Edge`; 0: exact.
+    """
+
+    def __init__(
+        self,
+        functional: FunctionalModel,
+        blocks: Blocks,
+        gathered: Gathered,
+        delta: float,
+        seed: int,
+        num_samples: int,
+    ) -> None:
+        self.functional, self.blocks, self.gathered = functional, blocks, gathered
+        self.delta, self.seed, self.num_samples = delta, seed, num_samples
+        self._cache: dict[int, Changes] = {}
+
+    @cached_property
+    def edges(self) -> list[Edge]:
+        """By block."""
+        return [Edge.of(sums, self.delta) for sums in self.gathered.sums]
+
+    @cached_property
+    def factors(self) -> list[Factor]:
+        """By block, at prior precision one."""
+        parts = zip(self.blocks.blocks, self.gathered.sums, self.edges, strict=True)
+        return [factorise(sums, edge, block.columns) for block, sums, edge in parts]
+
+    @cached_property
+    def natural_precision(self) -> float:
+        """The prior precision at which weights drawn from the prior are as large as the trained ones."""
+        weights, squares, count = self.functional.weights(), 0.0, 0
+        for name in (n for block in self.blocks.blocks for n in block.names):
+            squares += float(weights[name].double().square().sum())
+            count += weights[name].numel()
+        return count / squares if squares else 1.0
+
+    @cached_property
+    def free_share(self) -> float:
+        """Share of the prior's variance that is left, over all blocks."""
+        free = total = 0.0
+        for block, factor in zip(self.blocks.blocks, self.factors, strict=True):
+            groups, outputs, columns = block.size
+            free += groups * outputs * factor.free
+            total += groups * outputs * columns
+        return free / max(1.0, total)
+
+    def change(self, index: int) -> Changes:
+        """Sample ``index`` as changes of the weights, at prior precision one."""
+        if index in self._cache:
+            return self._cache[index]
+        generator, out = generator_for(self.seed, index), {}
+        for block, factor in zip(self.blocks.blocks, self.factors, strict=True):
+            z = torch.empty(block.size, dtype=torch.float64).normal_(generator=generator)
+            change = factor.spread(z.to(self.functional.device))
+            out.update(block.tensors(change.to(self.functional.dtype)))
+        each = sum(t.nbytes for t in out.values())
+        if each * self.num_samples <= CACHE_BYTES:
+            self._cache[index] = out
+        return out
+
+    def moved(self, index: int, scale: float) -> Changes:
+        """The weights of sample ``index`` times ``scale = α^{-1/2}``, those of all parameters that take part."""
+        weights = self.functional.weights()
+        for name, change in self.change(index).items():
+            weights[name] = torch.add(weights[name], change, alpha=scale)
+        return weights
+
+    def sampled(self, inputs: Inputs, scale: float, count: int) -> Tensor:
+        """Outputs ``(S, B, *out)`` of the re-weighted network itself."""
+        with torch.no_grad():
+            return torch.stack(
+                [self.functional(self.moved(i, scale), inputs) for i in range(count)]
+            )
+
+    def linearised(self, inputs: Inputs, count: int) -> Tensor:
+        """``J(x) Δ_s (S, B, *out)`` at prior precision one: forward mode, or two reverse passes where there is none."""
+        product, out = _forward, []
+        zeros = {n: torch.zeros_like(t) for n, t in self.functional.weights().items()}
+        # Attention by its plain operations has derivatives of both kinds.
+        with plain_paths(), sdpa_kernel(SDPBackend.MATH):
+            for index in range(count):
+                tangent: Mapping[str, Tensor] = zeros | self.change(index)
+                try:
+                    change = product(self.functional, dict(tangent), inputs)
+                except (NotImplementedError, RuntimeError):
+                    if product is _double_reverse:
+                        raise
+                    product = _double_reverse
+                    change = product(self.functional, dict(tangent), inputs)
+                out.append(change.detach())
+        return torch.stack(out)
+
+    def state_dicts(self, scale: float, count: int) -> Iterator[Changes]:
+        """``θ̂ + Δ_s`` as state dicts of the whole model."""
+        model = self.functional.model
+        canonical = {id(p): n for n, p in model.named_parameters()}
+        for index in range(count):
+            moved, out = self.moved(index, scale), {}
+            for key, value in model.state_dict(keep_vars=True).items():
+                name = canonical.get(id(value), key)
+                out[key] = moved[name].clone() if name in moved else value.detach().clone()
+            yield out

@@ -1,0 +1,243 @@
+"""Files of layer posteriors: sums over the data, settings as JSON, a fingerprint of the model; no data, no samples."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from nullbayes.common.files import atomic_file, checksum
+from nullbayes.errors import InputError, StorageError
+from nullbayes.likelihood import Likelihood, LossFunction
+from nullbayes.model.fingerprint import fingerprint
+from nullbayes.model.functional import Forward, unwrapped
+from nullbayes.moments.blocks import Blocks, find_blocks
+from nullbayes.moments.gather import Gathered
+from nullbayes.moments.members import CELLS, Members
+from nullbayes.moments.second import BlockMoments, DenseMoments
+from nullbayes.moments.sketch import Sketch
+from nullbayes.posterior.calibration import CalibrationPath
+from nullbayes.posterior.description import parsed
+from nullbayes.posterior.layer_certificate import LayerCertificate
+from nullbayes.posterior.layer_fit import LayerFit
+from nullbayes.posterior.layer_state import LayerState
+from nullbayes.posterior.storage import FORMAT, VERSION, Stored, signed
+
+if TYPE_CHECKING:
+    from nullbayes.posterior.layers import LayerNullSpacePosterior
+
+CLASS = "LayerNullSpacePosterior"
+
+
+def write_layers(
+    path: str | os.PathLike[str], posterior: LayerNullSpacePosterior, fit: LayerFit
+) -> None:
+    """Write one safetensors file, whole or not at all. Raises `StorageError`."""
+    target, space, state = Path(path), posterior.space, fit.state
+    tensors, ranks = _tensors(fit.gathered)
+    settings = {
+        "class": CLASS,
+        "likelihood": fit.likelihood.config(),
+        "delta": state.delta,
+        "prior": posterior._prior,
+        "prior_precision": fit.alpha,
+        "left_out": fit.left_out,
+        "seed": state.seed,
+        "num_samples": state.num_samples,
+        "examples": fit.gathered.examples,
+        "counts": [sums.count for sums in fit.gathered.sums],
+        "ranks": ranks,
+        "blocks": [block.name for block in state.blocks.blocks],
+        "fixed": state.blocks.fixed,
+        "certificate": fit.certificate.as_dict(),
+        "calibration": None if posterior.calibration is None else posterior.calibration.as_dict(),
+    }
+    meta = {
+        "format": FORMAT,
+        "version": VERSION,
+        "names": list(space.names),
+        "shapes": [list(slot.shape) for slot in space.slots],
+        "dtype": str(space.dtype),
+        "fingerprint": fingerprint(posterior.model),
+        "settings": settings,
+    }
+    try:
+        text = json.dumps(meta)
+    except TypeError as error:
+        raise StorageError(
+            f"the posterior's settings cannot be written as JSON ({error}); a custom likelihood's "
+            "`config()` must return plain numbers, strings and lists."
+        ) from error
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(target) as part:
+            save_file(tensors, part, metadata=signed(text, tensors))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise StorageError(f"could not write {target}: {error}.") from error
+
+
+def _tensors(gathered: Gathered) -> tuple[dict[str, Tensor], list[int | None]]:
+    out: dict[str, Tensor] = {}
+    ranks: list[int | None] = []
+    for i, sums in enumerate(gathered.sums):
+        ranks.append(sums.inputs.rank if isinstance(sums.inputs, Sketch) else None)
+        if isinstance(sums.inputs, DenseMoments):
+            out[f"moments.{i}"] = sums.inputs.values
+        elif sums.inputs is not None:
+            out[f"sketch.{i}"] = sums.inputs.rows
+            out[f"cut.{i}"], out[f"total.{i}"] = sums.inputs.cut, sums.inputs.total
+        if sums.rows is not None:
+            out[f"rows.{i}"] = sums.rows
+    cells = gathered.members.counts.nonzero()[:, 0]
+    out["members.cells"] = cells.to(torch.int32)
+    out["members.counts"] = gathered.members.counts[cells]
+    return {name: t.detach().cpu().contiguous() for name, t in out.items()}, ranks
+
+
+def is_layer_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a file holds a layer posterior; False for anything that cannot be read, which `load` will say."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get("nullbayes", "")
+        # Not parsed here: a description may be made to be more than a parser bears (``description.py``).
+        return f'"class": "{CLASS}"' in text
+    except (SafetensorError, OSError, ValueError, MemoryError):
+        return False
+
+
+def load_layers(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    likelihood: Likelihood | LossFunction | None,
+    forward: Forward | None,
+) -> LayerNullSpacePosterior:
+    """The posterior in a file of :func:`write_layers`, around the same trained model.
+
+    Raises:
+        StorageError: truncated, or for another model.
+    """
+    from nullbayes.posterior.layers import LayerNullSpacePosterior
+
+    source = Path(path)
+    meta, tensors = read_layers(source)
+    stored = Stored(source, meta, torch.empty(0))
+    stored.check_model(unwrapped(model))
+    try:
+        settings = stored.settings
+        posterior = LayerNullSpacePosterior(
+            model,
+            likelihood or stored.likelihood(),
+            delta=settings["delta"],
+            prior_precision="auto" if settings["prior"] is None else settings["prior"],
+            parameters=stored.names,
+            forward=forward,
+        )
+        blocks = find_blocks(posterior.model, posterior.space, settings["fixed"])
+        _check_blocks(source, blocks, settings)
+        gathered = _gathered(blocks, tensors, settings, posterior.functional.device)
+        _restore(posterior, blocks, gathered, settings)
+    except InputError as error:  # a likelihood that this process does not know
+        raise StorageError(
+            f"{source} holds a setting that cannot be used here: {error} Import the module that "
+            "registers it (`@nb.register_likelihood`) before loading."
+        ) from error
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise StorageError(
+            f"{source} lacks, or does not understand, a setting ({type(error).__name__}: {error}); "
+            "it was written by another version of nullbayes or changed since. Fit and save it again."
+        ) from error
+    return posterior
+
+
+def read_layers(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Description and tensors of a file, as they were written. Raises `StorageError`."""
+    try:
+        with safe_open(str(source), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        text = metadata["nullbayes"]
+        meta = parsed(text)
+    except (SafetensorError, OSError, ValueError, KeyError, MemoryError) as error:
+        raise StorageError(
+            f"{source} cannot be read: {error}. It is truncated or not a posterior file; save it again."
+        ) from error
+    if meta["format"] != FORMAT or meta["version"] > VERSION:
+        raise StorageError(
+            f"{source} has format {meta['format']!r} version {meta['version']}; this "
+            f"nullbayes reads {FORMAT!r} up to version {VERSION}. Upgrade nullbayes."
+        )
+    if metadata.get("checksum") != checksum(text, tensors):
+        raise StorageError(
+            f"{source} cannot be read: it is not what was written (its checksum differs). It was damaged or changed "
+            "since; save it again."
+        )
+    return meta, tensors
+
+
+def _check_blocks(source: Path, blocks: Blocks, settings: dict[str, Any]) -> None:
+    here = [block.name for block in blocks.blocks]
+    if here != settings["blocks"]:
+        other = sorted(set(here) ^ set(settings["blocks"])) or here
+        raise StorageError(
+            f"{source} holds sums for other layers than this model has a rule for: {other[:4]}. Build the same "
+            "architecture, and register the rules that it was fitted with (`nb.moments.register`)."
+        )
+
+
+def _gathered(
+    blocks: Blocks, tensors: dict[str, Tensor], settings: dict[str, Any], device: torch.device
+) -> Gathered:
+    sums = []
+    for i, (block, rank) in enumerate(zip(blocks.blocks, settings["ranks"], strict=True)):
+        one = BlockMoments.zeros(block, device, rank)
+        if isinstance(one.inputs, DenseMoments):
+            one.inputs.values += tensors[f"moments.{i}"].to(device)
+        elif one.inputs is not None:
+            one.inputs.rows = tensors[f"sketch.{i}"].to(device)
+            one.inputs.cut = tensors[f"cut.{i}"].to(device)
+            one.inputs.total = tensors[f"total.{i}"].to(device)
+        if one.rows is not None:
+            one.rows += tensors[f"rows.{i}"].to(device)
+        one.count = int(settings["counts"][i])
+        if not one.finite:
+            raise StorageError(
+                f"the sums of {block.name!r} hold NaN or infinity. The file is damaged; save it again."
+            )
+        sums.append(one)
+    counts = torch.zeros(CELLS, dtype=torch.int32)
+    counts[tensors["members.cells"].long()] = tensors["members.counts"]
+    return Gathered(sums, Members(counts), int(settings["examples"]))
+
+
+def _restore(
+    posterior: LayerNullSpacePosterior,
+    blocks: Blocks,
+    gathered: Gathered,
+    settings: dict[str, Any],
+) -> None:
+    state = LayerState(
+        posterior.functional,
+        blocks,
+        gathered,
+        float(settings["delta"]),
+        int(settings["seed"]),
+        int(settings["num_samples"]),
+    )
+    posterior._accept(
+        LayerFit(
+            state,
+            posterior.likelihood,
+            float(settings["prior_precision"]),
+            settings["left_out"],
+            LayerCertificate.from_dict(settings["certificate"]),
+            fingerprint(posterior.model),
+        )
+    )
+    path = settings["calibration"]
+    posterior.calibration = None if path is None else CalibrationPath(**path)

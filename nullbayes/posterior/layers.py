@@ -1,0 +1,395 @@
+"""The layer null space: a posterior whose samples leave the network's own outputs on the training data as they are."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE
+from nullbayes.common.arguments import check_choice, check_count, check_positive
+from nullbayes.common.memory import available_bytes, explained_out_of_memory, parse_bytes
+from nullbayes.common.progress import Laps, stages
+from nullbayes.constraints.memory_budget import default_budget
+from nullbayes.errors import InputError, NotFittedError
+from nullbayes.jacobian.capture.plan import CapturePlan
+from nullbayes.jacobian.capture.verify import prove
+from nullbayes.likelihood import Likelihood, LossFunction, resolve_loss
+from nullbayes.model.batch import Inputs, batch_size, check_inputs, to_device
+from nullbayes.model.checks import check_mode
+from nullbayes.model.fingerprint import check_unchanged, quick_digest
+from nullbayes.model.functional import Forward, FunctionalModel, undisturbed_method, unwrapped
+from nullbayes.model.loader import check_reusable, first_inputs
+from nullbayes.model.parameters import ParameterChoice, ParameterSpace
+from nullbayes.posterior import layer_change
+from nullbayes.posterior.calibration import (
+    CalibrationPath,
+    Search,
+    calibration_path,
+    check_arguments,
+)
+from nullbayes.posterior.layer_certificate import LayerCertificate
+from nullbayes.posterior.layer_fit import (
+    INPUTS,
+    LayerFit,
+    collect,
+    concluded,
+    leverages,
+    set_precision,
+)
+from nullbayes.posterior.layer_leverage import Leverages
+from nullbayes.posterior.layer_novelty import (
+    SCORES,
+    information_score,
+    leverage_score,
+    variance_score,
+)
+from nullbayes.posterior.layer_plan import LayerPlan, plan_layers
+from nullbayes.posterior.layer_predict import METHODS, as_fit, closed_prediction
+from nullbayes.posterior.layer_rows import output_covariance
+from nullbayes.posterior.layer_state import LayerState
+from nullbayes.posterior.prediction import Prediction, make_prediction, structured
+from nullbayes.posterior.projector import LayerProjector
+
+CLASSIFICATION = "classification"
+AUTO = "auto"
+# Edge of the null space, relative to the mean eigenvalue of a layer's second moments: among tenths, hundredths and
+# thousandths the one that told inputs apart best over networks (benchmarks/layers.py).
+DELTA = 1e-2
+
+
+class LayerNullSpacePosterior:
+    """``N(θ̂, α⁻¹ ⊕_l I ⊗ P_l)``, where ``P_l`` leaves what layer ``l`` makes of its training inputs.
+
+    Where no layer's map moves on the inputs that it receives from the training data, no output of the network does, at
+    any size of the weight change: what stands is the re-weighted network itself, not its first order. One forward pass
+    over the data gives the second moments of all layer inputs; labels are not needed, samples are not stored, and data
+    can be added and removed exactly. Parameters that no rule accounts for stay fixed and are named in the certificate.
+
+    Args:
+        model: the trained network, in evaluation mode. It is never written to.
+        likelihood: as for :class:`nullbayes.Posterior`; says in what units predictions move. ``loss=`` is another name.
+        delta: where the null space of a layer ends, relative to the mean eigenvalue of its inputs' second moments:
+            ``P = δ (C + δ I)⁻¹``. 0: the exact null space, which layers narrower than their data do not have.
+        prior_precision: ``α``, or ``"auto"``: weights from the prior are as large as the trained ones, or so much
+            smaller that training predictions of sampled networks move by at most 0.005 nats on average, and those of
+            examples left out by 0.02.
+        parameters: which weights take part: all that require a gradient (None), names, or a filter.
+        forward: ``forward(model, inputs) -> outputs`` where ``model(inputs)`` does not do.
+        memory: what a fit may take, e.g. ``"8GB"``; second moments of layers that are too wide for it are sketched.
+
+    Raises:
+        InputError: an argument that cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str | Likelihood | LossFunction = CLASSIFICATION,
+        *,
+        delta: float = DELTA,
+        prior_precision: float | str = AUTO,
+        loss: LossFunction | None = None,
+        parameters: ParameterChoice = None,
+        forward: Forward | None = None,
+        memory: str | int | None = None,
+    ) -> None:
+        number = isinstance(delta, (int, float)) and not isinstance(delta, bool)
+        if not number or not 0 <= delta < math.inf:
+            raise InputError(f"`delta` is {delta!r}; expected a number, 0 (exact) or more.")
+        self.model = unwrapped(model)
+        self.likelihood = resolve_loss(likelihood, loss, CLASSIFICATION)
+        self.delta = float(delta)
+        if isinstance(prior_precision, str):
+            check_choice(prior_precision, (AUTO,), "prior_precision")
+            self._prior: float | None = None
+        else:
+            self._prior = check_positive(prior_precision, "prior_precision")
+        self.space = ParameterSpace.from_model(self.model, parameters)
+        self.functional = FunctionalModel(
+            self.model, self.space, forward, layouts=self.likelihood.layouts
+        )
+        self._memory = None if memory is None else parse_bytes(memory)
+        self.calibration: CalibrationPath | None = None
+        self._fit: LayerFit | None = None
+        self._leverages: Leverages | None = None
+        self._rows: CapturePlan | None = None
+        self._seen: int | None = None
+
+    # -- fit -------------------------------------------------------------------------------------
+
+    @undisturbed_method
+    def fit(
+        self, train: Any, num_samples: int = 30, seed: int = 0, *, progress: bool = True
+    ) -> LayerNullSpacePosterior:
+        """Build the posterior from one pass over the training inputs; an earlier fit stands until it is done.
+
+        Args:
+            train: a loader, read once; a list of batches; a tensor of all inputs; a tuple ``(X, y)``. A batch is
+                ``(x, y)``, ``x``, ``(x,)``, a mapping, or ``(x1, x2, None)``. Labels serve the certificate's scores,
+                and a regression's noise.
+            num_samples: how many samples `predict` and `sample` use; they are made when needed.
+            seed: sample ``s`` depends on ``(seed, s)`` and the data alone.
+
+        Raises:
+            InputError, ModelError, NonFiniteError, MemoryBudgetError: each names what was found and the mend; the model
+                and an earlier fit stay as they were.
+        """
+        num_samples = check_count(num_samples, "num_samples")
+        seed = check_count(seed, "seed", 0)
+        check_mode(self.model)
+        self.space.check_finite(self.model)
+        likelihood = layer_change.fresh(self.likelihood)
+        budget = self._memory or default_budget(available_bytes(self.functional.device))
+        with stages(show=progress) as stage, explained_out_of_memory(budget):
+            laps = Laps()
+            blocks, gathered = collect(
+                self.functional, likelihood, train, "train", seed, stage, budget
+            )
+            laps.lap(INPUTS)
+            state = LayerState(self.functional, blocks, gathered, self.delta, seed, num_samples)
+            fit = concluded(state, likelihood, self._prior, stage, laps)
+        self._accept(fit)
+        self.calibration = None
+        return self
+
+    def _accept(self, fit: LayerFit) -> None:
+        self._fit, self.likelihood, self._leverages = fit, fit.likelihood, None
+
+    @undisturbed_method
+    def plan(self, train: Any) -> LayerPlan:
+        """What a fit would cost: seconds, memory, and which layers take part; from the first batch of ``train``."""
+        check_mode(self.model)
+        budget = self._memory or default_budget(available_bytes(self.functional.device))
+        return plan_layers(self.functional, train, budget)
+
+    # -- data come and go ------------------------------------------------------------------------
+
+    @undisturbed_method
+    def update(self, more: Any, *, progress: bool = True) -> LayerNullSpacePosterior:
+        """Add training data: the sums of all, as if fitted together. Raises as `fit`; what was fitted stays then."""
+        fit = self._ready()
+        self._accept(layer_change.updated(fit, more, self._prior, progress))
+        return self
+
+    @undisturbed_method
+    def remove(self, some: Any, *, progress: bool = True) -> LayerNullSpacePosterior:
+        """Take training data out again: as if it had never been there.
+
+        Raises:
+            InputError: data that were never added, or all of them; nothing is removed then.
+        """
+        fit = self._ready()
+        self._accept(layer_change.removed(fit, some, self._prior, progress))
+        return self
+
+    @undisturbed_method
+    def merged(self, other: LayerNullSpacePosterior) -> LayerNullSpacePosterior:
+        """The posterior of both sets of data, around this model; neither of the two changes.
+
+        Raises:
+            InputError: another network, other weights that take part, or another ``delta``.
+        """
+        fit, theirs = self._ready(), other._ready()
+        out = LayerNullSpacePosterior(
+            self.model,
+            layer_change.fresh(self.likelihood),
+            delta=self.delta,
+            prior_precision=AUTO if self._prior is None else self._prior,
+            parameters=self.space.names,
+            forward=self.functional.user_forward,
+            memory=self._memory,
+        )
+        out._accept(layer_change.merged(fit, theirs, self._prior))
+        return out
+
+    @undisturbed_method
+    def follow(self) -> LayerNullSpacePosterior:
+        """Take the model's present weights for the trained ones, after training inside the null space.
+
+        What the layers receive from the old data is what it was, so the sums stand and no old data are needed; `update`
+        then adds the new ones.
+
+        Raises:
+            ModelError: outputs on training examples moved, so the sums are those of another network.
+        """
+        fit = self._fitted()
+        check_mode(self.model)
+        self.space.check_finite(self.model)
+        self._accept(layer_change.followed(fit, self._prior))
+        self._rows = None
+        return self
+
+    # -- what was fitted -------------------------------------------------------------------------
+
+    def _fitted(self) -> LayerFit:
+        if self._fit is None:
+            raise NotFittedError(
+                "this LayerNullSpacePosterior has not been fitted; call `fit(train)` first, or "
+                "`nb.load(path, model)`."
+            )
+        return self._fit
+
+    def _ready(self) -> LayerFit:
+        """The fit, of a model that is still the one that was fitted."""
+        fit = self._fitted()
+        check_mode(self.model)
+        digest = quick_digest(self.model)
+        if digest != self._seen:
+            check_unchanged(self.model, fit.fingerprint)
+            self._seen = digest
+        return fit
+
+    def _inputs(self, x: Inputs) -> Inputs:
+        self._ready()
+        x = to_device(x, self.functional.device)
+        if not batch_size(x, "`x`"):
+            raise InputError(
+                "`x` holds no examples: its first axis has length 0. Pass at least one."
+            )
+        check_inputs(x, "`x`")
+        return x
+
+    def _plan_of_rows(self, x: Inputs) -> CapturePlan:
+        if self._rows is None:
+            self.functional.outputs(x, "`x`")
+            self._rows = prove(self.functional, x)
+        return self._rows
+
+    @property
+    def certificate(self) -> LayerCertificate:
+        """The guarantee, measured on sampled networks, at the current prior precision."""
+        return self._fitted().certificate
+
+    @property
+    def num_samples(self) -> int:
+        """Weight samples that `predict` uses."""
+        return self._fitted().state.num_samples
+
+    @property
+    def prior_precision(self) -> float:
+        """``α``. Setting it rescales the samples and measures the certificate anew."""
+        return self._fitted().alpha
+
+    @prior_precision.setter
+    def prior_precision(self, value: float) -> None:
+        self._set_precision(value)
+
+    @undisturbed_method
+    def _set_precision(self, value: float) -> None:
+        self._fit = set_precision(self._fitted(), check_positive(value, "prior_precision"))
+
+    # -- use -------------------------------------------------------------------------------------
+
+    @undisturbed_method
+    def predict(self, x: Inputs, method: str = "sampled") -> Prediction:
+        """Predict a batch ``x`` (tensor, tuple or mapping of tensors).
+
+        Args:
+            method: ``"sampled"`` (default): the re-weighted networks, which the guarantee is about; ``"linearised"``;
+                or ``"closed"``: the Gaussian of the linearised outputs in closed form, without weight samples.
+        """
+        check_choice(method, METHODS, "method")
+        x = self._inputs(x)
+        fit, scale = self._fitted(), self._fitted().alpha ** -0.5
+        point = self.functional.outputs(x, "`x`")
+        if method == "sampled":
+            outputs = fit.state.sampled(x, scale, max(2, self.num_samples))
+            flat = make_prediction(self.likelihood, point, outputs, method)
+        elif method == "linearised":
+            change = fit.state.linearised(x, self.num_samples)
+            flat = make_prediction(self.likelihood, point, point + scale * change, method)
+        else:
+            plan = self._plan_of_rows(x)
+            covariance = output_covariance(fit.state, plan, x, lambda t: t) / fit.alpha
+            flat = closed_prediction(self.likelihood, point, covariance, fit.state.seed)
+        return flat if self.likelihood.layouts is None else structured(flat, self.likelihood)
+
+    @undisturbed_method
+    def covariance(self, x: Inputs) -> Tensor:
+        """Covariance of the linearised outputs, ``Σ_l J_l (I ⊗ P_l) J_lᵀ / α``, closed form: ``(B, O, O)``."""
+        x = self._inputs(x)
+        fit, plan = self._fitted(), self._plan_of_rows(x)
+        found = output_covariance(fit.state, plan, x, lambda t: t) / fit.alpha
+        return found.to(self.functional.dtype)
+
+    @undisturbed_method
+    def novelty(self, x: Inputs, score: str = "information") -> Tensor:
+        """How new each input is to the layers of the network, ``(B,)``; higher is newer. No samples are needed.
+
+        Args:
+            score: ``"information"`` (default): ``½ log det(I + J Σ Jᵀ)`` in nats, one backward pass an output;
+                ``"variance"``: ``tr J Σ Jᵀ``; ``"leverage"``: the sum over layers of the log leverage of what they
+                receive, relative to its size: one forward pass.
+        """
+        check_choice(score, SCORES, "score")
+        x = self._inputs(x)
+        fit = self._fitted()
+        if score == "leverage":
+            if self._leverages is None:
+                self._leverages = leverages(fit.state)
+            values = leverage_score(self._leverages, x)
+        elif score == "information":
+            values = information_score(fit.state, self._plan_of_rows(x), self.likelihood, x)
+        else:
+            plan = self._plan_of_rows(x)
+            values = variance_score(fit.state, plan, self.likelihood, x, fit.alpha)
+        return values.to(self.functional.dtype)
+
+    @undisturbed_method
+    def calibrate(
+        self,
+        val_loader: Iterable[Any],
+        *,
+        ood_loader: Iterable[Any] | None = None,
+        metric: str = "nll",
+        tune: str | None = None,
+        progress: bool = True,
+    ) -> CalibrationPath:
+        """Choose the prior precision on validation data, see :meth:`nullbayes.Posterior.calibrate`.
+
+        The path is that of linearised predictions. It does not go below the precision at which the guarantee holds.
+        """
+        fit = self._ready()
+        check_arguments(metric, ood_loader)
+        check_reusable(val_loader, "val_loader")
+        plan = self._plan_of_rows(first_inputs(self.functional, val_loader, "val_loader"))
+        search = Search(val_loader, ood_loader, metric, tune, progress)
+        path = calibration_path(as_fit(fit, self.likelihood), plan, search)
+        if path.noise_scale is None:
+            fit = set_precision(fit, path.prior_precision[path.chosen])
+            guarded = fit.certificate.divergence > ALLOWED_DIVERGENCE
+            self._fit = set_precision(fit, layer_change.guarded(fit)) if guarded else fit
+        else:
+            noised = self.likelihood.with_noise(path.noise_scale[path.chosen])
+            assert noised is not None
+            self.likelihood = noised
+        self.calibration = path
+        return path
+
+    def sample(self, count: int | None = None) -> Iterator[dict[str, Tensor]]:
+        """Yield ``count`` samples (default: as many as were asked for) as state dicts for ``load_state_dict``."""
+        fit = self._ready()
+        count = self.num_samples if count is None else check_count(count, "count")
+        return fit.state.state_dicts(fit.alpha**-0.5, count)
+
+    def draw(self, count: int) -> None:
+        """Use ``count`` samples more from now on; they continue the stream of the fit's seed."""
+        self._fitted().state.num_samples += check_count(count, "count")
+
+    def projector(self) -> LayerProjector:
+        """Projects weight changes on the null space: for fine-tuning that leaves the training outputs as they are.
+
+        Exact with ``delta=0``; see :meth:`LayerProjector.attach` for an optimiser.
+        """
+        state = self._ready().state
+        return LayerProjector(self.model, state.blocks, state.factors)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write sums, settings, certificate and a fingerprint of the model to one file; no data, no samples."""
+        from nullbayes.posterior.layer_storage import write_layers
+
+        write_layers(path, self, self._ready())

@@ -95,8 +95,8 @@ def table(results: dict[str, list[dict[str, Any]]], environment: dict[str, Any])
         f'{environment["torch"]}, commit {environment["commit"]}. Random data; `preserve="predictions"`, everything '
         "else as it comes. The audit's seconds are those of comparing every batch and of moving single examples; both "
         "are in `certificate.stages`. Medians of "
-        f"{max(map(len, results.values()))} fits (Swin-T: one), each in a fresh process; *apart*: the largest difference between "
-        "rows and single examples, as a share of what the prior would do to the example.",
+        f"{max(map(len, results.values()))} fits (Swin-T: one), each in a fresh process; *apart*: the largest "
+        "difference between rows and single examples, as a share of what the prior would do to the example.",
         "",
         "| network | rows × weights | examples audited | apart | fit, s | audit, s | share |",
         "|---|---|---|---|---|---|---|",

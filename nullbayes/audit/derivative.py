@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -89,7 +90,9 @@ class Derivative:
         # Frozen randomness knows its examples by the first axis, which `vmap` takes away.
         if self._together and not isinstance(inputs, Keyed):
             try:
-                together: Tensor = torch.vmap(one)(directions)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of operations that `vmap` takes one by one
+                    together: Tensor = torch.vmap(one)(directions)
                 return together
             except (MemoryError, torch.OutOfMemoryError):
                 raise

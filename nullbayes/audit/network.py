@@ -45,12 +45,14 @@ class NetworkCopy:
         given = plain(inputs)
         if self.dtype is not None:
             given = tree_map(lambda t: as_floating(t, self.dtype), given)
-        self._write(delta)
         try:
+            if delta is not None:
+                self._write(delta)
             with torch.no_grad(), self.functional.drawing(inputs):
                 out = self._called(given)
         finally:
-            self._write(None)
+            if delta is not None:
+                self._write(None)
         layouts = self.functional.layouts
         if layouts is None:
             return as_tensor_output(out).detach()

@@ -57,7 +57,7 @@ from nullbayes.solvers.base import relative
 from nullbayes.solvers.block_cg import row_norms
 
 # Seconds that the audit of examples may take beside a fit: a share of it, and at least so many.
-AUDIT_SHARE, LEAST_AUDIT = 0.08, 1.0
+AUDIT_SHARE, LEAST_AUDIT = 0.05, 1.0
 
 
 def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run) -> Fit:

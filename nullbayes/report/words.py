@@ -25,6 +25,10 @@ CERTIFICATE_FIELDS = {
     ),
     "constraints": ("Constraints", "directions of the training outputs that must not move"),
     "parameters": ("Weights", "all of them are uncertain, and correlated"),
+    "audit": (
+        "Audit",
+        "the same measured without these constraints, on single examples of all the data",
+    ),
     "null_dim": ("Null space", "directions of weight space that stay free"),
     "prior_share": ("Prior variance kept", "what the constraints leave of it"),
 }
@@ -157,6 +161,9 @@ def certificate_rows(
 
 def certificate_value(key: str, value: Any) -> str:
     """One value as people write it."""
+    if key == "audit":
+        state = "agrees" if value["passed"] else "contradicts them"
+        return f"{state}: {value['examples']:,} of {value['total']:,} examples, {value['batches']:,} batches"
     if key == "peak_memory":
         return f"{value / 2**20:,.0f} MiB"
     if key == "seconds":

@@ -367,3 +367,13 @@ def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr("nullbayes.report.render.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"matplotlib and jinja2.*nullbayes\[report\]"):
         render_report({})
+
+
+def test_the_audit_in_a_report() -> None:
+    audit = {"passed": True, "examples": 16, "total": 1000, "batches": 8}
+    fields = {"audit": words.CERTIFICATE_FIELDS["audit"]}
+    rows = words.certificate_rows({"audit": audit}, fields)
+    assert rows[0][:2] == ("Audit", "agrees: 16 of 1,000 examples, 8 batches")
+    rows = words.certificate_rows({"audit": audit | {"passed": False}}, fields)
+    assert rows[0][1].startswith("contradicts them")
+    assert words.certificate_rows({"audit": None}, fields) == []

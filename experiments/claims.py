@@ -18,7 +18,7 @@ from typing import Any
 from experiments.reports import lost, mean_auroc, score_of, shift_mean, variant_rows
 from experiments.store import collected
 from experiments.tables import Row
-from nullbayes.report.writing import write_json, write_text
+from nullbayes.common.writing import write_json, write_text
 
 CLASSIFICATION = ("digits_heldout", "fashion_lenet", "fashion_resnet", "swin")
 JUDGED = {"by evidence": "null_predictions_evidence", "calibrated": "null_predictions"}

@@ -18,10 +18,10 @@ from experiments import tasks
 from experiments.store import OUT
 from experiments.tasks import DROPOUT, Task
 from nullbayes.common.files import atomic_file
+from nullbayes.common.writing import plain
 from nullbayes.demo import training
 from nullbayes.demo.models import seeded
 from nullbayes.model.fingerprint import fingerprint
-from nullbayes.report.writing import plain
 
 FOLDER = OUT / "networks"
 FIRST = "member-0"  # the network that all methods share; the rest of the ensemble follows

@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 
 from experiments.store import RESULTS, ROOT
-from nullbayes.report.writing import make_folder, write_text
+from nullbayes.common.writing import make_folder, write_text
 
 FOLDER = ROOT / "docs" / "evaluation"
 PAGES = (

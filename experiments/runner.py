@@ -20,7 +20,7 @@ from rich.console import Console
 
 from experiments.store import Key, Store
 from nullbayes.common.memory import peak_bytes
-from nullbayes.report.writing import write_text
+from nullbayes.common.writing import write_text
 
 PRELOAD = ["experiments.preload"]
 

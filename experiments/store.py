@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import environment
-from nullbayes.report.writing import plain, write_json
+from nullbayes.common.writing import plain, write_json
 
 ROOT = Path(__file__).parent.parent
 # Finished pieces and trained networks; processes of a run read it from the environment too.

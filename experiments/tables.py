@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.store import rounded
-from nullbayes.report.writing import plain, write_text
+from nullbayes.common.writing import plain, write_text
 
 Figures = Mapping[str, Any]
 Getter = Callable[[Figures], float | str | None]

@@ -1,9 +1,14 @@
-"""The command line: ``nullbayes demo``, ``nullbayes report``, ``nullbayes version``."""
+"""The command line: ``nullbayes plan|fit|check|evaluate job.py``, ``inspect``, ``report``, ``demo``, ``version``.
+
+Exit codes: 0; 2 after an error that a message explains; 3 where the guarantee is weak or a plan does not fit; 130 after
+Ctrl-C.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +27,17 @@ def _optional(name: str) -> Any:
 typer = _optional("typer")  # an extra, not part of the default installation
 
 MISSING = "The command line needs typer: pip install 'nullbayes[demo]'"
+
+if typer is not None:
+    JobFile = Annotated[
+        Path,
+        typer.Argument(
+            metavar="JOB.PY",
+            help="Defines model and train; if it likes validation, test, shifted, likelihood, options.",
+        ),
+    ]
+    OutFolder = Annotated[Path, typer.Option(help="Folder of the run; what is there is used.")]
+    AsJson = Annotated[bool, typer.Option("--json", help="Results as JSON on standard output.")]
 
 
 def demo(
@@ -49,8 +65,86 @@ def demo(
     run_demo(Settings(dataset, data_dir, seed, examples, samples, epochs, classes), out)
 
 
+WEAK = 3
+
+
+def plan(job: JobFile, as_json: AsJson = False) -> None:
+    """Say what a fit would cost: sizes, memory, time. Nothing is written."""
+    from nullbayes.job import read_job
+    from nullbayes.job.running import run_plan
+
+    found = run_plan(read_job(job))
+    _show(found.as_dict() | {"fits": found.fits}, str(found), as_json)
+    _end(ok=found.fits)
+
+
+def fit(job: JobFile, out: OutFolder = Path("run"), as_json: AsJson = False) -> None:
+    """Fit the posterior, calibrate it on `validation`, and save it."""
+    from nullbayes.job import read_job
+    from nullbayes.job.running import open_folder, run_fit
+
+    read = read_job(job)
+    posterior = run_fit(read, open_folder(out, _say(as_json)), progress=not as_json)
+    certificate = posterior.certificate
+    _show(certificate.as_dict(), str(certificate), as_json)
+    _end(ok=certificate.held or not certificate.promises)
+
+
+def check(job: JobFile, out: OutFolder = Path("run"), as_json: AsJson = False) -> None:
+    """Say whether the guarantee holds, measured on all training data."""
+    from nullbayes.job import read_job
+    from nullbayes.job.running import open_folder, run_check
+
+    read = read_job(job)
+    found = run_check(read, open_folder(out, _say(as_json)), progress=not as_json)
+    _show(found.as_dict(), found.verdict, as_json)
+    _end(ok=found.held or read.kind == "laplace")
+
+
+def evaluate(job: JobFile, out: OutFolder = Path("run"), as_json: AsJson = False) -> None:
+    """Measure on `test`, `shifted` and `train`; write results.json and report.html."""
+    from nullbayes.job import read_job
+    from nullbayes.job.running import open_folder, run_evaluate
+
+    read = read_job(job)
+    found = run_evaluate(read, open_folder(out, _say(as_json)), progress=not as_json)
+    _show(found.as_dict(), str(found), as_json)
+    certificate = found.details["certificate"]
+    _end(ok=certificate["held"] or read.kind == "laplace")
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A posterior that `save` or `nullbayes fit` wrote.")],
+    as_json: AsJson = False,
+) -> None:
+    """Print the certificate in a posterior's file, without the model."""
+    from nullbayes.posterior.inspection import inspect as inspected
+
+    found = inspected(file)
+    _show(found.as_dict(), str(found), as_json)
+    _end(ok=not found.weak)
+
+
+def _say(as_json: bool) -> Callable[[str], None]:
+    """Lines for people: on standard error where standard output is for a program."""
+    return lambda text: typer.echo(text, err=as_json)
+
+
+def _show(value: dict[str, Any], text: str, as_json: bool) -> None:
+    from nullbayes.common.writing import plain
+
+    typer.echo(json.dumps(plain(value), ensure_ascii=False) if as_json else text)
+
+
+def _end(*, ok: bool) -> None:
+    if not ok:
+        raise typer.Exit(WEAK)
+
+
 def report(
-    results: Annotated[Path, typer.Argument(help="A results.json that `nullbayes demo` wrote.")],
+    results: Annotated[
+        Path, typer.Argument(help="A results.json that `nullbayes evaluate` or `demo` wrote.")
+    ],
     out: Annotated[
         Path | None, typer.Option(help="The HTML file; report.html beside the results.")
     ] = None,
@@ -80,13 +174,13 @@ def build_app() -> Any:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for command in (demo, report, version):
+    for command in (plan, fit, check, evaluate, inspect, report, demo, version):
         app.command()(_explained(command))
     return app
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit code is 0, 2 after an error that a message explains, or 130 after Ctrl-C."""
+    """Run the command line; returns the exit code, see above."""
     if typer is None:
         print(MISSING, file=sys.stderr)  # noqa: T201
         return 2

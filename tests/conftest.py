@@ -1,7 +1,38 @@
-"""One thread per worker: small problems, and xdist already uses every core."""
+"""One thread a worker, since xdist already uses every core; and which tests `make test-fast` leaves out."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# Measured with `make test ARGS=--durations=80`: what takes more than a few seconds, or trains networks, or starts
+# processes of its own.
+SLOW_ROOMS = ("audit", "cases", "docs", "examples", "experiments", "project", "torture")
+SLOW_TESTS = (
+    "test_an_interrupt_in_any_forward_pass",
+    "test_as_a_module",
+    "test_demo.py",
+    "test_files.py",
+    "test_peak_memory",
+    "test_report",
+    "test_samples_with_a_shift_have_the_promised_covariance",
+    "test_the_cut_into_batches",
+    "test_the_estimate_is_that_of_data_never_seen",
+    "test_a_fit_goes_on_from_each_of_its_checkpoints",
+    "test_update_remove_and_merge",
+    "test_cli_job.py",
+    "test_evaluation",
+    "test_projection.py",
+    "test_generative.py",
+    "test_scale.py",
+    "test_layer_posterior.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        room = item.path.parent.name
+        if room in SLOW_ROOMS or any(name in item.nodeid for name in SLOW_TESTS):
+            item.add_marker(pytest.mark.slow)

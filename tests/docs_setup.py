@@ -62,6 +62,7 @@ def classifier() -> Names:
         "x": data.test.inputs[:16],
         "y": data.test.targets[:16],
         "test_inputs": data.test.inputs[:200],
+        "test_labels": data.test.targets[:200],
         "other_inputs": data.held_out.inputs[:200],
     }
 

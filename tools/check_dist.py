@@ -35,10 +35,16 @@ IN_SDIST = (
     "pyproject.toml",
     "nullbayes/py.typed",
     "nullbayes/report/template.html",
+    "nullbayes/report/own.html",
     "tests/project/test_project.py",
     "tools/check_dist.py",
 )
-IN_WHEEL = ("nullbayes/__init__.py", "nullbayes/py.typed", "nullbayes/report/template.html")
+PAGES = ("base.html", "parts.html", "template.html", "own.html")
+IN_WHEEL = (
+    "nullbayes/__init__.py",
+    "nullbayes/py.typed",
+    *(f"nullbayes/report/{p}" for p in PAGES),
+)
 SDIST_BYTES = 4 * 2**20  # the library, its tests and the pictures of its documentation, compressed
 
 # A model and a loader under the names that the README's three lines use; torch alone, since no extra is installed.

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from nullbayes import metrics
 from nullbayes.datasets import Dataset
+from nullbayes.posterior.measuring.curves import Answers
+from nullbayes.posterior.measuring.estimates import Estimate, auroc, averaged, mean
 
 BATCH = 256
 HISTOGRAM_BINS = 36
@@ -71,11 +73,10 @@ def evaluate(
     shifts: Mapping[str, Shift],
     *,
     advance: Advance = lambda n: None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The method's figures, and its curves."""
-    train = metrics.classification_metrics(
-        _batched(method.probs, data.train.inputs, advance), data.train.targets
-    )
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Estimate]]:
+    """The method's figures, its curves, and what :func:`differences` compares."""
+    fitted = _batched(method.probs, data.train.inputs, advance)
+    train = metrics.classification_metrics(fitted, data.train.targets)
     probs = _batched(method.probs, data.test.inputs, advance)
     test = metrics.classification_metrics(probs, data.test.targets)
     inside = _batched(method.score, data.test.inputs, advance)
@@ -103,7 +104,36 @@ def evaluate(
         "roc": {key: metrics.roc_curve(inside, scores) for key, scores in outside.items()},
         "histogram": _histograms(inside, outside),
     }
-    return figures, curves
+    estimates = {
+        "train_accuracy": mean((fitted.argmax(1) == data.train.targets).double()),
+        **_compared(probs, data.test.targets),
+    }
+    if outside:
+        areas = [auroc(inside, scores) for scores in outside.values()]
+        estimates["auroc"] = averaged(areas, len(inside))
+    return figures, curves, estimates
+
+
+def _compared(probs: Tensor, targets: Tensor) -> dict[str, Estimate]:
+    """NLL and ECE with what their standard errors are made of."""
+    probs = probs.double()
+    picked = probs.gather(1, targets[:, None]).squeeze(1)
+    top, predicted = probs.max(1)
+    count = len(probs)
+    answers = Answers(top, (predicted == targets).double(), torch.arange(count), count)
+    nll = -picked.clamp_min(metrics.SMALLEST_PROBABILITY).log()
+    return {"nll": mean(nll), "ece": answers.ece()}
+
+
+def differences(
+    estimates: Mapping[str, Mapping[str, Estimate]],
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Every method minus the point estimate, paired image by image, with the standard error of that."""
+    out = {}
+    for key, values in estimates.items():
+        pairs = {name: e.minus(estimates["point"][name]) for name, e in values.items()}
+        out[key] = {name: {"value": e.value, "error": e.error} for name, e in pairs.items()}
+    return out
 
 
 def _batched(function: Callable[[Tensor], Tensor], inputs: Tensor, advance: Advance) -> Tensor:

@@ -14,10 +14,12 @@ import torch
 from rich.console import Console
 
 from nullbayes import report
+from nullbayes.common.writing import make_folder, plain, write_signed_json, write_text
 from nullbayes.demo import console as say
 from nullbayes.demo import training
 from nullbayes.demo.evaluation import (
     Method,
+    differences,
     evaluate,
     number_of_inputs,
     point_method,
@@ -27,9 +29,9 @@ from nullbayes.demo.regression import certificate_fields, run_regression
 from nullbayes.demo.tasks import Settings, Task, make_task
 from nullbayes.errors import NullBayesWarning
 from nullbayes.posterior import LaplacePosterior, NullSpacePosterior
-from nullbayes.report.writing import make_folder, plain, write_signed_json, write_text
+from nullbayes.posterior.measuring.estimates import Estimate
 
-SCHEMA = 1
+SCHEMA = 2
 POSTERIORS = (
     ("null_space", "Null-space posterior", NullSpacePosterior),
     ("laplace", "Full Laplace", LaplacePosterior),
@@ -103,6 +105,7 @@ def _measure(
     data = task.measured
     figures: dict[str, Any] = {}
     curves: dict[str, Any] = {}
+    estimates: dict[str, dict[str, Estimate]] = {}
     paths: dict[str, Any] = {}
     certificates: dict[str, Any] = {}
     printed: dict[str, str] = {}
@@ -111,7 +114,9 @@ def _measure(
     def measure(key: str, method: Method, seconds: float, prior_precision: float | None) -> None:
         words = f"measuring: {method.title.lower()}"
         with say.bar(console, words, number_of_inputs(data, task.shifts)) as advance:
-            figures[key], curves[key] = evaluate(method, data, task.shifts, advance=advance)
+            figures[key], curves[key], estimates[key] = evaluate(
+                method, data, task.shifts, advance=advance
+            )
         figures[key].update(fit_seconds=seconds, prior_precision=prior_precision)
         clock.lap("measuring")
 
@@ -137,6 +142,7 @@ def _measure(
     order = sorted(figures, key=lambda key: key.endswith("_evidence"))  # the main rows first
     return {
         "methods": {key: figures[key] for key in order},
+        "differences": differences(estimates),
         "certificate": certificates["null_space"],
         "certificates": certificates,
         "prior_path": paths,

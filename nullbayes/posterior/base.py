@@ -35,6 +35,7 @@ from nullbayes.posterior.calibration import (
     calibration_path,
     check_arguments,
 )
+from nullbayes.posterior.judged import Judged
 from nullbayes.posterior.novelty import (
     ENTROPIES,
     ROW_SCORES,
@@ -54,7 +55,7 @@ from nullbayes.posterior.storage import described, restored, write_posterior
 Self = TypeVar("Self", bound="Posterior")
 
 
-class Posterior:
+class Posterior(Judged):
     """What :class:`NullSpacePosterior` and :class:`LaplacePosterior` share. Use one of those two.
 
     Attributes:

@@ -125,7 +125,7 @@ def load_layers(
     from nullbayes.posterior.layers import LayerNullSpacePosterior
 
     source = Path(path)
-    meta, tensors = _read(source)
+    meta, tensors = read_layers(source)
     stored = Stored(source, meta, torch.empty(0))
     stored.check_model(unwrapped(model))
     try:
@@ -155,7 +155,7 @@ def load_layers(
     return posterior
 
 
-def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_layers(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Description and tensors of a file, as they were written. Raises `StorageError`."""
     try:
         with safe_open(str(source), framework="pt") as file:

@@ -1,69 +1,32 @@
-"""The report's figures, as inline SVG that takes its colours from the page, so that light and dark both work."""
+"""The figures of the demonstration's report."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from nullbayes.report.drawing import (
+    COLOURS,
+    INK,
+    MUTED,
+    PAPER,
+    PLAIN,
+    SIZE,
+    Draw,
+    label,
+    note,
+    reliability_points,
+    styled,
+    svg,
+    two_histograms,
+)
 from nullbayes.report.words import METHODS
 
-# Colours that stand for the page's own: replaced by CSS variables in the finished SVG.
-INK, MUTED, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
-COLOURS = {"point": "#050505", "null_space": "#060606", "laplace": "#070707"}
-INSIDE = "#080808"
-_VARIABLES = {
-    INK: "--ink", MUTED: "--muted", GRID: "--line", PAPER: "--card", INSIDE: "--inside",
-    COLOURS["point"]: "--point", COLOURS["null_space"]: "--null-space", COLOURS["laplace"]: "--laplace",
-}  # fmt: skip
-_STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
-    "font.family": "DejaVu Sans",  # comes with matplotlib and is wide: what fits in it fits in the page's font
-    "font.size": 8,
-    "axes.titlesize": 8.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlecolor": INK,
-    "axes.labelcolor": MUTED,
-    "axes.labelsize": 8,
-    "axes.edgecolor": GRID,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "xtick.color": GRID,
-    "ytick.color": GRID,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "text.color": INK,
-    "lines.linewidth": 1.6,
-    "lines.solid_capstyle": "round",
-    "figure.facecolor": "none",
-    "legend.frameon": False,
-}
-_PLAIN: dict[str, Any] = {"fontsize": 8, "fontweight": "normal", "color": MUTED}
-_SIZE = (3.5, 2.9)  # inches; drawn at about this size on a phone and a third larger on a laptop
-_NAMES = {"point": "Point estimate", "null_space": "Null-space", "laplace": "Full Laplace"}
-
-Draw = Callable[[Figure], str]  # draws, and returns the text alternative
+NAMES = {"point": "Point estimate", "null_space": "Null-space", "laplace": "Full Laplace"}
 
 
 def all_figures(results: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -77,91 +40,31 @@ def all_figures(results: Mapping[str, Any]) -> dict[str, list[str]]:
         "angles": [_groups(results, shift) for shift in shifts if shifts[shift]["groups"]],
         "regression": [_regression(results, key) for key in results["regression"]["methods"]],
     }
-    with matplotlib.rc_context(_STYLE):
+    with styled():
         return {
             name: [
-                _svg(draw, f"{name}{i}", (3.5, 3.5) if name == "novelty" else _SIZE)
+                svg(draw, f"{name}{i}", (3.5, 3.5) if name == "novelty" else SIZE)
                 for i, draw in enumerate(draws)
             ]
             for name, draws in sections.items()
         }
 
 
-def _svg(draw: Draw, name: str, size: tuple[float, float]) -> str:
-    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03))
-    FigureCanvasSVG(figure)
-    words = draw(figure)
-    file = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):  # the same results give the same bytes
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    return _inline(file.getvalue(), name, words)
-
-
-def _inline(svg: str, name: str, words: str) -> str:
-    """Fit a stand-alone SVG for the inside of a page: no header, no metadata, ids of its own, the page's colours."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.S)
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
-    svg = svg.replace("xlink:href", "href")
-    svg = re.sub(r'\bid="([^"]*)"', rf'id="{name}-\1"', svg)
-    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
-    svg = re.sub(r'href="#', f'href="#{name}-', svg)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, f"var({variable})")
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    svg = re.sub(r"font: (bold|700) ([\d.]+)px [^;\"]*", r"font-weight: 600; font-size: \2px", svg)
-    label = words.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    size = re.search(r'viewBox="[^"]*"', svg)
-    opening = f'<svg {size.group(0) if size else ""} role="img" aria-label="{label}">'
-    return re.sub(r"<svg[^>]*>", lambda _: opening, svg, count=1)
-
-
 def _reliability(results: Mapping[str, Any], key: str) -> Draw:
     def draw(figure: Figure) -> str:
         axes = figure.subplots()
         figures, curve = results["methods"][key], results["curves"][key]["reliability"]
-        count = np.array(curve["count"])
-        filled = count > 0
-        confidence, accuracy = (
-            np.array(curve["confidence"])[filled],
-            np.array(curve["accuracy"])[filled],
-        )
-        share = count[filled] / count.sum()
-        # One standard error of a share, with the pseudo-count that keeps it from vanishing at 0 and 1.
-        near = (accuracy * count[filled] + 1) / (count[filled] + 2)
-        error = np.sqrt(near * (1 - near) / count[filled])
-        colour = COLOURS[key]
-        axes.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=(0, (4, 3)))
-        axes.vlines(
-            confidence,
-            np.clip(accuracy - error, 0, 1),
-            np.clip(accuracy + error, 0, 1),
-            color=colour,
-            lw=1,
-            alpha=0.55,
-        )
-        axes.scatter(
-            confidence,
-            accuracy,
-            s=24 + 150 * share,
-            color=colour,
-            edgecolor=PAPER,
-            linewidth=0.8,
-            zorder=3,
-        )
+        reliability_points(axes, curve, COLOURS[key])
         axes.set(
             xlim=(0, 1.04),
             ylim=(0, 1.06),
             xlabel="confidence",
             ylabel="accuracy",
-            title=_NAMES[key],
+            title=NAMES[key],
         )
-        axes.set_title(
-            f"ECE {figures['ece']:.4f}   NLL {figures['nll']:.4f}", loc="right", **_PLAIN
-        )
+        axes.set_title(f"ECE {figures['ece']:.4f}   NLL {figures['nll']:.4f}", loc="right", **PLAIN)
         return (
-            f"Reliability diagram of the {_NAMES[key].lower()}: accuracy against confidence, expected calibration "
+            f"Reliability diagram of the {NAMES[key].lower()}: accuracy against confidence, expected calibration "
             f"error {figures['ece']:.4f}, maximum {figures['mce']:.3f}."
         )
 
@@ -170,7 +73,7 @@ def _reliability(results: Mapping[str, Any], key: str) -> Draw:
 
 def _novelty(results: Mapping[str, Any], shift: str) -> Draw:
     def draw(figure: Figure) -> str:
-        title = results["dataset"]["shifts"][shift]["title"]
+        title = label(results["dataset"]["shifts"][shift]["title"])
         rows = figure.subplots(2, 1)
         values = []
         for axes, key, name in zip(
@@ -182,20 +85,11 @@ def _novelty(results: Mapping[str, Any], shift: str) -> Draw:
             data = results["curves"][key]["histogram"]
             edges = np.array(data["log10_edges"])
             inside, outside = np.array(data["inside"]), np.array(data["outside"][shift])
-            inside, outside = inside / inside.sum(), outside / outside.sum()
-            axes.stairs(inside, edges, fill=True, color=INSIDE, alpha=0.45, lw=0)
-            axes.stairs(inside, edges, color=INSIDE, lw=1)
-            axes.stairs(outside, edges, fill=True, color=COLOURS[key], alpha=0.4, lw=0)
-            axes.stairs(outside, edges, color=COLOURS[key], lw=1.2)
-            axes.set(xlabel=name, yticks=[], xlim=(edges[0], edges[-1]))
-            axes.set_ylim(0, 1.35 * max(inside.max(), outside.max()))
-            axes.spines["left"].set_visible(False)
-            axes.grid(False)
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            axes.xaxis.set_major_formatter(lambda x, _: f"$10^{{{x:.0f}}}$" if x else "1")
+            two_histograms(axes, edges, inside, outside, COLOURS[key])
+            axes.set_xlabel(name)
             auroc = results["methods"][key]["auroc"][shift]
             values.append(auroc)
-            _note(axes, f"AUROC {auroc:.3f}", 0.02, 0.97, "left", "top", COLOURS[key])
+            note(axes, f"AUROC {auroc:.3f}", 0.02, 0.97, "left", "top", COLOURS[key])
         rows[0].set_title(title[:1].upper() + title[1:])
         return (
             f"Histograms of the scores of test images and of {title}. The point estimate's confidence separates them "
@@ -207,7 +101,7 @@ def _novelty(results: Mapping[str, Any], shift: str) -> Draw:
 
 def _roc(results: Mapping[str, Any], shift: str) -> Draw:
     def draw(figure: Figure) -> str:
-        title = results["dataset"]["shifts"][shift]["title"]
+        title = label(results["dataset"]["shifts"][shift]["title"])
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=(0, (4, 3)))
         said = []
@@ -222,16 +116,16 @@ def _roc(results: Mapping[str, Any], shift: str) -> Draw:
                 color=COLOURS[key],
                 zorder=3 if key == "null_space" else 2,
             )
-            _note(
+            note(
                 axes,
-                f"{auroc:.3f}  {_NAMES[key]}",
+                f"{auroc:.3f}  {NAMES[key]}",
                 0.42,
                 0.25 - 0.09 * row,
                 "left",
                 "bottom",
                 COLOURS[key],
             )
-            said.append(f"{_NAMES[key].lower()} {auroc:.3f}")
+            said.append(f"{NAMES[key].lower()} {auroc:.3f}")
         axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02))
         axes.set(
             xlabel="test images flagged",
@@ -269,7 +163,7 @@ def _path(results: Mapping[str, Any], metric: str, name: str) -> Draw:
                     precision[chosen], values[chosen], "o", ms=6, mfc=colour, mec=PAPER, zorder=5
                 )
                 said.append(
-                    f"{_NAMES[key].lower()} chosen at {precision[chosen]:.3g} with {values[chosen]:.4f}"
+                    f"{NAMES[key].lower()} chosen at {precision[chosen]:.3g} with {values[chosen]:.4f}"
                 )
             point = path["point"][metric]
             axes.axhline(point, color=COLOURS["point"], lw=1.2, ls=(0, (4, 3)))
@@ -324,27 +218,11 @@ def _regression(results: Mapping[str, Any], key: str) -> Draw:
         axes.plot(data["train"]["x"], data["train"]["y"], "o", ms=3.2, color=INK, mew=0, zorder=5)
         axes.set(xlim=(x[0], x[-1]), ylim=(train_y.min() - 0.9 * gap, train_y.max() + 0.9 * gap))
         axes.yaxis.set_major_locator(MaxNLocator(6))
-        axes.set(xlabel="input", ylabel="output", title=_NAMES[key])
+        axes.set(xlabel="input", ylabel="output", title=NAMES[key])
         return (
-            f"Regression with the {_NAMES[key].lower()}: training points in two groups, the network's curve and a band "
+            f"Regression with the {NAMES[key].lower()}: training points in two groups, the network's curve and a band "
             f"of two standard deviations: {method['train_sd']:.3g} at the data, {method['gap_sd']:.3g} in the gap "
             "on average, as one standard deviation."
         )
 
     return draw
-
-
-def _note(
-    axes: Axes, text: str, x: float, y: float, side: str, up: str = "bottom", colour: str = INK
-) -> None:
-    axes.text(
-        x,
-        y,
-        text,
-        transform=axes.transAxes,
-        ha=side,
-        va=up,
-        color=colour,
-        fontsize=8,
-        linespacing=1.5,
-    )

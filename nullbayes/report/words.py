@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nullbayes.posterior.measuring.estimates import SAME, verdict
+
 METHODS = ("point", "null_space", "laplace")
 SAME_ACCURACY = 5e-5  # shown to four digits
 
@@ -77,20 +79,30 @@ def mean_auroc(figures: Mapping[str, Any]) -> float:
 
 
 def tiles(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The four figures at the top: name, before, after, and whether that is good, bad or neither."""
+    """The four figures at the top: name, before, after, and whether their paired difference says better or worse."""
     point, ours = (results["methods"][key] for key in ("point", "null_space"))
+    differences = results["differences"]["null_space"]
+    mean = f"AUROC, mean of {len(point['auroc'])} shifts"
     rows = [
-        ("Training accuracy", point["train_accuracy"], ours["train_accuracy"], 4, 1),
-        ("NLL on test", point["nll"], ours["nll"], 3, -1),
-        ("ECE on test", point["ece"], ours["ece"], 3, -1),
-        (f"AUROC, mean of {len(point['auroc'])} shifts", mean_auroc(point), mean_auroc(ours), 3, 1),
+        ("Training accuracy", "train_accuracy", point, ours, 4, True),
+        ("NLL on test", "nll", point, ours, 3, False),
+        ("ECE on test", "ece", point, ours, 3, False),
+        (mean, "auroc", {"auroc": mean_auroc(point)}, {"auroc": mean_auroc(ours)}, 3, True),
     ]
     shown = []
-    for name, before, after, digits, way in rows:
-        old, new = f"{before:.{digits}f}", f"{after:.{digits}f}"
-        verdict = "same" if old == new else "better" if (after - before) * way > 0 else "worse"
-        shown.append({"name": name, "before": old, "after": new, "verdict": verdict})
+    for name, key, before, after, digits, higher in rows:
+        old, new = f"{before[key]:.{digits}f}", f"{after[key]:.{digits}f}"
+        word = judged(differences.get(key), higher_is_better=higher, digits=digits)
+        shown.append({"name": name, "before": old, "after": new, "verdict": word})
     return shown
+
+
+def judged(difference: Mapping[str, Any] | None, *, higher_is_better: bool, digits: int) -> str:
+    """`verdict` of a difference as results files have it: ``{"value", "error"}``, None where not a number."""
+    if difference is None or difference["value"] is None or difference["error"] is None:
+        return SAME
+    found, error = difference["value"], difference["error"]
+    return verdict(found, error, higher_is_better=higher_is_better, digits=digits)
 
 
 def table(results: Mapping[str, Any]) -> dict[str, Any]:

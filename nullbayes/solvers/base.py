@@ -130,6 +130,10 @@ class Solver(ABC):
     #: whether it only multiplies with the rows: linear in their size, and not exact
     iterative: bool = False
 
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if v is not None)
+        return f"{type(self).__name__}({settings})"
+
     @abstractmethod
     def cost(self, size: Size) -> Cost:
         """Counted work and memory."""

@@ -7,10 +7,10 @@ import torch
 from rich.console import Console
 
 from nullbayes import datasets
+from nullbayes.common.writing import read_signed_json
 from nullbayes.demo import Settings, models, run_demo, running, training
 from nullbayes.demo.evaluation import Method, Shift, evaluate, number_of_inputs, point_method
 from nullbayes.errors import InputError
-from nullbayes.report.writing import read_signed_json
 
 TINY = {"examples": 40, "samples": 4, "epochs": 60, "regression_epochs": 40, "test_images": 50}
 FIGURES = (
@@ -170,7 +170,7 @@ def test_evaluation_by_a_method_that_knows_the_answers():
     )
     counted = []
     method = Method("oracle", probs, lambda x: x.flatten(), "value")
-    figures, curves = evaluate(method, data, {"far": shift}, advance=counted.append)
+    figures, curves, estimates = evaluate(method, data, {"far": shift}, advance=counted.append)
     assert (
         figures["train_accuracy"],
         figures["test_accuracy"],
@@ -180,6 +180,9 @@ def test_evaluation_by_a_method_that_knows_the_answers():
     assert figures["auroc"]["far"] == pytest.approx((6 + 6 + 3) / 18)
     assert figures["auroc_by_group"]["far"] == pytest.approx({"near": 1.0, "rest": 9 / 12})
     assert sum(counted) == number_of_inputs(data, {"far": shift}) == 6 + 6 + 6 + 3
+    assert {name: e.value for name, e in estimates.items()} == pytest.approx(
+        {"train_accuracy": 1, "nll": 0, "ece": 0, "auroc": figures["auroc"]["far"]}
+    )
     histogram = curves["histogram"]
     assert sum(histogram["inside"]) == 6 and sum(histogram["outside"]["far"]) == 3
 

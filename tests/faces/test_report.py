@@ -3,15 +3,15 @@
 import copy
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
 import torch
+from pages import Reader
 
 from nullbayes import metrics
+from nullbayes.common.writing import plain, write_json, write_signed_json, write_text
 from nullbayes.errors import InputError, MissingExtraError, StorageError
 from nullbayes.report import headline, read_results, render_report, words, write_report
-from nullbayes.report.writing import plain, write_json, write_signed_json, write_text
 
 SHIFTS = {
     "held_out": {"title": "held-out classes", "words": "digits <3> & 7", "count": 40, "groups": []},
@@ -108,7 +108,7 @@ def made_up():
         "evidence": 3.0,
     }
     results = {
-        "schema": 1,
+        "schema": 2,
         "dataset": {
             "name": "digits",
             "title": "Made-up <b>digits</b>",
@@ -121,6 +121,14 @@ def made_up():
             "shifts": SHIFTS,
         },
         "methods": {key: figures for key, (figures, _) in made.items()},
+        "differences": {
+            "null_space": {
+                "train_accuracy": {"value": 0.0, "error": 0.0},
+                "nll": {"value": -0.05, "error": 0.01},
+                "ece": {"value": -0.003, "error": 0.01},
+                "auroc": {"value": 0.02, "error": 0.02},
+            }
+        },
         "certificate": certificate,
         "certificates": {"null_space": certificate},
         "prior_path": {"null_space": path, "laplace": {**path, "evidence": 0.4}},
@@ -151,52 +159,6 @@ def results(made_up):
 @pytest.fixture(scope="module")
 def page(made_up):
     return render_report(made_up)
-
-
-VOID = {"meta", "br", "link", "img", "input", "hr"}
-
-
-class Reader(HTMLParser):
-    """Checks that tags close in order, and collects ids, references, attributes and text."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.open, self.ids, self.references, self.requests, self.text, self.labels = (
-            [],
-            [],
-            [],
-            [],
-            [],
-            [],
-        )
-        self.feed(page)
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag, attributes):
-        for name, value in attributes:
-            if name == "id":
-                self.ids.append(value)
-            if name in ("href", "xlink:href") and value.startswith("#"):
-                self.references.append(value[1:])
-            elif name in ("src", "href", "xlink:href", "srcset", "action", "data"):
-                self.requests.append(value)
-            if name == "aria-label":
-                self.labels.append(value)
-            self.references += re.findall(r"url\(#([^)]*)\)", value or "")
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open[-1] == tag, (tag, self.open)
-        self.open.pop()
-
-    def handle_data(self, data):
-        self.text.append(data)
 
 
 def test_the_page_is_whole_and_asks_for_nothing(page):
@@ -265,7 +227,16 @@ def test_headline_says_what_came_out(results):
         "Training accuracy fell from 0.9876 to 0.9000; NLL up from 0.619 to 0.700; ECE unchanged at 0.081; "
         "out-of-distribution AUROC down from 0.72 to 0.50."
     )
-    assert [tile["verdict"] for tile in words.tiles(results)] == ["worse", "worse", "same", "worse"]
+
+
+def test_better_and_worse_are_said_beyond_two_standard_errors_only(results):
+    assert [t["verdict"] for t in words.tiles(results)] == ["same", "better", "same", "same"]
+    found = results["differences"]["null_space"]
+    found["train_accuracy"] = {"value": -0.02, "error": 0.005}
+    found["nll"] = {"value": 0.03, "error": 0.01}
+    found["ece"] = {"value": -0.03, "error": None}  # not known
+    found["auroc"] = {"value": 0.05, "error": 0.02}
+    assert [t["verdict"] for t in words.tiles(results)] == ["worse", "worse", "same", "better"]
 
 
 def test_a_weak_guarantee_is_not_dressed_up(results):
@@ -344,7 +315,7 @@ def test_results_that_were_changed_are_refused(results, tmp_path):
     write_signed_json(path, results)
     whole = path.read_text()
     for changed in (
-        whole.replace('"schema": 1', '"schema": 2'),
+        whole.replace('"schema": 2', '"schema": 3'),
         whole.replace('"checksum"', '"checkrum"'),
         whole.replace('"signed": true', '"signed": false'),
         whole.replace('"dataset"', '"datasot"', 1),

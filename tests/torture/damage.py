@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 import nullbayes as nb
 from nullbayes import datasets
+from nullbayes.common.writing import write_signed_json
 from nullbayes.posterior.storage import signed
 from nullbayes.report import read_results
-from nullbayes.report.writing import write_signed_json
 from nullbayes.solvers.checkpoint import Watch
 
 REFUSED, EQUAL, TAKEN = "refused", "equal", "taken"
@@ -253,10 +253,11 @@ def _idx_file(packed: bool) -> Target:
 def _results_file(folder: Path) -> Target:
     path = folder / "results.json"
     names = ("dataset", "methods", "certificate", "prior_path", "curves", "regression", "settings")
+    names = (*names, "differences")
     results: dict[str, Any] = {
         n: {"value": [1.0, 0.25, {"name": n}], "text": "x" * 40} for n in names
     }
-    results |= {"schema": 1, "environment": {"torch": "2"}}
+    results |= {"schema": 2, "environment": {"torch": "2"}}
     write_signed_json(path, results)
     whole = path.read_bytes()
 

@@ -1,0 +1,99 @@
+"""What every posterior can say about how good it is: `evaluate` and `report`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from nullbayes.model.functional import undisturbed_method
+
+if TYPE_CHECKING:
+    from nullbayes.posterior.base import Posterior
+    from nullbayes.posterior.evaluation import Evaluation
+
+
+class Judged:
+    """Mixin of `nullbayes.Posterior`."""
+
+    @undisturbed_method
+    def evaluate(
+        self,
+        test: Any,
+        *,
+        shifted: Mapping[str, Any] | None = None,
+        train: Any = None,
+        validation: Any = None,
+        against: Sequence[Posterior] | Mapping[str, Posterior] = (),
+        slices: Mapping[str, Any] | None = None,
+        show: Callable[[Any], Any] | None = None,
+        progress: bool = True,
+    ) -> Evaluation:
+        """Figures with standard errors for the trained network, its temperature scaling, and this posterior.
+
+        Args:
+            test: data that neither training nor calibration saw: a loader, a data set, or ``(X, y)``.
+            shifted: ``{name: data}`` of out-of-distribution inputs; targets are not needed.
+            train: training data, for score and NLL there.
+            validation: fits the temperature, calibrates a copy of this posterior where `calibrate` was not called, and
+                gives the threshold of novelty.
+            against: further fitted posteriors, as a list or ``{name: posterior}``.
+            slices: ``{name: mask (N,) of the test examples, or function(inputs, targets) -> (B,)}``.
+            show: ``show(input)`` to a string or an array to be drawn, for the examples of a report.
+            progress: bars on standard error.
+
+        Raises:
+            NotFittedError: not fitted. InputError: data, slices or posteriors that cannot be used, by name.
+        """
+        from nullbayes.posterior.evaluation import Question, evaluate
+
+        posterior = cast("Posterior", self)
+        return evaluate(
+            Question(posterior, test, shifted, train, validation, against, slices, show, progress)
+        )
+
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        test: Any,
+        *,
+        shifted: Mapping[str, Any] | None = None,
+        train: Any = None,
+        validation: Any = None,
+        against: Sequence[Posterior] | Mapping[str, Posterior] = (),
+        slices: Mapping[str, Any] | None = None,
+        show: Callable[[Any], Any] | None = None,
+        title: str | None = None,
+        progress: bool = True,
+    ) -> Path:
+        """:meth:`evaluate`, and one self-contained HTML page about it: no script, no font, no request to anywhere.
+
+        Args:
+            path: the file; it appears whole or not at all.
+            title: of the page; the name of the model's class if not given.
+            test, shifted, train, validation, against, slices, show, progress: as those of :meth:`evaluate`.
+
+        Raises:
+            MissingExtraError: matplotlib or jinja2 is not installed; found before the work.
+            NotFittedError, InputError: as :meth:`evaluate`.
+        """
+        # The one import that points upwards in the house: people look for the report at the posterior.
+        from nullbayes.report import require_packages, write_report
+
+        require_packages()
+        found = self.evaluate(
+            test,
+            shifted=shifted,
+            train=train,
+            validation=validation,
+            against=against,
+            slices=slices,
+            show=show,
+            progress=progress,
+        )
+        results = found.as_dict()
+        if title is not None:
+            results["title"] = title
+        results["settings"]["made by"] = f"posterior.report({Path(path).name!r}, ...)"
+        return write_report(results, Path(path))

@@ -1,0 +1,233 @@
+"""The ways of predicting that are compared: the trained network, its temperature scaling, posteriors."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nullbayes.errors import InputError, NullBayesWarning
+from nullbayes.likelihood import Likelihood
+from nullbayes.likelihood.helpers import mirrored
+from nullbayes.posterior.measuring.observing import kind_of
+
+if TYPE_CHECKING:
+    from nullbayes.posterior.base import Posterior
+    from nullbayes.posterior.calibration import CalibrationPath
+
+#: inverse temperatures tried: twentieth to twentyfold, in steps of a tenth, then in steps of a hundredth
+_COARSE, _FINE = 63, 23
+
+NETWORK, TEMPERATURE, EVIDENCE, CALIBRATED, GIVEN = (
+    "network",
+    "temperature",
+    "evidence",
+    "calibrated",
+    "given",
+)
+#: outputs ``(B, *out)`` of the trained network and targets, batch by batch
+Outputs = Callable[[], Iterator[tuple[Tensor, Any]]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of predicting from the network's outputs and what samples do to them.
+
+    Attributes:
+        key: a short name; title: for people.
+        likelihood: with the observation noise that goes with it.
+        scale: of samples at prior precision one; None: the network alone.
+        beta: the inverse temperature of the network's outputs.
+        setting: what was chosen, for a table: ``"prior precision 12.3"``.
+    """
+
+    key: str
+    title: str
+    likelihood: Likelihood
+    scale: float | None = None
+    beta: float = 1.0
+    setting: str = ""
+
+    def draws(self, point: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """Output draws ``(S, B, *out)`` and their centre ``(B, *out)``."""
+        if self.scale is None:
+            point = point if self.beta == 1 else self.beta * point
+            return point[None], point
+        return mirrored(point + self.scale * unit, point), point
+
+
+@dataclass(frozen=True)
+class Source:
+    """A posterior, the methods that read its samples, and how it was calibrated."""
+
+    posterior: Posterior
+    methods: list[Method]
+    notes: list[str] = field(default_factory=list)
+    path: CalibrationPath | None = None
+
+
+def own_source(posterior: Posterior, validation: Iterable[Any] | None, outputs: Outputs) -> Source:
+    """The network, temperature scaling where validation data are there, and the posterior before and after `calibrate`.
+
+    Args:
+        outputs: of the trained network on ``validation``; unused without it.
+
+    Nothing of ``posterior`` changes: what has to be calibrated is calibrated in a copy.
+    """
+    likelihood, notes, path = _before(posterior), list[str](), posterior.calibration
+    methods = [Method(NETWORK, "Trained network", likelihood)]
+    if validation is not None:
+        methods += scaled(likelihood, outputs)
+    methods.append(_uncalibrated(posterior, likelihood))
+    if posterior.calibration is None and validation is not None:
+        other = copy.copy(posterior)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", NullBayesWarning)
+            other.calibrate(validation, progress=False)
+        notes += [str(w.message) for w in caught if issubclass(w.category, NullBayesWarning)]
+        methods.append(_calibrated(other))
+        path = other.calibration
+    elif posterior.calibration is not None:
+        methods.append(_calibrated(posterior))
+    return Source(posterior, methods, notes, path)
+
+
+def other_sources(against: Sequence[Posterior] | Mapping[str, Posterior]) -> list[Source]:
+    """One source for each further posterior, named by the caller or by its class."""
+    from nullbayes.posterior.base import Posterior
+
+    if isinstance(against, Posterior):
+        against = [against]
+    named = dict(against) if isinstance(against, Mapping) else {}
+    if not isinstance(against, Mapping):
+        for posterior in against:
+            name = type(posterior).__name__
+            while name in named:
+                head, _, number = name.rpartition(" ")
+                name = f"{head} {int(number) + 1}" if number.isdigit() else f"{name} 2"
+            named[name] = posterior
+    out = []
+    for name, posterior in named.items():
+        if not isinstance(posterior, Posterior):
+            raise InputError(
+                f"`against` holds {type(posterior).__name__}, expected fitted posteriors, as a list or as "
+                "{name: posterior}."
+            )
+        posterior._fitted()
+        if name in (NETWORK, TEMPERATURE, EVIDENCE, CALIBRATED, GIVEN):
+            raise InputError(
+                f"`against` names a posterior {name!r}, which is taken; choose another."
+            )
+        scale = posterior.prior_precision**-0.5
+        setting = f"prior precision {posterior.prior_precision:.4g}"
+        out.append(
+            Source(
+                posterior, [Method(str(name), str(name), posterior.likelihood, scale, 1.0, setting)]
+            )
+        )
+    return out
+
+
+def _before(posterior: Posterior) -> Likelihood:
+    """The likelihood as it was before `calibrate` chose its noise."""
+    path = posterior.calibration
+    if path is None or path.noise_scale is None:
+        return posterior.likelihood
+    return (
+        posterior.likelihood.with_noise(1 / path.noise_scale[path.chosen]) or posterior.likelihood
+    )
+
+
+def _name(posterior: Posterior) -> str:
+    words = {"NullSpacePosterior": "Null-space", "LaplacePosterior": "Full Laplace"}
+    return words.get(type(posterior).__name__, type(posterior).__name__)
+
+
+def _uncalibrated(posterior: Posterior, likelihood: Likelihood) -> Method:
+    path = posterior.calibration
+    alpha = posterior.prior_precision if path is None else path.start
+    chosen = posterior.problem.by_evidence
+    if path is None and posterior.certificate.promises:
+        chosen = chosen and posterior.certificate.evidence is not None
+    key, words = (EVIDENCE, "by evidence") if chosen else (GIVEN, "prior as given")
+    title = f"{_name(posterior)}, {words}"
+    return Method(key, title, likelihood, alpha**-0.5, 1.0, f"prior precision {alpha:.4g}")
+
+
+def _calibrated(posterior: Posterior) -> Method:
+    path, alpha = posterior.calibration, posterior.prior_precision
+    assert path is not None
+    setting = f"prior precision {alpha:.4g}"
+    if path.noise_scale is not None:
+        setting = f"noise variance × {path.noise_scale[path.chosen]:.4g}"
+    title = f"{_name(posterior)}, calibrated"
+    return Method(CALIBRATED, title, posterior.likelihood, alpha**-0.5, 1.0, setting)
+
+
+# -- temperature scaling ---------------------------------------------------------------------------
+
+
+def scaled(likelihood: Likelihood, outputs: Outputs) -> list[Method]:
+    """The network with one number fitted on validation data: a temperature, or for regression its noise.
+
+    (Guo et al. 2017.) Nothing where a likelihood has neither.
+    """
+    kind = kind_of(likelihood)
+    if kind in ("classification", "binary"):
+        beta = _temperature(likelihood, outputs)
+        return [
+            Method(
+                TEMPERATURE,
+                "Temperature scaling",
+                likelihood,
+                None,
+                beta,
+                f"temperature {1 / beta:.4g}",
+            )
+        ]
+    if kind != "regression" or likelihood.with_noise(1.0) is None:
+        return []
+    total, count = 0.0, 0
+    for point, targets in outputs():
+        variance = likelihood.moments(point[None], point, linearised=True).aleatoric
+        error = likelihood.prepare_targets(point, targets) - point
+        total += float((error.square() / variance).double().sum())
+        count += error.numel()
+    noised = likelihood.with_noise(total / max(1, count))
+    assert noised is not None
+    setting = f"noise variance × {total / max(1, count):.4g}"
+    return [Method(TEMPERATURE, "Network, noise from validation", noised, setting=setting)]
+
+
+def _temperature(likelihood: Likelihood, outputs: Outputs) -> float:
+    """The inverse temperature with the lowest NLL, which is convex in it: two passes, whatever the outputs weigh."""
+    tried = [1.1 ** (i - _COARSE // 2) for i in range(_COARSE)]
+    best = _best(likelihood, outputs, tried)[0]
+    tried = [best * 1.01 ** (i - _FINE // 2) for i in range(_FINE)]
+    best, values = _best(likelihood, outputs, tried)
+    at = tried.index(best)
+    if 0 < at < len(tried) - 1:
+        low, middle, high = values[at - 1 : at + 2]
+        bend = low - 2 * middle + high
+        if bend > 0:
+            best *= 1.01 ** (0.5 * (low - high) / bend)
+    return best
+
+
+def _best(
+    likelihood: Likelihood, outputs: Outputs, tried: Sequence[float]
+) -> tuple[float, list[float]]:
+    values = [0.0] * len(tried)
+    with torch.no_grad():
+        for point, targets in outputs():
+            for i, beta in enumerate(tried):
+                found = likelihood.log_predictive((beta * point)[None], targets)
+                values[i] -= float(found.double().sum())
+    at = min(range(len(tried)), key=lambda i: values[i] if math.isfinite(values[i]) else math.inf)
+    return tried[at], values

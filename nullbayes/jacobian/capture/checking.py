@@ -26,7 +26,13 @@ from nullbayes.audit.batches import (
 from nullbayes.audit.signatures import Signature
 from nullbayes.errors import ModelError, NullBayesError
 from nullbayes.jacobian.block import Block
-from nullbayes.jacobian.capture.capture import GenericPathFailed, RuleMismatch, capture
+from nullbayes.jacobian.capture.capture import (
+    GenericPathFailed,
+    Misplaced,
+    RuleMismatch,
+    capture,
+    check_places,
+)
 from nullbayes.jacobian.capture.plan import CapturePlan, Site
 from nullbayes.jacobian.capture.single_module import LocalFailed
 from nullbayes.model.batch import Inputs, batch_size, select
@@ -124,23 +130,33 @@ def _compared(
 def _in_other_order(
     functional: FunctionalModel, plan: CapturePlan, inputs: Inputs, values: Tensor, where: str
 ) -> list[str]:
-    """Parameters whose rows are wrong when the examples come in reverse.
+    """Parameters whose rows are wrong when the examples come in reverse, or whose layers have them out of place.
 
-    A network that sorts its examples has the rows of its layers in place where they happen to come in order.
+    A network that sorts its examples has the rows of its layers in place where they happen to come in order; and a
+    layer that does nothing on these examples, such as a `PReLU` of positive numbers, has right rows in any order.
     """
     size = batch_size(inputs)
     if size == 1 or plan.turned >= TURNED:
         return []
-    index = torch.arange(min(size, TURNED_EXAMPLES)).flip(0)
-    some = select(inputs, index.to(functional.device))
     generator = counter_generator(0, size)
+    index = torch.arange(min(size, TURNED_EXAMPLES))
     shape = (1, len(index), *values.shape[2:])
     cotangents = torch.randn(shape, generator=generator, dtype=torch.float64).to(values)
-    made = SimpleNamespace(values=cotangents)
-    activations = plan.activations
-    block, _ = captured(functional, plan, some, lambda _: made, None, where)
-    plan.activations = activations
-    return _compared(functional, some, block, cotangents, None, 0)[1]
+    tags = (torch.rand(len(index), generator=generator, dtype=torch.float64) + 0.5).to(values)
+    made, activations = SimpleNamespace(values=cotangents), plan.activations
+    try:
+        for order in (index, index.flip(0)):
+            some = select(inputs, order.to(functional.device))
+            block, _ = captured(functional, plan, some, lambda _: made, None, where)
+            bad = _compared(functional, some, block, cotangents, None, 0)[1]
+            if bad:
+                return bad
+            check_places(functional, plan, some, cotangents[0], tags)
+    except Misplaced as found:
+        return found.names
+    finally:
+        plan.activations = activations
+    return []
 
 
 def captured_at_use(

@@ -29,6 +29,7 @@ from nullbayes.likelihood import Classification as Classification
 from nullbayes.likelihood import Likelihood as Likelihood
 from nullbayes.likelihood import Regression as Regression
 from nullbayes.likelihood import register_likelihood as register_likelihood
+from nullbayes.model.data import Batches as Batches
 from nullbayes.model.randomness import FrozenRandomness as FrozenRandomness
 from nullbayes.posterior.base import Posterior as Posterior
 from nullbayes.posterior.calibration import CalibrationPath as CalibrationPath

@@ -165,7 +165,7 @@ def _confirmed(functional: FunctionalModel, delta: Tensor, inputs: Inputs, chang
     return abs(float(ours.sum() - theirs.sum())) <= allowed
 
 
-class _Mathematical(TorchFunctionMode):
+class Mathematical(TorchFunctionMode):
     """Attention and transformer layers as the operations that they are made of, in this thread alone.
 
     Fused kernels have neither forward mode nor a derivative of their backward pass. A mode of this kind also keeps
@@ -229,9 +229,52 @@ def _forward(functional: FunctionalModel, tangent: dict[str, Tensor], inputs: In
     return change
 
 
-def _double_reverse(
+def differentiable_change(
+    functional: FunctionalModel, delta: Tensor, inputs: Inputs
+) -> Tensor | None:
+    """``J(x) Δ (B, *out)`` with a graph to the inputs, by the first way that serves; None: by none of them."""
+    tangent = functional.space.unflatten(delta)
+    ways: tuple[tuple[Product, Callable[[], AbstractContextManager[Any]]], ...] = (
+        (_forward, nullcontext),
+        (_double_reverse_kept, nullcontext),
+        (_double_reverse_kept, Mathematical),
+    )
+    found = (_tried(product, mode, functional, tangent, inputs) for product, mode in ways)
+    return next((change for change in found if change is not None), None)
+
+
+def _tried(
+    product: Product,
+    mode: Callable[[], AbstractContextManager[Any]],
+    functional: FunctionalModel,
+    tangent: dict[str, Tensor],
+    inputs: Inputs,
+) -> Tensor | None:
+    """What ``product`` gives, if it gives something with a graph."""
+    try:
+        with mode(), torch.enable_grad():
+            change = product(functional, tangent, inputs)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # an operation without a derivative of that kind, in whatever words
+        return None
+    return change if change.requires_grad else None
+
+
+def _double_reverse_kept(
     functional: FunctionalModel, tangent: dict[str, Tensor], inputs: Inputs
 ) -> Tensor:
+    return _double_reverse(functional, tangent, inputs, kept=True)
+
+
+def _double_reverse(
+    functional: FunctionalModel,
+    tangent: dict[str, Tensor],
+    inputs: Inputs,
+    *,
+    kept: bool = False,
+) -> Tensor:
+    """``J(x) Δ``; ``kept``: with the graph behind it."""
     leaves = functional.weights(requires_grad=True)
     with torch.enable_grad():
         f = functional(leaves, inputs)
@@ -243,7 +286,7 @@ def _double_reverse(
             ((g * tangent[n]).sum() for n, g in zip(leaves, pulled, strict=True) if g is not None),
             start=f.new_zeros(()),
         )
-        return torch.autograd.grad(along, dummy)[0]
+        return torch.autograd.grad(along, dummy, create_graph=kept)[0]
 
 
 def _products() -> tuple[tuple[Product, Callable[[], AbstractContextManager[Any]]], ...]:
@@ -251,8 +294,8 @@ def _products() -> tuple[tuple[Product, Callable[[], AbstractContextManager[Any]
     return (
         (_forward, nullcontext),
         (_double_reverse, nullcontext),
-        (_forward, _Mathematical),
-        (_double_reverse, _Mathematical),
+        (_forward, Mathematical),
+        (_double_reverse, Mathematical),
     )
 
 

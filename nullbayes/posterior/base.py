@@ -6,12 +6,10 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from nullbayes.certificate import Certificate
-from nullbayes.common.arguments import check_choice, check_count, check_positive
-from nullbayes.common.deprecation import formerly_positional
+from nullbayes.common.arguments import check_count, check_positive
 from nullbayes.constraints.directions import Directions
 from nullbayes.constraints.preserve import Preserve
 from nullbayes.constraints.problem import Problem
@@ -21,13 +19,14 @@ from nullbayes.fit.plan import Plan, plan_fit
 from nullbayes.fit.result import AUDITED, Checkpoint, Fit, Run, Settings
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.capture.verify import prove
-from nullbayes.jacobian.linearise import linearised_outputs, sampled_outputs, state_dicts
+from nullbayes.jacobian.linearise import state_dicts
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.batch import Inputs, batch_size, check_inputs, to_device
 from nullbayes.model.checks import check_mode
+from nullbayes.model.data import as_inputs, as_loader, is_array
 from nullbayes.model.fingerprint import check_unchanged, quick_digest
 from nullbayes.model.functional import FunctionalModel, undisturbed_method
-from nullbayes.model.loader import check_reusable, first_inputs
+from nullbayes.model.loader import first_inputs
 from nullbayes.model.parameters import ParameterSpace
 from nullbayes.posterior.calibration import (
     CalibrationPath,
@@ -36,26 +35,13 @@ from nullbayes.posterior.calibration import (
     check_arguments,
 )
 from nullbayes.posterior.judged import Judged
-from nullbayes.posterior.novelty import (
-    ENTROPIES,
-    ROW_SCORES,
-    SCORES,
-    Scorer,
-    check_has_entropy,
-)
-from nullbayes.posterior.prediction import (
-    METHODS,
-    Prediction,
-    make_prediction,
-    per_example,
-    structured,
-)
+from nullbayes.posterior.predicting import Predicts
 from nullbayes.posterior.storage import described, restored, write_posterior
 
 Self = TypeVar("Self", bound="Posterior")
 
 
-class Posterior(Judged):
+class Posterior(Judged, Predicts):
     """What :class:`NullSpacePosterior` and :class:`LaplacePosterior` share. Use one of those two.
 
     Attributes:
@@ -158,7 +144,7 @@ class Posterior(Judged):
     @undisturbed_method
     def plan(
         self,
-        train_loader: Iterable[Any],
+        train_loader: Any,
         *,
         num_samples: int = 30,
         max_examples: int | None = None,
@@ -170,13 +156,13 @@ class Posterior(Judged):
         """
         num_samples = check_count(num_samples, "num_samples")
         max_examples = None if max_examples is None else check_count(max_examples, "max_examples")
-        self._check_data(train_loader, "train_loader")
+        train_loader = self._data(train_loader, "train_loader")
         return plan_fit(self.problem, self._settings, train_loader, num_samples, max_examples)
 
     @undisturbed_method
     def fit(
         self: Self,
-        train_loader: Iterable[Any],
+        train_loader: Any,
         num_samples: int = 30,
         seed: int = 0,
         *,
@@ -189,7 +175,8 @@ class Posterior(Judged):
         """Build the posterior from the training data; nothing of an earlier fit is kept until it is done.
 
         Args:
-            train_loader: batches ``(inputs, targets)`` or mappings; read once (twice where the
+            train_loader: batches ``(inputs, targets)`` or mappings; arrays or tensors ``(X, y)``, a data set, a
+                Lightning data module, or `nullbayes.Batches`. Read once (twice where the
                 observation noise has to be estimated). Every example counts, partial batches too.
             num_samples: weight samples ``S``; ``draw`` adds more later.
             seed: sample ``s`` depends on ``(seed, s)`` alone. Global random state is not touched.
@@ -220,16 +207,18 @@ class Posterior(Judged):
             place,
             check_count(audit, "audit"),
         )
-        self._check_data(train_loader, "train_loader")
+        train_loader = self._data(train_loader, "train_loader")
         self._take(build(self.problem, self._settings, train_loader, run))
         self.calibration = None
         return self
 
-    def _check_data(self, loader: Iterable[Any], name: str) -> None:
-        """What can be said of a loader and the model before anything is computed."""
-        check_reusable(loader, name)
+    def _data(self, data: Any, name: str) -> Iterable[Any]:
+        """``data`` as a loader; with what can be said of it and of the model before anything is computed."""
+        free = self.functional.layouts is not None
+        loader = as_loader(data, name, self.functional.dtype, labelled=not free)
         check_mode(self.model, frozen=self.problem.randomness is not None)
         self.space.check_finite(self.model)
+        return loader
 
     def _take(self, fit: Fit) -> None:
         """Everything that was fitted changes in one step."""
@@ -248,7 +237,7 @@ class Posterior(Judged):
     @undisturbed_method
     def calibrate(
         self,
-        val_loader: Iterable[Any],
+        val_loader: Any,
         *,
         ood_loader: Iterable[Any] | None = None,
         metric: str = "nll",
@@ -261,7 +250,7 @@ class Posterior(Judged):
         fits its training data better than new data has understated it.
 
         Args:
-            val_loader: batches that were not trained on.
+            val_loader: data that were not trained on, in any form that ``fit`` takes.
             ood_loader: optional; adds AUROC of the predictive uncertainty along the path. It is
                 reported, never optimised.
             metric: ``"nll"`` or ``"ece"``.
@@ -270,10 +259,12 @@ class Posterior(Judged):
         Warns:
             NullBayesWarning: the best value lies at an edge, or does not beat the trained network.
         """
-        fit = self._fitted()
+        fit, dtype = self._fitted(), self.functional.dtype
+        if ood_loader is not None and is_array(ood_loader):
+            ood_loader = as_loader(ood_loader, "ood_loader", dtype, labelled=False)
         check_arguments(metric, ood_loader)
         self._check_model()
-        check_reusable(val_loader, "val_loader")
+        val_loader = as_loader(val_loader, "val_loader", dtype)
         plan = fit.plan or self._proven
         if plan is None:
             plan = self._capture_plan(first_inputs(self.functional, val_loader, "val_loader"))
@@ -287,77 +278,6 @@ class Posterior(Judged):
             self._take(fit.explained_by(noised))
         self.calibration = path
         return path
-
-    @formerly_positional("method")
-    def predict(self, x: Inputs, *, method: str = "linearised", draw: int = 0) -> Prediction:
-        """Predict a batch ``x`` (tensor, tuple or mapping of tensors).
-
-        Args:
-            method: ``"linearised"`` (default; what the guarantee covers) or ``"sampled"``, the
-                network with re-weighted parameters.
-            draw: which draw of the frozen noise, where the model draws any; ``fit`` saw those below its ``draws``.
-
-        Returns:
-            With a callable loss and a model that returns several tensors, each field in the model's structure.
-        """
-        return structured(self._predict(x, method, draw), self.likelihood)
-
-    @undisturbed_method
-    def _predict(self, x: Inputs, method: str, draw: int) -> Prediction:
-        check_choice(method, METHODS, "method")
-        fit, x = self._fitted(), self._inputs(x, [check_count(draw, "draw", 0)])
-        # Samples at prior precision one, and what they do scaled: a scaled copy of them may be gigabytes.
-        scale = fit.alpha**-0.5
-        if method == "sampled":
-            point, outputs = sampled_outputs(self.functional, fit.unit, x, "`x`", scale)
-        else:
-            plan = self._capture_plan(x)
-            point, change = linearised_outputs(self.functional, plan, fit.unit, x, "`x`")
-            outputs = point + scale * change
-        return make_prediction(self.likelihood, point, outputs, method)
-
-    @formerly_positional("score", "exact", "targets")
-    @undisturbed_method
-    def novelty(
-        self,
-        x: Inputs,
-        *,
-        score: str = "information",
-        exact: bool | None = None,
-        targets: Any = None,
-    ) -> Tensor:
-        """How much the training data leave unconstrained at ``x``: ``(B,)``, larger is less known.
-
-        Where the model draws random numbers: the mean over the ``draws`` that were fitted.
-
-        Args:
-            score: ``"information"``: what an observation at ``x`` would tell of the weights, in nats:
-                ``½ log det(I + J(x) Σ J(x)ᵀ)`` (of logits without what is common to all, which no prediction
-                depends on), whatever `calibrate` made of the prior precision;
-                ``"variance"``: ``tr J(x) Σ J(x)ᵀ``, the epistemic variance of the same outputs;
-                ``"share"``: the variance's share of the prior's, in [0, 1]; ``"entropy"`` of the mean
-                prediction; ``"mutual_information"`` between label and weights; ``"loss"``: the epistemic
-                variance of each example's own loss, which costs one row however many outputs there are.
-            exact: variance, information and share from the factorisation instead of the samples. None: where the
-                posterior was fitted here and it costs less than 3e8 operations an example.
-            targets: for ``"loss"``; may be left out with a callable loss, which then gets the inputs.
-        """
-        check_choice(score, SCORES, "score")
-        self._fitted()
-        x = self._inputs(x, None)
-        frozen = self.problem.randomness
-        drawn = range(1 if frozen is None else frozen.draws)
-        if score in ENTROPIES:
-            check_has_entropy(self.likelihood, score)
-            parts = [self._predict(x, METHODS[0], draw) for draw in drawn]
-            values = [per_example(p.total if score == "entropy" else p.epistemic) for p in parts]
-            return torch.stack(values).mean(0)
-        values = []
-        for draw in drawn:
-            some = self.functional.keyed(x, [draw])
-            scorer = Scorer(self._fitted(), self._capture_plan(some), exact)
-            values.append(ROW_SCORES[score](scorer, some, targets))
-        return torch.stack(values).mean(0)
 
     # -- the model -----------------------------------------------------------------------------------
 
@@ -379,7 +299,7 @@ class Posterior(Judged):
 
     def _inputs(self, x: Inputs, draws: list[int] | None) -> Inputs:
         """Checked, on the device, and keyed for ``draws`` of the frozen noise unless that is None."""
-        x = to_device(x, self.functional.device)
+        x = to_device(as_inputs(x, self.functional.dtype), self.functional.device)
         self._check_model()
         if not batch_size(x, "`x`"):
             raise InputError(

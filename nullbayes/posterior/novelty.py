@@ -120,7 +120,8 @@ def information(scorer: Scorer, x: Inputs, targets: Any) -> Tensor:
     outputs = scorer.outputs(x)
     precision = scorer.natural_precision()
     if scorer.is_exact(outputs):
-        told = [_log_det(part, precision) for part in _covariances(scorer, x, outputs)]
+        exact = exact_covariances(scorer, x, outputs, scorer.likelihood.observed)
+        told = [_log_det(part, precision) for part in exact]
     else:
         told = [_log_det(_sampled(part), precision) for part in _changes(scorer, x, outputs)]
     return torch.cat(told).to(scorer.problem.dtype)
@@ -230,11 +231,13 @@ def _changes(scorer: Scorer, x: Inputs, outputs: int) -> Iterator[Tensor]:
         yield operator.matvec(unit).reshape(len(unit), *point.shape)
 
 
-def _covariances(scorer: Scorer, x: Inputs, outputs: int) -> Iterator[Tensor]:
-    """Exact covariances of observed outputs at prior precision one, ``(b, O, O)`` float64."""
+def exact_covariances(
+    scorer: Scorer, x: Inputs, outputs: int, centre: Callable[[Tensor], Tensor]
+) -> Iterator[Tensor]:
+    """Exact covariances of what ``centre`` leaves of outputs, at prior precision one, ``(b, O, O)`` float64."""
     state = scorer.fit.state
     assert state is not None
-    for _, operator in scorer.rows(x, outputs, scorer.likelihood.observed):
+    for _, operator in scorer.rows(x, outputs, centre):
         rows = operator.iter_rows(max(1, _ROWS // outputs) * outputs)
         prior = torch.cat([blocks(values.double().T, outputs) for values in rows])
         covariance = prior - state.explained(operator, outputs)

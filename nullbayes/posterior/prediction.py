@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nullbayes.errors import NonFiniteError
+from nullbayes.errors import InputError, NonFiniteError
 from nullbayes.likelihood import Likelihood
-from nullbayes.likelihood.helpers import mirrored
+from nullbayes.likelihood.helpers import mirrored, require_draws
 from nullbayes.model.structure import tensors_in
 
 METHODS = ("linearised", "sampled")
@@ -33,9 +34,12 @@ class Prediction:
             entropies in nats, ``(B,)`` (``epistemic`` is the mutual information). Regression:
             variances ``(B, *out)``.
         method: ``"linearised"`` (Immer et al. 2021) or ``"sampled"``.
+        covariance: ``(B, D, D)``, epistemic, of the ``D`` raw outputs of each example: linearised, from the
+            factorisation where there is one; otherwise from the samples. Computed when it is first asked for.
 
     With a callable loss, and a model that returns several tensors, each of these (but ``method``) has the structure
-    of what the model returns, with tensors of the shapes above in it.
+    of what the model returns, with tensors of the shapes above in it; ``covariance`` is that of all of them laid end to
+    end.
     """
 
     mean: Any
@@ -46,6 +50,30 @@ class Prediction:
     aleatoric: Any
     epistemic: Any
     method: str
+    #: the covariance, or what computes it; None: from the samples
+    _covariance: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def covariance(self) -> Tensor:
+        found = self._covariance
+        if callable(found):
+            found = found()
+        elif found is None:
+            if not isinstance(self.outputs, Tensor):
+                raise InputError(
+                    "the covariance of several outputs is not stored with this prediction; use `posterior.joint(x)`."
+                )
+            mean = self.point if self.method == METHODS[0] else None
+            found = of_samples(self.outputs, mean)
+        object.__setattr__(self, "_covariance", found)
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files hold the covariance itself, not the posterior that it would be computed from."""
+        state = dict(vars(self))
+        if callable(state["_covariance"]):
+            state["_covariance"] = self.covariance
+        return state
 
     def __len__(self) -> int:
         return len(next(tensors_in(self.point)))
@@ -73,8 +101,23 @@ class Prediction:
         return f"<table><caption>{text}</caption><tr>{cells}</tr>{body}</table>"
 
 
+def of_samples(outputs: Tensor, mean: Tensor | None) -> Tensor:
+    """Covariance ``(B, D, D)`` of draws ``(S, B, *out)``: about a mean that is known, or (None) about their own."""
+    require_draws(outputs, 2 if mean is None else 1)
+    flat = outputs.reshape(*outputs.shape[:2], -1)
+    centre = flat.mean(0) if mean is None else mean.reshape(flat.shape[1:])
+    change = (flat - centre).double()
+    count = len(flat) - (mean is None)
+    return (torch.einsum("sbi,sbj->bij", change, change) / count).to(outputs.dtype)
+
+
 def make_prediction(
-    likelihood: Likelihood, point: Tensor, outputs: Tensor, method: str
+    likelihood: Likelihood,
+    point: Tensor,
+    outputs: Tensor,
+    method: str,
+    *,
+    differentiable: bool = False,
 ) -> Prediction:
     """Turn draws ``(S, B, *out)`` around ``point (B, *out)`` into a :class:`Prediction`."""
     if not bool(outputs.isfinite().all()):
@@ -83,16 +126,41 @@ def make_prediction(
             f"the predicted outputs hold NaN or infinity, first for example {bad} of the batch; "
             "check that its inputs are finite and scaled as in training."
         )
-    with torch.no_grad():
+    with torch.set_grad_enabled(differentiable):
         linear = method == METHODS[0]
         values = mirrored(outputs, point) if linear else outputs
         m = likelihood.moments(values, point, linearised=linear)
     return Prediction(m.mean, outputs, point, m.variance, m.total, m.aleatoric, m.epistemic, method)
 
 
+def gathered(parts: Sequence[Prediction]) -> Prediction:
+    """One prediction of several batches, which have outputs of one shape.
+
+    Raises:
+        InputError: outputs of different shapes.
+    """
+    shapes = {tuple(part.point.shape[1:]) for part in parts}
+    if len(shapes) > 1:
+        raise InputError(
+            f"batches have outputs of the shapes {sorted(shapes)}: they cannot be put together. Predict them one by "
+            "one."
+        )
+    names = ("mean", "point", "variance", "total", "aleatoric", "epistemic")
+    fields = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    outputs = torch.cat([part.outputs for part in parts], dim=1)
+    return Prediction(
+        **fields,
+        outputs=outputs,
+        method=parts[0].method,
+        _covariance=lambda: torch.cat([part.covariance for part in parts]),
+    )
+
+
 def structured(prediction: Prediction, likelihood: Likelihood) -> Prediction:
     """The same prediction with each field in the structure of what the model returns."""
-    fields = {n: v for n, v in vars(prediction).items() if isinstance(v, Tensor)}
+    fields = {
+        n: v for n, v in vars(prediction).items() if isinstance(v, Tensor) and n != "_covariance"
+    }
     return replace(prediction, **{n: likelihood.structured(v) for n, v in fields.items()})
 
 

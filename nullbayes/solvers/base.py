@@ -249,6 +249,36 @@ class State(ABC):
         """
         return None
 
+    def covariance_times(self, vectors: Tensor) -> Tensor:
+        """``cov v`` for ``vectors (S, P)``, in their dtype: the covariance of samples, at prior precision one.
+
+        By projecting, as exact as that is: a projection is applied twice, but the filter of Laplace once.
+        """
+        done = self.project(vectors).value
+        return done if self.shift and not self.numerical else self.project(done).value
+
+    def extended(self, operator: RowOperator, added: RowOperator) -> State | None:
+        """A state for more rows, prepared and not yet factorised, with what is known of the earlier rows.
+
+        Args:
+            operator: this state's rows, followed by those of ``added``.
+
+        Returns:
+            None where nothing is known that ``Solver.prepare`` would not find as fast.
+        """
+        return None
+
+    def begin_at(self, vectors: Tensor) -> None:
+        """Let the next :meth:`project` begin at ``vectors (S, P)``, projections onto the null space of some rows.
+
+        A solver that has no use for it does nothing.
+        """
+        return
+
+    def exact_spectrum(self) -> Spectrum | None:
+        """The spectrum from the factorisation, at any time; None where there is none."""
+        return None
+
     def explained_flops(self, rows: int) -> float:
         """What :meth:`explained` costs for so many rows."""
         m, p = self.operator.shape

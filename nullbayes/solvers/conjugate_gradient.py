@@ -220,6 +220,10 @@ class ConjugateGradientState(IterativeState):
             solved = self._block(objective, goal, limit - iterations, watch, start)
         return Projection(solved.value, relative(image, before), solved.status, iterations)
 
+    def begin_at(self, vectors: Tensor) -> None:
+        if self._preconditioner is None:
+            self._begin = vectors
+
     def project_without(
         self, vectors: Tensor, spans: Sequence[slice], watch: Watch = QUIET
     ) -> Projection | None:

@@ -217,6 +217,39 @@ class DualState(State):
         z = self._solve(self.operator.matvec(x).double())
         return x - self.operator.rmatvec(z.to(x.dtype))
 
+    def covariance_times(self, vectors: Tensor) -> Tensor:
+        if self.numerical:
+            for _ in range(2 * (self.passes or 1)):
+                vectors = self._pass(vectors)
+            return vectors
+        return self.project(vectors).value
+
+    def recovered_gram(self) -> Tensor:
+        """``K`` again, from its factorisation: ``scale⁻¹ (L Lᵀ) scale⁻¹ - shift I``, to rounding."""
+        if self._gram is not None:
+            return self._gram.clone()
+        gram = self.chol @ self.chol.T
+        inverse = torch.where(self.scale > 0, 1 / self.scale, torch.zeros_like(self.scale))
+        gram.mul_(inverse[:, None]).mul_(inverse)
+        # The diagonal of what was factorised is one, but for the jitter and rows of zeros.
+        gram.diagonal().copy_((inverse.square() - self.shift).clamp(min=0))
+        return gram
+
+    def exact_spectrum(self) -> Spectrum:
+        values = torch.linalg.eigvalsh(self.recovered_gram()).clamp(min=0)
+        return Spectrum(values, torch.ones_like(values), exact=True)
+
+    def extended(self, operator: RowOperator, added: RowOperator) -> DualState:
+        """The Gram matrix grows by a block: no product of two earlier rows is computed again."""
+        m = self.operator.shape[0]
+        gram = self.chol.new_empty(operator.shape[0], operator.shape[0])
+        gram[:m, :m] = self.recovered_gram()
+        cross = self.operator.cross_gram(added)
+        gram[:m, m:], gram[m:, :m] = cross, cross.T
+        gram[m:, m:] = added.gram()
+        require_finite(gram.diagonal(), "the Gram matrix of the Jacobian rows")
+        return DualState(self.solver, operator, gram)
+
     def left_out(self, vectors: Tensor, spans: Sequence[slice]) -> list[Tensor] | None:
         # K⁻¹ A v of a row is the residual that it would have, times its entry of K⁻¹.
         image = self.operator.matvec(vectors).double()  # (S, M)

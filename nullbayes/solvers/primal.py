@@ -63,12 +63,18 @@ class PrimalQR(Solver):
         }
 
     def prepare(self, operator: RowOperator, tick: Tick | None = None) -> PrimalState:
-        m, p = operator.shape
-        r = torch.zeros(0, p, dtype=torch.float64, device=operator.device)
+        r = torch.zeros(0, operator.shape[1], dtype=torch.float64, device=operator.device)
+        return self.absorbed(r, operator, operator, tick)
+
+    def absorbed(
+        self, r: Tensor, added: RowOperator, operator: RowOperator, tick: Tick | None = None
+    ) -> PrimalState:
+        """A state for ``operator``, of whose rows all but those of ``added`` are in ``r (k, P)``: ``rᵀr``."""
+        m, p = added.shape
         chunk = max(1024, 3 * min(m, p))
         pending: list[Tensor] = []
         held = done = 0
-        for rows in operator.iter_rows(1024):
+        for rows in added.iter_rows(1024):
             pending.append(rows.double())
             held += len(rows)
             if held >= chunk:
@@ -153,6 +159,22 @@ class PrimalState(State):
     def _remove(self, x: Tensor) -> Tensor:
         return x - ((x @ self.basis.T) * self.weights) @ self.basis
 
+    def covariance_times(self, vectors: Tensor) -> Tensor:
+        x = vectors.double()
+        gone = (x @ self.basis.T) * (1.0 - self.share**self._power)
+        return (x - gone @ self.basis).to(vectors.dtype)
+
+    def exact_spectrum(self) -> Spectrum:
+        return self.spectrum()
+
+    def extended(self, operator: RowOperator, added: RowOperator) -> PrimalState:
+        """The new rows join the triangular factor."""
+        return self.solver.absorbed(self.sigma[:, None] * self.basis, added, operator)
+
+    @property
+    def _power(self) -> int:
+        return 2 * self.passes if self.numerical and self.passes else 1
+
     def left_out(self, vectors: Tensor, spans: Sequence[slice]) -> list[Tensor] | None:
         if not self.shift > 0:
             return None  # without a shift, what is left of a row is rounding
@@ -170,5 +192,4 @@ class PrimalState(State):
 
     def explained(self, rows: RowOperator, width: int = 1) -> Tensor:
         seen = rows.matvec(self.basis.to(rows.dtype)).double()  # (r, R)
-        power = 2 * self.passes if self.numerical and self.passes else 1
-        return blocks(seen * (1.0 - self.share**power).sqrt()[:, None], width)
+        return blocks(seen * (1.0 - self.share**self._power).sqrt()[:, None], width)

@@ -287,7 +287,7 @@ def test_attention_in_terms_of_its_operations() -> None:
     for options in several:
         mine = functools.partial(attend, key=k, value=v, **options)
         wanted = attend(q, k, v, **options)
-        with linearise._Mathematical():
+        with linearise.Mathematical():
             assert_close(attend(q, k, v, **options), wanted)
             tangent = torch.func.jvp(mine, (q,), (v,))[1]
         step = 1e-6

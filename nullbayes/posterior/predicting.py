@@ -1,0 +1,266 @@
+"""What a posterior can be asked about inputs: predictions, joint covariances, novelty, which inputs to label next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from nullbayes.common.arguments import check_choice, check_count
+from nullbayes.common.deprecation import formerly_positional
+from nullbayes.errors import InputError
+from nullbayes.fit.result import Fit
+from nullbayes.jacobian.linearise import linearised_outputs, sampled_outputs
+from nullbayes.likelihood.links import LINKS, linked
+from nullbayes.model.batch import Inputs
+from nullbayes.model.data import is_stream, streamed
+from nullbayes.model.fingerprint import check_unchanged
+from nullbayes.model.functional import undisturbed, undisturbed_method
+from nullbayes.posterior.differentiable import (
+    changes_with_graph,
+    check_requires_grad,
+    covariance_term,
+    joint_with_graph,
+    point_with_graph,
+)
+from nullbayes.posterior.joint import Joint, covariances, factorised, joint
+from nullbayes.posterior.novelty import ENTROPIES, ROW_SCORES, SCORES, Scorer, check_has_entropy
+from nullbayes.posterior.prediction import (
+    METHODS,
+    Prediction,
+    gathered,
+    make_prediction,
+    of_samples,
+    per_example,
+    structured,
+)
+
+if TYPE_CHECKING:
+    from nullbayes.posterior.base import Posterior
+
+
+@dataclass(frozen=True)
+class How:
+    """How a prediction is to be made: see `nullbayes.Posterior.predict`."""
+
+    method: str = METHODS[0]
+    draw: int = 0
+    link: str = LINKS[0]
+    differentiable: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice(self.method, METHODS, "method")
+        check_choice(self.link, LINKS, "link")
+        check_count(self.draw, "draw", 0)
+        if self.method != METHODS[0] and self.link != LINKS[0]:
+            raise InputError(
+                f"link={self.link!r} needs Gaussian outputs, which `method={self.method!r}` does not have; use "
+                "method='linearised'."
+            )
+
+
+class Predicts:
+    """Mixin of `nullbayes.Posterior`."""
+
+    @formerly_positional("method")
+    def predict(
+        self,
+        x: Inputs,
+        *,
+        method: str = METHODS[0],
+        draw: int = 0,
+        link: str = LINKS[0],
+        differentiable: bool = False,
+    ) -> Prediction:
+        """Predict a batch ``x`` (tensor, array, tuple or mapping of them), or all batches of a loader or data set.
+
+        Of a loader, what stands for targets is left out, and the predictions of all its batches are put together.
+
+        Args:
+            method: ``"linearised"`` (default; what the guarantee covers) or ``"sampled"``, the
+                network with re-weighted parameters.
+            draw: which draw of the frozen noise, where the model draws any; ``fit`` saw those below its ``draws``.
+            link: how mean probabilities follow from the outputs' distribution: ``"samples"``, or one of the
+                approximations of `laplace-torch`: ``"probit"``, ``"bridge"`` (linearised only).
+            differentiable: keep the graph from ``x``, so that gradients by it flow through every field; some tensor
+                of ``x`` must require one.
+
+        Returns:
+            With a callable loss and a model that returns several tensors, each field in the model's structure.
+
+        Raises:
+            InputError: inputs or arguments that cannot be used. ModelError: a network that cannot be differentiated
+                by its weights and inputs at once.
+        """
+        own, how = cast("Posterior", self), How(method, draw, link, differentiable)
+        if is_stream(x):
+            if differentiable:
+                raise InputError(
+                    "`differentiable=True` with a loader: pass one batch of inputs at a time, which require a gradient."
+                )
+            parts = [self._predict(part, how) for part in streamed(x, own.functional.dtype)]
+            return structured(gathered(parts), own.likelihood)
+        return structured(self._predict(x, how), own.likelihood)
+
+    @undisturbed_method
+    def _predict(self, x: Inputs, how: How) -> Prediction:
+        own = cast("Posterior", self)
+        fit, x = own._fitted(), own._inputs(x, [how.draw])
+        if how.differentiable:
+            check_requires_grad(x)
+        point, outputs = self._outputs(fit, x, how)
+        with torch.set_grad_enabled(how.differentiable):
+            made = make_prediction(
+                own.likelihood, point, outputs, how.method, differentiable=how.differentiable
+            )
+            made = replace(made, _covariance=_Covariance(own, fit, x, made, how))
+            if how.link == LINKS[0]:
+                return made
+            mean, total = linked(own.likelihood, point, made.covariance, how.link)
+            epistemic = (total - made.aleatoric).clamp(min=0)
+        return replace(made, mean=mean, total=total, epistemic=epistemic)
+
+    def _outputs(self, fit: Fit, x: Inputs, how: How) -> tuple[Tensor, Tensor]:
+        """``f(θ̂, x) (B, *out)`` and those of the samples, ``(S, B, *out)``."""
+        own = cast("Posterior", self)
+        functional = own.functional
+        # Samples at prior precision one, and what they do scaled: a scaled copy of them may be gigabytes.
+        scale = fit.alpha**-0.5
+        if how.method != METHODS[0]:
+            if how.differentiable:
+                return point_with_graph(functional, x), sampled_with_graph(fit, x)
+            return sampled_outputs(functional, fit.unit, x, "`x`", scale)
+        plan = own._capture_plan(x)
+        with torch.no_grad():
+            point, change = linearised_outputs(functional, plan, fit.unit, x, "`x`")
+        if how.differentiable:
+            point = point_with_graph(functional, x)
+            change = changes_with_graph(functional, fit.unit, x, change)
+        return point, point + scale * change
+
+    @undisturbed_method
+    def joint(
+        self,
+        x: Inputs,
+        *,
+        exact: bool | None = None,
+        draw: int = 0,
+        differentiable: bool = False,
+    ) -> Joint:
+        """Mean ``(B, *out)`` and covariance ``(B·D, B·D)`` of the raw outputs of all inputs together, linearised.
+
+        Args:
+            exact: from the factorisation instead of the samples; None: where there is one.
+            draw: which draw of the frozen noise, where the model draws any.
+            differentiable: keep the graph from ``x``: gradients of first order flow through mean and covariance.
+
+        Raises:
+            InputError: inputs that cannot be used, or too many for one matrix.
+            NotFittedError: ``exact=True`` of a posterior that was loaded from a file.
+        """
+        own = cast("Posterior", self)
+        fit, x = own._fitted(), own._inputs(x, [check_count(draw, "draw", 0)])
+        scorer = Scorer(fit, own._capture_plan(x), exact)
+        if differentiable:
+            check_requires_grad(x)
+            return joint_with_graph(scorer, x)
+        with torch.no_grad():
+            return joint(scorer, x)
+
+    @formerly_positional("score", "exact", "targets")
+    def novelty(
+        self,
+        x: Inputs,
+        *,
+        score: str = "information",
+        exact: bool | None = None,
+        targets: Any = None,
+    ) -> Tensor:
+        """How much the training data leave unconstrained at ``x``: ``(B,)``, larger is less known.
+
+        Where the model draws random numbers: the mean over the ``draws`` that were fitted.
+
+        Args:
+            x: one batch of inputs; or a loader or data set, of which targets are left out.
+            score: ``"information"``: what an observation at ``x`` would tell of the weights, in nats:
+                ``½ log det(I + J(x) Σ J(x)ᵀ)`` (of logits without what is common to all, which no prediction
+                depends on), whatever `calibrate` made of the prior precision;
+                ``"variance"``: ``tr J(x) Σ J(x)ᵀ``, the epistemic variance of the same outputs;
+                ``"share"``: the variance's share of the prior's, in [0, 1]; ``"entropy"`` of the mean
+                prediction; ``"mutual_information"`` between label and weights; ``"loss"``: the epistemic
+                variance of each example's own loss, which costs one row however many outputs there are.
+            exact: variance, information and share from the factorisation instead of the samples. None: where the
+                posterior was fitted here and it costs less than 3e8 operations an example.
+            targets: for ``"loss"``; may be left out with a callable loss, which then gets the inputs.
+        """
+        check_choice(score, SCORES, "score")
+        own = cast("Posterior", self)
+        own._fitted()
+        if not is_stream(x):
+            return self._novelty(x, score, exact, targets)
+        if targets is not None:
+            raise InputError("`targets` of a loader: score one batch at a time with its targets.")
+        parts = streamed(x, own.functional.dtype)
+        return torch.cat([self._novelty(part, score, exact, None) for part in parts])
+
+    @undisturbed_method
+    def _novelty(self, x: Inputs, score: str, exact: bool | None, targets: Any) -> Tensor:
+        own = cast("Posterior", self)
+        x = own._inputs(x, None)
+        frozen = own.problem.randomness
+        drawn = range(1 if frozen is None else frozen.draws)
+        if score in ENTROPIES:
+            check_has_entropy(own.likelihood, score)
+            parts = [self._predict(x, How(draw=draw)) for draw in drawn]
+            values = [per_example(p.total if score == "entropy" else p.epistemic) for p in parts]
+            return torch.stack(values).mean(0)
+        values = []
+        for draw in drawn:
+            some = own.functional.keyed(x, [draw])
+            scorer = Scorer(own._fitted(), own._capture_plan(some), exact)
+            values.append(ROW_SCORES[score](scorer, some, targets))
+        return torch.stack(values).mean(0)
+
+
+def sampled_with_graph(fit: Fit, x: Inputs) -> Tensor:
+    """``f(θ̂ + Δ_s, x) (S, B, *out)`` with a graph to ``x``."""
+    functional = fit.problem.functional
+    weights, x = functional.weights(), functional.batch(x)
+    with torch.enable_grad():
+        moved = (functional.space.unflatten(delta * fit.alpha**-0.5) for delta in fit.unit)
+        return torch.stack(
+            [functional({n: weights[n] + d for n, d in change.items()}, x) for change in moved]
+        )
+
+
+@dataclass(frozen=True)
+class _Covariance:
+    """The covariance of a prediction, once somebody asks for it."""
+
+    posterior: Posterior
+    fit: Fit
+    x: Inputs
+    made: Prediction
+    how: How
+
+    def __call__(self) -> Tensor:
+        functional, made = self.posterior.functional, self.made
+        linear = self.how.method == METHODS[0]
+        scorer = None
+        if linear:
+            scorer = Scorer(self.fit, self.posterior._capture_plan(self.x))
+        with undisturbed(functional.device), torch.set_grad_enabled(self.how.differentiable):
+            if scorer is None or not factorised(scorer):
+                return of_samples(made.outputs, made.point if linear else None)
+            check_unchanged(functional.model, self.fit.fingerprint)
+            with torch.no_grad():
+                found = torch.cat(list(covariances(scorer, self.x))).to(made.point.dtype)
+            if not self.how.differentiable:
+                return found
+            size, outputs = found.shape[:2]
+            moved = covariance_term(scorer, self.x, made.point)
+            place = torch.arange(size, device=found.device)
+            moved = moved.reshape(size, outputs, size, outputs)[place, :, place]
+            return found + moved - moved.detach()

@@ -74,7 +74,7 @@ def plan(job: JobFile, as_json: AsJson = False) -> None:
     from nullbayes.job.running import run_plan
 
     found = run_plan(read_job(job))
-    _show(found.as_dict() | {"fits": found.fits}, str(found), as_json)
+    _show(found.as_dict() | {"fits": found.fits}, str(found), as_json=as_json)
     _end(ok=found.fits)
 
 
@@ -84,9 +84,9 @@ def fit(job: JobFile, out: OutFolder = Path("run"), as_json: AsJson = False) -> 
     from nullbayes.job.running import open_folder, run_fit
 
     read = read_job(job)
-    posterior = run_fit(read, open_folder(out, _say(as_json)), progress=not as_json)
+    posterior = run_fit(read, open_folder(out, _say(as_json=as_json)), progress=not as_json)
     certificate = posterior.certificate
-    _show(certificate.as_dict(), str(certificate), as_json)
+    _show(certificate.as_dict(), str(certificate), as_json=as_json)
     _end(ok=certificate.held or not certificate.promises)
 
 
@@ -96,8 +96,8 @@ def check(job: JobFile, out: OutFolder = Path("run"), as_json: AsJson = False) -
     from nullbayes.job.running import open_folder, run_check
 
     read = read_job(job)
-    found = run_check(read, open_folder(out, _say(as_json)), progress=not as_json)
-    _show(found.as_dict(), found.verdict, as_json)
+    found = run_check(read, open_folder(out, _say(as_json=as_json)), progress=not as_json)
+    _show(found.as_dict(), found.verdict, as_json=as_json)
     _end(ok=found.held or read.kind == "laplace")
 
 
@@ -107,8 +107,8 @@ def evaluate(job: JobFile, out: OutFolder = Path("run"), as_json: AsJson = False
     from nullbayes.job.running import open_folder, run_evaluate
 
     read = read_job(job)
-    found = run_evaluate(read, open_folder(out, _say(as_json)), progress=not as_json)
-    _show(found.as_dict(), str(found), as_json)
+    found = run_evaluate(read, open_folder(out, _say(as_json=as_json)), progress=not as_json)
+    _show(found.as_dict(), str(found), as_json=as_json)
     certificate = found.details["certificate"]
     _end(ok=certificate["held"] or read.kind == "laplace")
 
@@ -121,16 +121,16 @@ def inspect(
     from nullbayes.posterior.inspection import inspect as inspected
 
     found = inspected(file)
-    _show(found.as_dict(), str(found), as_json)
+    _show(found.as_dict(), str(found), as_json=as_json)
     _end(ok=not found.weak)
 
 
-def _say(as_json: bool) -> Callable[[str], None]:
+def _say(*, as_json: bool) -> Callable[[str], None]:
     """Lines for people: on standard error where standard output is for a program."""
     return lambda text: typer.echo(text, err=as_json)
 
 
-def _show(value: dict[str, Any], text: str, as_json: bool) -> None:
+def _show(value: dict[str, Any], text: str, *, as_json: bool) -> None:
     from nullbayes.common.writing import plain
 
     typer.echo(json.dumps(plain(value), ensure_ascii=False) if as_json else text)

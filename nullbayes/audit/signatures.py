@@ -34,7 +34,9 @@ class Signature:
         size = batch_size(inputs) if size is None else size
         leaves, spec = tree_flatten(plain(inputs))
         flags = flags_of(inputs, size)
-        described = [_leaf(leaf, size, has) for leaf, has in zip(leaves, flags, strict=True)]
+        described = [
+            _leaf(leaf, size, batched=has) for leaf, has in zip(leaves, flags, strict=True)
+        ]
         return cls(size == 1, str(spec), tuple(described))
 
 
@@ -55,15 +57,15 @@ class SignatureSet:
         return len(self._known)
 
 
-def _leaf(leaf: Any, size: int, batched: bool) -> tuple[Any, ...]:
+def _leaf(leaf: Any, size: int, *, batched: bool) -> tuple[Any, ...]:
     if not isinstance(leaf, Tensor):
         comparable = isinstance(leaf, (bool, int, float, str, bytes, type(None)))
         return type(leaf).__name__, leaf if comparable else None
     shape = tuple(leaf.shape[1:] if batched else leaf.shape)
-    return batched, shape, leaf.dtype, _order(leaf, batched), size in shape
+    return batched, shape, leaf.dtype, _order(leaf, batched=batched), size in shape
 
 
-def _order(leaf: Tensor, batched: bool) -> Any:
+def _order(leaf: Tensor, *, batched: bool) -> Any:
     """Axes by their distance in memory, but for that of the batch: contiguous, channels last, or any other."""
     if leaf.layout != torch.strided:
         return str(leaf.layout)

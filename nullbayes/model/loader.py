@@ -39,7 +39,7 @@ def limited(
     """Batches on the model's device, cut off after ``limit`` examples; with all draws of each."""
     seen = 0
     free = functional.layouts is not None
-    for index, inputs, targets in batches(loader, functional.device, name, free):
+    for index, inputs, targets in batches(loader, functional.device, name, free=free):
         known = len(targets) if isinstance(targets, Tensor) and targets.ndim else None
         same = targets is inputs and not isinstance(targets, Tensor)
         inputs = functional.batch(inputs, known)
@@ -67,7 +67,7 @@ def first_inputs(functional: FunctionalModel, loader: Iterable[Any], name: str) 
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
 
-def split_batch(batch: Any, where: str, unlabelled: bool = False) -> tuple[Inputs, Any]:
+def split_batch(batch: Any, where: str, *, unlabelled: bool = False) -> tuple[Inputs, Any]:
     """One batch of a loader as ``(inputs, targets)``.
 
     ``(x, y)`` gives ``x, y``; ``(x1, x2, y)`` gives ``(x1, x2), y``; a mapping gives its entry
@@ -103,7 +103,7 @@ def split_batch(batch: Any, where: str, unlabelled: bool = False) -> tuple[Input
 
 
 def batches(
-    loader: Iterable[Any], device: torch.device, name: str, free: bool = False
+    loader: Iterable[Any], device: torch.device, name: str, *, free: bool = False
 ) -> Iterator[tuple[int, Inputs, Any]]:
     """``(index, inputs, targets)`` on ``device``; an empty loader is an :class:`InputError`.
 
@@ -113,7 +113,7 @@ def batches(
     index = -1
     for index, batch in enumerate(loader):
         where = f"{name}, batch {index}"
-        inputs, targets = split_batch(batch, where, free)
+        inputs, targets = split_batch(batch, where, unlabelled=free)
         if free:
             targets = inputs if targets is None else targets
         elif not isinstance(targets, Tensor):

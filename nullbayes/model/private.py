@@ -290,6 +290,7 @@ class Modules:
         hooks: Hooks = (),
         root: nn.Module | None = None,
         widened: torch.dtype | None = None,
+        *,
         padded: bool = False,
     ) -> tuple[nn.Module, Copier]:
         """A copy of ``root`` (default: the whole model) with ``tensors`` by the identity of the parameter.

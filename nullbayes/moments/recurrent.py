@@ -43,8 +43,8 @@ class RecurrentInputs(InputRule):
             start = layer * len(ways)
             own = _map(state, lambda t, at=start: t[at : at + len(ways)])
             out = _single(module, layer, x, own)
-            steps, lengths = _padded(x, module.batch_first)
-            hidden, _ = _padded(out, module.batch_first)
+            steps, lengths = _padded(x, batch_first=module.batch_first)
+            hidden, _ = _padded(out, batch_first=module.batch_first)
             first = _initial(module, own, steps.shape[1], hidden)
             for way, suffix in enumerate(ways):
                 mine = hidden.chunk(len(ways), dim=-1)[way]
@@ -89,7 +89,7 @@ def _single(module: Any, layer: int, x: Any, state: Any) -> Any:
     return torch.func.functional_call(one, weights, (x, state))[0]
 
 
-def _padded(x: Any, batch_first: bool) -> tuple[Tensor, Tensor]:
+def _padded(x: Any, *, batch_first: bool) -> tuple[Tensor, Tensor]:
     """Steps ``(T, B, d)`` and how many of them each sequence has ``(B,)``."""
     if isinstance(x, PackedSequence):
         steps, lengths = pad_packed_sequence(x)

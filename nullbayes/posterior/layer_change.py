@@ -18,7 +18,7 @@ from nullbayes.moments.factor import negative_share
 from nullbayes.moments.gather import KEPT_EXAMPLES, Gathered, unlabelled
 from nullbayes.moments.sketch import Sketch
 from nullbayes.posterior.layer_certificate import ALLOWED_CHANGE, HALF_CHANGE
-from nullbayes.posterior.layer_fit import INPUTS, LayerFit, collect, concluded
+from nullbayes.posterior.layer_fit import INPUTS, LayerFit, Source, collect, concluded
 from nullbayes.posterior.layer_guarantee import guarded_precision, targets_for
 from nullbayes.posterior.layer_state import LayerState
 
@@ -31,7 +31,7 @@ def fresh(likelihood: Likelihood) -> Likelihood:
     return likelihood if likelihood.layouts is not None else copy.copy(likelihood)
 
 
-def updated(fit: LayerFit, more: Any, prior: float | None, progress: bool) -> LayerFit:
+def updated(fit: LayerFit, more: Any, prior: float | None, *, progress: bool) -> LayerFit:
     """The posterior of the old data and ``more``."""
     with stages(show=progress) as stage:
         laps, added = Laps(), _added(fit, more, "more", stage)
@@ -39,7 +39,7 @@ def updated(fit: LayerFit, more: Any, prior: float | None, progress: bool) -> La
         return _concluded(fit, _plus(fit.gathered, added), prior, stage, laps)
 
 
-def removed(fit: LayerFit, some: Any, prior: float | None, progress: bool) -> LayerFit:
+def removed(fit: LayerFit, some: Any, prior: float | None, *, progress: bool) -> LayerFit:
     """The posterior of the old data without ``some``. Raises `InputError` for data that cannot have been there."""
     if not isinstance(some, (torch.Tensor, tuple)):
         check_reusable(some, "some")
@@ -142,9 +142,8 @@ def guarded(fit: LayerFit) -> float:
 def _added(fit: LayerFit, loader: Any, name: str, stage: Stages) -> Gathered:
     ranks = [s.inputs.rank if isinstance(s.inputs, Sketch) else None for s in fit.gathered.sums]
     state = fit.state
-    return collect(state.functional, None, loader, name, state.seed, stage, 0, state.blocks, ranks)[
-        1
-    ]
+    source = Source(loader, name, state.seed)
+    return collect(state.functional, None, source, stage, 0, (state.blocks, ranks))[1]
 
 
 def _concluded(

@@ -84,24 +84,33 @@ def _sketch_bytes(block: Block, rank: int) -> int:
     return 4 * 8 * groups * rank * columns
 
 
+@dataclass(frozen=True)
+class Source:
+    """Data, what messages call them, and the seed of what is drawn from them."""
+
+    loader: Any
+    name: str
+    seed: int
+
+
 def collect(
     functional: FunctionalModel,
     likelihood: Likelihood | None,
-    loader: Any,
-    name: str,
-    seed: int,
+    source: Source,
     stage: Stages,
     budget: int,
-    blocks: Blocks | None = None,
-    ranks: list[int | None] | None = None,
+    known: tuple[Blocks, list[int | None]] | None = None,
 ) -> tuple[Blocks, Gathered]:
-    """One pass over ``loader``; without ``blocks``, the rules are proved on its first batch before it goes on.
+    """One pass over the data; without ``known`` blocks and ranks, rules are proved on the first batch before it goes on.
 
     ``likelihood``: estimates its observation noise from this pass, where it has to; None: not from these data.
     """
-    batches = stage.track(unlabelled(loader, functional.device, name), INPUTS)
+    name, seed = source.name, source.seed
+    batches = stage.track(unlabelled(source.loader, functional.device, name), INPUTS)
     first, everything = first_batch(batches)
-    if blocks is None:
+    if known is not None:
+        blocks, ranks = known
+    else:
         functional.outputs(first, f"{name}, batch 0")  # wrong inputs are said to be that
         blocks = verified_blocks(functional, first, f"{name}, batch 0")
         ranks = sketch_ranks(blocks.blocks, budget)
@@ -111,7 +120,6 @@ def collect(
                 f"no parameter takes part: all stay fixed ({reasons}). Choose weights of layers that have a rule "
                 "(`parameters=`), or register one (`nb.moments.register`)."
             )
-    assert ranks is not None
     if likelihood is None or not likelihood.needs_noise_fit:
         return blocks, gather(functional, blocks, everything, ranks, seed, name)
     residuals = _Residuals(likelihood)

@@ -35,6 +35,7 @@ from nullbayes.posterior.layer_certificate import LayerCertificate
 from nullbayes.posterior.layer_fit import (
     INPUTS,
     LayerFit,
+    Source,
     collect,
     concluded,
     leverages,
@@ -147,7 +148,7 @@ class LayerNullSpacePosterior:
         with stages(show=progress) as stage, explained_out_of_memory(budget):
             laps = Laps()
             blocks, gathered = collect(
-                self.functional, likelihood, train, "train", seed, stage, budget
+                self.functional, likelihood, Source(train, "train", seed), stage, budget
             )
             laps.lap(INPUTS)
             state = LayerState(self.functional, blocks, gathered, self.delta, seed, num_samples)
@@ -172,7 +173,7 @@ class LayerNullSpacePosterior:
     def update(self, more: Any, *, progress: bool = True) -> LayerNullSpacePosterior:
         """Add training data: the sums of all, as if fitted together. Raises as `fit`; what was fitted stays then."""
         fit = self._ready()
-        self._accept(layer_change.updated(fit, more, self._prior, progress))
+        self._accept(layer_change.updated(fit, more, self._prior, progress=progress))
         return self
 
     @undisturbed_method
@@ -183,7 +184,7 @@ class LayerNullSpacePosterior:
             InputError: data that were never added, or all of them; nothing is removed then.
         """
         fit = self._ready()
-        self._accept(layer_change.removed(fit, some, self._prior, progress))
+        self._accept(layer_change.removed(fit, some, self._prior, progress=progress))
         return self
 
     @undisturbed_method

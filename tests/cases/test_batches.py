@@ -66,6 +66,27 @@ def test_models_that_sort_their_batch(inner: str, ordered: str) -> None:
     assert_predicts(posterior, test, rows(model, test.split(1)))
 
 
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("size", [2, 5])
+def test_all_batches_in_order_at_the_fit_and_others_at_use(inner: str, size: int) -> None:
+    make, shape = INNER[inner]
+    model, x = seeded(lambda: Sorted(make)), normal(2 * size, *shape)
+    x = x[x.flatten(1)[:, 0].argsort(descending=True)]
+    posterior = fitted(model, x.split(size))
+    assert_rows(posterior, rows(model, x.split(1)))
+    test = x.flip(0)[:size]
+    assert_predicts(posterior, test, rows(model, test.split(1)))
+
+
+def test_a_layer_that_does_nothing_at_the_fit() -> None:
+    """The weight of a PReLU has rows of zero on positive numbers, whatever their order: nothing is proved by them."""
+    model = seeded(lambda: Sorted(lambda: nn.Sequential(nn.PReLU(), nn.Linear(4, 5))))
+    x = normal(6, 4).abs()
+    posterior = fitted(model, x.split(3))
+    test = -normal(3, 4, seed=1).abs()
+    assert_predicts(posterior, test, rows(model, test.split(1)))
+
+
 class Packed(nn.Module):
     def __init__(self) -> None:
         super().__init__()

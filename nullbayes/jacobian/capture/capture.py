@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from nullbayes.audit.precision import tolerance
 from nullbayes.jacobian.block import Block
 from nullbayes.jacobian.capture.generic import generic_rows
 from nullbayes.jacobian.capture.plan import CapturePlan, Site
@@ -44,6 +45,14 @@ class RuleMismatch(Exception):
     def __init__(self, path: str, why: str) -> None:
         super().__init__(f"{path or 'the model'}: {why}")
         self.path = path
+
+
+class Misplaced(Exception):
+    """Layers whose outputs do not have the examples where the plan says; ``names``: their parameters."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__(", ".join(names))
+        self.names = names
 
 
 class GenericPathFailed(Exception):
@@ -93,7 +102,7 @@ def _recorders(plan: CapturePlan) -> tuple[Hooks, list[_Record], list[LocalUse]]
 
 
 def batched_grad(
-    outputs: Tensor, inputs: Sequence[Any], cotangents: Tensor, batched: bool
+    outputs: Tensor, inputs: Sequence[Any], cotangents: Tensor, *, batched: bool
 ) -> list[Tensor | None]:
     """Vector-Jacobian products for ``cotangents (C, *outputs.shape)``: one ``(C, ...)`` each."""
     if len(cotangents) == 1 or not batched:
@@ -107,6 +116,46 @@ def batched_grad(
     return list(
         torch.autograd.grad(outputs, inputs, cotangents, is_grads_batched=True, allow_unused=True)
     )
+
+
+def check_places(
+    functional: FunctionalModel, plan: CapturePlan, inputs: Inputs, cotangents: Tensor, tags: Tensor
+) -> None:
+    """Raise :class:`Misplaced` unless each recorded layer has the examples on its axis, in their order.
+
+    Gradients of its outputs for ``tags · cotangents`` are then ``tags`` times those for ``cotangents``, example by
+    example: whatever the layer's parameters do there, even nothing.
+
+    Args:
+        cotangents: ``(B, *out)``; ``tags``: a number ``(B,)`` for each example.
+    """
+    hooks, records, uses = _recorders(plan)
+    with torch.enable_grad():
+        outputs = functional(functional.weights(requires_grad=True), inputs, hooks)
+    records, uses = list(records), list(uses)
+    if not outputs.requires_grad or not (records or uses):
+        return
+    edges = [r.edge for r in records] + [u.edge for u in uses]
+    tagged = cotangents * tags.reshape(-1, *[1] * (cotangents.ndim - 1))
+    both = torch.stack([cotangents, tagged]).to(outputs.dtype)
+    grads = batched_grad(outputs, edges, both, plan.batched_backward)
+    places = [(r.site.batch_axis, list(r.site.names.values())) for r in records]
+    places += [(u.site.axis, u.site.names) for u in uses]
+    allowed = tolerance(functional.rounding, functional.device)
+    wrong: list[str] = []
+    for (axis, names), g in zip(places, grads, strict=True):
+        if g is not None and not _in_place(g, axis + 1, tags, allowed):
+            wrong += names
+    if wrong:
+        raise Misplaced(wrong)
+
+
+def _in_place(g: Tensor, axis: int, tags: Tensor, allowed: float) -> bool:
+    if g.ndim <= axis or g.shape[axis] % len(tags):
+        return False
+    plain, tagged = g.movedim(axis, 1).unflatten(1, (len(tags), -1)).double()
+    wanted = plain * tags.double().reshape(-1, *[1] * (plain.ndim - 1))
+    return float((tagged - wanted).norm()) <= allowed * float(wanted.norm())
 
 
 def capture(
@@ -141,7 +190,7 @@ def capture(
         return Block({}, size, count), made
     if records or uses:
         edges = [r.edge for r in records] + [u.edge for u in uses]
-        grads = batched_grad(outputs, edges, cotangents, plan.batched_backward)
+        grads = batched_grad(outputs, edges, cotangents, batched=plan.batched_backward)
         with torch.no_grad():
             for record, g in zip(records, grads, strict=False):
                 if g is None:
@@ -160,7 +209,7 @@ def capture(
     del outputs, records, uses
     if whole:
         try:
-            rows = generic_rows(functional, whole, inputs, cotangents, plan.vmapped)
+            rows = generic_rows(functional, whole, inputs, cotangents, vmapped=plan.vmapped)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -190,7 +239,7 @@ def _local(
         if g is None or use.site in out.failed:
             continue
         try:
-            out.rows += local_rows(functional, use, g, size, plan.settled).items()
+            out.rows += local_rows(functional, use, g, size, settled=plan.settled).items()
         except Exception:  # whatever a module does where it was not written to be run alone
             out.failed.append(use.site)
     if not plan.settled:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from nullbayes.audit.batches import (
     check_separate,
+    counter_generator,
     gradient_mismatches,
     plain_gradient,
     random_weights,
@@ -24,10 +26,16 @@ from nullbayes.audit.batches import (
 from nullbayes.audit.signatures import Signature
 from nullbayes.errors import ModelError, NullBayesError
 from nullbayes.jacobian.block import Block
-from nullbayes.jacobian.capture.capture import GenericPathFailed, RuleMismatch, capture
+from nullbayes.jacobian.capture.capture import (
+    GenericPathFailed,
+    Misplaced,
+    RuleMismatch,
+    capture,
+    check_places,
+)
 from nullbayes.jacobian.capture.plan import CapturePlan, Site
 from nullbayes.jacobian.capture.single_module import LocalFailed
-from nullbayes.model.batch import Inputs, batch_size
+from nullbayes.model.batch import Inputs, batch_size, select
 from nullbayes.model.functional import FunctionalModel
 
 Make = Callable[[Tensor], Any]
@@ -35,6 +43,10 @@ Scales = dict[str, float] | None
 
 # One thread at a time may mend a plan: predictions in several threads share it.
 _MENDING = threading.RLock()
+# Batches of several examples whose rows are also proved in reverse order, and how many of the examples.
+TURNED, TURNED_EXAMPLES = 4, 64
+# Rows of an example from which one more backward pass costs so little that each piece is checked at use.
+CHECKED_COTANGENTS = 8
 # What a step of the plan may fail with, to be tried in another way; a lack of memory is none.
 _MEMORY = (MemoryError, torch.OutOfMemoryError)
 
@@ -79,25 +91,72 @@ def checked(
     while True:
         block, made = captured(functional, plan, inputs, make, scales, where)
         since = time.perf_counter()
-        weights, total = random_weights(made.values, 0, index)
-        expected = plain_gradient(functional, inputs, total)
-        found = torch.zeros_like(expected)[None]
-        for factor in block.factors.values():
-            factor.rmatvec(weights[None].to(expected), found)
-        found = _unscaled(functional, found[0], scales)
+        gradient, bad = _compared(functional, inputs, block, made.values, scales, index)
+        if not bad:
+            bad = _in_other_order(functional, plan, inputs, made.values, where)
         with _MENDING:
             plan.checking_seconds += time.perf_counter() - since
-            _note_reached(functional, plan, inputs, expected)
-            bad = gradient_mismatches(
-                functional.space, expected, found, rounding=functional.rounding
-            )
+            _note_reached(functional, plan, inputs, gradient)
             if not bad:
                 if batch_size(inputs) > 1:
+                    plan.turned += 1
                     for site in plan.sites:
                         site.axis_proved = True
                 plan.proved.add(Signature.of(inputs))
                 return block, made
             _mend(plan, bad, where)
+
+
+def _compared(
+    functional: FunctionalModel,
+    inputs: Inputs,
+    block: Block,
+    values: Tensor,
+    scales: Scales,
+    index: int,
+) -> tuple[Tensor, list[str]]:
+    """A gradient ``(P,)`` by plain differentiation, and the parameters whose rows add up to another."""
+    weights, total = random_weights(values, 0, index)
+    expected = plain_gradient(functional, inputs, total)
+    found = torch.zeros_like(expected)[None]
+    for factor in block.factors.values():
+        factor.rmatvec(weights[None].to(expected), found)
+    found = _unscaled(functional, found[0], scales)
+    return expected, gradient_mismatches(
+        functional.space, expected, found, rounding=functional.rounding
+    )
+
+
+def _in_other_order(
+    functional: FunctionalModel, plan: CapturePlan, inputs: Inputs, values: Tensor, where: str
+) -> list[str]:
+    """Parameters whose rows are wrong when the examples come in reverse, or whose layers have them out of place.
+
+    A network that sorts its examples has the rows of its layers in place where they happen to come in order; and a
+    layer that does nothing on these examples, such as a `PReLU` of positive numbers, has right rows in any order.
+    """
+    size = batch_size(inputs)
+    if size == 1 or plan.turned >= TURNED:
+        return []
+    generator = counter_generator(0, size)
+    index = torch.arange(min(size, TURNED_EXAMPLES))
+    shape = (1, len(index), *values.shape[2:])
+    cotangents = torch.randn(shape, generator=generator, dtype=torch.float64).to(values)
+    tags = (torch.rand(len(index), generator=generator, dtype=torch.float64) + 0.5).to(values)
+    made, activations = SimpleNamespace(values=cotangents), plan.activations
+    try:
+        for order in (index, index.flip(0)):
+            some = select(inputs, order.to(functional.device))
+            block, _ = captured(functional, plan, some, lambda _: made, None, where)
+            bad = _compared(functional, some, block, cotangents, None, 0)[1]
+            if bad:
+                return bad
+            check_places(functional, plan, some, cotangents[0], tags)
+    except Misplaced as found:
+        return found.names
+    finally:
+        plan.activations = activations
+    return []
 
 
 def captured_at_use(
@@ -108,9 +167,12 @@ def captured_at_use(
     scales: Scales = None,
     where: str = "the inputs",
 ) -> tuple[Block, Any]:
-    """The rows of one piece, checked where it is unlike all that were."""
+    """The rows of one piece, checked where it is unlike all that were, or where that costs little beside them."""
     if plan.proved.covers(Signature.of(inputs)):
-        return captured(functional, plan, inputs, make, scales, where)
+        block, made = captured(functional, plan, inputs, make, scales, where)
+        cheap = len(made.values) >= CHECKED_COTANGENTS
+        if not cheap or not _compared(functional, inputs, block, made.values, scales, 0)[1]:
+            return block, made
     if functional.randomness is None:
         inputs = separate(functional, inputs, functional.outputs(inputs, where), where, 0)
     return checked(functional, plan, inputs, make, scales, where)

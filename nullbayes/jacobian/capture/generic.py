@@ -25,6 +25,7 @@ def generic_rows(
     names: Sequence[str],
     inputs: Inputs,
     cotangents: Tensor,
+    *,
     vmapped: bool = True,
 ) -> dict[str, Tensor]:
     """Rows ``(B, C, numel)`` of the named parameters for ``cotangents (C, B, *out)``.

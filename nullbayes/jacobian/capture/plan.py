@@ -53,6 +53,8 @@ class CapturePlan:
     unreached: set[str] = field(default_factory=set)
     # What comparing captured rows with plain differentiation has taken.
     checking_seconds: float = 0.0
+    # Batches of several examples that were proved, in reverse order as well for the first of them.
+    turned: int = 0
     # The batch that is being captured, for messages.
     where: str = "the training data"
     # Which of the ways to differentiate along a weight change this model takes, see `linearise.py`.

@@ -97,7 +97,7 @@ def record_use(site: LocalSite, args: tuple[Any, ...], kwargs: Any, out: Any) ->
 
 
 def local_rows(
-    functional: FunctionalModel, use: LocalUse, g: Tensor, size: int, settled: bool
+    functional: FunctionalModel, use: LocalUse, g: Tensor, size: int, *, settled: bool
 ) -> dict[str, Tensor]:
     """Rows ``(B, C, numel)`` for output gradients ``g (C, *output)``, by parameter.
 
@@ -114,7 +114,7 @@ def local_rows(
     )
     if any(moved):
         raise _Unfit("its input was changed in place")
-    flags = _batched(use, settled)
+    flags = _batched(use, settled=settled)
     run = _vmapped if site.vmapped else _looped
     rows = run(functional, use, _split(use, flags, size), flags, _cut(g, site.axis + 1, size), size)
     if not well_shaped(functional, rows, size, len(g)):
@@ -122,7 +122,7 @@ def local_rows(
     return {name: t.reshape(size, len(g), -1) for name, t in rows.items()}
 
 
-def _batched(use: LocalUse, settled: bool) -> tuple[bool, ...]:
+def _batched(use: LocalUse, *, settled: bool) -> tuple[bool, ...]:
     site, axis, called = use.site, use.site.axis, repr(use.spec)
     if called not in site.batched:
         if settled:

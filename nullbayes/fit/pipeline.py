@@ -212,7 +212,7 @@ class _Fitting:
         notes: list[str],
     ) -> Fit:
         """The certificate, and all that a posterior holds from now on."""
-        problem, target, p = self.problem, self.settings.target, self.problem.space.total
+        problem, target = self.problem, self.settings.target
         measured = _measured_rows(self.rows, self.done, self.prior, self.effects, self.alpha)
         measured |= check.measure(self.alpha**-0.5)
         self.laps.lap(CERTIFICATE)
@@ -224,7 +224,7 @@ class _Fitting:
             reason=self.why,
             tolerance=self.solver.tolerance_for(self.theta.dtype),
             rank=self.rank,
-            null_dim=p - self.rank,
+            null_dim=problem.space.free - self.rank,
             prior_precision=self.alpha,
             evidence=evidence,
             **measured,

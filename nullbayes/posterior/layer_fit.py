@@ -101,7 +101,7 @@ def collect(
     budget: int,
     known: tuple[Blocks, list[int | None]] | None = None,
 ) -> tuple[Blocks, Gathered]:
-    """One pass over the data; without ``known`` blocks and ranks, rules are proved on the first batch before it goes on.
+    """One pass over the data; without ``known`` blocks and ranks, rules are proved on its first batch.
 
     ``likelihood``: estimates its observation noise from this pass, where it has to; None: not from these data.
     """

@@ -293,3 +293,12 @@ def test_attention_in_terms_of_its_operations() -> None:
         step = 1e-6
         ends = [attend(q + sign * step * v, k, v, **options) for sign in (1, -1)]
         assert_close(tangent, (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-8)
+
+
+def test_directions_that_stay_are_not_counted_as_free() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 3, padding_idx=0), nn.Flatten(), nn.Linear(6, 2))
+    ids = torch.randint(1, 5, (4, 2))
+    posterior = nb.NullSpacePosterior(model.double().eval(), delta=0)
+    certificate = posterior.fit([(ids, torch.arange(4) % 2)], 2, progress=False).certificate
+    assert certificate.parameters - certificate.rank - certificate.null_dim == 3

@@ -138,7 +138,7 @@ def check_places(
     edges = [r.edge for r in records] + [u.edge for u in uses]
     tagged = cotangents * tags.reshape(-1, *[1] * (cotangents.ndim - 1))
     both = torch.stack([cotangents, tagged]).to(outputs.dtype)
-    grads = batched_grad(outputs, edges, both, plan.batched_backward)
+    grads = batched_grad(outputs, edges, both, batched=plan.batched_backward)
     places = [(r.site.batch_axis, list(r.site.names.values())) for r in records]
     places += [(u.site.axis, u.site.names) for u in uses]
     allowed = tolerance(functional.rounding, functional.device)

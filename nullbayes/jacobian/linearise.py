@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from nullbayes.audit.batches import counter_generator, plain_gradient
 from nullbayes.jacobian.capture.batches import CAPTURE_BYTES, examples_per_capture
@@ -20,6 +19,8 @@ from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.parameters import ParameterSpace
 from nullbayes.model.precision import tolerance
+from nullbayes.model.smooth import Mathematical as Mathematical
+from nullbayes.model.smooth import smooth
 
 Centre = Callable[[Tensor], Tensor]
 Product = Callable[[FunctionalModel, dict[str, Tensor], Inputs], Tensor]
@@ -165,43 +166,6 @@ def _confirmed(functional: FunctionalModel, delta: Tensor, inputs: Inputs, chang
     return abs(float(ours.sum() - theirs.sum())) <= allowed
 
 
-class Mathematical(TorchFunctionMode):
-    """Attention and transformer layers as the operations that they are made of, in this thread alone.
-
-    Fused kernels have neither forward mode nor a derivative of their backward pass. A mode of this kind also keeps
-    `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` off their fused path.
-    """
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            return _attention(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    *rest: Any,
-    **options: Any,
-) -> Tensor:
-    """`scaled_dot_product_attention` by its mathematical kernel, which takes masks as numbers."""
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        zeros = torch.zeros_like(attn_mask, dtype=query.dtype)
-        attn_mask = zeros.masked_fill(attn_mask.logical_not(), -torch.inf)
-    out: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
-        *(query, key, value, attn_mask, *rest), **options
-    )[0]
-    return out
-
-
 def _by_rows(
     functional: FunctionalModel, plan: CapturePlan, samples: Tensor, inputs: Inputs
 ) -> Tensor:
@@ -235,9 +199,8 @@ def differentiable_change(
     """``J(x) Δ (B, *out)`` with a graph to the inputs, by the first way that serves; None: by none of them."""
     tangent = functional.space.unflatten(delta)
     ways: tuple[tuple[Product, Callable[[], AbstractContextManager[Any]]], ...] = (
-        (_forward, nullcontext),
-        (_double_reverse_kept, nullcontext),
-        (_double_reverse_kept, Mathematical),
+        (_forward, smooth),
+        (_double_reverse_kept, smooth),
     )
     found = (_tried(product, mode, functional, tangent, inputs) for product, mode in ways)
     return next((change for change in found if change is not None), None)

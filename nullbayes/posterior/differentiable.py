@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from nullbayes.errors import InputError, ModelError
-from nullbayes.jacobian.linearise import Mathematical, differentiable_change
+from nullbayes.jacobian.capture.plan import CapturePlan
+from nullbayes.jacobian.linearise import differentiable_change, linearised_outputs
 from nullbayes.model.batch import Inputs, plain, tensor_leaves
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.precision import tolerance
+from nullbayes.model.smooth import smooth
 from nullbayes.posterior.joint import Joint, check_size, factorised, joint
 from nullbayes.posterior.novelty import Scorer
 
 # How many times the rounding of a forward pass two ways to compute the same thing may differ.
 SLACK = 100.0
+# Of a gradient, between automatic differentiation and differences: a wrong one is off by about itself.
+GRADIENT_SLACK = 0.02
 
 
 def check_requires_grad(x: Inputs) -> None:
@@ -32,12 +37,16 @@ def check_requires_grad(x: Inputs) -> None:
 
 def point_with_graph(functional: FunctionalModel, x: Inputs) -> Tensor:
     """``f(θ̂, x) (B, *out)``."""
-    with torch.enable_grad():
-        return functional(functional.weights(), x)
+    with torch.enable_grad(), smooth():
+        return functional(functional.weights(), functional.batch(x))
 
 
 def changes_with_graph(
-    functional: FunctionalModel, samples: Tensor, x: Inputs, expected: Tensor
+    functional: FunctionalModel,
+    plan: CapturePlan,
+    samples: Tensor,
+    x: Inputs,
+    expected: Tensor,
 ) -> Tensor:
     """``J(x) Δ_s (S, B, *out)`` with a graph to ``x``.
 
@@ -53,7 +62,50 @@ def changes_with_graph(
     change = torch.stack(found) if len(found) == len(samples) else None
     check_agreement(functional, change, expected)
     assert change is not None
+    if not functional.differentiated:
+        _check_gradient(functional, plan, samples, x, change)
+        functional.differentiated = True
     return change
+
+
+def _check_gradient(
+    functional: FunctionalModel, plan: CapturePlan, samples: Tensor, x: Inputs, change: Tensor
+) -> None:
+    """Compare the gradient of ``change`` along one random direction with a central difference, coarsely.
+
+    An operation whose derivative of higher order is wrong says nothing: PyTorch's own have been.
+    """
+    leaves = [t for t in tensor_leaves(plain(x)) if t.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+
+    weights, moves = drawn(change), [drawn(t) for t in leaves]
+    found = torch.autograd.grad(
+        (change * weights).sum(), leaves, retain_graph=True, materialize_grads=True
+    )
+    slope = sum(float((g * m).double().sum()) for g, m in zip(found, moves, strict=True))
+    step = torch.finfo(change.dtype).eps ** (1 / 3)
+    size = max(float(t.detach().abs().mean()) for t in leaves) or 1.0
+
+    def at(sign: float) -> float:
+        moved = {
+            id(t): t.detach() + sign * step * size * m for t, m in zip(leaves, moves, strict=True)
+        }
+        there = tree_map(lambda t: moved.get(id(t), t), x)
+        values = linearised_outputs(functional, plan, samples, there)[1]
+        return float((values * weights).double().sum())
+
+    with torch.no_grad():
+        wanted = (at(1.0) - at(-1.0)) / (2 * step * size)
+    scale = float(change.detach().norm()) / size
+    if abs(slope - wanted) > GRADIENT_SLACK * (abs(wanted) + scale):
+        raise ModelError(
+            f"the gradient of the posterior's samples by `x` is {slope:.4g} along a random direction by automatic "
+            f"differentiation, and {wanted:.4g} by differences: an operation of the network has a wrong derivative "
+            "of third order, or none at this point. Write it in plain operations, or use `differentiable=False`."
+        )
 
 
 def check_agreement(functional: FunctionalModel, found: Tensor | None, expected: Tensor) -> None:
@@ -82,7 +134,7 @@ def joint_with_graph(scorer: Scorer, x: Inputs) -> Joint:
             check_agreement(functional, moved / 2, values.covariance)
             return Joint(point, values.covariance + moved - moved.detach())
         expected = scorer.changes(x)
-        flat = changes_with_graph(functional, fit.unit, x, expected).flatten(1)
+        flat = changes_with_graph(functional, scorer.plan, fit.unit, x, expected).flatten(1)
         return Joint(point, flat.T @ flat / (len(flat) * fit.alpha))
 
 
@@ -104,7 +156,7 @@ def rows_with_graph(scorer: Scorer, x: Inputs, count: int) -> Tensor:
     problem = scorer.problem
     functional, space = problem.functional, problem.space
     leaves = functional.weights(requires_grad=True)
-    with torch.enable_grad(), Mathematical():
+    with torch.enable_grad(), smooth():
         flat = functional(leaves, functional.batch(x)).reshape(-1)
         rows = []
         for value in flat:

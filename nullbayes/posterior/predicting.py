@@ -137,7 +137,7 @@ class Predicts:
             point, change = linearised_outputs(functional, plan, fit.unit, x, "`x`")
         if how.differentiable:
             point = point_with_graph(functional, x)
-            change = changes_with_graph(functional, fit.unit, x, change)
+            change = changes_with_graph(functional, plan, fit.unit, x, change)
         return point, point + scale * change
 
     @undisturbed_method

@@ -1,4 +1,4 @@
-"""Joint covariances, their derivatives and link approximations, against dense float64 algebra and finite differences."""
+"""Joint covariances, derivatives and link approximations, against dense float64 algebra and finite differences."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def fitted(kind: Any, solver: str, prior: Any, **options: Any) -> tuple[nn.Modul
     per_weight: Any = prior
     if isinstance(prior, dict):
         slots = posterior.space.slots
-        per_weight = torch.cat([torch.full((s.numel,), float(prior[s.name])) for s in slots])
+        per_weight = torch.cat(
+            [torch.full((s.numel,), prior[s.name], dtype=torch.float64) for s in slots]
+        )
     return model, posterior, dense_covariance(model, x, y, posterior, per_weight)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from nullbayes.jacobian.block_storage import Keeper
 from nullbayes.jacobian.capture.batches import capture_batch, ready
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.operator import JacobianOperator, check_block
+from nullbayes.likelihood import Regression
 from nullbayes.model.batch import Inputs, batch_size, select, take, tensor_leaves
 from nullbayes.model.loader import limited
 
@@ -39,6 +40,66 @@ class TrainingRows:
     spans: list[slice] = field(default_factory=list)  # by example: its rows
     audited: list[Drawn] = field(default_factory=list)  # drawn from all examples, for the audit
     batches: int = 0  # batches whose rows were proved
+    loss: float = 0.0  # summed over the examples: minus their log likelihood
+    least_loss: float = 0.0  # the same if every target were the output itself (regression)
+    observed: int = 0  # numbers that the targets consist of
+    trace: float = 0.0  # of all output Hessians
+    problem: Problem | None = None
+
+    @property
+    def asked(self) -> Problem:
+        """The question that these rows belong to, with observation noise as it was when they were captured."""
+        assert self.problem is not None
+        return self.problem
+
+    def joined(self, more: TrainingRows, audited: int) -> TrainingRows:
+        """These rows followed by those of further examples, which are numbered on.
+
+        Args:
+            audited: examples that are drawn for the audit at most.
+        """
+        m, n = self.operator.shape[0], self.examples
+        trace = self.trace + more.trace
+        discarded = self.trace * self.discarded_trace + more.trace * more.discarded_trace
+        room = max(0, CHECK_EXAMPLES - sum(map(len, self.checked_numbers)))
+        checked, numbers = _first(more, room)
+        return TrainingRows(
+            JacobianOperator(self.operator.space, [*self.operator.blocks, *more.operator.blocks]),
+            more.plan,
+            n + more.examples,
+            discarded / trace if trace > 0 else 0.0,
+            [*self.checked, *checked],
+            [*self.checked_numbers, *(range(r.start + n, r.stop + n) for r in numbers)],
+            [*self.spans, *(slice(s.start + m, s.stop + m) for s in more.spans)],
+            self._drawn(more, min(audited, n + more.examples)),
+            self.batches + more.batches,
+            self.loss + more.loss,
+            self.least_loss + more.least_loss,
+            self.observed + more.observed,
+            trace,
+            self.problem,
+        )
+
+    def _drawn(self, more: TrainingRows, count: int) -> list[Drawn]:
+        """``count`` examples of both, in proportion to how many there are."""
+        n = self.examples
+        first, second = self.audited, [replace(d, number=d.number + n) for d in more.audited]
+        share = round(count * n / (n + more.examples))
+        share = min(len(first), max(share, count - len(second)))
+        return [*first[:share], *second[: count - share]]
+
+
+def _first(rows: TrainingRows, room: int) -> tuple[list[tuple[Inputs, Any]], list[range]]:
+    """The first ``room`` of the examples that the certificate looks at, and their numbers."""
+    checked: list[tuple[Inputs, Any]] = []
+    numbers: list[range] = []
+    for (inputs, targets), which in zip(rows.checked, rows.checked_numbers, strict=True):
+        count = min(len(which), room)
+        if count:
+            checked.append((take(inputs, 0, count), take(targets, 0, count, len(which))))
+            numbers.append(which[:count])
+        room -= count
+    return checked, numbers
 
 
 def with_fitted_noise(
@@ -70,6 +131,7 @@ def capture_training(
     memory: FitMemory,
     stage: Stages,
     audited: int = 0,
+    plan: CapturePlan | None = None,
 ) -> TrainingRows:
     """Rows of all training examples, in the order of the loader.
 
@@ -79,16 +141,17 @@ def capture_training(
     Args:
         memory: what rows may take (more goes elsewhere, see ``block_storage.py``), and temporaries.
         audited: examples that are drawn for the audit.
+        plan: of earlier rows, which these are to be joined with.
 
     Raises:
         MemoryBudgetError: what has to stay in memory outgrows ``memory.rows``.
     """
     functional = problem.functional
     capturing: _Capturing | None = None
-    plan: CapturePlan | None = None
+    name = "train_loader" if plan is None else "more"
     track = stage.track(loader, ROWS)
-    for index, inputs, targets in limited(functional, track, "train_loader", limit):
-        where = f"train_loader, batch {index}"
+    for index, inputs, targets in limited(functional, track, name, limit):
+        where = f"{name}, batch {index}"
         outputs = functional.outputs(inputs, where)
         targets = problem.checked_targets(outputs, targets, where)
         plan, inputs = ready(functional, plan, inputs, outputs, where, index)
@@ -120,6 +183,7 @@ class _Capturing:
         self.checked: list[tuple[Inputs, Any]] = []
         self.checked_numbers: list[range] = []
         self.left, self.count = memory.check, 0
+        self.loss, self.least_loss, self.observed = 0.0, 0.0, 0
 
     def add(self, inputs: Inputs, outputs: Tensor, targets: Any) -> None:
         """The rows of one batch, of which the examples are numbered on."""
@@ -127,6 +191,12 @@ class _Capturing:
             self._add_group(group)
         self._check_later(inputs, outputs, targets)
         self.audited.offer(inputs, targets)
+        likelihood = self.problem.likelihood
+        with torch.no_grad():
+            self.loss += float(likelihood.loss(outputs, targets).double().sum())
+            if isinstance(likelihood, Regression):
+                self.least_loss += float(likelihood.loss(outputs, outputs).double().sum())
+                self.observed += outputs.numel()
         self.batches += 1
         self.examples += batch_size(inputs)
 
@@ -175,6 +245,11 @@ class _Capturing:
             spans,
             self.audited.drawn,
             self.batches,
+            self.loss,
+            self.least_loss,
+            self.observed,
+            self.trace,
+            self.problem,
         )
 
 

@@ -52,7 +52,7 @@ from nullbayes.jacobian.block_storage import fits_on_disk
 from nullbayes.jacobian.linearise import linearised_outputs
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.model.fingerprint import fingerprint, quick_digest
-from nullbayes.solvers import Choice, Projection, Size, choose
+from nullbayes.solvers import Choice, Projection, Size, State, choose
 from nullbayes.solvers.base import relative
 from nullbayes.solvers.block_cg import row_norms
 
@@ -74,23 +74,28 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
         rows = capture_training(problem, loader, run.max_examples, memory, stage, run.audit)
         laps.lap(ROWS)
         laps.move(rows.plan.checking_seconds, ROWS, AUDIT)
-        choice = _chosen(settings, rows.operator, run.num_samples, budget)
-        fitting = _Fitting(problem, settings, run, rows, choice, stage, laps)
+        choice = chosen_solver(settings, rows.operator, run.num_samples, budget)
+        fitting = Fitting(problem, settings, run, rows, choice, stage, laps)
         fitting.factorise()
         fitting.project()
         check, evidence = fitting.check()
         audit = fitting.audit()
-        notes = [*fitting.notes, *_where_kept(rows.operator)]
+        notes = [*fitting.notes, *where_kept(rows.operator)]
         notes += _not_kept(loader, rows, run.max_examples)
+    check_undisturbed(problem, before)
+    return fitting.finish(check, evidence, audit, notes)
+
+
+def check_undisturbed(problem: Problem, before: int) -> None:
+    """Raise `ModelError` where the model's digest is no longer what it was ``before``."""
     if quick_digest(problem.functional.model) != before:
         raise ModelError(
             "the model's weights or buffers changed while it was fitted: something else wrote to them (a training "
             "loop, an averaging hook, another thread). Stop that, then fit again."
         )
-    return fitting.finish(check, evidence, audit, notes)
 
 
-class _Fitting:
+class Fitting:
     """One fit under way: what its later stages need of the earlier ones."""
 
     def __init__(
@@ -109,6 +114,10 @@ class _Fitting:
         self.theta = problem.trained_weights()
         self.by_evidence = settings.target.preserves and problem.by_evidence
         self.digest = fingerprint(problem.functional.model)
+        #: the solver made ready for these rows, where that was done before
+        self.prepared: State | None = None
+        #: ``(S, P)``, where the search of a solver that iterates may begin
+        self.begin: Tensor | None = None
 
     @property
     def identity(self) -> str:
@@ -118,7 +127,9 @@ class _Fitting:
     def factorise(self) -> None:
         """A solver ready to project, and the prior precision that it was made ready for."""
         settings, target = self.settings, self.settings.target
-        state = self.solver.prepare(self.rows.operator, self.stage.fraction(GRAM))
+        state = self.prepared
+        if state is None:
+            state = self.solver.prepare(self.rows.operator, self.stage.fraction(GRAM))
         self.laps.lap(GRAM)
         alpha, notes = 1.0, tuple[str, ...]()
         if self.problem.given_precision is not None:
@@ -163,6 +174,9 @@ class _Fitting:
         )
         early = self.by_evidence and self.solver.iterative
         held = held_out(problem, self.rows, v) if early else []
+
+        if self.begin is not None and not held:
+            self.state.begin_at(self.begin)
 
         def changes(x: Tensor) -> list[Tensor]:
             """What projected vectors do to the outputs of the examples that are held out."""
@@ -249,10 +263,12 @@ class _Fitting:
             self.state,
             check,
             self.auditing,
+            self.rows,
+            self.solver,
         )
 
 
-def _chosen(
+def chosen_solver(
     settings: Settings, operator: JacobianOperator, num_samples: int, budget: int
 ) -> Choice:
     """A solver that fits beside the rows; rows go to disk where that makes room for it."""
@@ -285,7 +301,8 @@ def _not_kept(loader: Iterable[Any], rows: TrainingRows, limit: int | None) -> l
     ]
 
 
-def _where_kept(operator: JacobianOperator) -> list[str]:
+def where_kept(operator: JacobianOperator) -> list[str]:
+    """A word on rows that are not in memory."""
     places = operator.kept()
     if set(places) <= {"memory"}:
         return []

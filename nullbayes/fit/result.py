@@ -13,6 +13,7 @@ from nullbayes.certificate.measure import GuaranteeCheck
 from nullbayes.common.arguments import check_positive
 from nullbayes.common.memory import parse_bytes
 from nullbayes.constraints.problem import Problem
+from nullbayes.constraints.training_rows import TrainingRows
 from nullbayes.errors import InputError
 from nullbayes.fit.target import Target
 from nullbayes.jacobian.capture.plan import CapturePlan
@@ -106,7 +107,7 @@ class Auditing:
 class Fit:
     """What a fit left: samples at prior precision one, and what more of them would take.
 
-    ``plan``, ``state``, ``check`` and ``auditing`` are None for a posterior that was loaded from a file.
+    ``plan`` and all that follows are None for a posterior that was loaded from a file.
 
     Attributes:
         problem: the question, with observation noise as it was estimated.
@@ -124,6 +125,8 @@ class Fit:
     state: State | None = None
     check: GuaranteeCheck | None = None
     auditing: Auditing | None = None
+    rows: TrainingRows | None = None
+    solver: Solver | None = None
 
     def explained_by(self, likelihood: Likelihood) -> Fit:
         """The same samples, read with other observation noise."""

@@ -34,6 +34,7 @@ from nullbayes.posterior.calibration import (
     calibration_path,
     check_arguments,
 )
+from nullbayes.posterior.growing import Grows
 from nullbayes.posterior.judged import Judged
 from nullbayes.posterior.predicting import Predicts
 from nullbayes.posterior.storage import described, restored, write_posterior
@@ -41,7 +42,7 @@ from nullbayes.posterior.storage import described, restored, write_posterior
 Self = TypeVar("Self", bound="Posterior")
 
 
-class Posterior(Judged, Predicts):
+class Posterior(Judged, Predicts, Grows):
     """What :class:`NullSpacePosterior` and :class:`LaplacePosterior` share. Use one of those two.
 
     Attributes:

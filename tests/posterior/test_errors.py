@@ -209,7 +209,6 @@ LOADERS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "empty-batches": (lambda: [(X[:0], Y[:0])] * 2, ("no examples", "every batch is empty")),
     "generator": (lambda: (b for b in TRAIN), ("generator", "read only once", "DataLoader")),
     "iterator": (lambda: iter(TRAIN), ("list_iterator", "read only once", "DataLoader")),
-    "data-set": (lambda: TensorDataset(X, Y), ("TensorDataset", "iterable", "DataLoader")),
     "number": (lambda: 3, ("int", "iterable", "DataLoader")),
     "bare-tensor": (lambda: [X], ("batch 0", "Tensor", "(inputs, targets)", "Wrap the data set")),
     "inputs-only": (

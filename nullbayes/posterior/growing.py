@@ -1,0 +1,91 @@
+"""What a posterior does with its training rows after the fit: take in more data, and tell their evidence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from torch import Tensor
+
+from nullbayes.common.arguments import check_count
+from nullbayes.fit.marginal import Evidence, log_marginal_likelihood
+from nullbayes.fit.result import AUDITED, Run
+from nullbayes.fit.update import updated
+from nullbayes.model.functional import undisturbed_method
+
+if TYPE_CHECKING:
+    from nullbayes.posterior.base import Posterior
+
+Self = TypeVar("Self", bound="Grows")
+
+
+class Grows:
+    """Mixin of `nullbayes.Posterior`."""
+
+    @undisturbed_method
+    def update(
+        self: Self,
+        more: Any,
+        *,
+        max_examples: int | None = None,
+        progress: bool = True,
+        audit: int = AUDITED,
+    ) -> Self:
+        """More training examples, preserved from now on beside the earlier ones, whose data are not needed.
+
+        With a direct solver the posterior is that of one fit on all data: the same samples, prior precision and
+        certificate, to rounding. A solver that iterates solves for its samples again, on all rows. The network has to
+        be the one that was fitted. Two things stay as the first fit has them: the observation noise, and the choice of
+        the solver. A calibration is void: `calibrate` again.
+
+        Args:
+            more: data in any form that ``fit`` takes.
+            max_examples: the first so many of them only.
+            progress: bars on standard error.
+            audit: as in ``fit``, of the new examples; those of earlier calls are audited again.
+
+        Raises:
+            NotFittedError: not fitted, or loaded from a file, which holds no rows.
+            InputError, ModelError, NonFiniteError, MemoryBudgetError, SolverError: as ``fit``; the posterior stays as
+                it was.
+        """
+        own = cast("Posterior", self)
+        fit = own._fitted()
+        run = Run(
+            own.num_samples,
+            fit.seed,
+            None if max_examples is None else check_count(max_examples, "max_examples"),
+            progress,
+            None,
+            check_count(audit, "audit"),
+        )
+        own._check_model()
+        data = own._data(more, "more")
+        own._take(updated(fit, own._settings, data, run))
+        own.calibration = None
+        return self
+
+    @undisturbed_method
+    def log_marginal_likelihood(
+        self,
+        prior_precision: float | Tensor | None = None,
+        *,
+        noise_factor: float | Tensor | None = None,
+    ) -> Tensor:
+        """Log evidence of the training data under the linearised Laplace approximation, in nats: a float64 scalar.
+
+        ``log p(D | θ̂) − ½ θ̂ᵀΛθ̂ − ½ log det(I + Λ⁻¹G)``, whichever posterior this is, with a prior about zero (MacKay
+        1992; Immer et al., *Scalable marginal likelihood estimation*, 2021, eq. 6).
+
+        Args:
+            prior_precision: a number or a tensor; with one precision for each parameter tensor, a factor on all of
+                them. None: as it is (there: one). Gradients flow to a tensor.
+            noise_factor: factor on the observation variance that a regression was fitted with; gradients flow to a
+                tensor.
+
+        Raises:
+            NotFittedError: not fitted, loaded from a file, or fitted with a solver that iterates.
+            InputError: rows other than those of ``preserve="predictions"`` with all directions; a factor on noise
+                that the likelihood does not have; a value that is not positive.
+        """
+        own = cast("Posterior", self)
+        return log_marginal_likelihood(own._fitted(), Evidence(prior_precision, noise_factor))

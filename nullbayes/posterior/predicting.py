@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -36,6 +37,7 @@ from nullbayes.posterior.prediction import (
     per_example,
     structured,
 )
+from nullbayes.posterior.selection import CRITERIA, Features, select
 
 if TYPE_CHECKING:
     from nullbayes.posterior.base import Posterior
@@ -168,6 +170,36 @@ class Predicts:
             return joint_with_graph(scorer, x)
         with torch.no_grad():
             return joint(scorer, x)
+
+    @undisturbed_method
+    def select(self, pool: Any, k: int, *, criterion: str = CRITERIA[0]) -> Tensor:
+        """Which ``k`` inputs of ``pool`` to label next: their indices ``(k,)``, the most valuable first.
+
+        Chosen one after the other, each given those before it, so that no two tell the same; from the stored samples
+        (their number bounds what they can tell apart: `draw` more for a large ``k``), and no label.
+
+        Args:
+            pool: inputs, or a loader or data set of which targets are left out; read in order, once.
+            k: how many.
+            criterion: what a label is worth: ``"pool"``, how much it makes predictions on the whole pool more
+                certain; ``"weights"``, how much it tells of the weights.
+
+        Raises:
+            InputError: fewer inputs than ``k``, or inputs that cannot be used.
+        """
+        own = cast("Posterior", self)
+        check_choice(criterion, CRITERIA, "criterion")
+        wanted, fit = check_count(k, "k"), own._fitted()
+        parts = streamed(pool, own.functional.dtype) if is_stream(pool) else iter([pool])
+        checked = (own._inputs(part, [0]) for part in parts)
+        first = next(checked, None)
+        assert first is not None  # an empty stream is an error already
+        features = Features.of(fit, own._capture_plan(first), itertools.chain([first], checked))
+        if len(features) < wanted:
+            raise InputError(
+                f"`k` is {wanted}, but `pool` holds {len(features)} inputs; ask for fewer."
+            )
+        return select(features, wanted, criterion)[0]
 
     @formerly_positional("score", "exact", "targets")
     def novelty(

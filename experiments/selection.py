@@ -1,7 +1,7 @@
 """Which inputs to label next: `posterior.select` against margin, novelty and chance, from few labels.
 
-``python -m experiments.selection OUT.json`` writes a table; minutes on one core. Each round trains the network anew on all
-labels so far, fits the posterior on them, and adds a batch from the pool. Labels of the pool are not looked at before.
+``python -m experiments.selection OUT.json`` prints a table; four minutes on one core. Each round trains the network
+anew on all labels so far, fits the posterior on them, and adds a batch from the pool, whose labels nobody has seen.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import nullbayes as nb
 
-START, BATCH, ROUNDS, SEEDS = 20, 5, 15, 4
+START, BATCH, ROUNDS, SEEDS = 20, 15, 5, 10
 SAMPLES, STEPS, WIDTH = 100, 150, 64
 POOL = 600  # inputs at most; the rest is for the test
 

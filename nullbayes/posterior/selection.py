@@ -1,15 +1,15 @@
 """Which inputs to label next: chosen one after the other, each given those chosen before it.
 
-An input is worth what its label would tell. Labels are counted in the likelihood's own units: an observation of ``x`` has
-the Fisher information ``H(x) = L Lᵀ`` of its outputs at the network's prediction, so features ``Φ(x) = Lᵀ J(x) Σ^½`` have a
-covariance in nats. Conditioning on a chosen input is one step of Gaussian linear regression, which needs no label.
+An input is worth what its label would tell. Labels are counted in the likelihood's own units: an observation of ``x``
+has the Fisher information ``H(x) = L Lᵀ`` of its outputs at the prediction, so features ``Φ(x) = Lᵀ J(x) Σ^½``
+have a covariance in nats. Conditioning on a chosen input is a step of Gaussian linear regression, and needs no label.
 
-``"pool"``: how much a label would reduce the variance of the predictions of all inputs of the pool together,
+``"pool"``: how much a label would reduce the variance of the predictions on the whole pool together,
 ``Σ_* tr(C_*x (I + C_xx)⁻¹ C_x*)`` (A-optimal design for the pool; Cohn, Ghahramani & Jordan, *Active learning with
-statistical models*, 1996; what Bickford Smith et al., *Prediction-oriented Bayesian active learning*, 2023, take the
-logarithm of). ``"weights"``: what a label would tell of the weights, ``½ log det(I + C_xx)`` (MacKay, *Information-based
-objective functions*, 1992; jointly as in Kirsch et al., *BatchBALD*, 2019). The second one favours inputs that are
-unlike everything else, whether anybody will ask about their like or not.
+statistical models*, 1996; with logarithms Bickford Smith et al., *Prediction-oriented Bayesian active learning*, 2023).
+``"weights"``: what a label would tell of the weights, ``½ log det(I + C_xx)`` (MacKay, *Information-based objective
+functions*, 1992; in batches Kirsch, van Amersfoort & Gal, *BatchBALD*, 2019). It favours inputs that are unlike all
+others, whether anybody will ask about their like or not.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.operator import JacobianOperator, check_block
 from nullbayes.likelihood import Regression
 from nullbayes.model.batch import Inputs, batch_size, select, take, tensor_leaves
+from nullbayes.model.last_layer import check_last_layer
 from nullbayes.model.loader import limited
 
 # Examples at most: predicting them linearised costs as much as capturing their rows.
@@ -157,6 +158,8 @@ def capture_training(
         plan, inputs = ready(functional, plan, inputs, outputs, where, index)
         if capturing is None:
             problem.likelihood.check_reach(outputs, targets)
+            if functional.last_layer:
+                check_last_layer(functional, inputs)
             capturing = _Capturing(problem, plan, memory, Reservoir(audited, 0, memory.check))
         capturing.add(inputs, outputs, targets)
     assert capturing is not None

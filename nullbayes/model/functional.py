@@ -71,6 +71,8 @@ class FunctionalModel:
         self.padded = False
         # The least precise numbers that a forward pass was seen to compute with.
         self.rounding: torch.dtype = space.dtype
+        # Whether the chosen weights are said to be those of a last layer.
+        self.last_layer = False
         # Whether gradients by the inputs were once compared with differences.
         self.differentiated = False
         self._settled = False

@@ -18,7 +18,8 @@ from nullbayes.fit.plan import Plan
 from nullbayes.fit.result import Settings
 from nullbayes.fit.target import FullLaplace, NullSpace
 from nullbayes.likelihood import Likelihood, LossFunction, resolve_loss
-from nullbayes.model.functional import Forward, functional_model
+from nullbayes.model.functional import Forward, functional_model, unwrapped
+from nullbayes.model.last_layer import resolved
 from nullbayes.model.parameters import ParameterChoice
 from nullbayes.model.randomness import FrozenRandomness, resolve_randomness
 from nullbayes.posterior.base import Posterior
@@ -43,8 +44,9 @@ class NullSpacePosterior(Posterior):
         likelihood: ``"classification"``, ``"binary"``, ``"regression"``, a likelihood object, or a callable
             ``loss(outputs, targets) -> (B,)`` of whatever the model returns; ``loss=`` is another name for it.
         preserve: ``"predictions"``, ``"outputs"``, ``"loss"``, or an object.
-        parameters: which weights take part: all that require a gradient (None), names, or a
-            filter ``(name, parameter) -> bool``.
+        parameters: which weights take part: all that require a gradient (None), names, a
+            filter ``(name, parameter) -> bool``, or ``"last-layer"``: the module that was registered last; ``fit``
+            makes sure that outputs are linear in it.
         prior_precision: ``"evidence"``, a number, or one for each parameter tensor ``{name: value}``.
         solver: ``"auto"``, the name of a registered solver, or an object from ``nb.solvers``.
         directions: None (all), a number or ``"auto"``: how many of the leading eigen-directions of
@@ -93,7 +95,9 @@ class NullSpacePosterior(Posterior):
             raise InputError(f"`delta` is {delta!r}; expected a number, 0 (exact) or more.")
         explained = resolve_loss(likelihood, loss, "classification")
         frozen = resolve_randomness(randomness, draws)
-        functional = functional_model(model, parameters, forward, explained.layouts, frozen)
+        chosen = resolved(unwrapped(model), parameters)
+        functional = functional_model(model, chosen, forward, explained.layouts, frozen)
+        functional.last_layer = chosen is not parameters
         problem = Problem.of(functional, explained, preserve, directions, prior_precision)
         row_drift = _row_drift(row_drift, drift)
         target = NullSpace(float(delta))
@@ -137,7 +141,9 @@ class LaplacePosterior(Posterior):
     ) -> None:
         explained = resolve_loss(likelihood, loss, "classification")
         frozen = resolve_randomness(randomness, draws)
-        functional = functional_model(model, parameters, forward, explained.layouts, frozen)
+        chosen = resolved(unwrapped(model), parameters)
+        functional = functional_model(model, chosen, forward, explained.layouts, frozen)
+        functional.last_layer = chosen is not parameters
         problem = Problem.of(functional, explained, preserve, directions, prior_precision)
         row_drift = _row_drift(row_drift, drift)
         target = FullLaplace(1.0)

@@ -162,3 +162,32 @@ def test_what_does_not_fit_is_said() -> None:
         posterior.predict(iter(()))
     with says(nb.InputError, "targets", "one batch"):
         posterior.novelty(DataLoader(TensorDataset(X, Y)), score="loss", targets=Y)
+
+
+# -- the last layer ------------------------------------------------------------------------------
+
+
+class HeadFirst(torch.nn.Module):
+    """Registers its head before its body."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.body = torch.nn.Linear(6, 3), torch.nn.Linear(3, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.body(x).tanh())
+        return out
+
+
+def test_the_last_layer_is_found_and_proved() -> None:
+    model = network()
+    found = nb.LaplacePosterior(model, parameters="last-layer").fit(TRAIN, 4, **QUIET)
+    named = nb.LaplacePosterior(model, parameters=["2.weight", "2.bias"]).fit(TRAIN, 4, **QUIET)
+    assert found.space.names == ("2.weight", "2.bias")
+    assert torch.equal(found.predict(X).outputs, named.predict(X).outputs)
+    with says(nb.ModelError, "'last-layer'", "body.weight", "not linear", "head.weight"):
+        nb.LaplacePosterior(HeadFirst().eval(), parameters="last-layer").fit(TRAIN, 4, **QUIET)
+    with says(nb.InputError, "last-layer", "no parameters"):
+        nb.LaplacePosterior(torch.nn.Flatten(), parameters="last-layer")
+    with says(nb.InputError, "'last_layer'"):
+        nb.LaplacePosterior(model, parameters="last_layer")

@@ -11,6 +11,8 @@ estimator.predict_proba(X_new), estimator.score_samples(X_new)
 from __future__ import annotations
 
 import copy
+import tempfile
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,6 +23,7 @@ from torch import nn
 from nullbayes.errors import InputError, MissingExtraError
 from nullbayes.likelihood import Likelihood, Regression
 from nullbayes.posterior.base import Posterior
+from nullbayes.posterior.loading import load
 from nullbayes.posterior.posterior import LaplacePosterior, NullSpacePosterior
 
 try:
@@ -139,6 +142,31 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
     def _targets(self, y: Array, outputs: torch.Tensor) -> Array:
         return y
 
+    # -- pickles -----------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With the posterior as its file, which holds no rows: scores of a copy come from its samples."""
+        state = dict(super().__getstate__())
+        posterior = state.pop("posterior_", None)
+        if posterior is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "posterior.safetensors"
+                posterior.save(file)
+                state["_stored"] = (file.read_bytes(), posterior.model)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        stored = state.pop("_stored", None)
+        super().__setstate__(state)
+        if stored is not None:
+            content, model = stored
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "posterior.safetensors"
+                file.write_bytes(content)
+                loaded = load(file, model)
+            assert isinstance(loaded, Posterior)
+            self.posterior_ = loaded
+
     # -- use ---------------------------------------------------------------------------------------
 
     def _checked(self, X: Any) -> Array:
@@ -153,7 +181,8 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
 
     def score_samples(self, X: Any) -> Array:
         """How much each input is like the training data ``(N,)``: minus its novelty in nats, as scikit-learn has it."""
-        return -self.posterior_.novelty(self._checked(X)).cpu().numpy()
+        checked = self._checked(X)
+        return -self.posterior_.novelty(checked).cpu().numpy()
 
     @property
     def certificate_(self) -> Any:
@@ -204,14 +233,16 @@ class NullSpaceClassifier(ClassifierMixin, _Estimator):  # type: ignore[misc]
 
     def predict_proba(self, X: Any) -> Array:
         """Mean probabilities ``(N, classes)``, which sum to one."""
-        mean = self.posterior_.predict(self._checked(X)).mean.double().cpu().numpy()
+        checked = self._checked(X)
+        mean = self.posterior_.predict(checked).mean.double().cpu().numpy()
         if mean.shape[1] == 1:
             mean = np.concatenate([1 - mean, mean], axis=1)
         return mean / mean.sum(1, keepdims=True)
 
     def predict(self, X: Any) -> Array:
         """The most probable label ``(N,)``."""
-        return self.classes_[self.predict_proba(X).argmax(1)]
+        best = self.predict_proba(X).argmax(1)
+        return self.classes_[best]
 
 
 class NullSpaceRegressor(RegressorMixin, _Estimator):  # type: ignore[misc]
@@ -265,7 +296,8 @@ class NullSpaceRegressor(RegressorMixin, _Estimator):  # type: ignore[misc]
 
     def predict(self, X: Any, return_std: bool = False) -> Any:  # scikit-learn's signature
         """Mean ``(N,)`` or ``(N, O)``; ``return_std``: with the standard deviation of a new target."""
-        prediction = self.posterior_.predict(self._checked(X))
+        checked = self._checked(X)
+        prediction = self.posterior_.predict(checked)
         mean, std = prediction.mean, prediction.total.sqrt()
         out = [t.double().cpu().numpy() for t in (mean, std)]
         out = [t.reshape(len(t)) if self._flat else t for t in out]

@@ -134,8 +134,9 @@ def test_a_skorch_net_is_trained_on_a_clone() -> None:
     net = skorch.NeuralNetClassifier(
         nn.Linear(4, 3),
         criterion=nn.CrossEntropyLoss,
-        max_epochs=30,
-        lr=0.1,
+        max_epochs=100,
+        lr=0.05,
+        optimizer=torch.optim.Adam,
         verbose=0,
         train_split=None,
     )
@@ -151,11 +152,9 @@ def test_a_skorch_net_is_trained_on_a_clone() -> None:
 #: scikit-learn's own checks that a prefit network of one input size can meet; the others train on data of many shapes
 CHECKS = (
     "check_no_attributes_set_in_init",
-    "check_parameters_default_constructible",
     "check_get_params_invariance",
     "check_set_params",
     "check_estimators_unfitted",
-    "check_do_not_raise_errors_in_init_or_set_param",
     "check_estimator_cloneable",
     "check_estimator_repr",
 )
@@ -167,8 +166,6 @@ def test_scikit_learns_own_checks(kind: Any, check: str, flowers: nn.Module) -> 
     found = getattr(estimator_checks, check, None)
     if found is None:
         pytest.skip("not in this version of scikit-learn")
-    if check == "check_parameters_default_constructible":
-        pytest.skip("`module` has no default: there is no network without one")
     found(kind.__name__, kind(flowers))
 
 

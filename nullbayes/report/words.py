@@ -58,12 +58,20 @@ def headline(results: Mapping[str, Any]) -> str:
     else:
         way = "rose" if after > before else "fell"
         accuracy = f"Training accuracy {way} from {before:.4f} to {after:.4f}"
+    differences = results.get("differences", {}).get("null_space", {})
+
+    def told(key: str, before: float, after: float, digits: int) -> str:
+        word = judged(differences.get(key), higher_is_better=key == "auroc", digits=digits)
+        if word == SAME and f"{before:.{digits}f}" != f"{after:.{digits}f}":
+            return f"the same within its error ({before:.{digits}f}, {after:.{digits}f})"
+        return moved(before, after, digits)
+
     return "; ".join(
         [
             accuracy,
-            f"NLL {moved(point['nll'], ours['nll'], 3)}",
-            f"ECE {moved(point['ece'], ours['ece'], 3)}",
-            f"out-of-distribution AUROC {moved(mean_auroc(point), mean_auroc(ours), 2)}.",
+            f"NLL {told('nll', point['nll'], ours['nll'], 3)}",
+            f"ECE {told('ece', point['ece'], ours['ece'], 3)}",
+            f"out-of-distribution AUROC {told('auroc', mean_auroc(point), mean_auroc(ours), 2)}.",
         ]
     )
 

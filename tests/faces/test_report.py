@@ -216,6 +216,9 @@ def test_the_same_results_give_the_same_bytes(page, results):
 def test_headline_says_what_came_out(results):
     results["methods"]["point"].update(nll=0.619, ece=0.081, auroc={"a": 0.8, "b": 0.64})
     results["methods"]["null_space"].update(nll=0.584, ece=0.055, auroc={"a": 0.957, "b": 0.918})
+    found = results["differences"]["null_space"]
+    found["nll"], found["ece"] = {"value": -0.035, "error": 0.01}, {"value": -0.026, "error": 0.01}
+    found["auroc"] = {"value": 0.22, "error": 0.01}
     assert headline(results) == (
         "Same training accuracy; NLL down from 0.619 to 0.584; ECE down from 0.081 to 0.055; "
         "out-of-distribution AUROC up from 0.72 to 0.94."
@@ -223,10 +226,21 @@ def test_headline_says_what_came_out(results):
     results["methods"]["null_space"].update(
         train_accuracy=0.9, nll=0.7, ece=0.081, auroc={"a": 0.5, "b": 0.5}
     )
+    found["nll"], found["auroc"] = {"value": 0.08, "error": 0.01}, {"value": -0.2, "error": 0.01}
     assert headline(results) == (
         "Training accuracy fell from 0.9876 to 0.9000; NLL up from 0.619 to 0.700; ECE unchanged at 0.081; "
         "out-of-distribution AUROC down from 0.72 to 0.50."
     )
+
+
+def test_the_headline_claims_no_difference_within_two_standard_errors(results):
+    results["methods"]["point"].update(nll=0.123, ece=0.025)
+    results["methods"]["null_space"].update(nll=0.111, ece=0.022)
+    found = results["differences"]["null_space"]
+    found["nll"], found["ece"] = {"value": -0.012, "error": 0.01}, {"value": -0.003, "error": None}
+    said = headline(results)
+    assert "NLL the same within its error (0.123, 0.111)" in said
+    assert "ECE the same within its error (0.025, 0.022)" in said
 
 
 def test_better_and_worse_are_said_beyond_two_standard_errors_only(results):

@@ -111,6 +111,7 @@ def as_loader(
     *,
     labelled: bool = True,
     batch_size: int = BATCH,
+    pieces: bool = False,
 ) -> Iterable[Any]:
     """Batches of ``data``, which can be read again.
 
@@ -118,6 +119,8 @@ def as_loader(
         data: a loader or list of batches, a `torch.utils.data.Dataset`, a tuple ``(X, y)`` (or ``(X1, X2, y)``) of
             tensors or arrays, a Lightning data module, or, where targets are not needed, ``X`` alone.
         name: of the argument, for messages; it also says which loader of a data module is meant.
+        pieces: a tuple of tensors that differ in nothing but their length is batches without targets, as
+            ``x.split(32)`` makes them, and not ``(X, y)``.
         dtype: of the network; floating-point arrays of NumPy and pandas are converted to it.
 
     Raises:
@@ -129,7 +132,8 @@ def as_loader(
                 f"`{name}` is one {type(data).__name__}, but targets are needed: pass `(X, y)`, or a loader."
             )
         return _sliced((as_tensor(data, dtype),), name, batch_size)
-    if isinstance(data, tuple) and len(data) >= 2 and all(is_array(t) for t in data):
+    several = isinstance(data, tuple) and len(data) >= 2 and all(is_array(t) for t in data)
+    if several and not (pieces and _alike(data)):
         return _sliced(tuple(as_tensor(t, dtype) for t in data), name, batch_size)
     if hasattr(data, "train_dataloader"):
         return _of_module(data, name)
@@ -137,6 +141,10 @@ def as_loader(
         return DataLoader(data, batch_size=batch_size)
     check_reusable(data, name)
     return data
+
+
+def _alike(values: tuple[Any, ...]) -> bool:
+    return len({(tuple(v.shape[1:]), v.dtype) for v in values if isinstance(v, Tensor)}) == 1
 
 
 def is_array(value: Any) -> bool:

@@ -13,6 +13,8 @@ from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.precision import tolerance
 
 LAST_LAYER = "last-layer"
+# How far weights are moved, in units of their own size: far enough for any curvature to show.
+STEP = 3.0
 
 
 def last_layer(model: nn.Module) -> list[str]:
@@ -53,7 +55,7 @@ def check_last_layer(functional: FunctionalModel, inputs: Inputs) -> None:
     with torch.no_grad():
         base = functional(weights, inputs).double()
         once, twice = moved(1.0) - base, moved(2.0) - base
-    allowed = 100 * tolerance(functional.rounding, functional.device)
+    allowed = 10 * tolerance(functional.rounding, functional.device)
     size = float(once.norm()) + float(base.norm())
     if float((twice - 2 * once).norm()) > allowed * size or not float(once.norm()) > 0:
         raise ModelError(
@@ -63,7 +65,7 @@ def check_last_layer(functional: FunctionalModel, inputs: Inputs) -> None:
 
 
 def _size(weight: Tensor) -> float:
-    return float(weight.double().square().mean().sqrt()) or 1.0
+    return STEP * (float(weight.double().square().mean().sqrt()) or 1.0)
 
 
 def resolved(model: nn.Module, choice: Any) -> Any:

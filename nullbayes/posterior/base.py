@@ -216,7 +216,7 @@ class Posterior(Judged, Predicts, Grows):
     def _data(self, data: Any, name: str) -> Iterable[Any]:
         """``data`` as a loader; with what can be said of it and of the model before anything is computed."""
         free = self.functional.layouts is not None
-        loader = as_loader(data, name, self.functional.dtype, labelled=not free)
+        loader = as_loader(data, name, self.functional.dtype, labelled=not free, pieces=free)
         check_mode(self.model, frozen=self.problem.randomness is not None)
         self.space.check_finite(self.model)
         return loader
@@ -265,7 +265,8 @@ class Posterior(Judged, Predicts, Grows):
             ood_loader = as_loader(ood_loader, "ood_loader", dtype, labelled=False)
         check_arguments(metric, ood_loader)
         self._check_model()
-        val_loader = as_loader(val_loader, "val_loader", dtype)
+        free = self.functional.layouts is not None
+        val_loader = as_loader(val_loader, "val_loader", dtype, labelled=not free, pieces=free)
         plan = fit.plan or self._proven
         if plan is None:
             plan = self._capture_plan(first_inputs(self.functional, val_loader, "val_loader"))

@@ -185,9 +185,25 @@ def test_the_last_layer_is_found_and_proved() -> None:
     named = nb.LaplacePosterior(model, parameters=["2.weight", "2.bias"]).fit(TRAIN, 4, **QUIET)
     assert found.space.names == ("2.weight", "2.bias")
     assert torch.equal(found.predict(X).outputs, named.predict(X).outputs)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        other = HeadFirst().eval()
     with says(nb.ModelError, "'last-layer'", "body.weight", "not linear", "head.weight"):
-        nb.LaplacePosterior(HeadFirst().eval(), parameters="last-layer").fit(TRAIN, 4, **QUIET)
+        nb.LaplacePosterior(other, parameters="last-layer").fit(TRAIN, 4, **QUIET)
     with says(nb.InputError, "last-layer", "no parameters"):
         nb.LaplacePosterior(torch.nn.Flatten(), parameters="last-layer")
     with says(nb.InputError, "'last_layer'"):
         nb.LaplacePosterior(model, parameters="last_layer")
+
+
+def test_pieces_of_a_tensor_are_batches_without_targets_for_a_loss_that_needs_none() -> None:
+    model = network(outputs=3)
+
+    def loss(outputs: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        return (outputs - inputs).square().sum(1)
+
+    wanted = nb.LaplacePosterior(model, loss).fit([X[:4], X[4:]], 3, **QUIET)
+    found = nb.LaplacePosterior(model, loss).fit(X.split(4), 3, **QUIET)
+    assert torch.equal(found.predict(X).outputs, wanted.predict(X).outputs)
+    paired = nb.LaplacePosterior(model, lambda out, y: (out[:, 0] - y).square())
+    assert paired.fit((X, Y.float()), 3, **QUIET).certificate.examples == 7

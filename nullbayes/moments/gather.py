@@ -23,9 +23,9 @@ from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.loader import split_batch
 from nullbayes.moments.blocks import Blocks
 from nullbayes.moments.capture import recording
+from nullbayes.moments.collector import Collector
 from nullbayes.moments.members import Members
 from nullbayes.moments.second import BlockMoments
-from nullbayes.moments.verify import adding, check_finite_inputs, sums_do
 
 # Examples drawn for the certificate, at most, and bytes that they may take.
 KEPT_EXAMPLES = 128
@@ -95,6 +95,7 @@ def gather(
     seed: int,
     name: str,
     visit: Callable[[Tensor, Any], None] | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Gathered:
     """Run the network over ``batches`` and add up what its layers receive.
 
@@ -102,6 +103,7 @@ def gather(
         ranks: by block, the rank of a sketch, or None for the whole matrix.
         seed: of the choice of examples that are kept.
         visit: called with each batch's outputs and targets.
+        dtype: of products, see :func:`working_dtype`.
 
     Raises:
         NonFiniteError: a layer's inputs hold NaN or infinity; names the layer and the batch.
@@ -110,13 +112,12 @@ def gather(
     device = functional.device
     pairs = zip(blocks.blocks, ranks, strict=True)
     out = Gathered([BlockMoments.zeros(b, device, rank) for b, rank in pairs], Members())
-    kept = _Reservoir(seed)
+    kept, collector = _Reservoir(seed), Collector(blocks, out.sums, dtype)
     for index, inputs, targets in batches:
         where = f"{name}, batch {index}"
-        receive = adding(blocks.blocks, out.sums)
-        with recording(blocks.sites, receive, sums_do(blocks, out.sums)):
+        with recording(blocks.sites, collector.receive, collector.summers):
             outputs = functional.outputs(inputs, where)
-        check_finite_inputs(blocks.blocks, out.sums, where)
+        collector.end_batch(where)
         if visit is not None:
             visit(outputs, targets)
         out.members.add(inputs)
@@ -124,6 +125,7 @@ def gather(
         out.examples += batch_size(inputs)
     if not out.examples:
         raise InputError(f"`{name}` holds no examples: every batch is empty. Pass a filled loader.")
+    collector.finish()
     out.kept = kept.groups()
     return out
 

@@ -13,9 +13,10 @@ from nullbayes.errors import InputError, ModelError
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.batch import batch_size, select, tensor_leaves
 from nullbayes.model.loader import check_reusable
-from nullbayes.model.randomness import content_hash
 from nullbayes.moments.factor import negative_share
 from nullbayes.moments.gather import KEPT_EXAMPLES, Gathered, unlabelled
+from nullbayes.moments.members import digests
+from nullbayes.moments.products import working_dtype
 from nullbayes.moments.sketch import Sketch
 from nullbayes.posterior.layer_certificate import ALLOWED_CHANGE, HALF_CHANGE
 from nullbayes.posterior.layer_fit import INPUTS, LayerFit, Source, collect, concluded
@@ -52,7 +53,7 @@ def removed(fit: LayerFit, some: Any, prior: float | None, *, progress: bool) ->
                 "were never added, were removed before, or their inputs differ (padding, augmentation, scaling). "
                 "Pass the inputs exactly as they were fitted; nothing was removed."
             )
-        hashes.append(content_hash(inputs, batch_size(inputs)).cpu())
+        hashes.append(digests(inputs))
     with stages(show=progress) as stage:
         laps, taken = Laps(), _added(fit, some, "some", stage)
         laps.lap(INPUTS)
@@ -142,7 +143,9 @@ def guarded(fit: LayerFit) -> float:
 def _added(fit: LayerFit, loader: Any, name: str, stage: Stages) -> Gathered:
     ranks = [s.inputs.rank if isinstance(s.inputs, Sketch) else None for s in fit.gathered.sums]
     state = fit.state
-    source = Source(loader, name, state.seed)
+    source = Source(
+        loader, name, state.seed, working_dtype(state.functional.dtype, state.delta)
+    )
     return collect(state.functional, None, source, stage, 0, (state.blocks, ranks))[1]
 
 
@@ -180,7 +183,7 @@ def _share(part: Gathered, examples: int) -> list[tuple[Any, Any]]:
 
 def _without(group: tuple[Any, Any], gone: torch.Tensor) -> tuple[Any, Any] | None:
     inputs, targets = group
-    here = content_hash(inputs, batch_size(inputs)).cpu()
+    here = digests(inputs)
     index = (~torch.isin(here, gone)).nonzero()[:, 0].tolist()
     return _selected(inputs, targets, index) if index else None
 

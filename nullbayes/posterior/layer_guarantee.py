@@ -16,7 +16,7 @@ from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.moments.blocks import Block
 from nullbayes.moments.capture import plain_paths, recording
 from nullbayes.moments.factor import Factor, RowFactor, TiedFactor
-from nullbayes.moments.rule import Seen, Summed
+from nullbayes.moments.rule import Seen
 from nullbayes.posterior.layer_state import LayerState
 
 CHECKED_SAMPLES = 8
@@ -188,8 +188,7 @@ class _Own:
         self.inputs: dict[int, list[Tensor]] = {}
         self.rows: dict[int, Tensor] = {}
 
-    def receive(self, site: int, number: int, column: int | None, seen: Seen | Summed) -> None:
-        assert isinstance(seen, Seen)
+    def receive(self, site: int, number: int, column: int | None, seen: Seen) -> None:
         block = self.blocks[number]
         groups, outputs, columns = block.size
         if seen.index is not None:

@@ -96,9 +96,7 @@ class Collector:
         for number, summer in self.summers.items():
             mark = summer.mark()
             if mark is not None:
-                marks += [
-                    (place, mark) for place, _ in self.blocks.sites[number].places.values()
-                ]
+                marks += [(place, mark) for place, _ in self.blocks.sites[number].places.values()]
         if marks and not bool(torch.stack([m.double() for _, m in marks]).isfinite().all()):
             first = min(n for n, mark in marks if not bool(mark.isfinite()))
             raise NonFiniteError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-
 from torch.utils._pytree import tree_flatten
 
 from nullbayes.model.batch import Inputs, batch_size, flags_of, plain
@@ -60,8 +59,8 @@ class Members:
 def digests(inputs: Inputs) -> Tensor:
     """One int64 ``(B,)`` of each example: its numbers times random ones, summed in a ring (Dietzfelbinger 1996).
 
-    One product a number, so that telling examples apart costs little beside the network. Floating-point numbers count in
-    float32, zeros not at all, as in ``model/randomness.py``; what all examples share does not count.
+    One product a number, so that telling examples apart costs little beside the network. Floating-point numbers count
+    in float32, zeros not at all, as in ``model/randomness.py``; what all examples share does not count.
     """
     size = batch_size(inputs)
     total = torch.zeros(size, dtype=torch.int64)

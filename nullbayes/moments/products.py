@@ -62,7 +62,7 @@ class InputSums:
         self.count = self.rows = 0
 
     def add(self, a: Tensor, *, shared: bool = False) -> tuple[Tensor, Tensor | None] | None:
-        """Add inputs ``(n, G, I)``. Returns their product and totals where ``shared`` asks for them and can have them."""
+        """Add inputs ``(n, G, I)``; where ``shared`` asks for them and can have them, their product and totals."""
         groups, own = a.shape[1:]
         same = groups > 1 and a.stride(1) == 0  # one input for all groups
         if own and (groups == 1 or same) and shared and len(a) <= ROWS:

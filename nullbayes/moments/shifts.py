@@ -1,10 +1,10 @@
 """Second moments of a convolution's patches from products of shifted copies of its input.
 
-The patch at position ``p`` of the output has ``x[p + i]`` at tap ``i``, so the block of taps ``(i, j)`` of ``Σ a aᵀ`` is
-``Σ_p x[p + i] x[p + j]ᵀ``: a sum over ``q = p + i`` of ``x[q] x[q + Δ]ᵀ`` with ``Δ = j - i``. Pairs of taps with one
-``Δ`` add up the same products over ranges of ``q`` that differ at the borders alone. So each ``Δ`` needs one product over
-the common range and one for each row and column at the borders: 13 products of ``C`` channels for a kernel of 3 × 3
-where patches take 81 (45 by symmetry).
+The patch at position ``p`` of the output has ``x[p + i]`` at tap ``i``, so the block of taps ``(i, j)`` of ``Σ a aᵀ``
+is ``Σ_p x[p + i] x[p + j]ᵀ``: a sum over ``q = p + i`` of ``x[q] x[q + Δ]ᵀ`` with ``Δ = j - i``. Pairs of taps with one
+``Δ`` add up the same products over ranges of ``q`` that differ at the borders alone. So each ``Δ`` needs one product
+over the common range and one for each row and column at the borders: 13 products of ``C`` channels for a kernel of
+3 × 3 where patches take 81 (45 by symmetry).
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ class ShiftedSums:
     def fits(self, positions: Sequence[int]) -> bool:
         """Whether maps of so many positions have a common range along each axis."""
         return all(
-            n > d * (k - 1)
-            for n, k, d in zip(positions, self.kernel, self.dilation, strict=True)
+            n > d * (k - 1) for n, k, d in zip(positions, self.kernel, self.dilation, strict=True)
         )
 
     def add(self, x: Tensor, positions: Sequence[int]) -> None:

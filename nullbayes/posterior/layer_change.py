@@ -13,7 +13,7 @@ from nullbayes.errors import InputError, ModelError
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.batch import batch_size, select, tensor_leaves
 from nullbayes.model.loader import check_reusable
-from nullbayes.moments.factor import negative_share
+from nullbayes.moments.factor import nearly_positive
 from nullbayes.moments.gather import KEPT_EXAMPLES, Gathered, unlabelled
 from nullbayes.moments.members import digests
 from nullbayes.moments.products import working_dtype
@@ -23,8 +23,8 @@ from nullbayes.posterior.layer_fit import INPUTS, LayerFit, Source, collect, con
 from nullbayes.posterior.layer_guarantee import guarded_precision, targets_for
 from nullbayes.posterior.layer_state import LayerState
 
-# Negative eigenvalues, beside the largest, that rounding leaves of a removal.
-ROUNDING = 1e-9
+# Negative eigenvalues, beside the largest, that rounding leaves of a removal, by the dtype of the products.
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
 def fresh(likelihood: Likelihood) -> Likelihood:
@@ -65,9 +65,11 @@ def removed(fit: LayerFit, some: Any, prior: float | None, *, progress: bool) ->
             )
         pairs = zip(fit.gathered.sums, taken.sums, strict=True)
         sums = [mine.plus(other, -1) for mine, other in pairs]
+        state = fit.state
+        rounding = ROUNDING[working_dtype(state.functional.dtype, state.delta)]
         for block, result in zip(fit.state.blocks.blocks, sums, strict=True):
             negative = result.rows is not None and bool((result.rows < 0).any())
-            if negative or result.count < 0 or negative_share(result) > ROUNDING:
+            if negative or result.count < 0 or not nearly_positive(result, rounding):
                 raise InputError(
                     f"without `some`, the second moments of the layer with {block.name!r} would not be positive: "
                     "these inputs were never added in this form. Pass them exactly as they were fitted (padding too); "
@@ -143,9 +145,7 @@ def guarded(fit: LayerFit) -> float:
 def _added(fit: LayerFit, loader: Any, name: str, stage: Stages) -> Gathered:
     ranks = [s.inputs.rank if isinstance(s.inputs, Sketch) else None for s in fit.gathered.sums]
     state = fit.state
-    source = Source(
-        loader, name, state.seed, working_dtype(state.functional.dtype, state.delta)
-    )
+    source = Source(loader, name, state.seed, working_dtype(state.functional.dtype, state.delta))
     return collect(state.functional, None, source, stage, 0, (state.blocks, ranks))[1]
 
 

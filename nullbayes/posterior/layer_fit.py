@@ -127,9 +127,7 @@ def collect(
             functional, blocks, everything, ranks, seed, name, dtype=source.products
         )
     residuals = _Residuals(likelihood)
-    out = gather(
-        functional, blocks, everything, ranks, seed, name, residuals.add, source.products
-    )
+    out = gather(functional, blocks, everything, ranks, seed, name, residuals.add, source.products)
     residuals.finish()
     return blocks, out
 

@@ -78,24 +78,23 @@ def sliding_sums(module: Any, x: Tensor, positions: Sequence[int], dtype: torch.
     # From overlapping views to the order of the products: one copy.
     view = x.unflatten(1, (groups, -1))
     # (n, G, channels, length, *positions of the other axes, *their taps)
-    others = list(range(4, 3 + spatial))
-    view = view.permute(1, 3, 0, *others, 2, *range(3 + spatial, 2 + 2 * spatial))
+    others, tails = range(4, 3 + spatial), range(3 + spatial, 2 + 2 * spatial)
+    view = view.permute(1, 3, 2, *tails, 0, *others)
     slices = torch.empty(view.shape, dtype=dtype, device=x.device).copy_(view)
-    slices = slices.reshape(groups, length, -1, across)
+    slices = slices.reshape(groups, length, across, -1)
     gram = x.new_zeros(groups, taps, across, taps, across, dtype=torch.float64)
     sums = x.new_zeros(groups, taps, across, dtype=torch.float64)
     count = positions[0]
-    by_slice = slices.sum(2)
+    by_slice = slices.sum(3)
     for first in range(taps):
         start = first * step
         some = by_slice[:, start : start + stride * (count - 1) + 1 : stride]
         sums[:, first] = some.sum(1, dtype=torch.float64)
+    products = _pairs(slices, taps, step)
     for apart in range(taps):
-        shift = apart * step
-        products = slices[:, : length - shift].mT @ slices[:, shift:]  # (G, length - shift, I', I')
         for first in range(taps - apart):
             start = first * step
-            some = products[:, start : start + stride * (count - 1) + 1 : stride]
+            some = products[apart][:, start : start + stride * (count - 1) + 1 : stride]
             total = some.sum(1, dtype=torch.float64)
             gram[:, first, :, first + apart] = total
             gram[:, first + apart, :, first] = total.mT
@@ -106,6 +105,24 @@ def sliding_sums(module: Any, x: Tensor, positions: Sequence[int], dtype: torch.
     gram = gram.permute(0, 2, 1, 3, 5, 4, 6).reshape(groups, inputs, inputs)
     sums = sums.reshape(order).transpose(1, 2).reshape(groups, inputs)
     return Summed("weight", gram, sums, n * math.prod(positions[:spatial]))
+
+
+def _pairs(slices: Tensor, taps: int, step: int) -> list[Tensor]:
+    """By distance in taps: products ``(G, at least length - distance, I', I')`` of ``slices (G, length, I', n)``."""
+    groups, length, across, n = slices.shape
+    if step != 1 or length < taps:
+        shifts = [apart * step for apart in range(taps)]
+        return [slices[:, : length - shift] @ slices[:, shift:].mT for shift in shifts]
+    # A slice and those after it lie side by side: one product for all distances.
+    whole = length - taps + 1
+    size, strides = (groups, whole, taps * across, n), slices.stride()
+    after = slices.as_strided(size, (strides[0], strides[1], n, 1))
+    out = slices.new_empty(groups, length, across, taps, across)
+    out[:, :whole] = (slices[:, :whole] @ after.mT).view(groups, whole, across, taps, across)
+    for r in range(whole, length):
+        some = slices[:, r] @ slices[:, r:].flatten(1, 2).mT
+        out[:, r, :, : length - r] = some.view(groups, across, length - r, across)
+    return [out[:, : length - apart, :, apart] for apart in range(taps)]
 
 
 class ConvSummer(Summer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,14 +73,20 @@ def targets_for(likelihood: Likelihood, point: Tensor, targets: Any, inputs: Inp
     )
 
 
-def measure(state: LayerState, likelihood: Likelihood, alpha: float, samples: int) -> Measured:
-    """Run the re-weighted network itself on the examples that the pass over the data kept."""
+def measure(
+    state: LayerState,
+    likelihood: Likelihood,
+    alpha: float,
+    samples: int,
+    examples_of: Iterable[tuple[Inputs, Any]] | None = None,
+) -> Measured:
+    """Run the re-weighted network itself on batches ``(inputs, targets or None)``; None: those that the pass kept."""
     functional, scale = state.functional, alpha**-0.5
     divergence, count, moved, size = 0.0, 0, 0.0, 0.0
     before, after, examples = [0.0, 0], [0.0, 0], 0
     labelled = True
     with torch.no_grad():
-        for inputs, targets in state.gathered.kept:
+        for inputs, targets in state.gathered.kept if examples_of is None else examples_of:
             point = functional.outputs(inputs, "the training data")
             outputs = state.sampled(inputs, scale, samples)
             if not bool(outputs.isfinite().all()):

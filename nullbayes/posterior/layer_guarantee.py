@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,9 +88,24 @@ def measure(
     key = (alpha, samples, examples)
     if key not in state.measured:
         groups = _few(state.checked, examples) if examples else state.checked
-        state.measured[key] = _measure(state, likelihood, alpha, samples, groups)
+        each = _outputs(state, groups, alpha**-0.5, samples)
+        state.measured[key] = _measured(likelihood, samples, each)
     found: Measured = state.measured[key]
     return found
+
+
+def measure_on(
+    state: LayerState,
+    likelihood: Likelihood,
+    alpha: float,
+    samples: int,
+    batches: Iterable[tuple[Inputs, Any]],
+) -> Measured:
+    """The same on batches ``(inputs, targets or None)`` that are not kept; each sample is made for each batch."""
+    functional = state.functional
+    groups = ((x, y, functional.outputs(x, "the training data")) for x, y in batches)
+    each = ((group, state.sampled(group[0], alpha**-0.5, samples)) for group in groups)
+    return _measured(likelihood, samples, each)
 
 
 def _few(groups: list[Checked], examples: int) -> list[Checked]:
@@ -105,15 +120,14 @@ def _few(groups: list[Checked], examples: int) -> list[Checked]:
     return out
 
 
-def _measure(
-    state: LayerState, likelihood: Likelihood, alpha: float, samples: int, groups: list[Checked]
+def _measured(
+    likelihood: Likelihood, samples: int, each: Iterable[tuple[Checked, Tensor]]
 ) -> Measured:
-    scale = alpha**-0.5
     divergence, count, moved, size = 0.0, 0, 0.0, 0.0
     before, after, examples = [0.0, 0], [0.0, 0], 0
     labelled = True
     with torch.no_grad():
-        for (inputs, targets, point), outputs in _outputs(state, groups, scale, samples):
+        for (inputs, targets, point), outputs in each:
             if not bool(outputs.isfinite().all()):
                 return Measured(math.inf, math.inf, None, None, 0)
             labels = targets_for(likelihood, point, targets, inputs)

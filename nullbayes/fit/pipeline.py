@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,9 @@ from nullbayes.common.memory import (
     available_bytes,
     explained_out_of_memory,
     format_bytes,
+    give_back,
     peak_bytes,
+    working_within,
 )
 from nullbayes.common.progress import (
     AUDIT,
@@ -68,13 +71,13 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
     """
     laps, before = Laps(), quick_digest(problem.functional.model)
     budget = settings.memory or default_budget(available_bytes(problem.device))
-    with explained_out_of_memory(budget), stages(show=run.progress) as stage:
+    memory = FitMemory.of(budget, run.num_samples, problem.space.total, problem.dtype)
+    with within(budget, memory), stages(show=run.progress) as stage:
         problem = with_fitted_noise(problem, loader, run.max_examples, stage)
-        memory = FitMemory.of(budget, run.num_samples, problem.space.total, problem.dtype)
         rows = capture_training(problem, loader, run.max_examples, memory, stage, run.audit)
         laps.lap(ROWS)
         laps.move(rows.plan.checking_seconds, ROWS, AUDIT)
-        choice = chosen_solver(settings, rows.operator, run.num_samples, budget)
+        choice = chosen_solver(settings, rows.operator, run.num_samples, budget - memory.beside)
         fitting = Fitting(problem, settings, run, rows, choice, stage, laps)
         fitting.factorise()
         fitting.project()
@@ -84,6 +87,13 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
         notes += _not_kept(loader, rows, run.max_examples)
     check_undisturbed(problem, before)
     return fitting.finish(check, evidence, audit, notes)
+
+
+@contextmanager
+def within(budget: int, memory: FitMemory) -> Iterator[None]:
+    """A fit's work with no larger temporaries than its budget has room for."""
+    with explained_out_of_memory(budget), working_within(memory.temporaries):
+        yield
 
 
 def check_undisturbed(problem: Problem, before: int) -> None:
@@ -109,7 +119,7 @@ class Fitting:
         laps: Laps,
     ) -> None:
         self.problem, self.settings, self.run, self.rows = problem, settings, run, rows
-        self.solver, self.why = choice.solver, choice.why
+        self.solver, self.why, self.room = choice.solver, choice.why, choice.room
         self.stage, self.laps = stage, laps
         self.theta = problem.trained_weights()
         self.by_evidence = settings.target.preserves and problem.by_evidence
@@ -130,7 +140,8 @@ class Fitting:
         state = self.prepared
         if state is None:
             state = self.solver.prepare(self.rows.operator, self.stage.fraction(GRAM))
-        self.laps.lap(GRAM)
+        state.room = self.room
+        self._lap(GRAM)
         alpha, notes = 1.0, tuple[str, ...]()
         if self.problem.given_precision is not None:
             alpha = self.problem.given_precision
@@ -150,7 +161,12 @@ class Fitting:
             tick=self.stage.fraction(FACTORISATION),
         )
         self.state, self.alpha, self._precision_notes = state, alpha, notes
-        self.laps.lap(FACTORISATION)
+        self._lap(FACTORISATION)
+
+    def _lap(self, stage: str) -> None:
+        self.laps.lap(stage)
+        if self.settings.memory is not None:
+            give_back()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -184,7 +200,7 @@ class Fitting:
             return [linearised_outputs(problem.functional, plan, moved, h.inputs)[1] for h in held]
 
         done, found = projected(work, noise if noise_rows else None, held, changes)
-        self.laps.lap(PROJECTION)
+        self._lap(PROJECTION)
         self.prior, self.done, self.held, self.held_changes = v, done, held, found
         gone = float(row_norms(v).square().sum() - row_norms(done.value).square().sum())
         passed = target.numerical or self.state.rank is None
@@ -211,7 +227,7 @@ class Fitting:
     def audit(self) -> Audit:
         """What samples do to examples of all the data, by someone else than the rows."""
         self.effects = self.rows.operator.matvec(self.done.value)
-        self.laps.lap(CERTIFICATE)
+        self._lap(CERTIFICATE)
         self.auditing = auditing_of(self.problem, self.rows, self.run.audit)
         allowed = max(LEAST_AUDIT, AUDIT_SHARE * self.laps.total)
         found = audited(self.problem, self.auditing, self.unit, self.prior, self.effects, allowed)
@@ -271,7 +287,11 @@ class Fitting:
 def chosen_solver(
     settings: Settings, operator: JacobianOperator, num_samples: int, budget: int
 ) -> Choice:
-    """A solver that fits beside the rows; rows go to disk where that makes room for it."""
+    """A solver that fits beside the rows; rows go to disk where that makes room for it.
+
+    Args:
+        budget: bytes that rows and solver may take together.
+    """
     m, p = operator.shape
     size = Size(
         m, p, num_samples, operator.product_flops, operator.gram_flops, operator.dtype.itemsize
@@ -282,11 +302,11 @@ def chosen_solver(
     if choice.nbytes > budget - resident + movable:
         raise MemoryBudgetError(
             f"{choice.solver.name} needs {format_bytes(choice.nbytes)} for {m} rows, {p} weights and "
-            f"{num_samples} samples, more than the {format_bytes(budget)} of `memory=`. Raise it, draw fewer "
+            f"{num_samples} samples, more than the {format_bytes(budget)} that `memory=` leaves it. Raise that, draw fewer "
             "samples at a time, or leave the choice to solver='auto'."
         )
     operator.move_out(budget - choice.nbytes)
-    return choice
+    return replace(choice, room=max(choice.nbytes, budget - operator.resident))
 
 
 def _not_kept(loader: Iterable[Any], rows: TrainingRows, limit: int | None) -> list[str]:

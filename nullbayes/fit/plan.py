@@ -137,6 +137,7 @@ def plan_fit(
             ROWS: min(trial.factor_bytes, memory.rows),
             "temporaries": _temporaries(problem, proven, few.largest, rows, memory)
             + _checked(outputs, few, memory),
+            "libraries": memory.libraries,
         },
         {
             ROWS: proving + (capturing - checking) / size * few.examples,
@@ -144,7 +145,7 @@ def plan_fit(
         },
         [],
     )
-    _solve(draft, trial, settings, budget)
+    _solve(draft, trial, settings, budget - memory.beside)
     draft.advice += _on_generic(problem, proven)
     return Plan(
         few.examples,

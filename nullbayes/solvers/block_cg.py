@@ -19,7 +19,7 @@ CHECK_EVERY = 10
 PATIENCE = 40
 LEAST_GAIN = 0.9
 # Columns that a float64 product of two blocks of vectors holds at a time.
-_COLUMNS = 2**20
+_COLUMNS = 2**16
 
 Precondition = Callable[[Tensor], Tensor]
 #: ``(‖A x‖ (S,), ‖r‖ (S,)) -> (S,)``: at most one where a sample is good enough

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from nullbayes.common.memory import working_bytes
 from nullbayes.common.progress import CERTIFICATE, FACTORISATION, GRAM, PROJECTION
 from nullbayes.errors import SolverError
 from nullbayes.jacobian.block_storage import BLOCK_ROWS
@@ -253,6 +254,14 @@ class DualState(State):
     def left_out(self, vectors: Tensor, spans: Sequence[slice]) -> list[Tensor] | None:
         # K⁻¹ A v of a row is the residual that it would have, times its entry of K⁻¹.
         image = self.operator.matvec(vectors).double()  # (S, M)
+        out: list[Tensor] = []
+        # A solve holds the right sides, scaled and transposed, and the solutions, likewise.
+        for some in _grouped(spans, max(1, working_bytes() // (6 * 8 * len(self.chol)))):
+            out += self._left_out(image, some)
+        return out
+
+    def _left_out(self, image: Tensor, spans: Sequence[slice]) -> list[Tensor]:
+        """As `left_out`, for as many rows as can be solved for at once; ``image (S, M)``."""
         chosen = torch.cat([torch.arange(s.start, s.stop) for s in spans]).to(image.device)
         units = torch.zeros(len(chosen), len(self.chol), dtype=image.dtype, device=image.device)
         units[torch.arange(len(chosen), device=image.device), chosen] = 1.0
@@ -289,3 +298,18 @@ class DualState(State):
                 total += self.shift**j * blocks(half, width)
                 half = half.mul_(self.scale[:, None])
         return total
+
+
+def _grouped(spans: Sequence[slice], rows: int) -> Iterator[list[slice]]:
+    """Consecutive ``spans`` with at most so many ``rows`` together, one of them at least."""
+    group: list[slice] = []
+    held = 0
+    for span in spans:
+        size = span.stop - span.start
+        if group and held + size > rows:
+            yield group
+            group, held = [], 0
+        group.append(span)
+        held += size
+    if group:
+        yield group

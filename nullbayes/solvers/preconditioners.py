@@ -43,6 +43,10 @@ class Preconditioner(ABC):
     def prepare(self, operator: RowOperator, shift: float, tick: Tick | None = None) -> None:
         """What needs ``A`` and the shift alone."""
 
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Bytes that it takes for ``A (rows, columns)``, as far as that can be told beforehand."""
+        return 0
+
     @abstractmethod
     def apply(self, r: Tensor) -> Tensor:
         """Symmetric positive definite; same shape and dtype."""
@@ -91,9 +95,8 @@ class Subset(Preconditioner):
 
     def prepare(self, operator: RowOperator, shift: float, tick: Tick | None = None) -> None:
         m = operator.shape[0]
-        rows = self.rows or min(int((GRAM_BYTES / 8) ** 0.5), max(256, m // 10))
         generator = torch.Generator().manual_seed(self.seed)
-        self._some = operator.subset(min(rows, m), generator)
+        self._some = operator.subset(self._wanted(m), generator)
         gram = self._some.gram(tick)
         require_finite(gram, "the Gram matrix of the preconditioner's subset")
         share = self._some.shape[0] / m
@@ -103,6 +106,13 @@ class Subset(Preconditioner):
         self.mu = max(self.mu + shift, 1e-4 * float(gram.diagonal().max()), 1e-300)
         self._factorise(gram, self.mu * share)
         self.notes = (f"subset of {self._some.shape[0]} rows, tail curvature {self.mu:.2g}",)
+
+    def _wanted(self, m: int) -> int:
+        return min(m, self.rows or min(int((GRAM_BYTES / 8) ** 0.5), max(256, m // 10)))
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """The Gram matrix, its scaled copy and the factor of that."""
+        return 3 * 8 * self._wanted(rows) ** 2
 
     def _factorise(self, gram: Tensor, shift: float) -> None:
         shifted = gram.clone()
@@ -196,6 +206,10 @@ class Sketch(Preconditioner):
     def __init__(self, columns: int | None = None, seed: int = 0) -> None:
         self.columns, self.seed = columns, seed
 
+    def nbytes(self, rows: int, columns: int) -> int:
+        """The Gram matrix, one product to add to it, and the factor; or the last two and a copy to solve with."""
+        return 3 * 8 * rows**2
+
     def prepare(self, operator: RowOperator, shift: float, tick: Tick | None = None) -> None:
         m, p = operator.shape
         if 16 * m**2 > 4 * GRAM_BYTES:
@@ -243,9 +257,16 @@ class Pivoted(Preconditioner):
     def __init__(self, rank: int | None = None, seed: int = 0) -> None:
         self.rank, self.seed = rank, seed
 
+    def _wanted(self, m: int) -> int:
+        return self.rank or min(PIVOTS, m, max(1, GRAM_BYTES // (8 * m)))
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """The factor, and a copy of it while it grows."""
+        return 2 * 8 * rows * self._wanted(rows)
+
     def prepare(self, operator: RowOperator, shift: float, tick: Tick | None = None) -> None:
         m = operator.shape[0]
-        rank = self.rank or min(PIVOTS, m, max(1, GRAM_BYTES // (8 * m)))
+        rank = self._wanted(m)
         generator = torch.Generator().manual_seed(self.seed)
         diagonal = row_square_norms(operator)
         require_finite(diagonal, "the diagonal of the Gram matrix")

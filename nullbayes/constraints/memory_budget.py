@@ -16,8 +16,8 @@ ROWS_SHARE = 0.6
 # Bytes of inputs and sampled outputs that the certificate may hold on to.
 CHECK_BYTES = 2**29
 # Buffers of the linear algebra libraries, pages of code that are read for the first time, and holes between allocations:
-# what a process grows by beside its tensors (measured: 8 to 14 MB). Of small budgets a quarter.
-LIBRARY_BYTES = 16 * 2**20
+# what a process grows by beside its tensors (measured: 12 to 20 MB). Of small budgets a third.
+LIBRARY_BYTES = 20 * 2**20
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class FitMemory:
         temporaries: of the capture of one piece of a batch, or of one product.
         check: examples with their sampled outputs, for the certificate.
         samples: how many sampled outputs an example has.
-        beside: what is held beside rows and solver: temporaries, examples for the certificate and the audit, and
-            ``libraries``, what the process grows by beside its tensors.
+        beside: what is held beside rows and solver: temporaries, one block, examples for the certificate and the
+            audit, and ``libraries``, what the process grows by beside its tensors.
     """
 
     rows: int
@@ -48,10 +48,11 @@ class FitMemory:
         block = min(BLOCK_BYTES, budget // 16)
         temporaries = min(WORKING_BYTES, budget // 8)
         check = min(CHECK_BYTES, budget // 16)
-        libraries = min(LIBRARY_BYTES, budget // 4)
-        beside = libraries + temporaries + 2 * check
+        libraries = min(LIBRARY_BYTES, budget // 3)
+        # A block that is not in memory is there while it is read.
+        beside = libraries + temporaries + 2 * check + block
         # Captured pieces lie beside the block that they are merged to, before there is a solver.
-        room = budget - beside - max(vectors, 2 * block)
+        room = budget - beside - max(vectors, block)
         return FitMemory(
             rows=max(budget // 8, min(room, int(ROWS_SHARE * (budget - vectors)))),
             block=block,

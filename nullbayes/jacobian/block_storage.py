@@ -130,6 +130,7 @@ class OnDisk(Kept):
         finally:
             if hasattr(mmap, "MADV_DONTNEED"):
                 self._map.madvise(mmap.MADV_DONTNEED)
+            give_back()
 
 
 class Recomputed(Kept):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nullbayes.common.memory import working_bytes
+from nullbayes.common.memory import WORKING_BYTES, working_bytes
 from nullbayes.model.parameters import Slot
 
 # Elements of the largest temporary that one product may create (256 MB of float32).
@@ -23,8 +23,9 @@ SEEN_FIRST = 4
 
 
 def chunk_elements() -> int:
-    """Elements of the largest temporary that one product may create now; two of them are held at a time."""
-    return min(CHUNK_ELEMENTS, max(1, working_bytes() // 8))
+    """Elements of the largest temporary that one product may create now; up to four of them are held at a time."""
+    room = working_bytes()
+    return CHUNK_ELEMENTS if room == WORKING_BYTES else min(CHUNK_ELEMENTS, max(1, room // 16))
 
 
 def add_into(out: Tensor, values: Tensor) -> None:

@@ -15,8 +15,8 @@ SOLVER_VECTORS = 9
 ROWS_SHARE = 0.6
 # Bytes of inputs and sampled outputs that the certificate may hold on to.
 CHECK_BYTES = 2**29
-# Buffers of the linear algebra libraries, pages of code that are read for the first time, and holes between allocations:
-# what a process grows by beside its tensors (measured: 12 to 20 MB). Of small budgets a third.
+# What a process grows by beside its tensors: buffers of the linear algebra libraries, code that is read for the first
+# time, holes between allocations (measured: 12 to 20 MB). Of small budgets a third.
 LIBRARY_BYTES = 20 * 2**20
 
 

@@ -302,8 +302,8 @@ def chosen_solver(
     if choice.nbytes > budget - resident + movable:
         raise MemoryBudgetError(
             f"{choice.solver.name} needs {format_bytes(choice.nbytes)} for {m} rows, {p} weights and "
-            f"{num_samples} samples, more than the {format_bytes(budget)} that `memory=` leaves it. Raise that, draw fewer "
-            "samples at a time, or leave the choice to solver='auto'."
+            f"{num_samples} samples, more than the {format_bytes(budget)} that `memory=` leaves it. Raise that, draw "
+            "fewer samples at a time, or leave the choice to solver='auto'."
         )
     operator.move_out(budget - choice.nbytes)
     return replace(choice, room=max(choice.nbytes, budget - operator.resident))

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nullbayes.common.decompositions import svd
+
 
 class Sketch:
     """``G`` sketches of rank at most ``rank`` over ``I`` columns, float64."""
@@ -40,7 +42,7 @@ class Sketch:
 
     def _shrink(self) -> None:
         """Back to ``rank`` rows; what the next one has is taken off all of them and added to ``cut``."""
-        _, sizes, directions = torch.linalg.svd(self.rows, full_matrices=False)
+        _, sizes, directions = svd(self.rows)
         squares = sizes.square()
         off = (
             squares[:, self.rank]
@@ -77,5 +79,5 @@ class Sketch:
         if not self.rows.shape[1]:
             groups, _, columns = self.rows.shape
             return self.rows.new_zeros(groups, columns, 0), self.rows.new_zeros(groups, 0), self.cut
-        _, sizes, directions = torch.linalg.svd(self.rows, full_matrices=False)
+        _, sizes, directions = svd(self.rows)
         return directions.mT, sizes.square() + self.cut[:, None], self.cut

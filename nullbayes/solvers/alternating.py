@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nullbayes.common.decompositions import eigh
 from nullbayes.jacobian.operator import RowOperator, Tick
 from nullbayes.solvers.base import Cost, Projection, Size, Solver, Status, relative, require_finite
 from nullbayes.solvers.block_cg import row_norms
@@ -104,7 +105,7 @@ class AlternatingState(IterativeState):
         for piece in operator.pieces(solver.batch_rows):
             gram = piece.gram()
             require_finite(gram, "the Gram matrix of a mini-batch")
-            values, vectors = torch.linalg.eigh(gram)
+            values, vectors = eigh(gram)
             rows = slice(start, start + piece.shape[0])
             self.batches.append(_Batch(piece, rows, values.clamp(min=0), vectors))
             start = rows.stop

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from nullbayes.common.decompositions import eigvalsh, pinv
 from nullbayes.common.memory import working_bytes
 from nullbayes.common.progress import CERTIFICATE, FACTORISATION, GRAM, PROJECTION
 from nullbayes.errors import SolverError
@@ -237,7 +238,7 @@ class DualState(State):
         return gram
 
     def exact_spectrum(self) -> Spectrum:
-        values = torch.linalg.eigvalsh(self.recovered_gram()).clamp(min=0)
+        values = eigvalsh(self.recovered_gram()).clamp(min=0)
         return Spectrum(values, torch.ones_like(values), exact=True)
 
     def extended(self, operator: RowOperator, added: RowOperator) -> DualState:
@@ -276,7 +277,7 @@ class DualState(State):
             diagonal = block.diagonal()
             scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).rsqrt()
             scale = scale * (diagonal > 0)
-            inner = torch.linalg.pinv(scale[:, None] * block * scale, hermitian=True)
+            inner = pinv(scale[:, None] * block * scale, hermitian=True)
             out.append(weights[:, at : at + size] * scale @ inner * scale)
             at += size
         return out

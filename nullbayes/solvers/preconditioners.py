@@ -24,6 +24,8 @@ SKETCH_COLUMNS = 32768
 # Rows that randomly pivoted Cholesky picks at most, and at a time.
 PIVOTS = 2048
 PIVOT_BLOCK = 128
+# Added to a unit diagonal at most, for a matrix that rounding has made indefinite.
+MOST_JITTER = 1e-2
 
 
 class Preconditioner(ABC):
@@ -120,11 +122,9 @@ class Subset(Preconditioner):
         diagonal = shifted.diagonal().clone()
         self._scale = diagonal.clamp(min=1e-300).rsqrt()
         shifted.mul_(self._scale[:, None]).mul_(self._scale)
-        shifted.diagonal().fill_(1 + 1e-7)
-        factor, info = torch.linalg.cholesky_ex(shifted)
-        if int(info):
-            raise SolverError("the Gram matrix of the preconditioner's subset is not positive.")
-        self._factor = factor
+        self._factor = positive_factor(
+            shifted, 1e-7, "the Gram matrix of the preconditioner's subset"
+        )
 
     def apply(self, r: Tensor) -> Tensor:
         image = self._some.matvec(r).double() * self._scale
@@ -173,7 +173,7 @@ class Kronecker(Preconditioner):
         self.notes = (f"Kronecker factors, tail curvature {self.mu:.2g}",)
 
     def apply(self, r: Tensor) -> Tensor:
-        out = torch.empty_like(r)
+        out = r.clone()  # parameters that no row has are as they were
         for layer in self._layers:
             layer.damp(r, out, self.mu)
         return out
@@ -233,12 +233,7 @@ class Sketch(Preconditioner):
         require_finite(gram, "the Gram matrix of the sketched rows")
         self._scale = (gram.diagonal() + shift).clamp(min=1e-300).rsqrt()
         gram.mul_(self._scale[:, None]).mul_(self._scale)
-        gram.diagonal().fill_(1 + 1e-6)
-        self._factor, info = torch.linalg.cholesky_ex(gram)
-        if int(info):
-            raise SolverError(
-                "the sketched Gram matrix is not positive; raise the sketch's `columns`."
-            )
+        self._factor = positive_factor(gram, 1e-6, "the sketched Gram matrix")
         self.notes = (f"Gram matrix of {columns} random projections of the rows",)
 
     def apply(self, r: Tensor) -> Tensor:
@@ -296,12 +291,33 @@ class Pivoted(Preconditioner):
         self._factor = factor
         small = factor.T @ factor
         small.diagonal().add_(self.mu)
-        self._small = torch.linalg.cholesky(small)
+        scale = small.diagonal().rsqrt()
+        small.mul_(scale[:, None]).mul_(scale)
+        self._root = positive_factor(small, 0.0, "the Gram matrix of the pivots")
+        self._root.div_(scale[:, None])
         self.notes = (f"{factor.shape[1]} random pivots, tail curvature {self.mu:.2g}",)
 
     def apply(self, r: Tensor) -> Tensor:
-        inner = torch.cholesky_solve((r @ self._factor).T, self._small).T
+        inner = torch.cholesky_solve((r @ self._factor).T, self._root).T
         return (r - inner @ self._factor.T) / self.mu
+
+
+def positive_factor(matrix: Tensor, jitter: float, what: str) -> Tensor:
+    """``L`` with ``L Lᵀ`` the ``matrix`` of unit diagonal and ``jitter``, or more of it where rounding asks for that.
+
+    Raises:
+        SolverError: a hundredth of the diagonal is not enough.
+    """
+    while jitter <= MOST_JITTER:
+        matrix.diagonal().fill_(1 + jitter)
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if not int(info):
+            return factor
+        jitter = max(10 * jitter, 1e-15)
+    raise SolverError(
+        f"{what} could not be factorised even with jitter {MOST_JITTER:.0e} of its diagonal; use a float64 model "
+        "(`model.double()`), or another preconditioner."
+    )
 
 
 def row_square_norms(operator: RowOperator) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nullbayes.common.decompositions import solve, svd
 from nullbayes.common.progress import FACTORISATION, GRAM, PROJECTION
 from nullbayes.jacobian.operator import RowOperator, Tick
 from nullbayes.solvers.base import (
@@ -85,7 +86,7 @@ class PrimalQR(Solver):
                     tick(done / m)
         r = self._absorb(r, pending)
         require_finite(r, "the triangular factor of the Jacobian rows")
-        _, sigma, basis = torch.linalg.svd(r, full_matrices=False)
+        _, sigma, basis = svd(r)
         if tick:
             tick(1.0)
         return PrimalState(self, operator, sigma, basis)
@@ -197,7 +198,7 @@ class PrimalState(State):
             # One minus the leverage: the row space holds these rows, so nothing else remains.
             free = torch.eye(len(rows), dtype=x.dtype, device=x.device)
             free -= (seen * ((1 - kept) / self.sigma.square())) @ seen.T
-            out.append(torch.linalg.solve(free, beyond).T)
+            out.append(solve(free, beyond).T)
         return out
 
     def explained(self, rows: RowOperator, width: int = 1) -> Tensor:

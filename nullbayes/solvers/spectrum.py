@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nullbayes.common.decompositions import eigh, eigvalsh, solve
 from nullbayes.jacobian.operator import RowOperator
 from nullbayes.solvers.base import Settled, Spectrum
 
@@ -25,7 +26,7 @@ def gram_spectrum(gram: Tensor, settled: Settled | None = None) -> Spectrum:
     """Spectrum of a symmetric positive semi-definite ``(M, M)`` float64 matrix."""
     m = len(gram)
     if m <= EXACT_UP_TO:
-        values = torch.linalg.eigvalsh(gram).clamp(min=0)
+        values = eigvalsh(gram).clamp(min=0)
         return Spectrum(values, torch.ones_like(values), exact=True)
     generator = torch.Generator().manual_seed(0)
     probes = torch.randint(0, 2, (m, PROBES), generator=generator).double().mul_(2).sub_(1)
@@ -33,7 +34,9 @@ def gram_spectrum(gram: Tensor, settled: Settled | None = None) -> Spectrum:
     # coarser than that.
     single = gram.float()
     starts = probes.T.to(gram.device)
-    return _lanczos(lambda v: (single @ v.T.float()).T.double(), starts, STEPS, settled, BASIS_BYTES)
+    return _lanczos(
+        lambda v: (single @ v.T.float()).T.double(), starts, STEPS, settled, BASIS_BYTES
+    )
 
 
 def operator_spectrum(
@@ -147,7 +150,7 @@ def _quadrature(alpha: Tensor, beta: Tensor, size: int) -> Spectrum:
     last = alpha.new_zeros(probes, k, 1)
     last[:, -1, 0] = beta[:, -1].square()
     eye = torch.eye(k, dtype=alpha.dtype, device=alpha.device)
-    corner = end + torch.linalg.solve(tridiagonal - end * eye, last)[:, -1, 0]
+    corner = end + solve(tridiagonal - end * eye, last)[:, -1, 0]
     longer = alpha.new_zeros(probes, k + 1, k + 1)
     longer[:, :k, :k] = tridiagonal
     longer[:, k, k] = corner
@@ -158,6 +161,6 @@ def _quadrature(alpha: Tensor, beta: Tensor, size: int) -> Spectrum:
 
 
 def _rule(tridiagonal: Tensor, size: int) -> Spectrum:
-    values, vectors = torch.linalg.eigh(tridiagonal)
+    values, vectors = eigh(tridiagonal)
     weights = vectors[:, 0].square() * (size / len(values))
     return Spectrum(values.clamp(min=0).flatten(), weights.flatten(), exact=False)

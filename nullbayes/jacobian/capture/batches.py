@@ -31,7 +31,7 @@ def examples_per_capture(
     cotangents: int,
     temporaries: int | None = None,
 ) -> int:
-    """How many examples one backward pass may carry, with so many bytes of ``temporaries`` (None: as many as work may)."""
+    """How many examples one backward pass may carry, with so many bytes of ``temporaries`` (None: what work may take)."""
     fits = (temporaries or working_bytes()) // capture_bytes(functional, plan, cotangents)
     return max(1, min(fits, CAPTURE_ROWS // max(1, cotangents)))
 

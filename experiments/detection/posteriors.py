@@ -9,7 +9,7 @@ from torch import Tensor
 
 import nullbayes as nb
 from experiments.detection.base import BATCH, Given, Score, score
-from experiments.detection.published import Energy
+from nullbayes.posterior.layer_leverage import Leverages
 
 SAMPLES = 30
 MEMORY = "4GB"
@@ -71,86 +71,73 @@ class LayerLeverage(_Layers):
     kind = "leverage"
 
 
-class _Combined(Score):
-    """The largest of several scores, each in standard deviations above its mean on reference inputs.
+class _Excess(_Layers):
+    """By how much leverages exceed those of training examples: sizes at every layer, the direction at the last.
 
-    Ranks among the reference inputs cannot tell inputs beyond all of them apart; deviations of the logarithm can.
+    Logarithms, in standard deviations above the median of training examples (by quantiles); what lies below counts for
+    nothing, so a layer that says nothing adds nothing. Unseen classes often have *small* features in unusual
+    directions, inputs beyond the range of a column have *large* ones in usual directions: one of the two is seen.
     """
 
-    source = "this library"
-    parts: ClassVar[tuple[type[Score], ...]]
-    mean: ClassVar[bool] = False
+    kind = "leverage"
+    weight: ClassVar[float] = 0.0  # of the energy
 
     def fit(self, given: Given) -> None:
-        self.made = [part() for part in self.parts]
-        self.centre, self.spread = [], []
-        for part in self.made:
-            part.fit(given)
-            found = part(given.reference).double()
-            self.centre.append(found.median())
-            low, high = found.quantile(0.16), found.quantile(0.84)
-            self.spread.append((0.5 * (high - low)).clamp_min(1e-12))
+        super().fit(given)
+        self.given = given
+        state = self.posterior._fitted().state
+        self.sizes, self.directions = (
+            Leverages(state.functional, state.blocks, state.gathered, state.delta, relative=r)
+            for r in (False, True)
+        )
+        some = given.train.inputs[:REFERENCES]
+        self.references = [_centre_and_spread(part) for part in self.parts(some)]
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        """Log leverages ``(B, L)`` of all layers, ``(B, 1)`` of the last one's direction, and the energy ``(B, 1)``."""
+        sizes, directions = (self._logs(of, x) for of in (self.sizes, self.directions))
+        out = [sizes, directions[:, -1:]]
+        if self.weight:
+            out.append(-self.given.logits(x).double().logsumexp(1, keepdim=True))
+        return out
+
+    def _logs(self, of: Leverages, x: Tensor) -> Tensor:
+        found: list[Tensor] = []
+        for part in x.split(BATCH):
+            values = {
+                n: v for n, v in of.by_example(part).items() if of.blocks.blocks[n].columns > 2
+            }
+            means = [values[n].double().nanmean(1) for n in sorted(values)]
+            found.append(torch.stack(means, 1).clamp_min(1e-300).log())
+        return torch.cat(found)
 
     def __call__(self, x: Tensor) -> Tensor:
-        found = [
-            (part(x).double() - centre) / spread
-            for part, centre, spread in zip(self.made, self.centre, self.spread, strict=True)
-        ]
-        stacked = torch.stack(found)
-        return stacked.mean(0) if self.mean else stacked.amax(0)
+        total: Tensor | float = 0.0
+        weights = (1.0, 1.0, self.weight)
+        for part, weight, (centre, spread) in zip(
+            self.parts(x), weights, self.references, strict=False
+        ):
+            total = total + weight * ((part - centre) / spread).clamp_min(0).square().mean(1)
+        assert isinstance(total, Tensor)
+        return total
 
 
-class _Logarithm(_Layers):
-    """Leverage is a sum of squares; its logarithm has the tails of the other scores."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return super().__call__(x).clamp_min(1e-30).log()
+REFERENCES = 300  # training examples that give the scale
 
 
-class _LayersLog(_Logarithm):
-    name = family = "layers, log"
-    kind = "leverage"
-
-
-class _NullLog(NullSpacePredictions):
-    name = "null, log"
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return super().__call__(x).clamp_min(1e-30).log()
+def _centre_and_spread(values: Tensor) -> tuple[Tensor, Tensor]:
+    centre = values.quantile(0.5, 0)
+    return centre, (values.quantile(0.84, 0) - centre).clamp_min(1e-2)
 
 
 @score
-class CombinedLayers(_Combined):
-    name = "combined, layers and energy"
-    family = "combined"
-    parts = (_LayersLog, Energy)
+class Excess(_Excess):
+    name = "layers, excess"
+    family = "layer null space"
 
 
 @score
-class CombinedNull(_Combined):
-    name = "combined, null space and energy"
-    family = "combined"
-    parts = (_NullLog, Energy)
-
-
-@score
-class CombinedAll(_Combined):
-    name = "combined, layers, null space and energy"
-    family = "combined"
-    parts = (_LayersLog, _NullLog, Energy)
-
-
-@score
-class CombinedMean(_Combined):
-    name = "combined, mean of layers, null space and energy"
-    family = "combined"
-    parts = (_LayersLog, _NullLog, Energy)
-    mean = True
-
-
-@score
-class CombinedBoth(_Combined):
-    name = "combined, layers and null space"
-    family = "combined"
-    any_output = True
-    parts = (_LayersLog, _NullLog)
+class ExcessEnergy(_Excess):
+    name = family = "combined"
+    any_output = False
+    weight = 0.5

@@ -34,6 +34,7 @@ from nullbayes.posterior.calibration import (
     check_arguments,
 )
 from nullbayes.posterior.layer_certificate import LayerCertificate
+from nullbayes.posterior.layer_export import TOLERANCE, Export, LayerModule, export_module
 from nullbayes.posterior.layer_fit import (
     INPUTS,
     LayerFit,
@@ -412,6 +413,38 @@ class LayerNullSpacePosterior(LayerJudged):
         """
         state = self._ready().state
         return LayerProjector(self.model, state.blocks, state.factors)
+
+    @undisturbed_method
+    def export_module(
+        self, x: Inputs, *, samples: int = 0, tolerance: float = TOLERANCE
+    ) -> LayerModule:
+        """Outputs and leverage in one forward pass of one plain module, for `torch.export` and ONNX.
+
+        The module is a copy: it holds no hooks, and neither the model nor this posterior is needed with it. It is made
+        for any number of examples, and compared with this posterior on ``x`` before it is returned.
+
+        Args:
+            x: two inputs or more, as the network takes them.
+            samples: sampled networks whose mean prediction it gives as well, 2 or more; each is one more network in it.
+            tolerance: how far off each layer's leverage may be, as a share; where the inputs of a layer vary in few
+                directions this saves most of its cost. 0: as `novelty` has it.
+
+        Raises:
+            InputError: inputs that cannot be used; one example alone. ModelError: a network that cannot be exported.
+        """
+        x = self._inputs(x)
+        if batch_size(x) < 2:
+            raise InputError(
+                "`x` holds one example; pass two or more, by which the axis of the batch is found."
+            )
+        samples = check_count(samples, "samples", 0)
+        if samples == 1:
+            raise InputError(
+                "`samples` is 1; expected 0 (no prediction), or 2 and more to average."
+            )
+        if tolerance != 0:
+            tolerance = check_positive(tolerance, "tolerance")
+        return export_module(self, self._fitted(), x, Export(samples, float(tolerance)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write sums, settings, certificate and a fingerprint of the model to one file; no data, no samples."""

@@ -11,7 +11,7 @@ from nullbayes.model.functional import undisturbed_method
 from nullbayes.moments.gather import unlabelled
 from nullbayes.posterior.joint import Joint
 from nullbayes.posterior.judged import Judged
-from nullbayes.posterior.layer_guarantee import measure
+from nullbayes.posterior.layer_guarantee import measure_on
 from nullbayes.posterior.layer_rows import joint_covariance
 from nullbayes.posterior.measuring.methods import GIVEN, GUARANTEE
 from nullbayes.posterior.measuring.subject import Moved
@@ -52,7 +52,7 @@ class LayerJudged(Judged):
         batches = unlabelled(own._data(data, "data"), own.functional.device, "data")
         pairs = ((inputs, targets) for _, inputs, targets in batches)
         samples = max(2, own.num_samples)
-        return measure(fit.state, own.likelihood, fit.alpha, samples, pairs).divergence
+        return measure_on(fit.state, own.likelihood, fit.alpha, samples, pairs).divergence
 
     # -- being judged, see `nullbayes.posterior.measuring.subject` ----------------------------------
 

@@ -26,6 +26,7 @@ from nullbayes.model.fingerprint import check_unchanged, quick_digest
 from nullbayes.model.functional import Forward, FunctionalModel, undisturbed_method, unwrapped
 from nullbayes.model.loader import first_inputs
 from nullbayes.model.parameters import ParameterChoice, ParameterSpace
+from nullbayes.moments.products import working_dtype
 from nullbayes.posterior import layer_change
 from nullbayes.posterior.calibration import (
     CalibrationPath,
@@ -151,9 +152,9 @@ class LayerNullSpacePosterior(LayerJudged):
         likelihood = layer_change.fresh(self.likelihood)
         budget = self._memory or default_budget(available_bytes(self.functional.device))
         with stages(show=progress) as stage, explained_out_of_memory(budget):
-            laps = Laps()
+            laps, products = Laps(), working_dtype(self.functional.dtype, self.delta)
             blocks, gathered = collect(
-                self.functional, likelihood, Source(data, "train", seed), stage, budget
+                self.functional, likelihood, Source(data, "train", seed, products), stage, budget
             )
             laps.lap(INPUTS)
             state = LayerState(self.functional, blocks, gathered, self.delta, seed, num_samples)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import nullbayes as nb
 from nullbayes.moments.blocks import Block
 from nullbayes.moments.factor import Edge
-from nullbayes.moments.rule import Layout
+from nullbayes.moments.rule import Layout, Summed
 from nullbayes.moments.second import BlockMoments
 from nullbayes.moments.traced import Form, Probe
 from tests.moments.layer_networks import NETWORKS, network, quiet
@@ -196,7 +196,11 @@ def test_forms_against_dense(rank, tolerance):
     a = normal(60, 2, 30) * falling
     block = Block("w", Layout(2, 3, 30), (6, 30), 30, ("b",), ((6,),), table=False, multiplied=True)
     moments = BlockMoments.zeros(block, a.device, rank)
-    moments.add(a, 30, 0)
+    if rank is None:
+        parts = a.transpose(0, 1)
+        moments.add_sums(Summed("w", parts.mT @ parts, parts.sum(1), 60), 30, 0)
+    else:
+        moments.add(a, 30, 0)
     edge = Edge.of(moments, 0.01)
     form = Form.of(moments, edge, 31, tolerance)
     ones = torch.ones(60, 2, 1, dtype=torch.float64)

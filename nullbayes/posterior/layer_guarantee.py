@@ -17,6 +17,7 @@ from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.moments.blocks import Block
 from nullbayes.moments.capture import plain_paths, recording
 from nullbayes.moments.factor import Factor, RowFactor, TiedFactor
+from nullbayes.moments.gather import draws_of
 from nullbayes.moments.rule import Seen
 from nullbayes.posterior.layer_state import Checked, LayerState
 
@@ -175,9 +176,10 @@ def left_out_divergence(state: LayerState, likelihood: Likelihood) -> float | No
 
     Half the trace of the output Hessian times ``Σ_l J_l (I ⊗ P_l') J_lᵀ``, with ``P_l'`` the layer's covariance without
     the example's own inputs: a downdate of rank one for each of them, all at once in closed form. By a few random
-    directions of the Hessian (Hutchinson), so by as many backward passes. None where it does not apply.
+    directions of the Hessian (Hutchinson), so by as many backward passes. None where it does not apply; nor does it
+    where an example is there with several draws of the model's randomness, of which all would have to go.
     """
-    if not state.gathered.kept or not state.blocks.blocks:
+    if not state.gathered.kept or not state.blocks.blocks or draws_of(state.functional) > 1:
         return None
     exact = state.delta == 0.0
     limit = (

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -26,6 +27,8 @@ from nullbayes.model.fingerprint import check_unchanged, quick_digest
 from nullbayes.model.functional import Forward, FunctionalModel, undisturbed_method, unwrapped
 from nullbayes.model.loader import first_inputs
 from nullbayes.model.parameters import ParameterChoice, ParameterSpace
+from nullbayes.model.randomness import FrozenRandomness, resolve_randomness
+from nullbayes.moments.gather import draws_of
 from nullbayes.moments.products import working_dtype
 from nullbayes.posterior import layer_change
 from nullbayes.posterior.calibration import (
@@ -35,7 +38,6 @@ from nullbayes.posterior.calibration import (
     check_arguments,
 )
 from nullbayes.posterior.layer_certificate import LayerCertificate
-from nullbayes.posterior.layer_export import TOLERANCE, Export, LayerModule, export_module
 from nullbayes.posterior.layer_fit import (
     INPUTS,
     LayerFit,
@@ -86,6 +88,9 @@ class LayerNullSpacePosterior(LayerJudged):
         parameters: which weights take part: all that require a gradient (None), names, or a filter.
         forward: ``forward(model, inputs) -> outputs`` where ``model(inputs)`` does not do.
         memory: what a fit may take, e.g. ``"8GB"``; second moments of layers that are too wide for it are sketched.
+        randomness: None: the model must not draw random numbers. ``"frozen"`` (or ``nb.FrozenRandomness(seed)``): an
+            example gets the same ones in every batch and call, and what stands are its outputs with those.
+        draws: with how many draws of that noise each training example is read.
 
     Raises:
         InputError: an argument that cannot be used.
@@ -102,6 +107,8 @@ class LayerNullSpacePosterior(LayerJudged):
         parameters: ParameterChoice = None,
         forward: Forward | None = None,
         memory: str | int | None = None,
+        randomness: str | FrozenRandomness | None = None,
+        draws: int | None = None,
     ) -> None:
         number = isinstance(delta, (int, float)) and not isinstance(delta, bool)
         if not number or not 0 <= delta < math.inf:
@@ -115,8 +122,9 @@ class LayerNullSpacePosterior(LayerJudged):
         else:
             self._prior = check_positive(prior_precision, "prior_precision")
         self.space = ParameterSpace.from_model(self.model, parameters)
+        frozen = resolve_randomness(randomness, draws)
         self.functional = FunctionalModel(
-            self.model, self.space, forward, layouts=self.likelihood.layouts
+            self.model, self.space, forward, layouts=self.likelihood.layouts, randomness=frozen
         )
         self._memory = None if memory is None else parse_bytes(memory)
         self.calibration: CalibrationPath | None = None
@@ -147,7 +155,7 @@ class LayerNullSpacePosterior(LayerJudged):
         """
         num_samples = check_count(num_samples, "num_samples")
         seed, data = check_count(seed, "seed", 0), self._data(train, "train")
-        check_mode(self.model)
+        self._check_mode()
         self.space.check_finite(self.model)
         likelihood = layer_change.fresh(self.likelihood)
         budget = self._memory or default_budget(available_bytes(self.functional.device))
@@ -181,7 +189,7 @@ class LayerNullSpacePosterior(LayerJudged):
     @undisturbed_method
     def plan(self, train: Any) -> LayerPlan:
         """What a fit would cost: seconds, memory, and which layers take part; from the first batch of ``train``."""
-        check_mode(self.model)
+        self._check_mode()
         budget = self._memory or default_budget(available_bytes(self.functional.device))
         return plan_layers(self.functional, self._data(train, "train"), budget)
 
@@ -225,6 +233,7 @@ class LayerNullSpacePosterior(LayerJudged):
             parameters=self.space.names,
             forward=self.functional.user_forward,
             memory=self._memory,
+            randomness=self.functional.randomness,
         )
         out._accept(layer_change.merged(fit, theirs, self._prior))
         return out
@@ -240,7 +249,7 @@ class LayerNullSpacePosterior(LayerJudged):
             ModelError: outputs on training examples moved, so the sums are those of another network.
         """
         fit = self._fitted()
-        check_mode(self.model)
+        self._check_mode()
         self.space.check_finite(self.model)
         self._accept(layer_change.followed(fit, self._prior))
         self._rows = None
@@ -259,14 +268,18 @@ class LayerNullSpacePosterior(LayerJudged):
     def _ready(self) -> LayerFit:
         """The fit, of a model that is still the one that was fitted."""
         fit = self._fitted()
-        check_mode(self.model)
+        self._check_mode()
         digest = quick_digest(self.model)
         if digest != self._seen:
             check_unchanged(self.model, fit.fingerprint)
             self._seen = digest
         return fit
 
-    def _inputs(self, x: Inputs) -> Inputs:
+    def _check_mode(self) -> None:
+        check_mode(self.model, frozen=self.functional.randomness is not None)
+
+    def _inputs(self, x: Inputs, draw: int = 0) -> Inputs:
+        """Checked, on the device, and keyed for one draw of the frozen noise, where there is any."""
         self._ready()
         x = to_device(x, self.functional.device)
         if not batch_size(x, "`x`"):
@@ -274,7 +287,7 @@ class LayerNullSpacePosterior(LayerJudged):
                 "`x` holds no examples: its first axis has length 0. Pass at least one."
             )
         check_inputs(x, "`x`")
-        return x
+        return self.functional.keyed(x, [check_count(draw, "draw", 0)])
 
     def _plan_of_rows(self, x: Inputs) -> CapturePlan:
         if self._rows is None:
@@ -309,15 +322,16 @@ class LayerNullSpacePosterior(LayerJudged):
     # -- use -------------------------------------------------------------------------------------
 
     @undisturbed_method
-    def predict(self, x: Inputs, method: str = "sampled") -> Prediction:
+    def predict(self, x: Inputs, method: str = "sampled", *, draw: int = 0) -> Prediction:
         """Predict a batch ``x`` (tensor, tuple or mapping of tensors).
 
         Args:
             method: ``"sampled"`` (default): the re-weighted networks, which the guarantee is about; ``"linearised"``;
                 or ``"closed"``: the Gaussian of the linearised outputs in closed form, without weight samples.
+            draw: which draw of the frozen noise, where the model draws any.
         """
         check_choice(method, METHODS, "method")
-        x = self._inputs(x)
+        x = self._inputs(x, draw)
         fit, scale = self._fitted(), self._fitted().alpha ** -0.5
         point = self.functional.outputs(x, "`x`")
         if method == "sampled":
@@ -333,16 +347,10 @@ class LayerNullSpacePosterior(LayerJudged):
         return flat if self.likelihood.layouts is None else structured(flat, self.likelihood)
 
     @undisturbed_method
-    def covariance(self, x: Inputs) -> Tensor:
-        """Covariance of the linearised outputs, ``Σ_l J_l (I ⊗ P_l) J_lᵀ / α``, closed form: ``(B, O, O)``."""
-        x = self._inputs(x)
-        fit, plan = self._fitted(), self._plan_of_rows(x)
-        found = output_covariance(fit.state, plan, x, lambda t: t) / fit.alpha
-        return found.to(self.functional.dtype)
-
-    @undisturbed_method
     def novelty(self, x: Inputs, score: str = "information") -> Tensor:
-        """How new each input is to the layers of the network, ``(B,)``; higher is newer. No samples are needed.
+        """How much of each input the layers of the network have not seen, ``(B,)``; higher is less known. No samples.
+
+        Where the model draws random numbers: the mean over the draws that were fitted.
 
         Args:
             score: ``"information"`` (default): ``½ log det(I + J Σ Jᵀ)`` in nats, one backward pass an output;
@@ -350,18 +358,19 @@ class LayerNullSpacePosterior(LayerJudged):
                 receive, relative to its size: one forward pass.
         """
         check_choice(score, SCORES, "score")
-        x = self._inputs(x)
+        values = [self._score(self._inputs(x, d), score) for d in range(draws_of(self.functional))]
+        return torch.stack(values).mean(0).to(self.functional.dtype)
+
+    def _score(self, x: Inputs, score: str) -> Tensor:
         fit = self._fitted()
         if score == "leverage":
             if self._leverages is None:
                 self._leverages = leverages(fit.state)
-            values = leverage_score(self._leverages, x)
-        elif score == "information":
-            values = information_score(fit.state, self._plan_of_rows(x), self.likelihood, x)
-        else:
-            plan = self._plan_of_rows(x)
-            values = variance_score(fit.state, plan, self.likelihood, x, fit.alpha)
-        return values.to(self.functional.dtype)
+            return leverage_score(self._leverages, x)
+        plan = self._plan_of_rows(x)
+        if score == "information":
+            return information_score(fit.state, plan, self.likelihood, x)
+        return variance_score(fit.state, plan, self.likelihood, x, fit.alpha)
 
     @undisturbed_method
     def calibrate(
@@ -414,38 +423,6 @@ class LayerNullSpacePosterior(LayerJudged):
         """
         state = self._ready().state
         return LayerProjector(self.model, state.blocks, state.factors)
-
-    @undisturbed_method
-    def export_module(
-        self, x: Inputs, *, samples: int = 0, tolerance: float = TOLERANCE
-    ) -> LayerModule:
-        """Outputs and leverage in one forward pass of one plain module, for `torch.export` and ONNX.
-
-        The module is a copy: it holds no hooks, and neither the model nor this posterior is needed with it. It is made
-        for any number of examples, and compared with this posterior on ``x`` before it is returned.
-
-        Args:
-            x: two inputs or more, as the network takes them.
-            samples: sampled networks whose mean prediction it gives as well, 2 or more; each is one more network in it.
-            tolerance: how far off each layer's leverage may be, as a share; where the inputs of a layer vary in few
-                directions this saves most of its cost. 0: as `novelty` has it.
-
-        Raises:
-            InputError: inputs that cannot be used; one example alone. ModelError: a network that cannot be exported.
-        """
-        x = self._inputs(x)
-        if batch_size(x) < 2:
-            raise InputError(
-                "`x` holds one example; pass two or more, by which the axis of the batch is found."
-            )
-        samples = check_count(samples, "samples", 0)
-        if samples == 1:
-            raise InputError(
-                "`samples` is 1; expected 0 (no prediction), or 2 and more to average."
-            )
-        if tolerance != 0:
-            tolerance = check_positive(tolerance, "tolerance")
-        return export_module(self, self._fitted(), x, Export(samples, float(tolerance)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write sums, settings, certificate and a fingerprint of the model to one file; no data, no samples."""

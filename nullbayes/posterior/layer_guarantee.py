@@ -20,7 +20,7 @@ from nullbayes.moments.factor import Factor, RowFactor, TiedFactor
 from nullbayes.moments.rule import Seen
 from nullbayes.posterior.layer_state import Checked, LayerState
 
-CHECKED_SAMPLES = 8
+CHECKED_SAMPLES = 4
 # Samples that a search for the prior precision goes by.
 SEARCH_SAMPLES = 2
 # And training examples.
@@ -149,9 +149,9 @@ def _outputs(
         return
     made: list[list[Tensor]] = [[] for _ in groups]
     for index in range(samples):
-        weights = state.moved(index, scale)
+        network = state.functional.bound(state.moved(index, scale))
         for out, (inputs, _, _) in zip(made, groups, strict=True):
-            out.append(state.functional(weights, inputs))
+            out.append(network(inputs))
     for group, out in zip(groups, made, strict=True):
         yield group, torch.stack(out)
 

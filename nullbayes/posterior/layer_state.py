@@ -19,8 +19,10 @@ from nullbayes.moments.capture import plain_paths
 from nullbayes.moments.factor import Edge, Factor, factorise
 from nullbayes.moments.gather import Gathered
 from nullbayes.moments.products import working_dtype
+from nullbayes.moments.second import BlockMoments, DenseMoments
 
 Changes = dict[str, Tensor]
+
 # Inputs, targets or None, and the network's outputs.
 Checked = tuple[Inputs, Any, Tensor]
 
@@ -89,7 +91,14 @@ class LayerState:
     def factors(self) -> list[Factor]:
         """By block, at prior precision one."""
         parts = zip(self.blocks.blocks, self.gathered.sums, self.edges, strict=True)
-        return [factorise(sums, edge, block.columns) for block, sums, edge in parts]
+        out: list[Factor] = []
+        for i, (block, sums, edge) in enumerate(parts):
+            # Queries, keys and values: one input, one factor.
+            if i and _same(sums, self.gathered.sums[i - 1]):
+                out.append(out[-1])
+            else:
+                out.append(factorise(sums, edge, block.columns))
+        return out
 
     @cached_property
     def natural_precision(self) -> float:
@@ -166,3 +175,11 @@ class LayerState:
                 name = canonical.get(id(value), key)
                 out[key] = moved[name].clone() if name in moved else value.detach().clone()
             yield out
+
+
+def _same(one: BlockMoments, two: BlockMoments) -> bool:
+    dense = isinstance(one.inputs, DenseMoments) and isinstance(two.inputs, DenseMoments)
+    if not dense or one.rows is not None or two.rows is not None:
+        return False
+    assert isinstance(one.inputs, DenseMoments) and isinstance(two.inputs, DenseMoments)
+    return torch.equal(one.inputs.values, two.inputs.values)

@@ -65,20 +65,24 @@ class LayerState:
     @cached_property
     def checked(self) -> list[Checked]:
         """Training examples that the guarantee is measured on: some of those that were kept, with their outputs."""
-        held = sum(batch_size(inputs) for inputs, _ in self.gathered.kept)
-        room = max(LEAST_CHECKED, self.gathered.examples // CHECKED_SHARE)
-        out = []
-        for inputs, targets in self.gathered.kept:
-            size = batch_size(inputs)
-            some = max(1, -(-size * room // held))
-            if some < size:
-                index = torch.linspace(0, size - 1, some).round().long()
-                labels = targets
+        groups = self.gathered.kept
+        held = sum(batch_size(inputs) for inputs, _ in groups)
+        room = min(held, max(LEAST_CHECKED, self.gathered.examples // CHECKED_SHARE))
+        # Few groups rather than few examples of each: a pass over one example costs nearly what one over several does.
+        wanted = -(-len(groups) * room // max(1, held))
+        out: list[Checked] = []
+        for place in torch.linspace(0, len(groups) - 1, wanted).round().long().tolist():
+            inputs, targets = groups[place]
+            size, left = batch_size(inputs), room - sum(len(point) for _, _, point in out)
+            if not left:
+                break
+            if left < size:
+                index = torch.linspace(0, size - 1, left).round().long()
                 if targets is not None and all(
                     t.ndim and len(t) == size for t in tensor_leaves(targets)
                 ):
-                    labels = select(targets, index)
-                inputs, targets = select(inputs, index), labels
+                    targets = select(targets, index)
+                inputs = select(inputs, index)
             out.append((inputs, targets, self.functional.outputs(inputs, "the training data")))
         return out
 

@@ -228,7 +228,9 @@ def reports(state: LayerState) -> list[LayerReport]:
 
 def leverages(state: LayerState) -> Leverages:
     """Scorer of inputs for ``state``."""
-    return Leverages(state.functional, state.blocks, state.gathered, state.delta)
+    return Leverages(
+        state.functional, state.blocks, state.gathered, state.delta, factors=state.factors
+    )
 
 
 def set_precision(fit: LayerFit, alpha: float) -> LayerFit:

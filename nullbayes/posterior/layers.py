@@ -20,7 +20,7 @@ from nullbayes.jacobian.capture.verify import prove
 from nullbayes.likelihood import Likelihood, LossFunction, resolve_loss
 from nullbayes.model.batch import Inputs, batch_size, check_inputs, to_device
 from nullbayes.model.checks import check_mode
-from nullbayes.model.fingerprint import check_unchanged, quick_digest
+from nullbayes.model.fingerprint import Watch, check_unchanged, quick_digest
 from nullbayes.model.functional import Forward, FunctionalModel, undisturbed_method, unwrapped
 from nullbayes.model.loader import check_reusable, first_inputs
 from nullbayes.model.parameters import ParameterChoice, ParameterSpace
@@ -120,6 +120,7 @@ class LayerNullSpacePosterior:
         self._leverages: Leverages | None = None
         self._rows: CapturePlan | None = None
         self._seen: int | None = None
+        self._watch: Watch | None = None
 
     # -- fit -------------------------------------------------------------------------------------
 
@@ -243,10 +244,20 @@ class LayerNullSpacePosterior:
         if digest != self._seen:
             check_unchanged(self.model, fit.fingerprint)
             self._seen = digest
+            self._watch = None
         return fit
 
+    def _watched(self) -> LayerFit:
+        """The same for less than a forward pass, see :class:`Watch`."""
+        if self._fit is None or self._watch is None or not self._watch.same(self.model):
+            fit = self._ready()
+            self._watch = Watch(self.model)
+            return fit
+        check_mode(self.model)
+        return self._fit
+
     def _inputs(self, x: Inputs) -> Inputs:
-        self._ready()
+        self._watched()
         x = to_device(x, self.functional.device)
         if not batch_size(x, "`x`"):
             raise InputError(

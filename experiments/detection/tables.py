@@ -13,8 +13,7 @@ from experiments.detection.rivals import InputNeighbour
 from experiments.detection.running import NAME, SOLVED, both, representatives
 from experiments.tables import Column, Figures, Page, Row
 
-#: Chosen on the tuning problems (the table at the end of the page) before the judging ones were looked at.
-OURS = ("null space", "layer null space", "combined")
+OURS = ("null space", "layer null space")
 
 
 def write(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:

@@ -130,6 +130,10 @@ class Likelihood(ABC):
         """The same, in standard deviations of the noise with which outputs are observed (logits: one)."""
         return self.centre(change)
 
+    def energy(self, outputs: Tensor) -> Tensor | None:
+        """Energy ``(B,)`` of outputs ``(B, *out)``, larger where less is recognised; None where they are no logits."""
+        return None
+
     def structured(self, values: Tensor) -> Any:
         """Outputs ``(*lead, *out)`` in the structure in which the model returns them (default: as they are)."""
         return values

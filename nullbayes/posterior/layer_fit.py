@@ -160,7 +160,7 @@ def concluded(
         _ = state.factors
     laps.lap(FACTORISATION)
     samples = min(CHECKED_SAMPLES, max(2, state.num_samples))
-    left_out = left_out_divergence(state, likelihood)
+    left_out = left_out_divergence(state, likelihood, prior or state.natural_precision)
     alpha = guarded_precision(state, likelihood, left_out, samples) if prior is None else prior
     certificate = certify(state, likelihood, alpha, left_out, samples)
     laps.lap(CERTIFICATE)
@@ -228,7 +228,9 @@ def reports(state: LayerState) -> list[LayerReport]:
 
 def leverages(state: LayerState) -> Leverages:
     """Scorer of inputs for ``state``."""
-    return Leverages(state.functional, state.blocks, state.gathered, state.delta)
+    return Leverages(
+        state.functional, state.blocks, state.gathered, state.delta, factors=state.factors
+    )
 
 
 def set_precision(fit: LayerFit, alpha: float) -> LayerFit:

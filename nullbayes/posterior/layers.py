@@ -23,7 +23,7 @@ from nullbayes.likelihood import Likelihood, LossFunction, resolve_loss
 from nullbayes.model.batch import Inputs, batch_size, check_inputs, to_device
 from nullbayes.model.checks import check_mode
 from nullbayes.model.data import as_loader, is_array
-from nullbayes.model.fingerprint import check_unchanged, quick_digest
+from nullbayes.model.fingerprint import Watch, check_unchanged, quick_digest
 from nullbayes.model.functional import Forward, FunctionalModel, undisturbed_method, unwrapped
 from nullbayes.model.loader import first_inputs
 from nullbayes.model.parameters import ParameterChoice, ParameterSpace
@@ -133,6 +133,7 @@ class LayerNullSpacePosterior(LayerJudged):
         self._leverages: Leverages | None = None
         self._rows: CapturePlan | None = None
         self._seen: int | None = None
+        self._watch: Watch | None = None
 
     # -- fit -------------------------------------------------------------------------------------
 
@@ -273,14 +274,24 @@ class LayerNullSpacePosterior(LayerJudged):
         if digest != self._seen:
             check_unchanged(self.model, fit.fingerprint)
             self._seen = digest
+            self._watch = None
         return fit
 
     def _check_mode(self) -> None:
         check_mode(self.model, frozen=self.functional.randomness is not None)
 
+    def _watched(self) -> LayerFit:
+        """The same for less than a forward pass, see :class:`Watch`."""
+        if self._fit is None or self._watch is None or not self._watch.same(self.model):
+            fit = self._ready()
+            self._watch = Watch(self.model)
+            return fit
+        self._check_mode()
+        return self._fit
+
     def _inputs(self, x: Inputs, draw: int = 0) -> Inputs:
         """Checked, on the device, and keyed for one draw of the frozen noise, where there is any."""
-        self._ready()
+        self._watched()
         x = to_device(x, self.functional.device)
         if not batch_size(x, "`x`"):
             raise InputError(

@@ -82,7 +82,8 @@ class Watch:
         """Whether nothing was found to have changed."""
         if self._state(model) != self.state:
             return False
-        seen, places = 0, []
+        seen = 0
+        places: list[int] = []
         while seen < self.at_once and len(places) < len(self.pieces):
             places.append(self.next)
             seen += self.pieces[self.next][3] - self.pieces[self.next][2]

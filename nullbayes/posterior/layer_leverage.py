@@ -25,6 +25,8 @@ EXACT_EDGE = 1e-6
 POSITIONS = 16
 # Examples on which it is found which axis of a layer's input belongs to the batch.
 PROBE = 3
+# In place of an axis: all examples have this call in common (positions that are looked up).
+SHARED = -1
 
 Values = list[tuple[int, Tensor]]  # by call in order: the block, and leverages (*lead)
 
@@ -191,6 +193,9 @@ class Leverages:
         axes = []
         for call, (_, values) in enumerate(together):
             want = torch.stack([a[call][1].double().sum() for a in alone])
+            if all(_shared(a[call][1], values) for a in alone):
+                axes.append(SHARED)
+                continue
             for axis in (0, 1):
                 part = _split(values, axis, size)
                 if part is not None and torch.allclose(
@@ -203,8 +208,15 @@ class Leverages:
         return axes
 
 
+def _shared(one: Tensor, values: Tensor) -> bool:
+    """Whether a call is the same for a batch and an example alone: what does not depend on the example."""
+    return one.shape == values.shape and bool(torch.allclose(one, values, rtol=1e-4))
+
+
 def _split(values: Tensor, axis: int, size: int) -> Tensor | None:
     """``(*lead)`` as ``(B, T)`` with the examples on ``axis``; None where it cannot be."""
+    if axis == SHARED:
+        return values.reshape(1, -1).expand(size, -1)
     if values.ndim <= axis or values.shape[axis] % size or not values.numel():
         return None
     if axis == 0:

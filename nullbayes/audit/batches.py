@@ -46,7 +46,7 @@ def plain_gradient(functional: FunctionalModel, inputs: Inputs, cotangents: Tens
         cotangents: ``v (B, *out)``, one for each example.
 
     Returns:
-        In the working precision; zeros where no gradient path leads.
+        In the working precision; zeros where no gradient path leads and at coordinates that stay where they are.
 
     Raises:
         ModelError: the outputs have another shape than the cotangents.
@@ -71,7 +71,7 @@ def plain_gradient(functional: FunctionalModel, inputs: Inputs, cotangents: Tens
             slot = space.by_name[name]
             dense = gradient.to_dense() if gradient.is_sparse else gradient
             found[slot.start : slot.stop] = dense.reshape(-1)
-    return found
+    return space.fix_(found)
 
 
 def gradient_by_examples(functional: FunctionalModel, inputs: Inputs, cotangents: Tensor) -> Tensor:

@@ -265,7 +265,7 @@ def _unscaled(functional: FunctionalModel, rows: Tensor, scales: Scales) -> Tens
 def _note_reached(
     functional: FunctionalModel, plan: CapturePlan, inputs: Inputs, gradient: Tensor
 ) -> None:
-    """Strike off the parameters that this piece has a gradient path to; tables whose fixed rows move are released."""
+    """Strike off the parameters that this piece has a gradient path to."""
     space = functional.space
     for name in list(plan.unreached):
         slot = space.by_name[name]
@@ -273,11 +273,6 @@ def _note_reached(
             plan.unreached.discard(name)
     if plan.unreached:  # a path may lead to zero, as from weights that are zero
         plan.unreached -= reached(functional, inputs, sorted(plan.unreached))
-    if len(space.fixed):
-        for slot in space.slots:
-            mine = space.fixed[(space.fixed >= slot.start) & (space.fixed < slot.stop)]
-            if len(mine) and bool((gradient[mine] != 0).any()):
-                space.release(slot.name)
 
 
 def reached(functional: FunctionalModel, inputs: Inputs, names: Sequence[str]) -> set[str]:

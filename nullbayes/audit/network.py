@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -49,7 +50,9 @@ class NetworkCopy:
         try:
             if delta is not None:
                 self._write(delta)
-            with torch.no_grad(), self.functional.drawing(inputs):
+            # In another precision, the copy follows the network that rows are taken of; in its own, a plain call.
+            computing = nullcontext() if self.dtype is None else self.functional.computing()
+            with torch.no_grad(), self.functional.drawing(inputs), computing:
                 out = self._called(given)
         finally:
             if delta is not None:

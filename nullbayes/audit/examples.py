@@ -161,12 +161,20 @@ def _judged(found: Sequence[Measured], functional: FunctionalModel) -> Audit:
         methods=tuple(dict.fromkeys(m.way for m in found)),
         plain_call=max(plain, default=None),
         plain_call_allowed=_plain_allowed(functional),
+        **_precision(functional),
     )
+
+
+def _precision(functional: FunctionalModel) -> dict[str, Any]:
+    """What the rows were computed in, and what the deployed network rounds to."""
+    rounds_to = functional.rounds_to
+    name = None if rounds_to is None else str(rounds_to).removeprefix("torch.")
+    return {"computed_in": str(functional.rounding).removeprefix("torch."), "rounds_to": name}
 
 
 def _plain_allowed(functional: FunctionalModel) -> float:
     """Half precision, computed in float32 for the rows, rounds that much."""
-    if functional.widened is not None:
+    if functional.widened is not None or functional.unrounded:
         return ALIKE
     return tolerance(functional.rounding, functional.device)
 

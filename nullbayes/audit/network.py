@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
@@ -35,6 +36,7 @@ class NetworkCopy:
         self.functional, self.dtype = functional, dtype
         self.model = copy.deepcopy(functional.model)
         if dtype is not None:
+            keep_default_eps(self.model)
             self.model.to(dtype)
         named = dict(self.model.named_parameters())
         self._parameters: list[Tensor] = [named[name] for name in functional.space.names]
@@ -48,7 +50,9 @@ class NetworkCopy:
         try:
             if delta is not None:
                 self._write(delta)
-            with torch.no_grad(), self.functional.drawing(inputs):
+            # In another precision, the copy follows the network that rows are taken of; in its own, a plain call.
+            computing = nullcontext() if self.dtype is None else self.functional.computing()
+            with torch.no_grad(), self.functional.drawing(inputs), computing:
                 out = self._called(given)
         finally:
             if delta is not None:
@@ -73,6 +77,15 @@ class NetworkCopy:
             values = [t + d.to(t) for t, d in zip(values, moved.values(), strict=True)]
         with torch.no_grad():
             torch._foreach_copy_(self._parameters, values)
+
+
+def keep_default_eps(model: nn.Module) -> None:
+    """Write down the number that `nn.RMSNorm` takes for ``eps=None``: it follows the precision that it runs in."""
+    for module in model.modules():
+        if isinstance(module, nn.RMSNorm) and module.eps is None:
+            # In half precision, torch computes this layer in float32.
+            exact = module.weight is not None and module.weight.dtype == torch.float64
+            module.eps = torch.finfo(torch.float64 if exact else torch.float32).eps
 
 
 def as_floating(leaf: Any, dtype: torch.dtype | None) -> Any:

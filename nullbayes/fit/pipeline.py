@@ -52,6 +52,7 @@ from nullbayes.jacobian.block_storage import fits_on_disk
 from nullbayes.jacobian.linearise import linearised_outputs
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.model.fingerprint import fingerprint, quick_digest
+from nullbayes.model.parameters import padding_notes
 from nullbayes.solvers import Choice, Projection, Size, State, choose
 from nullbayes.solvers.base import relative
 from nullbayes.solvers.block_cg import row_norms
@@ -82,6 +83,7 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
         audit = fitting.audit()
         notes = [*fitting.notes, *where_kept(rows.operator)]
         notes += _not_kept(loader, rows, run.max_examples)
+        notes += padding_notes(problem.functional.model, problem.space)
     check_undisturbed(problem, before)
     return fitting.finish(check, evidence, audit, notes)
 

@@ -6,7 +6,6 @@ the buffers, so even a layer that counts its own calls leaves no trace.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -31,9 +30,10 @@ from nullbayes.model.batch import (
 )
 from nullbayes.model.checks import check_kind, check_scripted
 from nullbayes.model.parameters import HALF, ParameterChoice, ParameterSpace
-from nullbayes.model.precision import Watch, alike, in_half, tolerance, widening
+from nullbayes.model.precision import Unrounded, Watch, tolerance, widening
 from nullbayes.model.private import Copier, Hooks, Modules
 from nullbayes.model.randomness import FrozenRandomness, Replay, keyed
+from nullbayes.model.settling import settle
 from nullbayes.model.structure import Layouts
 from nullbayes.model.transformer import has_nested
 
@@ -67,8 +67,14 @@ class FunctionalModel:
         self.axes = Axes(self._evaluated)
         # What half-precision tensors are computed in, once that was found to work; None: they stay as they are.
         self.widened: torch.dtype | None = None
+        # Whether rounding to half precision on the way (autocast, casts) is left out, once that was found to work; and
+        # the precision that the deployed network rounds to, None: the working one.
+        self.unrounded = False
+        self.rounds_to: torch.dtype | None = None
         # Whether transformer encoders give zeros at padded positions, as they do without gradients.
         self.padded = False
+        # Looks at the operations of forward passes, innermost, while that is asked for.
+        self.watch: Watch | None = None
         # The least precise numbers that a forward pass was seen to compute with.
         self.rounding: torch.dtype = space.dtype
         # Whether the chosen weights are said to be those of a last layer.
@@ -97,31 +103,13 @@ class FunctionalModel:
             return inputs
         batch = self.axes.batch(inputs, size)
         if not self._settled:
-            self._settle(batch)
+            self._settled = True
+            settle(self, batch)
         return batch
 
-    def _settle(self, inputs: Inputs) -> None:
-        """Find out, on the first batch, what the network computes with and whether private modules can serve."""
-        self._settled = True
-        if in_half(self.model):
-            deployed = self.model_output(inputs)
-            self.widened = torch.float32
-            if not alike(self.model_output(inputs), deployed):
-                self.widened = None
-        originals = dict(self.model.named_parameters())
-        weights, keyed_inputs = self.weights(), self.keyed(inputs)
-        watch = Watch(self.space.dtype, (originals[n] for n in weights))
-        # What the model says to inputs that it does not take is told where outputs are asked for.
-        with (
-            contextlib.suppress(Exception),
-            torch.random.fork_rng(devices=[]),
-            torch.no_grad(),
-            watch,
-        ):
-            self(weights, keyed_inputs)
-        self.rounding = watch.found
-        # The model reaches its modules in a way that a private copy cannot follow (an object, a global of a global).
-        self.modules.shared = watch.used
+    def computing(self) -> AbstractContextManager[Any]:
+        """Within it, operations compute as rows are taken of: unrounded, where that serves."""
+        return Unrounded() if self.unrounded else nullcontext()
 
     def _evaluated(self, inputs: Inputs) -> Tensor:
         """Outputs of inputs that may not fit together, for :class:`Axes`; anything may be raised."""
@@ -166,13 +154,13 @@ class FunctionalModel:
         given, tensors = self._given(inputs), self._placed(weights)
         if self.modules.shared:
             with self.modules.lent(tensors, hooks) as lent:
-                out = _called(lent, self.user_forward, given)
+                out = self._run(lent, self.user_forward, given)
         else:
             private, copier = self.modules.private(
                 tensors, hooks, widened=self.widened, padded=self.padded and not deployed
             )
             forward = self.user_forward and copier.rebound(self.user_forward)
-            out = _called(private, forward, given)
+            out = self._run(private, forward, given)
         return self._flat(out, inputs)
 
     def bound(self, weights: Mapping[str, Tensor], hooks: Hooks = ()) -> Callable[[Inputs], Tensor]:
@@ -195,7 +183,7 @@ class FunctionalModel:
                 forward = self.user_forward and copier.rebound(self.user_forward)
                 made.append((private, forward, copier))
             given = self._given(inputs)
-            out = self._flat(_called(*made[0][:2], given), inputs)
+            out = self._flat(self._run(*made[0][:2], given), inputs)
             shape = tuple(leaf.shape for leaf in tensor_leaves(given))
             if shape not in shapes:  # what is kept between calls goes by the shape, if by anything
                 if made[0][2].written():
@@ -205,6 +193,10 @@ class FunctionalModel:
             return out
 
         return call
+
+    def _run(self, module: nn.Module, forward: Forward | None, given: Any) -> Any:
+        with self.computing(), self.watch or nullcontext():
+            return _called(module, forward, given)
 
     def _given(self, inputs: Inputs) -> Any:
         given = plain(inputs)
@@ -240,7 +232,7 @@ class FunctionalModel:
         def called() -> Tensor:
             given = self._given(inputs)
             with self.drawing(inputs):
-                return self._flat(_called(private, forward, given), inputs)
+                return self._flat(self._run(private, forward, given), inputs)
 
         out, written = called(), copier.written()
         if not written:

@@ -79,7 +79,9 @@ def process(x: Tensor, y: Tensor, sizes: Sizes) -> Model:
 METHODS: dict[str, Maker | None] = {"chance": None, "Gaussian process": process, "network": network}
 
 
-def search(function: SyntheticTestFunction, maker: Maker | None, sizes: Sizes, seed: int) -> list[float]:
+def search(
+    function: SyntheticTestFunction, maker: Maker | None, sizes: Sizes, seed: int
+) -> list[float]:
     """Regret after each point. The first points depend on the seed alone."""
     torch.manual_seed(seed)
     low, high = function.bounds
@@ -107,7 +109,9 @@ def run(sizes: Sizes, functions: list[str] | None = None) -> dict[str, Any]:
         warnings.simplefilter("ignore")  # of BoTorch, about how its optimisers ended
         for name in functions or FUNCTIONS:
             found[name] = {
-                method: [search(FUNCTIONS[name]().double(), maker, sizes, s) for s in range(sizes.seeds)]
+                method: [
+                    search(FUNCTIONS[name]().double(), maker, sizes, s) for s in range(sizes.seeds)
+                ]
                 for method, maker in METHODS.items()
             }
     return {"first": sizes.first, "regret": found, "seconds": time.perf_counter() - started}

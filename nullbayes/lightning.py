@@ -157,7 +157,8 @@ class NullSpaceCallback(Callback):  # type: ignore[misc]
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """The module may be on another device now than it was trained on, and fitted on."""
-        made, self._file, file = self.posterior, None, self._file
+        made, file = self.posterior, self._file
+        self._file = None
         if made is None or file is None or not trainer.is_global_zero:
             return
         if any(p.device != made.space.device for p in made.model.parameters()):

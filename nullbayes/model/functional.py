@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
 from nullbayes.errors import InputError, ModelError, NullBayesError
@@ -33,6 +34,7 @@ from nullbayes.model.checks import check_kind, check_scripted
 from nullbayes.model.parameters import HALF, ParameterChoice, ParameterSpace
 from nullbayes.model.precision import Watch, alike, in_half, tolerance, widening
 from nullbayes.model.private import Hooks, Modules
+from nullbayes.model.ragged import restored, unbatched
 from nullbayes.model.randomness import FrozenRandomness, Replay, keyed
 from nullbayes.model.structure import Layouts
 from nullbayes.model.transformer import has_nested
@@ -177,7 +179,9 @@ class FunctionalModel:
 
     def _given(self, inputs: Inputs) -> Any:
         given = plain(inputs)
-        return given if self.widened is None else tree_map(widening(self.widened), given)
+        if self.widened is not None:
+            given = tree_map(widening(self.widened), given)
+        return restored(given)
 
     def _placed(self, weights: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """``weights`` by the identity of the parameter that each stands for, in the dtype that it computes in."""
@@ -251,10 +255,11 @@ class FunctionalModel:
         size = batch_size(inputs, where)
         if out.ndim == 0 or len(out) != size:
             self._check_squeezed(inputs, out, size)
+            mend = unbatched(plain(inputs), len(out) if out.ndim else 0)
             raise ModelError(
                 f"the model returned shape {tuple(out.shape)} for {size} examples ({where}); expected "
                 "one entry per example on the first axis. A loss already reduced over the batch has no "
-                "per-example rows: return the outputs themselves, or pass `forward=`."
+                f"per-example rows: return the outputs themselves, or pass `forward=`.{mend}"
             )
         return out
 
@@ -333,6 +338,9 @@ class FunctionalModel:
         text = (
             f"{where}: the model's forward pass failed on {found}: {type(error).__name__}: {error}"
         )
+        mend = unbatched(plain(inputs), batch_size(inputs))
+        if mend:
+            return f"{text}.{mend}"
         other = sorted({str(t.dtype) for t in leaves if t.is_floating_point()} - {str(self.dtype)})
         if other:
             return (
@@ -363,7 +371,7 @@ def _called(model: nn.Module, forward: Forward | None, inputs: Any) -> Any:
         return forward(model, inputs)
     if isinstance(inputs, Mapping):
         return model(**inputs)
-    if isinstance(inputs, tuple):
+    if isinstance(inputs, tuple) and not isinstance(inputs, PackedSequence):
         return model(*inputs)
     return model(inputs)
 

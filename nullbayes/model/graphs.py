@@ -54,7 +54,9 @@ def taken_apart(value: Any) -> tuple[Spec, dict[str, Tensor]]:
             f"{type(value).__name__} has nodes of several types, which cannot be taken apart here. Make the nodes the "
             "examples: `forward=lambda model, nodes: model(x_dict, edge_index_dict)[nodes]`, `fit((nodes, labels))`."
         )
-    several = hasattr(value, "to_data_list") and hasattr(value, "num_graphs") and hasattr(value, "ptr")
+    several = (
+        hasattr(value, "to_data_list") and hasattr(value, "num_graphs") and hasattr(value, "ptr")
+    )
     found = value.to_data_list() if several else [value]
     stored = [graph.to_dict() for graph in found]
     names = [n for n, v in stored[0].items() if isinstance(v, (Tensor, bool, int, float))]

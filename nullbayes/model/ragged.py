@@ -165,7 +165,9 @@ def bags(ids: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Structu
             f"`offsets` is {_shape(offsets)}; expected where each bag begins, rising from 0 to at most {len(ids)}, (B,)."
         )
     if weights is not None and (not isinstance(weights, Tensor) or weights.shape != ids.shape):
-        raise InputError(f"`weights` is {_shape(weights)}; expected one for each of the {len(ids)} tokens.")
+        raise InputError(
+            f"`weights` is {_shape(weights)}; expected one for each of the {len(ids)} tokens."
+        )
     lengths = ends.diff()
     made = _padded(list(ids.split(lengths.tolist())))
     parts = {"ids": made["values"], "lengths": made["lengths"]}

@@ -24,9 +24,7 @@ LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0])
 
 def sequences(count: int = len(LENGTHS), seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in LENGTHS[:count]
-    ]
+    return [torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in LENGTHS[:count]]
 
 
 def tokens() -> list[Tensor]:
@@ -135,9 +133,7 @@ CASES = {
         lambda i: pack_sequence(picked(i), enforce_sorted=False),
         lambda i: (pack_sequence([sequences()[i]]),),
     ),
-    "bags": Case(
-        lambda: Bag(False), lambda i: bag_some(i, False), lambda i: bag_alone(i, False)
-    ),
+    "bags": Case(lambda: Bag(False), lambda i: bag_some(i, False), lambda i: bag_alone(i, False)),
     "weighted bags": Case(
         lambda: Bag(True), lambda i: bag_some(i, True), lambda i: bag_alone(i, True)
     ),
@@ -227,7 +223,9 @@ def test_sequences_that_came_sorted_arrive_as_they_were() -> None:
     assert packed.sorted_indices is None
     again = restored(regular(packed))
     assert again.sorted_indices is None
-    assert torch.equal(again.data, packed.data) and torch.equal(again.batch_sizes, packed.batch_sizes)
+    assert torch.equal(again.data, packed.data) and torch.equal(
+        again.batch_sizes, packed.batch_sizes
+    )
     unsorted = pack_sequence(picked([0, 1, 2]), enforce_sorted=False)
     again = restored(regular(unsorted))
     assert torch.equal(again.unsorted_indices, unsorted.unsorted_indices)
@@ -270,7 +268,9 @@ def test_other_inputs_beside_a_ragged_one() -> None:
         out = model([sequences()[i]], x[i : i + 1])[0]
         rows = torch.stack(
             [
-                torch.cat([g.flatten() for g in torch.autograd.grad(v, parameters, retain_graph=True)])
+                torch.cat(
+                    [g.flatten() for g in torch.autograd.grad(v, parameters, retain_graph=True)]
+                )
                 for v in out
             ]
         )

@@ -139,9 +139,7 @@ def run(sizes: Sizes, functions: list[str] | None = None) -> dict[str, Any]:
         warnings.simplefilter("ignore")  # of BoTorch, about how its optimisers ended
         for name in functions or FUNCTIONS:
             found[name] = {
-                method: [
-                    search(FUNCTIONS[name]().double(), maker, sizes, s) for s in range(sizes.seeds)
-                ]
+                method: [search(FUNCTIONS[name]().double(), maker, sizes, s) for s in seeds]
                 for method, maker in METHODS.items()
             }
     return {"first": sizes.first, "regret": found, "seconds": time.perf_counter() - started}

@@ -390,10 +390,17 @@ def functional_model(
 
 
 def unwrapped(model: Any) -> nn.Module:
-    """The module itself: ``torch.compile`` wraps it, and hooks need its layers."""
+    """The module itself, with its own names: ``torch.compile`` and data parallelism wrap it."""
     if not isinstance(model, nn.Module):
         raise InputError(f"`model` is {type(model).__name__}, expected a torch.nn.Module.")
-    inner: nn.Module = getattr(model, "_orig_mod", model)
+    inner: nn.Module = model
+    while True:
+        if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = inner.module
+        elif "_orig_mod" in inner._modules:
+            inner = cast(nn.Module, inner._modules["_orig_mod"])
+        else:
+            break
     check_kind(inner)
     return inner
 

@@ -31,7 +31,7 @@ class Attribute:
 class Spec:
     """What graphs are made of."""
 
-    kind: type
+    kind: Any
     attributes: tuple[Attribute, ...]
 
 

@@ -162,7 +162,7 @@ def bags(ids: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Structu
         wrong = not len(offsets) or int(offsets[0]) != 0 or bool((ends.diff() < 0).any())
     if wrong:
         raise InputError(
-            f"`offsets` is {_shape(offsets)}; expected where each bag begins, rising from 0 to at most {len(ids)}, (B,)."
+            f"`offsets` is {_shape(offsets)}; expected (B,): where each bag begins, from 0 to at most {len(ids)}."
         )
     if weights is not None and (not isinstance(weights, Tensor) or weights.shape != ids.shape):
         raise InputError(
@@ -207,8 +207,8 @@ def _regular(value: Any) -> Structured:
         rows = list(value.unbind())
         if not rows or any(row.ndim < 1 or row.shape[1:] != rows[0].shape[1:] for row in rows):
             raise InputError(
-                f"a nested tensor has components of the shapes {[tuple(r.shape) for r in rows[:4]]}; they may differ in "
-                "the length of their first axis only."
+                f"a nested tensor has components of the shapes {[tuple(r.shape) for r in rows[:4]]}; they may "
+                "differ in the length of their first axis only."
             )
         return Structured(_padded(rows), _Nested(value.layout))
     spec, parts = graphs.taken_apart(value)

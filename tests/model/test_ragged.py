@@ -1,4 +1,4 @@
-"""Inputs without a batch axis: posteriors against dense float64 rows of one example alone, made by the libraries' own means."""
+"""Inputs without a batch axis: posteriors against dense float64 rows of one example alone."""
 
 from __future__ import annotations
 

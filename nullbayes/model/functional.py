@@ -33,7 +33,7 @@ from nullbayes.model.batch import (
 from nullbayes.model.checks import check_kind, check_scripted
 from nullbayes.model.parameters import HALF, ParameterChoice, ParameterSpace
 from nullbayes.model.precision import Watch, alike, in_half, tolerance, widening
-from nullbayes.model.private import Hooks, Modules
+from nullbayes.model.private import Copier, Hooks, Modules
 from nullbayes.model.ragged import restored, unbatched
 from nullbayes.model.randomness import FrozenRandomness, Replay, keyed
 from nullbayes.model.structure import Layouts
@@ -176,6 +176,37 @@ class FunctionalModel:
             forward = self.user_forward and copier.rebound(self.user_forward)
             out = _called(private, forward, given)
         return self._flat(out, inputs)
+
+    def bound(self, weights: Mapping[str, Tensor], hooks: Hooks = ()) -> Callable[[Inputs], Tensor]:
+        """``inputs -> outputs`` at these weights, as by calling this, of one private copy for as long as nothing writes
+        a state to it: for many small batches, where building a copy for each would cost as much as the network.
+        """
+        if self.modules.shared:
+            return lambda inputs: self(weights, inputs, hooks)
+        made: list[tuple[nn.Module, Forward | None, Copier]] = []
+        shapes: set[tuple[torch.Size, ...]] = set()
+
+        def call(inputs: Inputs) -> Tensor:
+            if isinstance(inputs, Keyed):
+                with self.drawing(inputs):
+                    return call(inputs.inputs)
+            if not made:
+                private, copier = self.modules.private(
+                    self._placed(weights), hooks, widened=self.widened, padded=self.padded
+                )
+                forward = self.user_forward and copier.rebound(self.user_forward)
+                made.append((private, forward, copier))
+            given = self._given(inputs)
+            out = self._flat(_called(*made[0][:2], given), inputs)
+            shape = tuple(leaf.shape for leaf in tensor_leaves(plain(inputs)))
+            if shape not in shapes:  # what is kept between calls goes by the shape, if by anything
+                if made[0][2].written():
+                    made.clear()
+                else:
+                    shapes.add(shape)
+            return out
+
+        return call
 
     def _given(self, inputs: Inputs) -> Any:
         given = plain(inputs)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,11 +13,11 @@ from torch import Tensor
 from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.moments.blocks import Blocks
-from nullbayes.moments.capture import recording
-from nullbayes.moments.factor import Edge
+from nullbayes.moments.capture import hooks_of, plain_paths
+from nullbayes.moments.factor import Edge, Factor
 from nullbayes.moments.gather import Gathered
-from nullbayes.moments.leverage import Leverage
-from nullbayes.moments.rule import Seen, Summed
+from nullbayes.moments.leverage import DIRECTIONS, Leverage
+from nullbayes.moments.rule import Seen
 
 # Edge of the leverage, as a share of the mean eigenvalue, where the posterior's own is zero.
 EXACT_EDGE = 1e-6
@@ -36,6 +39,8 @@ class Leverages:
     Args:
         relative: leverages over the squared size of the input, see :meth:`Leverage.relative`.
         positions: of each convolution, evenly spaced; None: all.
+        factors: of the blocks at this ``delta``, where they are known.
+        directions: see :class:`Leverage`.
     """
 
     def __init__(
@@ -47,37 +52,82 @@ class Leverages:
         *,
         relative: bool = True,
         positions: int | None = POSITIONS,
+        factors: Sequence[Factor] | None = None,
+        directions: int | None = DIRECTIONS,
     ) -> None:
         self.functional, self.blocks = functional, blocks
-        parts = zip(blocks.blocks, gathered.sums, strict=True)
-        self.layers = [
-            Leverage(sums, Edge.of(sums, delta or EXACT_EDGE), block.columns, functional.dtype)
-            for block, sums in parts
-        ]
-        self._axes: list[int] | None = None  # by call; empty: one example at a time
         self.relative, self.positions = relative, positions
+        self.layers: list[Leverage] = []
+        known = factors if factors is not None and delta else [None] * len(blocks.blocks)
+        for i, (block, sums, factor) in enumerate(
+            zip(blocks.blocks, gathered.sums, known, strict=True)
+        ):
+            if factor is not None and i and factor is known[i - 1]:
+                self.layers.append(self.layers[-1])  # queries, keys and values: one input
+                continue
+            edge = Edge.of(sums, delta or EXACT_EDGE)
+            self.layers.append(
+                Leverage(sums, edge, block.columns, functional.dtype, factor, directions)
+            )
+        # Scale and shift of normalisation layers say nothing about an input.
+        self.counted = {i for i, b in enumerate(blocks.blocks) if b.columns > 2}
+        if not self.counted:
+            self.counted = set(range(len(blocks.blocks)))
+        self._axes: list[int] | None = None  # by call; empty: one example at a time
+        self._network: Callable[[Inputs], Tensor] | None = None
+        self._found: Values = []
+        self._last: tuple[Any, ...] | None = None
+        self._lock = threading.Lock()
+        self._weights: tuple[tuple[int, int], ...] = ()
 
     def raw(self, inputs: Inputs) -> Values:
         """Leverages of one forward pass, call by call."""
-        out: Values = []
+        with self._lock, torch.no_grad(), plain_paths():
+            weights = tuple((id(p), p.data_ptr()) for p in self.functional.model.parameters())
+            if self._network is None or weights != self._weights:
+                sites = [
+                    site
+                    for site in self.blocks.sites
+                    if any(i in self.counted for i, _ in site.places.values())
+                ]
+                hooks = hooks_of(sites, self._receive, thin=self.positions)
+                self._network = self.functional.bound(self.functional.weights(), hooks)
+                self._weights = weights
+            try:
+                self._network(inputs)
+                return self._found
+            finally:
+                self._found, self._last = [], None
 
-        def receive(site: int, number: int, column: int | None, seen: Seen | Summed) -> None:
-            layer, block = self.layers[number], self.blocks.blocks[number]
-            assert isinstance(seen, Seen)
-            if seen.index is not None:
-                values = layer.of_rows(seen.index)
+    def _receive(self, site: int, number: int, column: int | None, seen: Seen) -> None:
+        if number not in self.counted:
+            return
+        layer, block = self.layers[number], self.blocks.blocks[number]
+        if seen.index is not None:
+            values = layer.of_rows(seen.index)
+        else:
+            a = seen.a
+            assert a is not None
+            key = (id(layer), column, a.data_ptr(), a.shape, a.stride(), a._version)
+            if self._last is not None and self._last[0] == key:
+                values = self._last[2]
             else:
-                assert seen.a is not None
                 of = layer.relative if self.relative else layer.of
-                values = of(seen.a, block.own, column)
-            if seen.follows:
-                out[-1] = (number, torch.cat([out[-1][1], values]))  # a call in several parts
-            else:
-                out.append((number, values))
+                values = of(a, block.own, column)
+                self._last = (key, a, values)
+        if seen.follows:
+            self._found[-1] = (number, torch.cat([self._found[-1][1], values]))
+        else:
+            self._found.append((number, values))
 
-        with torch.no_grad(), recording(self.blocks.sites, receive, thin=self.positions):
-            self.functional(self.functional.weights(), inputs)
-        return out
+    def means(self, inputs: Inputs) -> Tensor:
+        """Mean leverage of what each block receives for each example, blocks that count ``(L, B)``, float64."""
+        if batch_size(inputs) == 1:
+            values = self.raw(inputs)
+            if len({n for n, _ in values}) == len(values):  # each called once
+                return torch.stack([v.mean() for _, v in values]).double()[:, None]
+        values_by = self.by_example(inputs)
+        return torch.stack([v.double().nanmean(1) for v in values_by.values()])
 
     def by_example(self, inputs: Inputs) -> dict[int, Tensor]:
         """By block: leverages ``(B, T)`` of all inputs that it receives for each example, NaN where there are fewer."""

@@ -62,8 +62,8 @@ class Problem:
         problem = cls(functional, likelihood, chosen, limit, check_prior(prior), within)
         if within is not None and problem.precision_by_name is not None:
             raise InputError(
-                "`prior_precision` is one for each parameter, beside `within`, which is a prior of its own; pass a number, "
-                'or "evidence".'
+                "`prior_precision` is one for each parameter, beside `within`, which is a prior of its own; pass a "
+                'number, or "evidence".'
             )
         functional.space.scales(problem.precision_by_name)  # raises on wrong names
         return problem

@@ -1,9 +1,9 @@
 """A prior that is the layer null space of all the data, for rows of some of them.
 
-``N(θ̂, α⁻¹ ⊕_l I ⊗ P_l)`` in place of ``N(θ̂, α⁻¹ I)``: the directions in which a layer's training inputs are many are narrow
-already, and rows of single examples take away what is left along them. Rows are kept in coordinates ``z`` with ``Δ = z R``,
-``RᵀR = Σ``, in which the prior is isotropic, so every solver serves. Of each layer ``R`` is upper triangular with the
-bias last: then the constant input of a bias stays constant, and rows stay sums of outer products.
+``N(θ̂, α⁻¹ ⊕_l I ⊗ P_l)`` in place of ``N(θ̂, α⁻¹ I)``: the directions in which a layer's training inputs are many are
+narrow already, and rows of single examples take away what is left along them. Rows are kept in coordinates ``z`` with
+``Δ = z R``, ``RᵀR = Σ``, in which the prior is isotropic, so every solver serves. Of each layer ``R`` is upper
+triangular with the bias last: then the constant input of a bias stays constant, and rows stay sums of outer products.
 """
 
 from __future__ import annotations

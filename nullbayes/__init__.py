@@ -11,6 +11,8 @@ from nullbayes import jacobian as jacobian
 from nullbayes import moments as moments
 from nullbayes import solvers as solvers
 from nullbayes.certificate.certificate import Certificate as Certificate
+from nullbayes.constraints.fisher import EmpiricalFisher as EmpiricalFisher
+from nullbayes.constraints.fisher import SampledFisher as SampledFisher
 from nullbayes.constraints.preserve import Preserve as Preserve
 from nullbayes.constraints.preserve import register_preserve as register_preserve
 from nullbayes.errors import InputError as InputError

@@ -37,8 +37,8 @@ FEWEST = 4
 # is wrong it knows no more than rows do.
 CONFIRMED = 2
 
-#: cotangents ``(C, 1, *out)`` of one example's rows, from its outputs ``(1, *out)`` and targets
-Rows = Callable[[Tensor, Any], Tensor]
+#: cotangents ``(C, 1, *out)`` of one example's rows, from its outputs ``(1, *out)``
+Rows = Callable[[Tensor, Drawn], Tensor]
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ class _Examiner:
         question, functional = self.question, self.functional
         with torch.no_grad():
             outputs = functional(functional.weights(), example.inputs)
-        rows = question.rows(outputs, example.targets).detach()
+        rows = question.rows(outputs, example).detach()
         rows = rows.reshape(len(rows), -1).double()  # (C, out)
         which = question.which(place)
         both = torch.cat([question.samples[which], question.prior])

@@ -12,18 +12,22 @@ PriorPrecision = str | float | Mapping[str, float]
 CheckedPrior = str | float | dict[str, float]
 
 
+#: one prior precision for each layer, found by the evidence
+BY_LAYER = "evidence-by-layer"
+
+
 def check_prior(value: PriorPrecision) -> CheckedPrior:
-    """``"evidence"``, a positive number, or one per parameter tensor."""
+    """``"evidence"``, ``"evidence-by-layer"``, a positive number, or one per parameter tensor."""
     if isinstance(value, Mapping):
         return {
             str(name): check_positive(number, f"prior_precision[{name!r}]")
             for name, number in value.items()
         }
     if isinstance(value, str):
-        if value == "evidence":
+        if value in ("evidence", BY_LAYER):
             return value
         raise InputError(
-            f"`prior_precision` is {value!r}; expected 'evidence', a positive number, or one per "
+            f"`prior_precision` is {value!r}; expected 'evidence', {BY_LAYER!r}, a positive number, or one per "
             "parameter tensor ({name: value})."
         )
     return check_positive(value, "prior_precision")

@@ -177,6 +177,7 @@ class _Capturing:
         self, problem: Problem, plan: CapturePlan, memory: FitMemory, audited: Reservoir
     ) -> None:
         self.problem, self.plan, self.memory = problem, plan, memory
+        self.numbered = plan.numbered  # examples of earlier calls, whose rows these will join
         self.audited, self.batches = audited, 0
         self.keeper = Keeper(
             problem.functional,
@@ -195,7 +196,8 @@ class _Capturing:
 
     def add(self, inputs: Inputs, outputs: Tensor, targets: Any) -> None:
         """The rows of one batch, of which the examples are numbered on."""
-        for group in row_groups(self.problem, inputs, outputs, targets):
+        first = self.numbered + self.examples
+        for group in row_groups(self.problem, inputs, outputs, targets, first):
             self._add_group(group)
         self._check_later(inputs, outputs, targets)
         self.audited.offer(inputs, targets)
@@ -292,14 +294,15 @@ class RowGroup:
 
 
 def row_groups(
-    problem: Problem, inputs: Inputs, outputs: Tensor, targets: Any
+    problem: Problem, inputs: Inputs, outputs: Tensor, targets: Any, first: int = 0
 ) -> Iterator[RowGroup]:
-    """The examples of a batch by how many rows they need."""
+    """The examples of a batch, numbered from ``first``, by how many rows they need."""
     if problem.directions != "auto":
 
         def computed(out: Tensor, piece: slice) -> Cotangents:
             some = take(targets, piece.start, piece.stop, len(outputs))
-            return problem.cotangents(out, some)
+            numbers = torch.arange(first + piece.start, first + piece.stop)
+            return problem.cotangents(out, some, numbers)
 
         count = problem.rows_per_example(outputs)
         yield RowGroup(inputs, computed, count, torch.arange(len(outputs)))

@@ -44,6 +44,7 @@ from nullbayes.constraints.training_rows import TrainingRows, capture_training, 
 from nullbayes.errors import MemoryBudgetError, ModelError
 from nullbayes.fit.auditing import audited, auditing_of
 from nullbayes.fit.evidence import fixed_point, null_space_precision
+from nullbayes.fit.layer_evidence import by_layer, layers_of
 from nullbayes.fit.prior_samples import standard_normal
 from nullbayes.fit.projection import Work, projected
 from nullbayes.fit.result import Fit, Run, Settings
@@ -75,6 +76,9 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
         rows = capture_training(problem, loader, run.max_examples, memory, stage, run.audit)
         laps.lap(ROWS)
         laps.move(rows.plan.checking_seconds, ROWS, AUDIT)
+        if problem.by_layer:
+            room = budget - rows.operator.resident
+            problem, rows = by_layer(problem, rows, room, stage.fraction(PRIOR))
         choice = chosen_solver(settings, rows.operator, run.num_samples, budget)
         fitting = Fitting(problem, settings, run, rows, choice, stage, laps)
         fitting.factorise()
@@ -113,7 +117,7 @@ class Fitting:
         self.problem, self.settings, self.run, self.rows = problem, settings, run, rows
         self.solver, self.why = choice.solver, choice.why
         self.stage, self.laps = stage, laps
-        self.theta = problem.trained_weights()
+        self.theta = problem.isotropic(problem.departure())
         self.by_evidence = settings.target.preserves and problem.by_evidence
         self.digest = fingerprint(problem.functional.model)
         #: the solver made ready for these rows, where that was done before
@@ -158,7 +162,19 @@ class Fitting:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return (*self._precision_notes, *self.state.notes)
+        return (*self._precision_notes, *self._layer_notes(), *self.state.notes)
+
+    def _layer_notes(self) -> list[str]:
+        layers = self.problem.layers
+        if layers is None:
+            return []
+        groups = layers_of(self.problem.space)
+        each = [f"{path} {layers[names[0]]:.3g}" for path, names in groups.items()]
+        more = f", and {len(each) - 8} more" if len(each) > 8 else ""
+        return [
+            f"Prior precision of each layer by the evidence: {', '.join(each[:8])}{more}; `prior_precision` is a "
+            "factor on all of them."
+        ]
 
     def project(self) -> None:
         """Samples at prior precision one, and the evidence of what they have lost."""

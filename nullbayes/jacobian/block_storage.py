@@ -158,6 +158,12 @@ class Recomputed(Kept):
         self.layout: Layout | None = None
         self.resident = sum(t.nbytes for t in tensor_leaves(inputs)) + cotangents.nbytes
 
+    def scaled(self, scales: dict[str, float]) -> Recomputed:
+        """The same rows, captured with other ``scales`` from now on."""
+        new = copy.copy(self)
+        new._scales = scales
+        return new
+
     @contextmanager
     def opened(self) -> Iterator[Block]:
         """One more forward and backward pass."""

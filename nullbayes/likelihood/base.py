@@ -189,6 +189,25 @@ class Likelihood(ABC):
         """
         return None
 
+    def sampled_gradient(self, outputs: Tensor, targets: Tensor, uniform: Tensor) -> Tensor:
+        """A random vector ``(B, *out)`` whose covariance is the Hessian of `loss`, detached.
+
+        Where a likelihood says how labels are drawn, the gradient of `loss` at one of those; by default the columns of
+        `hessian_factor` with standard normal weights, which has the same covariance.
+
+        Args:
+            uniform: ``(B, *out)`` float64, in [0, 1): all the chance that there is.
+        """
+        columns = self.hessian_factor(outputs, targets)  # (C, B, *out)
+        weights = torch.special.ndtri(uniform.flatten(1).clamp(1e-15, 1 - 1e-15))[:, : len(columns)]
+        if weights.shape[1] < len(columns):
+            raise InputError(
+                f"{type(self).__name__}.hessian_factor gives {len(columns)} columns for {weights.shape[1]} outputs; "
+                "write `sampled_gradient` for it, or leave `curvature` at 'gauss-newton'."
+            )
+        weights = weights.T.reshape(*weights.T.shape, *[1] * (outputs.ndim - 1)).to(columns)
+        return (columns * weights).sum(0)
+
     def _gradient(self, point: Tensor, targets: Tensor, *, create_graph: bool = False) -> Tensor:
         losses = self.loss(point, targets)
         if losses.shape != point.shape[:1]:

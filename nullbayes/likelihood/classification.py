@@ -271,6 +271,21 @@ class Classification(Likelihood):
         stacked = (flat.shape[0], *outputs.shape[1:])
         return _restore(flat, stacked, axis).reshape(-1, *outputs.shape)
 
+    def sampled_gradient(self, outputs: Tensor, targets: Tensor, uniform: Tensor) -> Tensor:
+        """``√w (p - e_k)`` at labels ``k`` drawn from ``p``, one a position; ``w`` is the weight in the Hessian."""
+        logits, labels, axis = self._flatten(outputs.detach(), targets)
+        if labels.is_floating_point():
+            scale = (self._weights(logits) * labels).sum(-1)
+        else:
+            scale = self._split(logits, labels)[1]
+        p = to_float64(logits).softmax(-1)  # (B, T, O)
+        chance = uniform.movedim(axis, -1).reshape(p.shape)[..., :1] * p.sum(-1, keepdim=True)
+        drawn = (p.cumsum(-1) <= chance).sum(-1, keepdim=True).clamp_max(p.shape[-1] - 1)
+        others = p.scatter(-1, drawn, 0)
+        gradient = others.scatter(-1, drawn, -others.sum(-1, keepdim=True))
+        gradient = gradient * to_float64(scale).sqrt().unsqueeze(-1)
+        return _restore(gradient.to(logits), outputs.shape, axis)
+
     def hessian_rank(self, output_shape: tuple[int, ...]) -> int:
         axis = self._axis((1, *output_shape))
         return math.prod(_without((1, *output_shape), axis)) * (output_shape[axis - 1] - 1)

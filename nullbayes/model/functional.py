@@ -184,12 +184,15 @@ class FunctionalModel:
 
     def _placed(self, weights: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """``weights`` by the identity of the parameter that each stands for, in the dtype that it computes in."""
-        wide = self.widened is not None
-        return {
-            id(p): weights[n] if wide else weights[n].to(p.dtype)
-            for n, p in self.model.named_parameters()
-            if n in weights
-        }
+        wide, masks = self.widened is not None, self.space.masks
+        placed = {}
+        for n, p in self.model.named_parameters():
+            if n in weights:
+                weight = weights[n]
+                if n in masks:  # no derivative, and no change, where a weight does not take part
+                    weight = torch.where(masks[n], weight, p.detach().to(weight.dtype))
+                placed[id(p)] = weight if wide else weight.to(p.dtype)
+        return placed
 
     def _flat(self, out: Any, inputs: Inputs) -> Tensor:
         if self.layouts is not None:

@@ -116,7 +116,10 @@ class Posterior(Judged, Predicts, Grows):
 
     @property
     def prior_precision(self) -> float:
-        """``α``. Setting it rescales samples and certificate; the projection does not depend on it."""
+        """``α``; a factor on all where there is one for each tensor (`precision_by_name`).
+
+        Setting it rescales samples and certificate; the projection does not depend on it.
+        """
         return self._fitted().alpha
 
     @prior_precision.setter
@@ -127,6 +130,12 @@ class Posterior(Judged, Predicts, Grows):
     def _set_prior_precision(self, value: float) -> None:
         fit = self._fitted()
         self._take(rescaled(fit, check_positive(value, "prior_precision")))
+
+    @property
+    def precision_by_name(self) -> dict[str, float]:
+        """The prior precision of each parameter tensor."""
+        alpha, each = self._fitted().alpha, self.problem.precision_by_name or {}
+        return {name: alpha * each.get(name, 1.0) for name in self.space.names}
 
     def __repr__(self) -> str:
         kept = self.preserve.describe() if self._settings.target.preserves else "nothing"
@@ -369,7 +378,7 @@ class Posterior(Judged, Predicts, Grows):
         fit = self._fitted()
         settings = described(fit, self._settings.target, self.calibration)
         settings["class"] = type(self).__name__
-        write_posterior(path, self.model, self.space, fit.unit, settings)
+        write_posterior(path, self.model, self.problem, fit.unit, settings)
 
     def _restore(self, samples: Tensor, settings: dict[str, Any]) -> None:
         """Take over what a file holds, around this posterior's model."""

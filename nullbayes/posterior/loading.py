@@ -53,8 +53,9 @@ def load(
             preserve=settings["preserve"],
             directions=settings["directions"],
             **settings["options"],
-            parameters=stored.names,
+            parameters=stored.parameters(),
             prior_precision=settings["prior"],
+            prior_mean=stored.prior_mean(),
             forward=forward,
             randomness=frozen and FrozenRandomness(**frozen),
         )

@@ -121,7 +121,7 @@ class Scorer:
         """
         if self.problem.precision_by_name is not None:
             return 1.0
-        size = float(self.problem.trained_weights().double().square().sum())
+        size = float(self.problem.departure().double().square().sum())
         return max(1, self.fit.certificate.rank) / size if size else 1.0
 
 

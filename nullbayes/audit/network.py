@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from nullbayes.model.batch import Inputs, batch_size, plain
-from nullbayes.model.functional import FunctionalModel, as_tensor_output
+from nullbayes.model.batch import Inputs, plain
+from nullbayes.model.functional import FunctionalModel
 
 
 class NetworkCopy:
@@ -42,7 +42,7 @@ class NetworkCopy:
 
     def outputs(self, inputs: Inputs, delta: Tensor | None = None) -> Tensor:
         """``f(θ̂ + Δ, x) (B, *out)`` for ``delta (P,)``; at the trained weights without one."""
-        given = plain(inputs)
+        given = self.functional.taken(plain(inputs))
         if self.dtype is not None:
             given = tree_map(lambda t: as_floating(t, self.dtype), given)
         try:
@@ -53,10 +53,7 @@ class NetworkCopy:
         finally:
             if delta is not None:
                 self._write(None)
-        layouts = self.functional.layouts
-        if layouts is None:
-            return as_tensor_output(out).detach()
-        return layouts.flatten(out, batch_size(inputs)).detach()
+        return self.functional.read(out, inputs).detach()
 
     def _called(self, given: Any) -> Any:
         forward = self.functional.user_forward

@@ -13,6 +13,7 @@ from nullbayes.constraints.directions import Cotangents, Directions, resolve_dir
 from nullbayes.constraints.preserve import Preserve, resolve_preserve
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.functional import FunctionalModel
+from nullbayes.model.own_loss import IGNORED
 from nullbayes.model.parameters import ParameterSpace
 from nullbayes.model.randomness import FrozenRandomness
 
@@ -55,6 +56,10 @@ class Problem:
             chosen.rows(likelihood, (2,), limit)  # raises, saying why
         problem = cls(functional, likelihood, chosen, limit, check_prior(prior))
         functional.space.scales(problem.precision_by_name)  # raises on wrong names
+        functional.reading = likelihood.reading
+        if functional.conventions is not None:
+            functional.conventions.likelihood = likelihood.name
+            functional.conventions.ignore = getattr(likelihood, "ignore_index", IGNORED)
         return problem
 
     # -- its parts -------------------------------------------------------------------------------

@@ -60,6 +60,8 @@ class Likelihood(ABC):
     name: str = "custom"
     #: how a model's several outputs are laid out in one tensor; None: the model returns a lone tensor
     layouts: Layouts | None = None
+    #: picks the outputs that are asked about from what the network returned; None: all of them
+    reading: Any = None
     score_name: str = "rmse"  # "accuracy", "rmse" or "loss": what `final_score` returns
     #: whether it says how targets spread around a prediction, so that a prediction has an entropy
     describes_targets: bool = True

@@ -30,17 +30,19 @@ from nullbayes.model.batch import (
     tensor_leaves,
 )
 from nullbayes.model.checks import check_kind, check_scripted
+from nullbayes.model.huggingface import HuggingFace
 from nullbayes.model.parameters import HALF, ParameterChoice, ParameterSpace
 from nullbayes.model.precision import Watch, alike, in_half, tolerance, widening
 from nullbayes.model.private import Hooks, Modules
 from nullbayes.model.randomness import FrozenRandomness, Replay, keyed
+from nullbayes.model.reading import Reads
 from nullbayes.model.structure import Layouts
 from nullbayes.model.transformer import has_nested
 
 Forward = Callable[[nn.Module, Any], Any]
 
 
-class FunctionalModel:
+class FunctionalModel(Reads):
     """``f(weights, inputs) -> outputs`` of shape ``(B, *out)`` for a trained module.
 
     Args:
@@ -63,6 +65,7 @@ class FunctionalModel:
         self.model, self.space = model, space
         self.user_forward = forward
         self.layouts, self.randomness = layouts, randomness
+        self.conventions = HuggingFace.of(model, passive=forward is not None)
         self.modules = Modules(model)
         self.axes = Axes(self._evaluated)
         # What half-precision tensors are computed in, once that was found to work; None: they stay as they are.
@@ -176,7 +179,7 @@ class FunctionalModel:
         return self._flat(out, inputs)
 
     def _given(self, inputs: Inputs) -> Any:
-        given = plain(inputs)
+        given = self.taken(plain(inputs))
         return given if self.widened is None else tree_map(widening(self.widened), given)
 
     def _placed(self, weights: Mapping[str, Tensor]) -> dict[int, Tensor]:
@@ -189,9 +192,7 @@ class FunctionalModel:
         }
 
     def _flat(self, out: Any, inputs: Inputs) -> Tensor:
-        if self.layouts is not None:
-            return self._working(self.layouts.flatten(out, batch_size(inputs)))
-        return self._working(as_tensor_output(out))
+        return self._working(self.read(out, inputs))
 
     def _watched(self, inputs: Inputs, where: str) -> Tensor:
         """Outputs at the trained weights, from a network that has been called before as from a fresh one.
@@ -388,20 +389,6 @@ def unwrapped(model: Any) -> nn.Module:
     inner: nn.Module = getattr(model, "_orig_mod", model)
     check_kind(inner)
     return inner
-
-
-def as_tensor_output(value: Any) -> Tensor:
-    """The tensor in what a model returned: itself, or ``logits`` of a mapping or an object."""
-    if isinstance(value, Tensor):
-        return value
-    logits = value.get("logits") if isinstance(value, Mapping) else getattr(value, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    raise ModelError(
-        f"the model returned {type(value).__name__}, expected a tensor or an object with `.logits`."
-        " Pass `forward=lambda model, inputs: ...` that returns the tensor to be trusted, or `loss=`, a"
-        " callable that takes whatever the model returns."
-    )
 
 
 @contextmanager

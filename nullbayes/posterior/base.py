@@ -302,6 +302,7 @@ class Posterior(Judged, Predicts, Grows):
     def _inputs(self, x: Inputs, draws: list[int] | None) -> Inputs:
         """Checked, on the device, and keyed for ``draws`` of the frozen noise unless that is None."""
         x = to_device(as_inputs(x, self.functional.dtype), self.functional.device)
+        x = self.functional.as_called(x)
         self._check_model()
         if not batch_size(x, "`x`"):
             raise InputError(

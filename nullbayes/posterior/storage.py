@@ -74,6 +74,7 @@ def signed(text: str, tensors: dict[str, Tensor]) -> dict[str, str]:
 def described(fit: Fit, target: Target, calibration: CalibrationPath | None) -> dict[str, Any]:
     """The settings and figures of a fit that a file holds beside its samples; JSON-able."""
     problem, frozen = fit.problem, fit.problem.randomness
+    conventions = problem.functional.conventions
     return {
         "likelihood": problem.likelihood.config(),
         "preserve": problem.preserve.name,
@@ -85,6 +86,7 @@ def described(fit: Fit, target: Target, calibration: CalibrationPath | None) -> 
         "seed": fit.seed,
         "certificate": fit.certificate.as_dict(),
         "calibration": None if calibration is None else calibration.as_dict(),
+        "conventions": None if conventions is None else conventions.config(),
     }
 
 
@@ -93,6 +95,9 @@ def restored(
 ) -> tuple[Fit, CalibrationPath | None]:
     """The inverse of :func:`described`, around the problem's model. Raises KeyError, TypeError, ValueError."""
     path = settings["calibration"]
+    conventions, found = problem.functional.conventions, settings.get("conventions")
+    if conventions is not None and found:  # files of earlier versions have none
+        conventions.restore(found)
     fit = Fit(
         problem,
         samples,

@@ -182,6 +182,24 @@ class Likelihood(ABC):
         """
         return None
 
+    def position_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The terms ``(B, T)`` that `loss` sums over; 0 where a position is ignored."""
+        raise self._one_loss()
+
+    def positions(self, output_shape: tuple[int, ...]) -> int:
+        """The T of `position_losses`, for outputs of this shape (batch axis left out)."""
+        raise self._one_loss()
+
+    def position_gradients(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Derivative of each of `position_losses` by the outputs, ``(K, B, *out)`` with K of at most T rows."""
+        raise self._one_loss()
+
+    def _one_loss(self) -> InputError:
+        return InputError(
+            f"{type(self).__name__} has one loss an example, and none for each position. Use preserve='loss', or "
+            "likelihood='classification' with outputs (B, T, classes)."
+        )
+
     def _gradient(self, point: Tensor, targets: Tensor, *, create_graph: bool = False) -> Tensor:
         losses = self.loss(point, targets)
         if losses.shape != point.shape[:1]:

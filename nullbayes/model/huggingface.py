@@ -192,6 +192,14 @@ class HuggingFace:
             return targets if length is None else self._without(targets, targets >= length)
         return targets
 
+    def shifting(self, inputs: Any, labels: Tensor) -> bool | None:
+        """Whether position t is scored against the label of t + 1; None: not known."""
+        if self.passive or labels.ndim != 2:
+            return None
+        if self.kind is None:
+            self._learn(inputs, labels)
+        return self.shifts
+
     def _token_targets(self, inputs: Any, labels: Tensor, where: str) -> Tensor:
         labels = self._padded(self._unpadded(inputs, labels))
         if not self.shifts or self._shifted_by_hand(inputs, labels, where):

@@ -25,8 +25,10 @@ class Reading(Protocol):
     def __call__(self, outputs: Tensor, inputs: Any) -> Tensor:
         """``(B, *out)`` of what a network returned for ``inputs``."""
 
-    def prepared(self, inputs: Any, targets: Tensor, where: str) -> tuple[Any, Tensor]:
-        """Inputs and targets of one batch of data."""
+    def prepared(
+        self, inputs: Any, targets: Tensor, where: str, shifts: bool | None
+    ) -> tuple[Any, Tensor]:
+        """Inputs and targets of one batch of data; ``shifts``: what the network does with labels of tokens."""
 
 
 class Reads:
@@ -68,7 +70,8 @@ class Reads:
         if self.layouts is not None or targets is inputs:
             return inputs, targets
         if self.reading is not None and isinstance(targets, Tensor):
-            return self.reading.prepared(inputs, targets, where)
+            known = None if self.conventions is None else self.conventions.shifting(inputs, targets)
+            return self.reading.prepared(inputs, targets, where, known)
         if self.conventions is None:
             return inputs, targets
         return inputs, self.conventions.prepared(inputs, targets, where)

@@ -33,7 +33,11 @@ class NetworkCopy:
 
     def __init__(self, functional: FunctionalModel, dtype: torch.dtype | None = None) -> None:
         self.functional, self.dtype = functional, dtype
-        self.model = copy.deepcopy(functional.model)
+        chosen = set(functional.space.names)
+        # A frozen base is never written to, and may be most of the memory there is.
+        kept = {} if dtype else dict(functional.model.named_parameters())
+        shared: dict[int, Any] = {id(p): p for n, p in kept.items() if n not in chosen}
+        self.model = copy.deepcopy(functional.model, shared)
         if dtype is not None:
             self.model.to(dtype)
         named = dict(self.model.named_parameters())

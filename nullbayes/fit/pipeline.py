@@ -51,6 +51,7 @@ from nullbayes.fit.target import DELTA
 from nullbayes.jacobian.block_storage import fits_on_disk
 from nullbayes.jacobian.linearise import linearised_outputs
 from nullbayes.jacobian.operator import JacobianOperator
+from nullbayes.model.adapters import remarks
 from nullbayes.model.fingerprint import fingerprint, quick_digest
 from nullbayes.solvers import Choice, Projection, Size, State, choose
 from nullbayes.solvers.base import relative
@@ -81,6 +82,7 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
         check, evidence = fitting.check()
         audit = fitting.audit()
         notes = [*fitting.notes, *where_kept(rows.operator)]
+        notes += remarks(problem.functional.model, problem.space)
         notes += _not_kept(loader, rows, run.max_examples)
     check_undisturbed(problem, before)
     return fitting.finish(check, evidence, audit, notes)

@@ -70,6 +70,8 @@ class FunctionalModel(Reads):
         self.axes = Axes(self._evaluated)
         # What half-precision tensors are computed in, once that was found to work; None: they stay as they are.
         self.widened: torch.dtype | None = None
+        # Whether that takes a copy of frozen weights, because the network looks at their dtype.
+        self.widened_whole = False
         # Whether transformer encoders give zeros at padded positions, as they do without gradients.
         self.padded = False
         # The least precise numbers that a forward pass was seen to compute with.
@@ -111,6 +113,15 @@ class FunctionalModel(Reads):
             self.widened = torch.float32
             if not alike(self.model_output(inputs), deployed):
                 self.widened = None
+        watch = self._watch(inputs)
+        if self.widened is not None and watch.found in HALF:
+            self.widened_whole = True
+            watch = self._watch(inputs)
+        self.rounding = watch.found
+        # The model reaches its modules in a way that a private copy cannot follow (an object, a global of a global).
+        self.modules.shared = watch.used
+
+    def _watch(self, inputs: Inputs) -> Watch:
         originals = dict(self.model.named_parameters())
         weights, keyed_inputs = self.weights(), self.keyed(inputs)
         watch = Watch(self.space.dtype, (originals[n] for n in weights))
@@ -122,9 +133,7 @@ class FunctionalModel(Reads):
             watch,
         ):
             self(weights, keyed_inputs)
-        self.rounding = watch.found
-        # The model reaches its modules in a way that a private copy cannot follow (an object, a global of a global).
-        self.modules.shared = watch.used
+        return watch
 
     def _evaluated(self, inputs: Inputs) -> Tensor:
         """Outputs of inputs that may not fit together, for :class:`Axes`; anything may be raised."""
@@ -172,7 +181,11 @@ class FunctionalModel(Reads):
                 out = _called(lent, self.user_forward, given)
         else:
             private, copier = self.modules.private(
-                tensors, hooks, widened=self.widened, padded=self.padded and not deployed
+                tensors,
+                hooks,
+                widened=self.widened,
+                padded=self.padded and not deployed,
+                whole=self.widened_whole,
             )
             forward = self.user_forward and copier.rebound(self.user_forward)
             out = _called(private, forward, given)
@@ -203,7 +216,10 @@ class FunctionalModel(Reads):
         if self.modules.shared:
             return self(self.weights(), inputs)
         private, copier = self.modules.private(
-            self._placed(self.weights()), widened=self.widened, padded=self.padded
+            self._placed(self.weights()),
+            widened=self.widened,
+            padded=self.padded,
+            whole=self.widened_whole,
         )
         forward = self.user_forward and copier.rebound(self.user_forward)
 
@@ -298,7 +314,7 @@ class FunctionalModel(Reads):
     def remember(self, inputs: Inputs, outputs: Tensor) -> None:
         """Take note of the outputs' shape at the fit, for :meth:`expect_shape`."""
         shapes = tuple(outputs.shape[1:])
-        lengths = _lengths(inputs)
+        lengths = self._lengths(inputs)
         if self._shape is None:
             self._shape = _OutputShape(shapes, lengths)
 
@@ -314,7 +330,7 @@ class FunctionalModel(Reads):
         known, shape = self._shape, tuple(shape)
         if known is None or self.layouts is not None:  # a callable loss tells structures apart
             return
-        lengths = _lengths(inputs)
+        lengths = self._lengths(inputs)
         same = len(shape) == len(known.shape) and all(
             now == then or (now in lengths and then in known.lengths)
             for now, then in zip(shape, known.shape, strict=True)
@@ -325,6 +341,10 @@ class FunctionalModel(Reads):
                 f"was fitted on outputs of shape (B, {', '.join(map(str, known.shape))}). Pass inputs like the "
                 "training data's, or fit a posterior of its own for this use of the model."
             )
+
+    def _lengths(self, inputs: Inputs) -> frozenset[int]:
+        before = 0 if self.conventions is None else self.conventions.before
+        return frozenset(n + before for t in tensor_leaves(plain(inputs)) for n in t.shape[1:])
 
     def _explain(self, inputs: Inputs, where: str, error: Exception) -> str:
         """Why the model's own forward pass may have failed, and the mend."""
@@ -353,10 +373,6 @@ class _OutputShape:
 
     shape: tuple[int, ...]
     lengths: frozenset[int]
-
-
-def _lengths(inputs: Inputs) -> frozenset[int]:
-    return frozenset(n for t in tensor_leaves(plain(inputs)) for n in t.shape[1:])
 
 
 def _called(model: nn.Module, forward: Forward | None, inputs: Any) -> Any:

@@ -213,13 +213,19 @@ class HuggingFace:
 
     def _padded(self, labels: Tensor) -> Tensor:
         """With labels to be ignored at the tokens that prompt tuning puts before the inputs."""
+        if not self.before or self.ignore is None:
+            return labels
+        return F.pad(labels, (self.before, 0), value=self.ignore)
+
+    @property
+    def before(self) -> int:
+        """How many tokens of its own prompt tuning puts before those of the inputs, in the outputs too."""
         config = adapted(self.model)
         kind = str(getattr(getattr(config, "peft_type", None), "value", ""))
         if config is None or kind not in ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"):
-            return labels
-        if getattr(self.base.config, "is_encoder_decoder", False) or self.ignore is None:
-            return labels
-        return F.pad(labels, (int(config.num_virtual_tokens), 0), value=self.ignore)
+            return 0
+        decodes = getattr(self.base.config, "is_encoder_decoder", False)
+        return 0 if decodes else int(config.num_virtual_tokens)
 
     def _unpadded(self, inputs: Any, labels: Tensor) -> Tensor:
         """Without the labels of padding."""

@@ -21,6 +21,7 @@ from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.capture.verify import prove
 from nullbayes.jacobian.linearise import state_dicts
 from nullbayes.likelihood import Likelihood
+from nullbayes.model.adapters import beside_adapter, check_there, check_unmerged
 from nullbayes.model.batch import Inputs, batch_size, check_inputs, to_device
 from nullbayes.model.checks import check_mode
 from nullbayes.model.data import as_inputs, as_loader, is_array
@@ -218,6 +219,7 @@ class Posterior(Judged, Predicts, Grows):
         free = self.functional.layouts is not None
         loader = as_loader(data, name, self.functional.dtype, labelled=not free, pieces=free)
         check_mode(self.model, frozen=self.problem.randomness is not None)
+        check_unmerged(self.model, self.space)
         self.space.check_finite(self.model)
         return loader
 
@@ -296,6 +298,7 @@ class Posterior(Judged, Predicts, Grows):
         fit = self._fitted()
         digest = quick_digest(self.model)
         if digest != self._seen:
+            check_there(self.model, self.space)
             check_unchanged(self.model, fit.fingerprint)
             self._seen = digest
 
@@ -345,13 +348,17 @@ class Posterior(Judged, Predicts, Grows):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write samples, settings, certificate and a fingerprint of the model to one safetensors file.
 
+        Args:
+            path: of the file; or the folder of a saved adapter of peft, in which it is called
+                ``adapter_posterior.safetensors``.
+
         Raises:
             NotFittedError: not fitted. StorageError: the file cannot be written; an earlier one stays.
         """
         fit = self._fitted()
         settings = described(fit, self._settings.target, self.calibration)
         settings["class"] = type(self).__name__
-        write_posterior(path, self.model, self.space, fit.unit, settings)
+        write_posterior(beside_adapter(path), self.model, self.space, fit.unit, settings)
 
     def _restore(self, samples: Tensor, settings: dict[str, Any]) -> None:
         """Take over what a file holds, around this posterior's model."""

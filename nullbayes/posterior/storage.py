@@ -22,6 +22,7 @@ from nullbayes.errors import NullBayesError, NullBayesWarning, StorageError
 from nullbayes.fit.result import Fit
 from nullbayes.fit.target import Target
 from nullbayes.likelihood import Likelihood, likelihood_from_config
+from nullbayes.model.adapters import MERGED
 from nullbayes.model.fingerprint import fingerprint
 from nullbayes.model.parameters import ParameterSpace
 from nullbayes.posterior.calibration import CalibrationPath
@@ -147,7 +148,7 @@ class Stored:
         if missing:
             raise StorageError(
                 f"{self.path} belongs to a model with parameters {missing[:4]}, which this "
-                f"{type(model).__name__} does not have. Build the same architecture."
+                f"{type(model).__name__} does not have. Build the same architecture. {MERGED}"
             )
         shapes = [n for n, shape in wanted.items() if list(named[n].shape) != shape]
         if shapes:

@@ -17,6 +17,7 @@ from nullbayes.errors import InputError, StorageError
 from nullbayes.likelihood import Likelihood, LossFunction
 from nullbayes.model.fingerprint import fingerprint
 from nullbayes.model.functional import Forward, unwrapped
+from nullbayes.model.randomness import FrozenRandomness
 from nullbayes.moments.blocks import Blocks, find_blocks
 from nullbayes.moments.gather import Gathered
 from nullbayes.moments.members import CELLS, Members
@@ -41,12 +42,15 @@ def write_layers(
     """Write one safetensors file, whole or not at all. Raises `StorageError`."""
     target, space, state = Path(path), posterior.space, fit.state
     tensors, ranks = _tensors(fit.gathered)
+    frozen = posterior.functional.randomness
     settings = {
         "class": CLASS,
         "likelihood": fit.likelihood.config(),
         "delta": state.delta,
         "prior": posterior._prior,
         "prior_precision": fit.alpha,
+        "given": posterior._given,
+        "randomness": frozen and frozen.config(),
         "left_out": fit.left_out,
         "seed": state.seed,
         "num_samples": state.num_samples,
@@ -130,6 +134,7 @@ def load_layers(
     stored.check_model(unwrapped(model))
     try:
         settings = stored.settings
+        frozen = settings.get("randomness")
         posterior = LayerNullSpacePosterior(
             model,
             likelihood or stored.likelihood(),
@@ -137,6 +142,7 @@ def load_layers(
             prior_precision="auto" if settings["prior"] is None else settings["prior"],
             parameters=stored.names,
             forward=forward,
+            randomness=frozen and FrozenRandomness(**frozen),
         )
         blocks = find_blocks(posterior.model, posterior.space, settings["fixed"])
         _check_blocks(source, blocks, settings)
@@ -239,5 +245,6 @@ def _restore(
             fingerprint(posterior.model),
         )
     )
+    posterior._given = bool(settings.get("given", False))  # files of version 0.1 do not say
     path = settings["calibration"]
     posterior.calibration = None if path is None else CalibrationPath(**path)

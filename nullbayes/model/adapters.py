@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from nullbayes.errors import ModelError
-from nullbayes.model.huggingface import adapted, pretrained
 from nullbayes.model.parameters import ParameterSpace
 
 CONFIG, POSTERIOR = "adapter_config.json", "adapter_posterior.safetensors"
@@ -19,6 +19,23 @@ MERGED = (
     "If an adapter was merged into the network (`merge_and_unload`), the posterior's weights are gone with it: use it "
     "around the network with the adapter, unmerged."
 )
+
+
+def pretrained(model: Any) -> nn.Module | None:
+    """The network of the transformers library that ``model`` is, or that an adapter of peft wraps."""
+    base = model.get_base_model() if _comes_from(model, "PeftModel", "peft.") else model
+    return base if _comes_from(base, "PreTrainedModel", "transformers.") else None
+
+
+def adapted(model: Any) -> Any:
+    """The configuration of the active adapter of peft; None where ``model`` has none."""
+    if not _comes_from(model, "PeftModel", "peft."):
+        return None
+    return model.peft_config.get(model.active_adapter)
+
+
+def _comes_from(model: Any, name: str, package: str) -> bool:
+    return any(c.__name__ == name and c.__module__.startswith(package) for c in type(model).__mro__)
 
 
 def beside_adapter(path: str | os.PathLike[str]) -> str | os.PathLike[str]:

@@ -36,6 +36,7 @@ from nullbayes.model.precision import Watch, alike, in_half, tolerance, widening
 from nullbayes.model.private import Hooks, Modules
 from nullbayes.model.randomness import FrozenRandomness, Replay, keyed
 from nullbayes.model.reading import Reads
+from nullbayes.model.reading import as_tensor_output as as_tensor_output
 from nullbayes.model.structure import Layouts
 from nullbayes.model.transformer import has_nested
 

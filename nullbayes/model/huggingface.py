@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nullbayes.errors import InputError, ModelError, NullBayesWarning
+from nullbayes.model.adapters import adapted, pretrained
 from nullbayes.model.batch import batch_size, changed, plain
 from nullbayes.model.own_loss import IGNORED, Kind, candidates, entry, kind_of
 from nullbayes.model.parameters import HALF
@@ -37,23 +38,6 @@ _LIKELIHOODS = {
     "single_label_classification": "classification",
     "multi_label_classification": "binary",
 }
-
-
-def pretrained(model: Any) -> nn.Module | None:
-    """The network of the transformers library that ``model`` is, or that an adapter of peft wraps."""
-    base = model.get_base_model() if _comes_from(model, "PeftModel", "peft.") else model
-    return base if _comes_from(base, "PreTrainedModel", "transformers.") else None
-
-
-def adapted(model: Any) -> Any:
-    """The configuration of the active adapter of peft; None where ``model`` has none."""
-    if not _comes_from(model, "PeftModel", "peft."):
-        return None
-    return model.peft_config.get(model.active_adapter)
-
-
-def _comes_from(model: Any, name: str, package: str) -> bool:
-    return any(c.__name__ == name and c.__module__.startswith(package) for c in type(model).__mro__)
 
 
 class HuggingFace:

@@ -24,7 +24,7 @@ from nullbayes.fit.target import Target
 from nullbayes.likelihood import Likelihood, likelihood_from_config
 from nullbayes.model.adapters import MERGED
 from nullbayes.model.fingerprint import fingerprint
-from nullbayes.model.parameters import ParameterSpace
+from nullbayes.model.parameters import HALF, ParameterSpace
 from nullbayes.posterior.calibration import CalibrationPath
 from nullbayes.posterior.description import DescriptionError, check_settings, parsed
 
@@ -47,7 +47,7 @@ def write_posterior(
         "version": VERSION,
         "names": list(space.names),
         "shapes": [list(slot.shape) for slot in space.slots],
-        "dtype": str(space.dtype),
+        "dtype": str(samples.dtype),
         "fingerprint": fingerprint(model),
         "settings": settings,
     }
@@ -168,7 +168,7 @@ class Stored:
 
     def samples(self, space: ParameterSpace) -> Tensor:
         """Samples ``(S, P)`` on the model's device and in its dtype."""
-        if str(space.dtype) != self.meta["dtype"]:
+        if self.tensor.dtype not in (space.dtype, *HALF):
             warnings.warn(
                 f"{self.path} holds {self.meta['dtype']} samples, the model is {space.dtype}: they are "
                 "converted, and the certificate speaks of the original.",
@@ -189,7 +189,9 @@ class Stored:
             sizes = [math.prod(shape) for shape in self.meta["shapes"]]
             parts = dict(zip(self.names, tensor.split(sizes, dim=1), strict=True))
             tensor = torch.cat([parts[name] for name in space.names], dim=1)
-        return tensor.to(device=space.device, dtype=space.dtype)
+        # Samples that were asked for in half precision stay so; any other dtype follows the model's.
+        dtype = tensor.dtype if tensor.dtype in HALF else space.dtype
+        return tensor.to(device=space.device, dtype=dtype)
 
 
 def read_posterior(path: str | os.PathLike[str]) -> Stored:

@@ -27,6 +27,7 @@ from nullbayes.errors import SolverError as SolverError
 from nullbayes.errors import StorageError as StorageError
 from nullbayes.fit.plan import Plan as Plan
 from nullbayes.likelihood import Binary as Binary
+from nullbayes.likelihood import Choices as Choices
 from nullbayes.likelihood import Classification as Classification
 from nullbayes.likelihood import Likelihood as Likelihood
 from nullbayes.likelihood import Regression as Regression

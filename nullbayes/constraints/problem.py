@@ -17,6 +17,7 @@ from nullbayes.errors import InputError
 from nullbayes.jacobian.block import Block
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.functional import FunctionalModel
+from nullbayes.model.own_loss import IGNORED
 from nullbayes.model.parameters import ParameterSpace
 from nullbayes.model.randomness import FrozenRandomness
 
@@ -75,10 +76,14 @@ class Problem:
         by_name = problem.precision_by_name is not None or checked == BY_LAYER
         if within is not None and by_name:
             raise InputError(
-                "`prior_precision` is one for each parameter or layer, beside `within`, which is a prior of its own; pass a "
-                'number, or "evidence".'
+                "`prior_precision` is one for each parameter or layer, beside `within`, which is a prior of its own; pass "
+                'a number, or "evidence".'
             )
         functional.space.scales(problem.precision_by_name)  # raises on wrong names
+        functional.reading = likelihood.reading
+        if functional.conventions is not None:
+            functional.conventions.likelihood = likelihood.name
+            functional.conventions.ignore = getattr(likelihood, "ignore_index", IGNORED)
         return problem
 
     # -- its parts -------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ from nullbayes.fit.target import DELTA
 from nullbayes.jacobian.block_storage import fits_on_disk
 from nullbayes.jacobian.linearise import linearised_outputs
 from nullbayes.jacobian.operator import JacobianOperator
+from nullbayes.model.adapters import remarks
 from nullbayes.model.fingerprint import fingerprint, quick_digest
 from nullbayes.model.parameters import padding_notes
 from nullbayes.solvers import Choice, Projection, Size, State, choose
@@ -86,6 +87,7 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
         check, evidence = fitting.check()
         audit = fitting.audit()
         notes = [*fitting.notes, *where_kept(rows.operator)]
+        notes += remarks(problem.functional.model, problem.space)
         notes += _not_kept(loader, rows, run.max_examples)
         notes += padding_notes(problem.functional.model, problem.space)
     check_undisturbed(problem, before)
@@ -215,12 +217,14 @@ class Fitting:
                 null_space_precision(gamma, p, self.theta) if within is None else within.precision
             )
         self.rank = min(max(round(gamma), 0), m, p)
-        self.unit = problem.weight_changes(done.value)
+        self.stored = problem.weight_changes(done.value).to(self.run.stored or problem.dtype)
+        if self.run.stored is not None:  # what is measured is what is stored
+            self.done = replace(done, value=problem.isotropic(self.stored.to(problem.dtype)))
 
     def check(self) -> tuple[GuaranteeCheck, float | None]:
         """What samples do to training examples, and the evidence's precision before that bounded it."""
         problem, rows = self.problem, self.rows
-        check = GuaranteeCheck(problem, rows.plan, rows.checked, self.unit)
+        check = GuaranteeCheck(problem, rows.plan, rows.checked, self.stored)
         if self.settings.target.preserves:
             check.left_out = [
                 (problem.functional.outputs(h.inputs), change, h.targets)
@@ -237,7 +241,8 @@ class Fitting:
         self.laps.lap(CERTIFICATE)
         self.auditing = auditing_of(self.problem, self.rows, self.run.audit)
         allowed = max(LEAST_AUDIT, AUDIT_SHARE * self.laps.total)
-        found = audited(self.problem, self.auditing, self.unit, self.prior, self.effects, allowed)
+        unit = self.stored.to(self.problem.dtype)
+        found = audited(self.problem, self.auditing, unit, self.prior, self.effects, allowed)
         self.laps.lap(AUDIT)
         return replace(found, seconds=self.laps.seconds[AUDIT])
 
@@ -277,7 +282,7 @@ class Fitting:
         )
         return Fit(
             problem,
-            self.unit,
+            self.stored,
             self.alpha,
             self.run.seed,
             certificate,
@@ -361,16 +366,19 @@ def _measured_rows(
 def extended(fit: Fit, settings: Settings, count: int) -> Fit:
     """``count`` samples more, continuing the stream of the fit's seed."""
     assert fit.state is not None
-    indices = range(len(fit.unit), len(fit.unit) + count)
+    indices = range(len(fit.stored), len(fit.stored) + count)
     operator = fit.state.operator
     m, p = operator.shape
     noise_rows = settings.target.noise_rows(m)
-    v, noise = standard_normal(fit.seed, indices, p, noise_rows, fit.unit)
+    v, noise = standard_normal(fit.seed, indices, p, noise_rows, fit.unit[:1])
     fit.problem.space.fix_(v)
     done = fit.state.project(v, noise if noise_rows else None)
-    more = fit.problem.weight_changes(done.value)
-    unit = torch.cat([fit.unit, more])
-    check = fit.check and fit.check.with_more(more)
+    kept = fit.problem.weight_changes(done.value).to(fit.stored.dtype)
+    stored = torch.cat([fit.stored, kept])
+    check = fit.check and fit.check.with_more(kept)
+    more = kept.to(fit.problem.dtype)
+    if fit.stored.dtype != fit.problem.dtype:
+        done = replace(done, value=fit.problem.isotropic(more))
     effects = operator.matvec(done.value)
     certificate = fit.certificate.joined(
         _new_samples(fit, done, v, effects),
@@ -379,7 +387,7 @@ def extended(fit: Fit, settings: Settings, count: int) -> Fit:
     if fit.auditing is not None and certificate.audit is not None:
         audit = audited(fit.problem, fit.auditing, more, v, effects, math.inf)
         certificate = replace(certificate, audit=certificate.audit.joined(audit))
-    return replace(fit, unit=unit, certificate=certificate, check=check)
+    return replace(fit, stored=stored, certificate=certificate, check=check)
 
 
 def _new_samples(fit: Fit, done: Projection, prior: Tensor, after: Tensor) -> dict[str, Any]:

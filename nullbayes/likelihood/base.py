@@ -60,6 +60,8 @@ class Likelihood(ABC):
     name: str = "custom"
     #: how a model's several outputs are laid out in one tensor; None: the model returns a lone tensor
     layouts: Layouts | None = None
+    #: picks the outputs that are asked about from what the network returned; None: all of them
+    reading: Any = None
     score_name: str = "rmse"  # "accuracy", "rmse" or "loss": what `final_score` returns
     #: whether it says how targets spread around a prediction, so that a prediction has an entropy
     describes_targets: bool = True
@@ -207,6 +209,24 @@ class Likelihood(ABC):
             )
         weights = weights.T.reshape(*weights.T.shape, *[1] * (outputs.ndim - 1)).to(columns)
         return (columns * weights).sum(0)
+
+    def position_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The terms ``(B, T)`` that `loss` sums over; 0 where a position is ignored."""
+        raise self._one_loss()
+
+    def positions(self, output_shape: tuple[int, ...]) -> int:
+        """The T of `position_losses`, for outputs of this shape (batch axis left out)."""
+        raise self._one_loss()
+
+    def position_gradients(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Derivative of each of `position_losses` by the outputs, ``(K, B, *out)`` with K of at most T rows."""
+        raise self._one_loss()
+
+    def _one_loss(self) -> InputError:
+        return InputError(
+            f"{type(self).__name__} has one loss an example, and none for each position. Use preserve='loss', or "
+            "likelihood='classification' with outputs (B, T, classes)."
+        )
 
     def _gradient(self, point: Tensor, targets: Tensor, *, create_graph: bool = False) -> Tensor:
         losses = self.loss(point, targets)

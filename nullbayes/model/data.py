@@ -201,8 +201,11 @@ def is_stream(x: Any) -> bool:
     return isinstance(x, (DataLoader, Dataset, Batches, Iterator)) or hasattr(x, "train_dataloader")
 
 
-def streamed(x: Any, dtype: torch.dtype) -> Iterator[Any]:
+def streamed(x: Any, dtype: torch.dtype, *, labelled: bool = False) -> Iterator[Any]:
     """The inputs of each batch of a stream; what it holds for targets is left out.
+
+    Args:
+        labelled: mappings stay as they are: the network's library makes inputs of targets, too.
 
     Raises:
         InputError: it holds no batches.
@@ -211,7 +214,7 @@ def streamed(x: Any, dtype: torch.dtype) -> Iterator[Any]:
     empty = True
     for batch in loader:
         empty = False
-        yield _inputs_of(batch)
+        yield batch if labelled and isinstance(batch, Mapping) else _inputs_of(batch)
     if empty:
         raise InputError("`x` yields no batches; a generator can be read only once.")
 

@@ -31,11 +31,14 @@ from nullbayes.model.batch import (
 )
 from nullbayes.model.bound import bound
 from nullbayes.model.checks import check_kind, check_scripted
+from nullbayes.model.huggingface import HuggingFace
 from nullbayes.model.parameters import HALF, ParameterChoice, ParameterSpace
 from nullbayes.model.precision import Unrounded, Watch, tolerance, widening
 from nullbayes.model.private import Hooks, Modules
 from nullbayes.model.ragged import restored, unbatched
 from nullbayes.model.randomness import FrozenRandomness, Replay, keyed
+from nullbayes.model.reading import Reads
+from nullbayes.model.reading import as_tensor_output as as_tensor_output
 from nullbayes.model.settling import settle
 from nullbayes.model.structure import Layouts
 from nullbayes.model.transformer import has_nested
@@ -43,7 +46,7 @@ from nullbayes.model.transformer import has_nested
 Forward = Callable[[nn.Module, Any], Any]
 
 
-class FunctionalModel:
+class FunctionalModel(Reads):
     """``f(weights, inputs) -> outputs`` of shape ``(B, *out)`` for a trained module.
 
     Args:
@@ -66,6 +69,7 @@ class FunctionalModel:
         self.model, self.space = model, space
         self.user_forward = forward
         self.layouts, self.randomness = layouts, randomness
+        self.conventions = HuggingFace.of(model, passive=forward is not None)
         self.modules = Modules(model)
         self.axes = Axes(self._evaluated)
         # What half-precision tensors are computed in, once that was found to work; None: they stay as they are.
@@ -74,6 +78,8 @@ class FunctionalModel:
         # the precision that the deployed network rounds to, None: the working one.
         self.unrounded = False
         self.rounds_to: torch.dtype | None = None
+        # Whether that takes a copy of frozen weights, because the network looks at their dtype.
+        self.widened_whole = False
         # Whether transformer encoders give zeros at padded positions, as they do without gradients.
         self.padded = False
         # Looks at the operations of forward passes, innermost, while that is asked for.
@@ -160,7 +166,11 @@ class FunctionalModel:
                 out = self._run(lent, self.user_forward, given)
         else:
             private, copier = self.modules.private(
-                tensors, hooks, widened=self.widened, padded=self.padded and not deployed
+                tensors,
+                hooks,
+                widened=self.widened,
+                padded=self.padded and not deployed,
+                whole=self.widened_whole,
             )
             forward = self.user_forward and copier.rebound(self.user_forward)
             out = self._run(private, forward, given)
@@ -177,7 +187,7 @@ class FunctionalModel:
             return _called(module, forward, given)
 
     def _given(self, inputs: Inputs) -> Any:
-        given = plain(inputs)
+        given = self.taken(plain(inputs))
         if self.widened is not None:
             given = tree_map(widening(self.widened), given)
         return restored(given)
@@ -195,9 +205,7 @@ class FunctionalModel:
         return placed
 
     def _flat(self, out: Any, inputs: Inputs) -> Tensor:
-        if self.layouts is not None:
-            return self._working(self.layouts.flatten(out, batch_size(inputs)))
-        return self._working(as_tensor_output(out))
+        return self._working(self.read(out, inputs))
 
     def _watched(self, inputs: Inputs, where: str) -> Tensor:
         """Outputs at the trained weights, from a network that has been called before as from a fresh one.
@@ -208,7 +216,10 @@ class FunctionalModel:
         if self.modules.shared:
             return self(self.weights(), inputs)
         private, copier = self.modules.private(
-            self._placed(self.weights()), widened=self.widened, padded=self.padded
+            self._placed(self.weights()),
+            widened=self.widened,
+            padded=self.padded,
+            whole=self.widened_whole,
         )
         forward = self.user_forward and copier.rebound(self.user_forward)
 
@@ -304,7 +315,7 @@ class FunctionalModel:
     def remember(self, inputs: Inputs, outputs: Tensor) -> None:
         """Take note of the outputs' shape at the fit, for :meth:`expect_shape`."""
         shapes = tuple(outputs.shape[1:])
-        lengths = _lengths(inputs)
+        lengths = self._lengths(inputs)
         if self._shape is None:
             self._shape = _OutputShape(shapes, lengths)
 
@@ -320,7 +331,7 @@ class FunctionalModel:
         known, shape = self._shape, tuple(shape)
         if known is None or self.layouts is not None:  # a callable loss tells structures apart
             return
-        lengths = _lengths(inputs)
+        lengths = self._lengths(inputs)
         same = len(shape) == len(known.shape) and all(
             now == then or (now in lengths and then in known.lengths)
             for now, then in zip(shape, known.shape, strict=True)
@@ -331,6 +342,10 @@ class FunctionalModel:
                 f"was fitted on outputs of shape (B, {', '.join(map(str, known.shape))}). Pass inputs like the "
                 "training data's, or fit a posterior of its own for this use of the model."
             )
+
+    def _lengths(self, inputs: Inputs) -> frozenset[int]:
+        before = 0 if self.conventions is None else self.conventions.before
+        return frozenset(n + before for t in tensor_leaves(plain(inputs)) for n in t.shape[1:])
 
     def _explain(self, inputs: Inputs, where: str, error: Exception) -> str:
         """Why the model's own forward pass may have failed, and the mend."""
@@ -362,10 +377,6 @@ class _OutputShape:
 
     shape: tuple[int, ...]
     lengths: frozenset[int]
-
-
-def _lengths(inputs: Inputs) -> frozenset[int]:
-    return frozenset(n for t in tensor_leaves(plain(inputs)) for n in t.shape[1:])
 
 
 def _called(model: nn.Module, forward: Forward | None, inputs: Any) -> Any:
@@ -405,20 +416,6 @@ def unwrapped(model: Any) -> nn.Module:
             break
     check_kind(inner)
     return inner
-
-
-def as_tensor_output(value: Any) -> Tensor:
-    """The tensor in what a model returned: itself, or ``logits`` of a mapping or an object."""
-    if isinstance(value, Tensor):
-        return value
-    logits = value.get("logits") if isinstance(value, Mapping) else getattr(value, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    raise ModelError(
-        f"the model returned {type(value).__name__}, expected a tensor or an object with `.logits`."
-        " Pass `forward=lambda model, inputs: ...` that returns the tensor to be trusted, or `loss=`, a"
-        " callable that takes whatever the model returns."
-    )
 
 
 @contextmanager

@@ -85,7 +85,7 @@ class Scorer:
 
     def too_many_rows(self, outputs: int) -> bool:
         """Whether one pass for each sample costs less than one row for each output."""
-        return outputs > REVERSE_OUTPUTS_PER_SAMPLE * len(self.fit.unit)
+        return outputs > REVERSE_OUTPUTS_PER_SAMPLE * len(self.fit.stored)
 
     def changes(self, x: Inputs) -> Tensor:
         """``J(x) Δ_s (S, B, *out)`` at prior precision one, sample by sample."""

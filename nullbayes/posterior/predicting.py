@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -103,7 +104,7 @@ class Predicts:
                 raise InputError(
                     "`differentiable=True` with a loader: pass one batch of inputs at a time, which require a gradient."
                 )
-            parts = [self._predict(part, how) for part in streamed(x, own.functional.dtype)]
+            parts = [self._predict(part, how) for part in _streamed(own, x)]
             return structured(gathered(parts), own.likelihood)
         return structured(self._predict(x, how), own.likelihood)
 
@@ -191,7 +192,7 @@ class Predicts:
         own = cast("Posterior", self)
         check_choice(criterion, CRITERIA, "criterion")
         wanted, fit = check_count(k, "k"), own._fitted()
-        parts = streamed(pool, own.functional.dtype) if is_stream(pool) else iter([pool])
+        parts = _streamed(own, pool) if is_stream(pool) else iter([pool])
         checked = (own._inputs(part, [0]) for part in parts)
         first = next(checked, None)
         assert first is not None  # an empty stream is an error already
@@ -235,7 +236,7 @@ class Predicts:
             return self._novelty(x, score, exact, targets)
         if targets is not None:
             raise InputError("`targets` of a loader: score one batch at a time with its targets.")
-        parts = streamed(x, own.functional.dtype)
+        parts = _streamed(own, x)
         return torch.cat([self._novelty(part, score, exact, None) for part in parts])
 
     @undisturbed_method
@@ -298,3 +299,8 @@ class _Covariance:
             place = torch.arange(size, device=found.device)
             moved = moved.reshape(size, outputs, size, outputs)[place, :, place]
             return found + moved - moved.detach()
+
+
+def _streamed(own: Posterior, x: Any) -> Iterator[Any]:
+    functional = own.functional
+    return streamed(x, functional.dtype, labelled=functional.conventions is not None)

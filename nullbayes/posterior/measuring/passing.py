@@ -85,7 +85,7 @@ class Pass:
         passed = self._passed(name, ("novel", "wrong"))
         free = self.functional.layouts is not None
         tracked = stage.track(loader, name)
-        for index, inputs, targets in batches(tracked, self.functional.device, name, free=free):
+        for index, inputs, targets in batches(tracked, self.functional, name, free=free):
             where = f"{name}, batch {index}"
             self._add_slices(inputs, targets)
             for piece, some in self._pieces(inputs, targets, where):
@@ -100,7 +100,7 @@ class Pass:
         """Scores of data whose targets, if there are any, do not matter."""
         passed = self._passed(name, ("novel",))
         tracked = stage.track(loader, name)
-        for index, inputs, _ in batches(tracked, self.functional.device, name, free=True):
+        for index, inputs, _ in batches(tracked, self.functional, name, free=True):
             where = f"{name}, batch {index}"
             for piece, _ in self._pieces(inputs, None, where):
                 self._add_scores(passed, piece, where)
@@ -111,7 +111,7 @@ class Pass:
         """Figures alone, without scores: what is preserved can be looked up in them."""
         free = self.functional.layouts is not None
         tracked = stage.track(loader, name)
-        for index, inputs, targets in batches(tracked, self.functional.device, name, free=free):
+        for index, inputs, targets in batches(tracked, self.functional, name, free=free):
             where = f"{name}, batch {index}"
             for piece, some in self._pieces(inputs, targets, where):
                 for source, method, point, moved in self._outcomes(piece, where):

@@ -143,7 +143,7 @@ def _check_first(posterior: Subject, data: Mapping[str, Any]) -> None:
     shape = None
     for name, loader in data.items():
         shifted = name.startswith("shifted")
-        first = next(batches(loader, functional.device, name, free=free or shifted))
+        first = next(batches(loader, functional, name, free=free or shifted))
         where = f"{name}, batch {first[0]}"
         outputs = functional.outputs(functional.keyed(first[1], [0]), where)
         if not shifted:
@@ -162,9 +162,7 @@ def _sources(question: Question, validation: Any) -> list[Source]:
 
     def outputs() -> Iterator[tuple[Tensor, Any]]:
         free = functional.layouts is not None
-        for index, inputs, targets in batches(
-            validation, functional.device, "validation", free=free
-        ):
+        for index, inputs, targets in batches(validation, functional, "validation", free=free):
             where = f"validation, batch {index}"
             point = functional.outputs(functional.keyed(inputs, [0]), where)
             yield point, posterior.likelihood.checked_targets(point, targets, where)

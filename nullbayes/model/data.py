@@ -218,10 +218,10 @@ def _sliced(tensors: tuple[Tensor, ...], name: str, batch_size: int) -> Iterable
             if len(lengths) == 2
             else f"`{name}` holds arrays of the lengths {lengths}; expected one for each example."
         )
-    return _Slices(tensors, batch_size)
+    return Slices(tensors, batch_size)
 
 
-class _Slices:
+class Slices:
     """Consecutive parts of tensors, as views; ``sampler`` says how many examples there are."""
 
     def __init__(self, tensors: tuple[Tensor, ...], batch_size: int) -> None:

@@ -7,8 +7,10 @@ Nobody waits without looking: a process that died, stalled or failed ends all ot
 from __future__ import annotations
 
 import contextlib
+import functools
 import pickle
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -71,6 +73,11 @@ class Processes:
             backend="cpu:gloo,cuda:nccl" if nccl else "gloo",
             use_local_synchronization=True,
         )
+
+    @functools.cached_property
+    def neighbours(self) -> int:
+        """How many of the processes run on this machine, and share its memory."""
+        return self.gather(socket.gethostname()).count(socket.gethostname())
 
     @property
     def leads(self) -> bool:
@@ -181,6 +188,11 @@ class Processes:
         """The largest of all processes' numbers."""
         return float(max(self.gather(value)))
 
+    def place(self, count: int) -> tuple[int, int]:
+        """Of things of which this process has ``count``: how many the processes before it have, and how many all."""
+        counts = self.gather(count)
+        return sum(counts[: self.rank]), sum(counts)
+
     def gather(self, value: T) -> list[T]:
         """Every process's object, in the order of the processes."""
         told = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
@@ -266,6 +278,23 @@ class Processes:
             self._pulse.end()
         self.seconds += time.perf_counter() - started
         self.sent += nbytes
+
+
+def once(
+    processes: Processes | None, work: Callable[[], Sequence[Tensor]], like: Tensor
+) -> list[Tensor]:
+    """The tensors that ``work`` makes; of several processes the first does it for all.
+
+    Args:
+        like: on whose device they belong.
+    """
+    if processes is None:
+        return list(work())
+    made = list(work()) if processes.leads else []
+    forms = processes.shared(lambda: [(tuple(t.shape), t.dtype) for t in made])
+    if not processes.leads:
+        made = [torch.empty(shape, dtype=dtype, device=like.device) for shape, dtype in forms]
+    return [processes.give_(t.contiguous()) for t in made]
 
 
 def resolve(asked: Any) -> Processes | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from nullbayes.certificate import Certificate
 from nullbayes.common.arguments import check_count, check_positive
+from nullbayes.common.processes import Processes, resolve
 from nullbayes.constraints.directions import Directions
 from nullbayes.constraints.preserve import Preserve
 from nullbayes.constraints.problem import Problem
@@ -17,6 +19,7 @@ from nullbayes.errors import InputError, NotFittedError
 from nullbayes.fit.pipeline import build, extended, rescaled
 from nullbayes.fit.plan import Plan, plan_fit
 from nullbayes.fit.result import AUDITED, Checkpoint, Fit, Run, Settings
+from nullbayes.fit.together import check_alike
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.capture.verify import prove
 from nullbayes.jacobian.linearise import state_dicts
@@ -28,6 +31,7 @@ from nullbayes.model.fingerprint import check_unchanged, quick_digest
 from nullbayes.model.functional import FunctionalModel, undisturbed_method
 from nullbayes.model.loader import first_inputs
 from nullbayes.model.parameters import ParameterSpace
+from nullbayes.model.shares import shared
 from nullbayes.posterior.calibration import (
     CalibrationPath,
     Search,
@@ -62,6 +66,8 @@ class Posterior(Judged, Predicts, Grows):
         self.problem, self._settings = problem, settings
         self.calibration: CalibrationPath | None = None
         self._fit: Fit | None = None
+        #: see `NullSpacePosterior`
+        self.process_group: Any = None
         # Of the model's tensors when they were last found unchanged.
         self._seen: int | None = None
         # A loaded posterior proves its rows on the first inputs that it sees.
@@ -209,9 +215,23 @@ class Posterior(Judged, Predicts, Grows):
             check_count(audit, "audit"),
         )
         train_loader = self._data(train_loader, "train_loader")
-        self._take(build(self.problem, self._settings, train_loader, run))
+        with self._together("fit") as processes:
+            if processes is not None:
+                check_alike(self.problem, self._settings, run, processes)
+                train_loader = shared(train_loader, processes, "train_loader", run.max_examples)
+            self._take(build(self.problem, self._settings, train_loader, run))
         self.calibration = None
         return self
+
+    @contextmanager
+    def _together(self, where: str) -> Iterator[Processes | None]:
+        """The length of a call that all processes make: these, or None for one alone."""
+        processes = resolve(self.process_group)
+        if processes is None:
+            yield None
+            return
+        with processes.call(where):
+            yield processes
 
     def _data(self, data: Any, name: str) -> Iterable[Any]:
         """``data`` as a loader; with what can be said of it and of the model before anything is computed."""

@@ -64,6 +64,9 @@ class NullSpacePosterior(Posterior):
         delta: the edge of the null space, relative to the prior precision; 0: the exact projection,
             refined until ``tolerance``.
         drift: the former name of ``row_drift``.
+        process_group: the processes that work together: None: all of `torch.distributed`'s default group, where one is
+            initialised; False: this one alone; a group, or a device mesh of one dimension. All of them make the same
+            calls.
 
     Raises:
         InputError: an argument that cannot be used.
@@ -89,6 +92,7 @@ class NullSpacePosterior(Posterior):
         draws: int | None = None,
         delta: float = 1e-4,
         drift: float | None = None,
+        process_group: Any = None,
     ) -> None:
         number = isinstance(delta, (int, float)) and not isinstance(delta, bool)
         if not number or not 0 <= delta < math.inf:
@@ -102,6 +106,7 @@ class NullSpacePosterior(Posterior):
         row_drift = _row_drift(row_drift, drift)
         target = NullSpace(float(delta))
         super().__init__(problem, Settings.of(target, solver, tolerance, row_drift, memory))
+        self.process_group = process_group
 
 
 class LaplacePosterior(Posterior):
@@ -113,7 +118,7 @@ class LaplacePosterior(Posterior):
     Args:
         tolerance: of an iterative solver: a bound on a sample's error beside the sample itself.
         model, likelihood, preserve, loss, parameters, prior_precision, solver, directions, forward, row_drift, memory,
-            randomness, draws, drift: as those of :class:`NullSpacePosterior`.
+            randomness, draws, drift, process_group: as those of :class:`NullSpacePosterior`.
 
     Raises:
         InputError: an argument that cannot be used.
@@ -138,6 +143,7 @@ class LaplacePosterior(Posterior):
         randomness: str | FrozenRandomness | None = None,
         draws: int | None = None,
         drift: float | None = None,
+        process_group: Any = None,
     ) -> None:
         explained = resolve_loss(likelihood, loss, "classification")
         frozen = resolve_randomness(randomness, draws)
@@ -148,6 +154,7 @@ class LaplacePosterior(Posterior):
         row_drift = _row_drift(row_drift, drift)
         target = FullLaplace(1.0)
         super().__init__(problem, Settings.of(target, solver, tolerance, row_drift, memory))
+        self.process_group = process_group
 
 
 def _row_drift(row_drift: float | None, drift: float | None) -> float | None:

@@ -13,6 +13,7 @@ import signal
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -56,7 +57,16 @@ class Processes:
             with contextlib.suppress(Exception):
                 store = store.clone()
         self._store = store
+        #: what any process may ask the others about, by a number that it has in each
+        self.known: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._registered = 0
         self._open()
+
+    def register(self, thing: Any) -> int:
+        """A number by which the same thing is known in every process: they make theirs in the same order."""
+        self._registered += 1
+        self.known[self._registered] = thing
+        return self._registered
 
     def _open(self) -> None:
         """A group of our own over the same processes: nothing of an exchange that failed comes back in it."""
@@ -87,16 +97,20 @@ class Processes:
     # -- one call ------------------------------------------------------------------------------------
 
     @contextmanager
-    def call(self, where: str) -> Iterator[None]:
-        """The length of a call that all processes make. An error in one of them ends it in all."""
-        if self._pulse.where:  # within another call
-            yield
+    def call(self, where: str) -> Iterator[bool]:
+        """The length of a call that all processes make. An error in one of them ends it in all.
+
+        Yields:
+            whether this is no part of another call.
+        """
+        if self._pulse.where:
+            yield False
             return
         if self._broken:
             self._open()
         self._pulse.enter(where)
         try:
-            yield
+            yield True
             self.barrier()
         except BaseException as error:
             self._broken = True
@@ -226,16 +240,6 @@ class Processes:
             source = self._ranks[owner]
             work = dist.broadcast(values, source, group=self._group, async_op=True)
             self._finish(work, values.nbytes if self.rank == owner else 0)
-        return values
-
-    def send(self, values: Tensor, to: int) -> None:
-        """To the process ``to``, which calls :meth:`receive_` with as many numbers."""
-        work = dist.isend(values, self._ranks[to], group=self._group)
-        self._finish(work, values.nbytes)
-
-    def receive_(self, values: Tensor, source: int) -> Tensor:
-        """``values`` replaced by what the process ``source`` sends."""
-        self._finish(dist.irecv(values, self._ranks[source], group=self._group), 0)
         return values
 
     def joined(self, values: Tensor, dim: int) -> Tensor:

@@ -11,14 +11,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from nullbayes.common.processes import Processes
 from nullbayes.constraints.problem import Problem
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.shared import SharedOperator
-from nullbayes.model.batch import Inputs
-from nullbayes.model.functional import FunctionalModel
-from nullbayes.model.loader import limited
 from nullbayes.model.shares import Share
 
 if TYPE_CHECKING:
@@ -33,25 +31,6 @@ def is_probe(loader: Iterable[Any]) -> bool:
     return isinstance(loader, Share) and loader.empty
 
 
-def part_of(
-    functional: FunctionalModel,
-    loader: Iterable[Any],
-    name: str,
-    limit: int | None,
-    tracked: Iterable[Any] | None = None,
-) -> Iterator[tuple[int, Inputs, Any]]:
-    """Batches of this process, checked and cut off after ``limit`` examples; one to look at where it has none.
-
-    Args:
-        tracked: the batches of ``loader`` under a bar.
-    """
-    if not isinstance(loader, Share):
-        return limited(functional, loader if tracked is None else tracked, name, limit)
-    if loader.empty:
-        return limited(functional, loader.probe, name, 1)
-    return limited(functional, loader if tracked is None else tracked, name, loader.limit)
-
-
 def start_of(problem: Problem, loader: Iterable[Any]) -> int:
     """The number of this process's first example, each of its draws counted."""
     if not isinstance(loader, Share):
@@ -62,13 +41,18 @@ def start_of(problem: Problem, loader: Iterable[Any]) -> int:
 
 
 def everyones(
-    pairs: Iterator[tuple[Tensor, Tensor]], loader: Iterable[Any]
-) -> Iterator[tuple[Tensor, Tensor]]:
+    pairs: Iterator[tuple[Tensor, Any]], loader: Iterable[Any]
+) -> Iterator[tuple[Tensor, Any]]:
     """Outputs and targets of all processes, in the order of the data."""
     if not isinstance(loader, Share):
         return pairs
-    own = [] if loader.empty else [(o.cpu().clone(), t.cpu().clone()) for o, t in pairs]
-    return (pair for part in loader.processes.gather(own) for pair in part)
+    own = [] if loader.empty else [tree_map(_copied, pair) for pair in pairs]
+    pairs_of_all = loader.processes.gather(own)
+    return (pair for part in pairs_of_all for pair in part)
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else leaf
 
 
 def together(

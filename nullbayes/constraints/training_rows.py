@@ -15,7 +15,7 @@ from nullbayes.common.progress import ROWS, Stages
 from nullbayes.constraints.directions import Cotangents
 from nullbayes.constraints.memory_budget import FitMemory
 from nullbayes.constraints.problem import Problem
-from nullbayes.constraints.shared_rows import APART, everyones, is_probe, part_of, start_of, together
+from nullbayes.constraints.shared_rows import APART, everyones, is_probe, start_of, together
 from nullbayes.jacobian.block_storage import Keeper
 from nullbayes.jacobian.capture.batches import capture_batch, ready
 from nullbayes.jacobian.capture.plan import CapturePlan
@@ -23,6 +23,7 @@ from nullbayes.jacobian.operator import JacobianOperator, check_block
 from nullbayes.likelihood import Regression
 from nullbayes.model.batch import Inputs, batch_size, select, take, tensor_leaves
 from nullbayes.model.last_layer import check_last_layer
+from nullbayes.model.shares import share_of
 
 # Examples at most: predicting them linearised costs as much as capturing their rows.
 CHECK_EXAMPLES = 10_000
@@ -120,7 +121,7 @@ def with_fitted_noise(
         return problem
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-        tracked = part_of(functional, loader, "train_loader", limit)
+        tracked = share_of(functional, loader, "train_loader", limit)
         for index, inputs, targets in stage.track(tracked, "observation noise"):
             where = f"train_loader, batch {index}"
             outputs = functional.outputs(inputs, where)
@@ -158,7 +159,7 @@ def capture_training(
     start = start_of(problem, loader)
     name = "train_loader" if plan is None else "more"
     track = stage.track(loader, ROWS)
-    for index, inputs, targets in part_of(functional, loader, name, limit, track):
+    for index, inputs, targets in share_of(functional, loader, name, limit, track, probe=True):
         where = f"{name}, batch {index}"
         outputs = functional.outputs(inputs, where)
         targets = problem.checked_targets(outputs, targets, where)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.common.processes import Processes
+from nullbayes.errors import InputError
 from nullbayes.jacobian.block import Block
 from nullbayes.jacobian.block_storage import Part, replaced
 from nullbayes.jacobian.factors.base import Factor
@@ -37,6 +38,7 @@ class SharedOperator(JacobianOperator):
             (mine.shape[0], mine.examples, mine.product_flops, _per_pair(mine))
         )
         rows = [each[0] for each in everyone]
+        self.number = processes.register(self)
         self.offsets = [sum(rows[:rank]) for rank in range(processes.size + 1)]
         self.part = slice(self.offsets[processes.rank], self.offsets[processes.rank + 1])
         self.shape = (self.offsets[-1], mine.shape[1])
@@ -198,8 +200,54 @@ class SharedOperator(JacobianOperator):
                 start += given.num_rows
 
     def cross_gram(self, other: RowOperator) -> Tensor:
-        """With rows that every process has, the same ones."""
-        return self.others.joined(self.mine.cross_gram(other), 0)
+        """With rows of this process's own; the others come with theirs, or :func:`serve`."""
+        asked = other if isinstance(other, JacobianOperator) else None
+        if asked is None or asked.processes is not None:
+            raise InputError(
+                f"products with rows of {type(other).__name__} are not taken over several processes; fit on all of the "
+                "data in one call."
+            )
+        found = _round(self.others, (self.number, asked))
+        assert found is not None
+        return found
+
+
+def serve(processes: Processes) -> None:
+    """Multiply rows of this process with those that others ask about, until none of them does any more."""
+    while _round(processes, None) is not None:
+        pass
+
+
+def _round(
+    processes: Processes, request: tuple[int, JacobianOperator] | None
+) -> Tensor | None:
+    """One question of every process: products of the rows of all with those that it brings.
+
+    Returns:
+        ``(M, R)`` float64 for what was asked here; nothing in it where only others asked; None where nobody did.
+    """
+    numbers = processes.gather(None if request is None else request[0])
+    if not any(numbers):
+        return None
+    answer = torch.zeros(0)
+    for owner, number in enumerate(numbers):
+        if number is None:
+            continue
+        operator: SharedOperator = processes.known[number]
+        ours = request[1].blocks if request is not None and owner == processes.rank else []
+        count = processes.shared(lambda ours=ours: len(ours), owner)  # type: ignore[misc]
+        given: list[Block] = []
+        for i in range(count):
+            if ours:
+                with ours[i].opened() as block:
+                    given.append(give_block(block, owner, processes, operator.device))
+            else:
+                given.append(give_block(None, owner, processes, operator.device))
+        theirs = JacobianOperator(operator.space, given)
+        found = processes.joined(operator.mine.cross_gram(theirs), 0)
+        if owner == processes.rank:
+            answer = found
+    return answer
 
 
 def _per_pair(operator: JacobianOperator) -> float:

@@ -194,12 +194,13 @@ def streamed(x: Any, dtype: torch.dtype) -> Iterator[Any]:
     empty = True
     for batch in loader:
         empty = False
-        yield _inputs_of(batch)
+        yield without_targets(batch)
     if empty:
         raise InputError("`x` yields no batches; a generator can be read only once.")
 
 
-def _inputs_of(batch: Any) -> Any:
+def without_targets(batch: Any) -> Any:
+    """The inputs of a batch."""
     if isinstance(batch, Mapping):
         return {k: v for k, v in batch.items() if k not in TARGET_KEYS}
     if isinstance(batch, (list, tuple)) and batch:

@@ -28,10 +28,11 @@ from torch.utils.data import (
 
 from nullbayes.common.processes import Processes, spread
 from nullbayes.errors import InputError
-from nullbayes.model.batch import tensor_leaves
-from nullbayes.model.data import BATCH, Batches, Slices, as_loader
+from nullbayes.model.batch import Inputs, tensor_leaves
+from nullbayes.model.data import BATCH, Batches, Slices, as_loader, streamed, without_targets
 from nullbayes.model.fingerprint import digest
-from nullbayes.model.loader import split_batch
+from nullbayes.model.functional import FunctionalModel
+from nullbayes.model.loader import limited, split_batch
 
 # Items of a data set that are compared between processes.
 _PROBES = 3
@@ -98,6 +99,8 @@ def shared(
     Raises:
         InputError: data that cannot be split, or that are not the same on every process.
     """
+    if isinstance(loader, Share):
+        return loader
     processes.agree({f"kind of data in `{name}`": type(loader).__name__, "limit": limit}, InputError)
     part = _Parting(processes, name, limit, split)
     if isinstance(loader, Batches):
@@ -106,6 +109,47 @@ def shared(
         mine.loader, probe.loader = inner.loader, inner.probe
         return replace(inner, loader=mine, probe=probe)
     return part.of(loader)
+
+
+def share_of(
+    functional: FunctionalModel,
+    loader: Iterable[Any],
+    name: str,
+    limit: int | None = None,
+    tracked: Iterable[Any] | None = None,
+    *,
+    probe: bool = False,
+) -> Iterator[tuple[int, Inputs, Any]]:
+    """Batches of this process as `limited` gives them; of all where ``loader`` is no `Share`.
+
+    Args:
+        limit: of examples, where the share does not know it.
+        tracked: the batches of ``loader`` under a bar.
+        probe: where this process has no example, one to look at.
+    """
+    batches = loader if tracked is None else tracked
+    if not isinstance(loader, Share):
+        return limited(functional, batches, name, limit)
+    if loader.empty:
+        return limited(functional, loader.probe, name, 1) if probe else iter(())
+    return limited(functional, batches, name, loader.limit)
+
+
+def inputs_of_share(
+    x: Any, dtype: torch.dtype, processes: Processes | None
+) -> Iterator[Any]:
+    """The inputs of each batch of a stream that this process reads; what it holds for targets is left out.
+
+    Raises:
+        InputError: it holds no batches, or cannot be split.
+    """
+    if processes is None:
+        yield from streamed(x, dtype)
+        return
+    share = shared(as_loader(x, "x", dtype, labelled=False), processes, "x")
+    if share.whole == 0:
+        raise InputError("`x` yields no batches; pass a filled loader.")
+    yield from map(without_targets, share)
 
 
 @dataclass(frozen=True)

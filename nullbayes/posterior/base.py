@@ -23,6 +23,7 @@ from nullbayes.fit.together import check_alike
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.capture.verify import prove
 from nullbayes.jacobian.linearise import state_dicts
+from nullbayes.jacobian.shared import serve
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.batch import Inputs, batch_size, check_inputs, to_device
 from nullbayes.model.checks import check_mode
@@ -129,8 +130,12 @@ class Posterior(Judged, Predicts, Grows):
 
     @undisturbed_method
     def _set_prior_precision(self, value: float) -> None:
-        fit = self._fitted()
-        self._take(rescaled(fit, check_positive(value, "prior_precision")))
+        fit, value = self._fitted(), check_positive(value, "prior_precision")
+        if fit.check is None or fit.check.processes is None:
+            self._take(rescaled(fit, value))
+            return
+        with self._together("prior_precision"):
+            self._take(rescaled(fit, value))
 
     def __repr__(self) -> str:
         kept = self.preserve.describe() if self._settings.target.preserves else "nothing"
@@ -230,8 +235,10 @@ class Posterior(Judged, Predicts, Grows):
         if processes is None:
             yield None
             return
-        with processes.call(where):
+        with processes.call(where) as outermost:
             yield processes
+            if outermost:  # others may still need products with the rows that are here
+                serve(processes)
 
     def _data(self, data: Any, name: str) -> Iterable[Any]:
         """``data`` as a loader; with what can be said of it and of the model before anything is computed."""
@@ -287,17 +294,22 @@ class Posterior(Judged, Predicts, Grows):
         self._check_model()
         free = self.functional.layouts is not None
         val_loader = as_loader(val_loader, "val_loader", dtype, labelled=not free, pieces=free)
-        plan = fit.plan or self._proven
-        if plan is None:
-            plan = self._capture_plan(first_inputs(self.functional, val_loader, "val_loader"))
-        search = Search(val_loader, ood_loader, metric, tune, progress)
-        path = calibration_path(fit, plan, search)
-        if path.noise_scale is None:
-            self.prior_precision = path.prior_precision[path.chosen]
-        else:
-            noised = self.likelihood.with_noise(path.noise_scale[path.chosen])
-            assert noised is not None
-            self._take(fit.explained_by(noised))
+        with self._together("calibrate") as processes:
+            plan = fit.plan or self._proven
+            if plan is None:
+                plan = self._capture_plan(first_inputs(self.functional, val_loader, "val_loader"))
+            if processes is not None:
+                val_loader = shared(val_loader, processes, "val_loader")
+                if ood_loader is not None:
+                    ood_loader = shared(ood_loader, processes, "ood_loader")
+            search = Search(val_loader, ood_loader, metric, tune, progress, processes)
+            path = calibration_path(fit, plan, search)
+            if path.noise_scale is None:
+                self.prior_precision = path.prior_precision[path.chosen]
+            else:
+                noised = self.likelihood.with_noise(path.noise_scale[path.chosen])
+                assert noised is not None
+                self._take(fit.explained_by(noised))
         self.calibration = path
         return path
 
@@ -359,7 +371,12 @@ class Posterior(Judged, Predicts, Grows):
                 f"this posterior was loaded from a file with {len(fit.unit)} samples; more need the "
                 "factorisation, so call `fit` again with a larger `num_samples`."
             )
-        self._take(extended(fit, self._settings, check_count(count, "count")))
+        count = check_count(count, "count")
+        if fit.state.operator.processes is None:
+            self._take(extended(fit, self._settings, count))
+            return
+        with self._together("draw"):
+            self._take(extended(fit, self._settings, count))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write samples, settings, certificate and a fingerprint of the model to one safetensors file.

@@ -49,9 +49,21 @@ class Judged:
         from nullbayes.posterior.evaluation import Question, evaluate
 
         posterior = cast("Posterior", self)
-        return evaluate(
-            Question(posterior, test, shifted, train, validation, against, slices, show, progress)
-        )
+        with posterior._together("evaluate") as processes:
+            return evaluate(
+                Question(
+                    posterior,
+                    test,
+                    shifted,
+                    train,
+                    validation,
+                    against,
+                    slices,
+                    show,
+                    progress,
+                    processes,
+                )
+            )
 
     def report(
         self,

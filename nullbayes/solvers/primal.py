@@ -99,12 +99,13 @@ class PrimalQR(Solver):
         rank, step, p = processes.rank, 1, r.shape[1]
         while step < processes.size:
             counts = processes.gather(len(r))
-            if rank % (2 * step) == step:
-                processes.send(r.contiguous(), rank - step)
-                r = r[:0]
-            elif rank % (2 * step) == 0 and rank + step < processes.size:
-                other = r.new_empty(counts[rank + step], p)
-                r = self._absorb(r, [processes.receive_(other, rank + step)])
+            other = r[:0]
+            for source in range(step, processes.size, 2 * step):
+                given = r if source == rank else r.new_empty(counts[source], p)
+                processes.give_(given.contiguous(), source)
+                if source == rank + step:
+                    other = given
+            r = r[:0] if rank % (2 * step) else self._absorb(r, [other])
             step *= 2
         return r
 
@@ -182,6 +183,10 @@ class PrimalState(State):
         x = vectors.double()
         gone = (x @ self.basis.T) * (1.0 - self.share**self._power)
         return (x - gone @ self.basis).to(vectors.dtype)
+
+    @property
+    def alone(self) -> bool:
+        return True
 
     def exact_spectrum(self) -> Spectrum:
         return self.spectrum()

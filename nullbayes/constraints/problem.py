@@ -133,5 +133,4 @@ class Problem:
 
     def checked_targets(self, outputs: Tensor, targets: Any, where: str) -> Any:
         """The targets of one batch, validated, as the likelihood works with them."""
-        self.likelihood.validate(outputs, targets, where)
-        return self.likelihood.prepare_targets(outputs, targets)
+        return self.likelihood.checked_targets(outputs, targets, where)

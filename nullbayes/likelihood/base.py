@@ -107,6 +107,11 @@ class Likelihood(ABC):
         """Targets in the device, dtype and shape that the methods here work with (idempotent)."""
         return targets.to(outputs.device)
 
+    def checked_targets(self, outputs: Tensor, targets: Any, where: str) -> Any:
+        """The targets of one batch, validated, as the methods here work with them."""
+        self.validate(outputs, targets, where)
+        return self.prepare_targets(outputs, targets)
+
     def with_noise(self, factor: float) -> Likelihood | None:
         """The same with its estimated observation variance times ``factor``; None where none was estimated."""
         return None

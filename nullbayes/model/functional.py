@@ -36,6 +36,7 @@ from nullbayes.model.private import Hooks, Modules
 from nullbayes.model.randomness import FrozenRandomness, Replay, keyed
 from nullbayes.model.structure import Layouts
 from nullbayes.model.transformer import has_nested
+from nullbayes.model.wrapped import check_whole, without_wrapper
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -378,14 +379,15 @@ def functional_model(
     """From a user's arguments. Raises `InputError` or `ModelError` for what cannot be used."""
     model = unwrapped(model)
     space = ParameterSpace.from_model(model, parameters)
+    check_whole(model, space.names)
     return FunctionalModel(model, space, forward, layouts=layouts, randomness=randomness)
 
 
 def unwrapped(model: Any) -> nn.Module:
-    """The module itself: ``torch.compile`` wraps it, and hooks need its layers."""
+    """The module itself: ``torch.compile`` and training on several processes wrap it, and hooks need its layers."""
     if not isinstance(model, nn.Module):
         raise InputError(f"`model` is {type(model).__name__}, expected a torch.nn.Module.")
-    inner: nn.Module = getattr(model, "_orig_mod", model)
+    inner = without_wrapper(model)
     check_kind(inner)
     return inner
 

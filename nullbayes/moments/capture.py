@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,10 +11,10 @@ from torch import nn
 
 from nullbayes.errors import ModelError
 from nullbayes.moments.blocks import Site
-from nullbayes.moments.rule import Seen, Summed
+from nullbayes.moments.rule import Seen, Summer
 
 # Of one call: which site, its block, the column of its bias, what was seen.
-Receive = Callable[[int, int, int | None, Seen | Summed], None]
+Receive = Callable[[int, int, int | None, Seen], None]
 
 
 @contextmanager
@@ -30,12 +30,15 @@ def plain_paths() -> Iterator[None]:
 
 @contextmanager
 def recording(
-    sites: Sequence[Site], receive: Receive, sums_do: Collection[int] = (), thin: int | None = None
+    sites: Sequence[Site],
+    receive: Receive,
+    summers: Mapping[int, Summer] | None = None,
+    thin: int | None = None,
 ) -> Iterator[None]:
     """While it lasts, each call of a module with a rule hands its weights' inputs to ``receive``.
 
     Args:
-        sums_do: numbers of sites for which the sums of a call are enough.
+        summers: by number of the site, what takes its calls instead, unless it says no.
         thin: so many positions of each example are enough.
 
     Raises `ModelError` within where a rule fails on its module.
@@ -52,12 +55,14 @@ def recording(
             busy = True
             try:
                 with torch.no_grad():
-                    found: Iterator[Seen | Summed] | None = None
-                    if number in sums_do:
-                        found = site.rule.summed(module, args, kwargs, out)
-                    elif thin is not None:
+                    summer = None if summers is None else summers.get(number)
+                    if summer is not None and summer.add(module, args, kwargs, out):
+                        return
+                    if thin is None:
+                        found = site.rule.inputs(module, args, kwargs, out)
+                    else:
                         found = site.rule.thinned(module, args, kwargs, out, thin)
-                    for seen in found or site.rule.inputs(module, args, kwargs, out):
+                    for seen in found:
                         if seen.weight in site.places:
                             receive(number, *site.places[seen.weight], seen)
             except (AttributeError, IndexError, TypeError) as error:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nullbayes.common.memory import peak_bytes
@@ -86,11 +87,12 @@ def _sketch_bytes(block: Block, rank: int) -> int:
 
 @dataclass(frozen=True)
 class Source:
-    """Data, what messages call them, and the seed of what is drawn from them."""
+    """Data, what messages call them, the seed of what is drawn from them, and in what their products are made."""
 
     loader: Any
     name: str
     seed: int
+    products: torch.dtype
 
 
 def collect(
@@ -121,9 +123,11 @@ def collect(
                 "(`parameters=`), or register one (`nb.moments.register`)."
             )
     if likelihood is None or not likelihood.needs_noise_fit:
-        return blocks, gather(functional, blocks, everything, ranks, seed, name)
+        return blocks, gather(
+            functional, blocks, everything, ranks, seed, name, dtype=source.products
+        )
     residuals = _Residuals(likelihood)
-    out = gather(functional, blocks, everything, ranks, seed, name, residuals.add)
+    out = gather(functional, blocks, everything, ranks, seed, name, residuals.add, source.products)
     residuals.finish()
     return blocks, out
 

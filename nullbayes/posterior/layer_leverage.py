@@ -14,7 +14,7 @@ from nullbayes.moments.capture import recording
 from nullbayes.moments.factor import Edge
 from nullbayes.moments.gather import Gathered
 from nullbayes.moments.leverage import Leverage
-from nullbayes.moments.rule import Seen, Summed
+from nullbayes.moments.rule import Seen
 
 # Edge of the leverage, as a share of the mean eigenvalue, where the posterior's own is zero.
 EXACT_EDGE = 1e-6
@@ -61,9 +61,8 @@ class Leverages:
         """Leverages of one forward pass, call by call."""
         out: Values = []
 
-        def receive(site: int, number: int, column: int | None, seen: Seen | Summed) -> None:
+        def receive(site: int, number: int, column: int | None, seen: Seen) -> None:
             layer, block = self.layers[number], self.blocks.blocks[number]
-            assert isinstance(seen, Seen)
             if seen.index is not None:
                 values = layer.of_rows(seen.index)
             else:

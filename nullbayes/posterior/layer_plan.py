@@ -33,6 +33,11 @@ class LayerPlan:
     sketched: dict[str, int]
     fixed: dict[str, str]
 
+    @property
+    def fits(self) -> bool:
+        """Whether the memory is enough: it always is, since layers that are too wide for it are sketched."""
+        return True
+
     def seconds(self, examples: int) -> float:
         """Of the pass over ``examples``; factorisations and the certificate come on top."""
         return examples * self.pass_seconds

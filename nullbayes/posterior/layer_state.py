@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,17 +12,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nullbayes.fit.prior_samples import generator_for
 from nullbayes.jacobian.linearise import _double_reverse, _forward
-from nullbayes.model.batch import Inputs
+from nullbayes.model.batch import Inputs, batch_size, select, tensor_leaves
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.moments.blocks import Blocks
 from nullbayes.moments.capture import plain_paths
 from nullbayes.moments.factor import Edge, Factor, factorise
 from nullbayes.moments.gather import Gathered
+from nullbayes.moments.products import working_dtype
 
 Changes = dict[str, Tensor]
+# Inputs, targets or None, and the network's outputs.
+Checked = tuple[Inputs, Any, Tensor]
 
-# Samples are remembered where all of them take no more bytes than that.
+# Samples are remembered up to so many bytes.
 CACHE_BYTES = 2**28
+# The guarantee is measured on one in so many examples, on so many at least, or all.
+CHECKED_SHARE, LEAST_CHECKED = 32, 32
 
 
 class LayerState:
@@ -46,6 +52,33 @@ class LayerState:
         self.functional, self.blocks, self.gathered = functional, blocks, gathered
         self.delta, self.seed, self.num_samples = delta, seed, num_samples
         self._cache: dict[int, Changes] = {}
+        # What was measured, by prior precision, samples and examples.
+        self.measured: dict[tuple[float, int, int], Any] = {}
+
+    @property
+    def products(self) -> torch.dtype:
+        """What sums and samples are multiplied in."""
+        return working_dtype(self.functional.dtype, self.delta)
+
+    @cached_property
+    def checked(self) -> list[Checked]:
+        """Training examples that the guarantee is measured on: some of those that were kept, with their outputs."""
+        held = sum(batch_size(inputs) for inputs, _ in self.gathered.kept)
+        room = max(LEAST_CHECKED, self.gathered.examples // CHECKED_SHARE)
+        out = []
+        for inputs, targets in self.gathered.kept:
+            size = batch_size(inputs)
+            some = max(1, -(-size * room // held))
+            if some < size:
+                index = torch.linspace(0, size - 1, some).round().long()
+                labels = targets
+                if targets is not None and all(
+                    t.ndim and len(t) == size for t in tensor_leaves(targets)
+                ):
+                    labels = select(targets, index)
+                inputs, targets = select(inputs, index), labels
+            out.append((inputs, targets, self.functional.outputs(inputs, "the training data")))
+        return out
 
     @cached_property
     def edges(self) -> list[Edge]:
@@ -77,17 +110,31 @@ class LayerState:
             total += groups * outputs * columns
         return free / max(1.0, total)
 
+    def flat(self, vectors: Tensor, of: Callable[[Factor, Tensor], Tensor]) -> Tensor:
+        """A map of every block's factor, on flat weight vectors ``(n, P)``; zero where a parameter stays fixed.
+
+        ``Factor.project`` gives ``v Σ``, ``Factor.spread`` ``v R`` and ``Factor.whiten`` ``v Rᵀ``, with ``RᵀR = Σ``,
+        the covariance at prior precision one.
+        """
+        space = self.functional.space
+        tensors = space.unflatten(vectors)
+        out = {name: torch.zeros_like(t) for name, t in tensors.items()}
+        for block, factor in zip(self.blocks.blocks, self.factors, strict=True):
+            matrix = block.matrix({n: tensors[n] for n in block.names})
+            out.update(block.tensors(of(factor, matrix)))
+        return space.flatten(out)
+
     def change(self, index: int) -> Changes:
         """Sample ``index`` as changes of the weights, at prior precision one."""
         if index in self._cache:
             return self._cache[index]
         generator, out = generator_for(self.seed, index), {}
         for block, factor in zip(self.blocks.blocks, self.factors, strict=True):
-            z = torch.empty(block.size, dtype=torch.float64).normal_(generator=generator)
+            z = torch.empty(block.size, dtype=self.products).normal_(generator=generator)
             change = factor.spread(z.to(self.functional.device))
             out.update(block.tensors(change.to(self.functional.dtype)))
         each = sum(t.nbytes for t in out.values())
-        if each * self.num_samples <= CACHE_BYTES:
+        if each * (len(self._cache) + 1) <= CACHE_BYTES:
             self._cache[index] = out
         return out
 

@@ -47,6 +47,7 @@ def write_layers(
         "delta": state.delta,
         "prior": posterior._prior,
         "prior_precision": fit.alpha,
+        "given": posterior._given,
         "left_out": fit.left_out,
         "seed": state.seed,
         "num_samples": state.num_samples,
@@ -239,5 +240,6 @@ def _restore(
             fingerprint(posterior.model),
         )
     )
+    posterior._given = bool(settings.get("given", False))  # files of version 0.1 do not say
     path = settings["calibration"]
     posterior.calibration = None if path is None else CalibrationPath(**path)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE
 from nullbayes.common.arguments import check_choice, check_count, check_positive
@@ -20,10 +21,12 @@ from nullbayes.jacobian.capture.verify import prove
 from nullbayes.likelihood import Likelihood, LossFunction, resolve_loss
 from nullbayes.model.batch import Inputs, batch_size, check_inputs, to_device
 from nullbayes.model.checks import check_mode
+from nullbayes.model.data import as_loader, is_array
 from nullbayes.model.fingerprint import check_unchanged, quick_digest
 from nullbayes.model.functional import Forward, FunctionalModel, undisturbed_method, unwrapped
-from nullbayes.model.loader import check_reusable, first_inputs
+from nullbayes.model.loader import first_inputs
 from nullbayes.model.parameters import ParameterChoice, ParameterSpace
+from nullbayes.moments.products import working_dtype
 from nullbayes.posterior import layer_change
 from nullbayes.posterior.calibration import (
     CalibrationPath,
@@ -41,6 +44,7 @@ from nullbayes.posterior.layer_fit import (
     leverages,
     set_precision,
 )
+from nullbayes.posterior.layer_judged import LayerJudged
 from nullbayes.posterior.layer_leverage import Leverages
 from nullbayes.posterior.layer_novelty import (
     SCORES,
@@ -62,7 +66,7 @@ AUTO = "auto"
 DELTA = 1e-2
 
 
-class LayerNullSpacePosterior:
+class LayerNullSpacePosterior(LayerJudged):
     """``N(θ̂, α⁻¹ ⊕_l I ⊗ P_l)``, where ``P_l`` leaves what layer ``l`` makes of its training inputs.
 
     Where no layer's map moves on the inputs that it receives from the training data, no output of the network does, at
@@ -116,6 +120,7 @@ class LayerNullSpacePosterior:
         self._memory = None if memory is None else parse_bytes(memory)
         self.calibration: CalibrationPath | None = None
         self._fit: LayerFit | None = None
+        self._given = False  # whether the prior precision was set by hand after the fit
         self._leverages: Leverages | None = None
         self._rows: CapturePlan | None = None
         self._seen: int | None = None
@@ -129,9 +134,9 @@ class LayerNullSpacePosterior:
         """Build the posterior from one pass over the training inputs; an earlier fit stands until it is done.
 
         Args:
-            train: a loader, read once; a list of batches; a tensor of all inputs; a tuple ``(X, y)``. A batch is
-                ``(x, y)``, ``x``, ``(x,)``, a mapping, or ``(x1, x2, None)``. Labels serve the certificate's scores,
-                and a regression's noise.
+            train: a loader, read once; a list of batches; a tensor or array of all inputs; ``(X, y)`` of them; a data
+                set; a Lightning data module. A batch is ``(x, y)``, ``x``, ``(x,)``, a mapping, or ``(x1, x2, None)``.
+                Labels serve the certificate's scores, and a regression's noise.
             num_samples: how many samples `predict` and `sample` use; they are made when needed.
             seed: sample ``s`` depends on ``(seed, s)`` and the data alone.
 
@@ -140,22 +145,34 @@ class LayerNullSpacePosterior:
                 and an earlier fit stay as they were.
         """
         num_samples = check_count(num_samples, "num_samples")
-        seed = check_count(seed, "seed", 0)
+        seed, data = check_count(seed, "seed", 0), self._data(train, "train")
         check_mode(self.model)
         self.space.check_finite(self.model)
         likelihood = layer_change.fresh(self.likelihood)
         budget = self._memory or default_budget(available_bytes(self.functional.device))
         with stages(show=progress) as stage, explained_out_of_memory(budget):
-            laps = Laps()
+            laps, products = Laps(), working_dtype(self.functional.dtype, self.delta)
             blocks, gathered = collect(
-                self.functional, likelihood, Source(train, "train", seed), stage, budget
+                self.functional, likelihood, Source(data, "train", seed, products), stage, budget
             )
             laps.lap(INPUTS)
             state = LayerState(self.functional, blocks, gathered, self.delta, seed, num_samples)
             fit = concluded(state, likelihood, self._prior, stage, laps)
         self._accept(fit)
-        self.calibration = None
+        self.calibration, self._given = None, False
         return self
+
+    def _data(self, data: Any, name: str) -> Any:
+        """Arrays, data sets and data modules as loaders; what else may be read as it is."""
+        several = isinstance(data, tuple) and len(data) > 1 and all(is_array(t) for t in data)
+        if (
+            is_array(data)
+            or several
+            or isinstance(data, Dataset)
+            or hasattr(data, "train_dataloader")
+        ):
+            return as_loader(data, name, self.functional.dtype, labelled=False)
+        return data
 
     def _accept(self, fit: LayerFit) -> None:
         self._fit, self.likelihood, self._leverages = fit, fit.likelihood, None
@@ -165,7 +182,7 @@ class LayerNullSpacePosterior:
         """What a fit would cost: seconds, memory, and which layers take part; from the first batch of ``train``."""
         check_mode(self.model)
         budget = self._memory or default_budget(available_bytes(self.functional.device))
-        return plan_layers(self.functional, train, budget)
+        return plan_layers(self.functional, self._data(train, "train"), budget)
 
     # -- data come and go ------------------------------------------------------------------------
 
@@ -173,7 +190,9 @@ class LayerNullSpacePosterior:
     def update(self, more: Any, *, progress: bool = True) -> LayerNullSpacePosterior:
         """Add training data: the sums of all, as if fitted together. Raises as `fit`; what was fitted stays then."""
         fit = self._ready()
-        self._accept(layer_change.updated(fit, more, self._prior, progress=progress))
+        self._accept(
+            layer_change.updated(fit, self._data(more, "more"), self._prior, progress=progress)
+        )
         return self
 
     @undisturbed_method
@@ -184,7 +203,9 @@ class LayerNullSpacePosterior:
             InputError: data that were never added, or all of them; nothing is removed then.
         """
         fit = self._ready()
-        self._accept(layer_change.removed(fit, some, self._prior, progress=progress))
+        self._accept(
+            layer_change.removed(fit, self._data(some, "some"), self._prior, progress=progress)
+        )
         return self
 
     @undisturbed_method
@@ -278,6 +299,7 @@ class LayerNullSpacePosterior:
     @prior_precision.setter
     def prior_precision(self, value: float) -> None:
         self._set_precision(value)
+        self._given = True
 
     @undisturbed_method
     def _set_precision(self, value: float) -> None:
@@ -343,7 +365,7 @@ class LayerNullSpacePosterior:
     @undisturbed_method
     def calibrate(
         self,
-        val_loader: Iterable[Any],
+        val_loader: Any,
         *,
         ood_loader: Iterable[Any] | None = None,
         metric: str = "nll",
@@ -355,8 +377,11 @@ class LayerNullSpacePosterior:
         The path is that of linearised predictions. It does not go below the precision at which the guarantee holds.
         """
         fit = self._ready()
+        dtype, free = self.functional.dtype, self.functional.layouts is not None
+        if ood_loader is not None and is_array(ood_loader):
+            ood_loader = as_loader(ood_loader, "ood_loader", dtype, labelled=False)
         check_arguments(metric, ood_loader)
-        check_reusable(val_loader, "val_loader")
+        val_loader = as_loader(val_loader, "val_loader", dtype, labelled=not free, pieces=free)
         plan = self._plan_of_rows(first_inputs(self.functional, val_loader, "val_loader"))
         search = Search(val_loader, ood_loader, metric, tune, progress)
         path = calibration_path(as_fit(fit, self.likelihood), plan, search)

@@ -145,7 +145,8 @@ def audit_examples(
         ModelError: no way leads to the network's derivative along a weight change.
     """
     started = time.perf_counter()
-    examiner, found = _Examiner(question), []
+    examiner = _Examiner(question)
+    found: list[Measured] = []
     for place, (example, claim) in enumerate(zip(drawn, claims, strict=True), together.before):
         if len(found) >= FEWEST and time.perf_counter() - started > seconds:
             break

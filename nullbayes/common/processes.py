@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import pickle
 import signal
 import socket
@@ -51,7 +52,8 @@ class Processes:
         self.rank, self.size = dist.get_rank(group), len(self._ranks)
         self.seconds, self.sent = 0.0, 0
         self._interrupted, self._broken, self._opened = False, False, 0
-        store = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+        self.pulse: Pulse
+        store = dist.distributed_c10d._get_default_store()
         if hasattr(store, "clone"):
             # A connection of its own: beats must not wait for what the main thread asks of the store.
             with contextlib.suppress(Exception):
@@ -70,12 +72,15 @@ class Processes:
 
     def _open(self) -> None:
         """A group of our own over the same processes: nothing of an exchange that failed comes back in it."""
+        # Some builds of torch have no distributed package: nothing of it is imported before there is a group.
+        from torch.distributed.distributed_c10d import PrefixStore
+
         if self._opened:
-            self._pulse.stop()
+            self.pulse.stop()
         self._opened, self._broken = self._opened + 1, False
         name = f"nullbayes/{','.join(map(str, self._ranks))}/{self._opened}"
-        self._pulse = Pulse(dist.PrefixStore(name, self._store), self.rank, self.size)
-        self._pulse.meet()
+        self.pulse = Pulse(PrefixStore(name, self._store), self.rank, self.size)
+        self.pulse.meet()
         nccl = dist.is_nccl_available() and torch.cuda.is_available()
         self._group = dist.new_group(
             self._ranks,
@@ -103,22 +108,22 @@ class Processes:
         Yields:
             whether this is no part of another call.
         """
-        if self._pulse.where:
+        if self.pulse.where:
             yield False
             return
         if self._broken:
             self._open()
-        self._pulse.enter(where)
+        self.pulse.enter(where)
         try:
             yield True
             self.barrier()
         except BaseException as error:
             self._broken = True
             kind = "it was interrupted." if isinstance(error, KeyboardInterrupt) else _told(error)
-            self._pulse.fail(kind)
+            self.pulse.fail(kind)
             raise
         finally:
-            self._pulse.leave()
+            self.pulse.leave()
 
     def agree(self, facts: dict[str, Any], kind: type[NullBayesError] = ProcessError) -> None:
         """Raise ``kind`` in every process unless all have the same ``facts``, naming who differs and in what."""
@@ -263,12 +268,12 @@ class Processes:
         """Wait for an exchange, looking at the others now and then. Raises `ProcessError` naming who is gone."""
         started = time.perf_counter()
         look = started + _LOOK
-        self._pulse.begin()
+        self.pulse.begin()
         try:
             while not work.is_completed():
                 now = time.perf_counter()
                 if now > look:
-                    self._pulse.look()
+                    self.pulse.look()
                     look = now + _LOOK
                 if now - started > _SPIN:
                     time.sleep(2e-4 if now - started < 0.1 else 2e-3)
@@ -277,9 +282,9 @@ class Processes:
             self._broken = True
             if isinstance(error, ProcessError):
                 raise
-            raise self._pulse.blame(error) from error
+            raise self.pulse.blame(error) from error
         finally:
-            self._pulse.end()
+            self.pulse.end()
         self.seconds += time.perf_counter() - started
         self.sent += nbytes
 
@@ -337,7 +342,9 @@ def _group_of(asked: Any) -> Any:
         )
     if asked is None:
         return dist.group.WORLD
-    if isinstance(asked, dist.DeviceMesh):
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if isinstance(asked, DeviceMesh):
         if asked.ndim != 1:
             raise InputError(
                 f"`process_group` is a device mesh of {asked.ndim} dimensions; expected one: examples are split over "
@@ -365,4 +372,4 @@ def _short(text: str) -> str:
 def spread(count: int, size: int) -> Sequence[range]:
     """``count`` things in their order over ``size`` processes: no two get more than one apart."""
     edges = [count * rank // size for rank in range(size + 1)]
-    return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [range(a, b) for a, b in itertools.pairwise(edges)]

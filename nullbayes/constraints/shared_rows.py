@@ -70,9 +70,7 @@ def together(
     return _joined(finish(), processes, loader, audited)
 
 
-def _joined(
-    rows: TrainingRows, processes: Processes, loader: Share, audited: int
-) -> TrainingRows:
+def _joined(rows: TrainingRows, processes: Processes, loader: Share, audited: int) -> TrainingRows:
     operator = SharedOperator(rows.operator, processes)
     everyone = processes.gather((rows.examples, rows.chances))
     start = sum(count for count, _ in everyone[: processes.rank])

@@ -48,9 +48,9 @@ from nullbayes.fit.prior_samples import standard_normal
 from nullbayes.fit.projection import Work, projected
 from nullbayes.fit.result import Fit, Run, Settings
 from nullbayes.fit.target import DELTA
+from nullbayes.fit.together import any_of, own_budget, processes_of
 from nullbayes.jacobian.block_storage import fits_on_disk
 from nullbayes.jacobian.linearise import linearised_outputs
-from nullbayes.fit.together import any_of, own_budget, processes_of
 from nullbayes.jacobian.operator import JacobianOperator, RowOperator
 from nullbayes.model.fingerprint import fingerprint, quick_digest
 from nullbayes.solvers import Choice, Projection, Size, State, choose

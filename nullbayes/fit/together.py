@@ -1,4 +1,4 @@
-"""What a fit on several processes needs beside one on one: the same question in each, and what each has of the whole."""
+"""What a fit on several processes needs beside one on one: the same question in each, and its part of the whole."""
 
 from __future__ import annotations
 

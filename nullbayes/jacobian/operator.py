@@ -309,7 +309,9 @@ def chosen_parts(
 
     Views are slices, and data come shuffled or by class.
     """
-    torch.randperm(len(sizes), generator=generator)  # unused, as in version 0.1: the same seed, the same parts
+    torch.randperm(
+        len(sizes), generator=generator
+    )  # unused, as in version 0.1: the same seed, the same parts
     due = 0.0
     for i, size in enumerate(sizes):
         due += share * size

@@ -218,9 +218,7 @@ def serve(processes: Processes) -> None:
         pass
 
 
-def _round(
-    processes: Processes, request: tuple[int, JacobianOperator] | None
-) -> Tensor | None:
+def _round(processes: Processes, request: tuple[int, JacobianOperator] | None) -> Tensor | None:
     """One question of every process: products of the rows of all with those that it brings.
 
     Returns:
@@ -275,5 +273,7 @@ def give_block(
 
 
 def _each(block: Block, make: Callable[[Tensor], Tensor]) -> Block:
-    factors: dict[tuple[str, ...], Factor] = {k: replaced(f, make) for k, f in block.factors.items()}
+    factors: dict[tuple[str, ...], Factor] = {
+        k: replaced(f, make) for k, f in block.factors.items()
+    }
     return Block(factors, block.examples, block.cotangents)

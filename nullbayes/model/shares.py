@@ -101,7 +101,9 @@ def shared(
     """
     if isinstance(loader, Share):
         return loader
-    processes.agree({f"kind of data in `{name}`": type(loader).__name__, "limit": limit}, InputError)
+    processes.agree(
+        {f"kind of data in `{name}`": type(loader).__name__, "limit": limit}, InputError
+    )
     part = _Parting(processes, name, limit, split)
     if isinstance(loader, Batches):
         inner = part.of(loader.loader)
@@ -135,9 +137,7 @@ def share_of(
     return limited(functional, batches, name, loader.limit)
 
 
-def inputs_of_share(
-    x: Any, dtype: torch.dtype, processes: Processes | None
-) -> Iterator[Any]:
+def inputs_of_share(x: Any, dtype: torch.dtype, processes: Processes | None) -> Iterator[Any]:
     """The inputs of each batch of a stream that this process reads; what it holds for targets is left out.
 
     Raises:
@@ -266,12 +266,14 @@ class _Parting:
         known = sampler is loader.sampler and isinstance(
             sampler, (SequentialSampler, DistributedSampler)
         )
-        parts = list(self._numbers(sampler)) if known else self._custom(list(sampler), "sampler")
+        numbers: list[Any] = list(self._numbers(sampler)) if known else list(sampler)
+        parts = numbers if known else self._custom(numbers, "sampler")
         mine = self._range(len(parts))
         alone = loader.batch_sampler is None  # each number is a batch
         own = _again(loader, parts[mine.start : mine.stop], alone=alone)
-        start = None if alone else sum(len(batch) for batch in parts[: mine.start])
-        whole = None if alone else sum(map(len, parts))
+        sizes: list[int] = [] if alone else [len(batch) for batch in parts]
+        start = None if alone else sum(sizes[: mine.start])
+        whole = None if alone else sum(sizes)
         probe = _again(loader, parts[:1], alone=alone)
         return Share(self.processes, own, start, None, probe, whole, not mine)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -18,16 +19,13 @@ from nullbayes.constraints.problem import Problem
 from nullbayes.errors import InputError, NotFittedError
 from nullbayes.fit.pipeline import build, extended, rescaled
 from nullbayes.fit.plan import Plan, plan_fit
+from nullbayes.fit.plan_many import with_communication
 from nullbayes.fit.result import AUDITED, Checkpoint, Fit, Run, Settings
 from nullbayes.fit.together import check_alike
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.capture.verify import prove
-<<<<<<< HEAD
-from nullbayes.jacobian.linearise import state_dicts
-from nullbayes.jacobian.shared import serve
-=======
 from nullbayes.jacobian.linearise import linearised_outputs, state_dicts
->>>>>>> main
+from nullbayes.jacobian.shared import serve
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.batch import Inputs, batch_size, check_inputs, to_device
 from nullbayes.model.checks import check_mode
@@ -175,7 +173,21 @@ class Posterior(Judged, Predicts, Grows):
         num_samples = check_count(num_samples, "num_samples")
         max_examples = None if max_examples is None else check_count(max_examples, "max_examples")
         train_loader = self._data(train_loader, "train_loader")
-        return plan_fit(self.problem, self._settings, train_loader, num_samples, max_examples)
+        with self._together("plan") as processes:
+            made: Callable[[], Plan] = partial(
+                plan_fit,
+                self.problem,
+                self._settings,
+                train_loader,
+                num_samples,
+                max_examples,
+                processes,
+            )
+            if processes is None:
+                return made()
+            processes.neighbours  # noqa: B018  asked of all, before one of them works
+            plan = processes.shared(made)
+            return with_communication(plan, self.problem, self._settings, num_samples, processes)
 
     @undisturbed_method
     def fit(

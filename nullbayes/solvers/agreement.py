@@ -31,7 +31,7 @@ class Agreed:
             return own
         return _STATUSES[self.processes.decided(_STATUSES.index(own))]
 
-    def whether(self, own: bool) -> bool:  # noqa: FBT001
+    def whether(self, own: bool) -> bool:
         """One answer for all."""
         return own if self.processes is None else bool(self.processes.decided(int(own)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -160,7 +161,7 @@ class DualState(State):
             # An example without a row (ignored, or fully certain) gets a unit diagonal: it is inert.
             gram.diagonal().fill_(1.0 + jitter)
             self.chol, info = once(
-                self.operator.processes, lambda: torch.linalg.cholesky_ex(gram), gram
+                self.operator.processes, partial(torch.linalg.cholesky_ex, gram), gram
             )
             if int(info) == 0:
                 break

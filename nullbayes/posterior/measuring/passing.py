@@ -14,11 +14,7 @@ from torch import Tensor
 from nullbayes.common.processes import Processes
 from nullbayes.common.progress import Stages
 from nullbayes.errors import InputError
-<<<<<<< HEAD
-from nullbayes.jacobian.linearise import linearised_outputs
 from nullbayes.jacobian.shared import serve
-=======
->>>>>>> main
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.model.functional import FunctionalModel
@@ -127,14 +123,9 @@ class Pass:
         for index, inputs, targets in self._batches(loader, tracked, name, free=free):
             where = f"{name}, batch {index}"
             for piece, some in self._pieces(inputs, targets, where):
-<<<<<<< HEAD
-                for source, method, point, unit in self._outcomes(piece, where):
-                    self._record(source, method, (point, unit), some, where)
-        self._join(None)
-=======
                 for source, method, point, moved in self._outcomes(piece, where):
                     self._record(source, method, (point, moved), some, where)
->>>>>>> main
+        self._join(None)
         self._nonempty(self._recorders, name)
         return {key: recorder.records() for key, recorder in self._recorders.items()}
 

@@ -91,7 +91,9 @@ def measured(question: Question) -> Found:
         _check_keys(methods)
         main = sources[0].methods[-1].key
         some = question.processes
-        test = Pass(sources, main, question.slices, SHOWN, some).labelled(data["test"], "test", stage)
+        test = Pass(sources, main, question.slices, SHOWN, some).labelled(
+            data["test"], "test", stage
+        )
         shifts = {
             name: Pass(sources, main, None, SHOWN, some).unlabelled(
                 data[f"shifted[{name!r}]"], f"shifted[{name!r}]", stage

@@ -17,6 +17,7 @@ from torch import Tensor
 from nullbayes.errors import NonFiniteError, SolverError
 
 T = TypeVar("T")
+_NotFound: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 # Relative to the largest entry: the change that parts equal eigenvalues, in float64.
 PARTED = 1e-15
 
@@ -94,7 +95,7 @@ def solve(matrix: Tensor, right: Tensor) -> Tensor:
         found: Tensor = torch.linalg.solve(matrix, right)
         if bool(found.isfinite().all()):
             return found
-    except torch.linalg.LinAlgError:
+    except _NotFound:
         pass
     return pinv(matrix) @ right
 
@@ -108,7 +109,7 @@ def _found(
 ) -> T:
     try:
         return once(matrix)
-    except torch.linalg.LinAlgError as raised:
+    except _NotFound as raised:
         error = raised
     if not bool(matrix.isfinite().all()):
         raise NonFiniteError(
@@ -124,7 +125,7 @@ def _found(
     if symmetric:
         a, noise = (a + a.mT) / 2, (noise + noise.T) / 2
     for part in (0.0, PARTED, 100 * PARTED):
-        with suppress(torch.linalg.LinAlgError):
+        with suppress(_NotFound):
             return again(a + part * noise, scale)
     raise SolverError(
         f"a matrix of shape {tuple(matrix.shape)} could not be decomposed in float64 either. Use a float64 model "

@@ -83,7 +83,7 @@ def _trim() -> Callable[[int], int] | None:
         found = ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError, TypeError):
         return None
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def give_back() -> None:

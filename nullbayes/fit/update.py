@@ -19,8 +19,9 @@ from nullbayes.common.progress import AUDIT, ROWS, Laps, stages
 from nullbayes.constraints.memory_budget import FitMemory, default_budget
 from nullbayes.constraints.training_rows import TrainingRows, capture_training
 from nullbayes.errors import NotFittedError
-from nullbayes.fit.pipeline import Fitting, check_undisturbed, chosen_solver, where_kept, within
+from nullbayes.fit.pipeline import Fitting, check_undisturbed
 from nullbayes.fit.result import Fit, Run, Settings
+from nullbayes.fit.room import chosen_solver, where_kept, within
 from nullbayes.model.fingerprint import quick_digest
 from nullbayes.solvers import Solver, State
 
@@ -55,6 +56,7 @@ def updated(fit: Fit, settings: Settings, loader: Iterable[Any], run: Run) -> Fi
     budget = settings.memory or default_budget(available_bytes(problem.device))
     memory = FitMemory.of(budget, run.num_samples, problem.space.total, problem.dtype)
     with within(budget, memory), stages(show=run.progress) as stage:
+        earlier.rows.plan.numbered = earlier.rows.examples
         more = capture_training(
             problem, loader, run.max_examples, memory, stage, run.audit, earlier.rows.plan
         )

@@ -189,6 +189,11 @@ class State(ABC):
     #: bytes that its work may take beside the rows, in all
     room: int = 2**30
 
+    @property
+    def alone(self) -> bool:
+        """Whether :meth:`explained` asks no other process for its rows."""
+        return self.operator.processes is None
+
     @abstractmethod
     def spectrum(self, settled: Settled | None = None) -> Spectrum:
         """Squared singular values; to be asked before ``factorise``. An estimate goes on until it is ``settled``."""

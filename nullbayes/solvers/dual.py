@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from nullbayes.common.decompositions import eigvalsh, pinv
 from nullbayes.common.memory import working_bytes
+from nullbayes.common.processes import once
 from nullbayes.common.progress import CERTIFICATE, FACTORISATION, GRAM, PROJECTION
 from nullbayes.errors import SolverError
 from nullbayes.jacobian.block_storage import BLOCK_ROWS
@@ -33,7 +35,7 @@ from nullbayes.solvers.refinement import (
     iterate,
 )
 from nullbayes.solvers.rehearsal import Rehearsal, timed
-from nullbayes.solvers.spectrum import EXACT_UP_TO, PROBES, STEPS, gram_spectrum
+from nullbayes.solvers.spectrum import EXACT_UP_TO, PROBES, STEPS, gram_spectrum, shared_spectrum
 
 TRACE_PROBES = 32
 # The side of dense trials: large enough for the speed that large matrices have.
@@ -132,7 +134,8 @@ class DualState(State):
     def spectrum(self, settled: Settled | None = None) -> Spectrum:
         if self._gram is None:
             raise SolverError("the spectrum must be asked for before `factorise`.")
-        return gram_spectrum(self._gram, settled)
+        gram = self._gram
+        return shared_spectrum(self.operator.processes, lambda: gram_spectrum(gram, settled))
 
     def factorise(
         self,
@@ -159,7 +162,9 @@ class DualState(State):
         while True:
             # An example without a row (ignored, or fully certain) gets a unit diagonal: it is inert.
             gram.diagonal().fill_(1.0 + jitter)
-            self.chol, info = torch.linalg.cholesky_ex(gram)
+            self.chol, info = once(
+                self.operator.processes, partial(torch.linalg.cholesky_ex, gram), gram
+            )
             if int(info) == 0:
                 break
             jitter *= 10

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.common.decompositions import eigh, eigvalsh, solve
+from nullbayes.common.processes import Processes
 from nullbayes.jacobian.operator import RowOperator
 from nullbayes.solvers.base import Settled, Spectrum
 
@@ -20,6 +21,11 @@ OPERATOR_STEPS = 16
 # Steps at most, and bytes of the vectors that they leave behind. More are taken until the spectrum is settled.
 MOST_STEPS = 256
 BASIS_BYTES = 2**30
+
+
+def shared_spectrum(processes: Processes | None, find: Callable[[], Spectrum]) -> Spectrum:
+    """What ``find`` gives; of several processes, what it gives in the first, where alone it runs."""
+    return find() if processes is None else processes.shared(find)
 
 
 def gram_spectrum(gram: Tensor, settled: Settled | None = None) -> Spectrum:
@@ -49,7 +55,8 @@ def operator_spectrum(
     """
     m, p = operator.shape
     if m <= EXACT_UP_TO and 16 * m**2 <= room:
-        return gram_spectrum(operator.gram(), settled)
+        gram = operator.gram()
+        return shared_spectrum(operator.processes, lambda: gram_spectrum(gram, settled))
     generator = torch.Generator().manual_seed(0)
     # Rows and columns have the same squared singular values: probe whichever are fewer.
     size = min(m, p)
@@ -64,7 +71,9 @@ def operator_spectrum(
     starts = probes.to(operator.device)
     # Beside the basis, products hold a few vectors of both lengths.
     room -= 8 * OPERATOR_PROBES * 6 * p
-    return _lanczos(product, starts, OPERATOR_STEPS, settled, min(room, BASIS_BYTES))
+    found = _lanczos(product, starts, OPERATOR_STEPS, settled, min(room, BASIS_BYTES))
+    # Each process took its steps; the numbers are those of one.
+    return shared_spectrum(operator.processes, lambda: found)
 
 
 def spectrum_bytes(rows: int, columns: int) -> int:

@@ -31,7 +31,7 @@ def examples_per_capture(
     cotangents: int,
     temporaries: int | None = None,
 ) -> int:
-    """How many examples one backward pass may carry, with so many bytes of ``temporaries`` (None: what work may take)."""
+    """How many examples one backward pass may carry, with so many bytes of ``temporaries`` (None: what work may)."""
     fits = (temporaries or working_bytes()) // capture_bytes(functional, plan, cotangents)
     return max(1, min(fits, CAPTURE_ROWS // max(1, cotangents)))
 
@@ -60,6 +60,7 @@ def capture_batch(
     Raises:
         ModelError: rows that differ from plain automatic differentiation on every path.
     """
+    inputs = functional.batch(inputs)
     size = batch_size(inputs)
     step = examples_per_capture(functional, plan, cotangents, temporaries)
     for start in range(0, size, step):
@@ -109,6 +110,7 @@ def output_operators(
     scales: dict[str, float] | None = None,
 ) -> Iterator[JacobianOperator]:
     """All rows ``J_n`` of the ``outputs`` numbers of each example, a piece of the batch at a time."""
+    inputs = functional.batch(inputs)
     size = batch_size(inputs)
     step = examples_per_capture(functional, plan, outputs)
     for start in range(0, size, step):

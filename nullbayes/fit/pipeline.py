@@ -234,7 +234,10 @@ class Fitting:
             within = problem.within
             alone = null_space_precision(gamma, p, self.theta)
             self.alpha = self._agreed(alone if within is None else within.precision)
-        self.rank = min(max(round(gamma), 0), m, p)
+        known = self.state.determined()
+        self.gamma = min(max(round(gamma), 0), m, p)
+        self.rank = self.gamma if known is None else min(max(round(known), 0), m, p)
+        self.rank_estimated = known is None
         self.stored = problem.weight_changes(done.value).to(self.run.stored or problem.dtype)
         if self.run.stored is not None:  # what is measured is what is stored
             self.done = replace(done, value=problem.isotropic(self.stored.to(problem.dtype)))
@@ -288,6 +291,8 @@ class Fitting:
             tolerance=self.solver.tolerance_for(self.theta.dtype),
             rank=self.rank,
             null_dim=problem.space.free - self.rank,
+            rank_estimated=self.rank_estimated,
+            gamma=self.gamma,
             prior_precision=self.alpha,
             evidence=evidence,
             **measured,

@@ -103,6 +103,9 @@ def test_a_posterior_under_a_budget_is_the_same(solver: Any) -> None:
     torch.testing.assert_close(tight._samples(), ample._samples(), atol=1e-8, rtol=0)
     for name in ("drift", "output_drift", "left_out_divergence", "posterior_score"):
         mine, theirs = getattr(tight.certificate, name), getattr(ample.certificate, name)
+        if theirs is None:  # primal QR without a shift cannot leave examples out
+            assert mine is None and name == "left_out_divergence"
+            continue
         assert mine == pytest.approx(theirs, rel=1e-6, abs=1e-9)
 
 

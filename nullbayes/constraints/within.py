@@ -1,9 +1,9 @@
 """A prior that is the layer null space of all the data, for rows of some of them.
 
-``N(θ̂, α⁻¹ ⊕_l I ⊗ P_l)`` in place of ``N(θ̂, α⁻¹ I)``: the directions in which a layer's training inputs are many are narrow
-already, and rows of single examples take away what is left along them. Rows are kept in coordinates ``z`` with ``Δ = z R``,
-``RᵀR = Σ``, in which the prior is isotropic, so every solver serves. Of each layer ``R`` is upper triangular with the
-bias last: then the constant input of a bias stays constant, and rows stay sums of outer products.
+``N(θ̂, α⁻¹ ⊕_l I ⊗ P_l)`` in place of ``N(θ̂, α⁻¹ I)``: the directions in which a layer's training inputs are many are
+narrow already, and rows of single examples take away what is left along them. Rows are kept in coordinates ``z`` with
+``Δ = z R``, ``RᵀR = Σ``, in which the prior is isotropic, so every solver serves. Of each layer ``R`` is upper
+triangular with the bias last: then the constant input of a bias stays constant, and rows stay sums of outer products.
 """
 
 from __future__ import annotations
@@ -58,17 +58,11 @@ class Root:
 
 @dataclass(frozen=True)
 class LayerPrior:
-    """The covariance of a layer posterior as a prior.
-
-    Attributes:
-        precision: ``α`` at which weights from an isotropic prior are as large as the trained ones; no evidence is
-            asked, since this prior has seen the data.
-    """
+    """The covariance of a layer posterior, at prior precision one, as a prior."""
 
     space: ParameterSpace
     blocks: Sequence[LayerBlock]
     roots: Sequence[Root]
-    precision: float
 
     def spread(self, vectors: Tensor) -> Tensor:
         """Coordinates ``(n, P)`` as weight changes; zero where a parameter stays fixed."""

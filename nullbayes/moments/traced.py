@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,20 +99,26 @@ class Probe(nn.Module):
         """Inputs ``(*lead, G, I)``."""
         a = a[..., : self.root.shape[2]].to(self.root.dtype)
         if len(self.root) == 1:
-            return self.of_one(a.squeeze(-2), 1)
+            return self.of_one(a.squeeze(-2))
         along = torch.einsum("...gi,gki->...gk", a, self.root) + self.shift
         return Call(self, norm(a), norm(along))
 
-    def of_one(self, a: Tensor, groups: int) -> Call:
+    def of_one(self, a: Tensor, groups: int = 1) -> Call:
         """Inputs ``(*lead, I)`` that every one of ``groups`` groups, which are alike, receives."""
         a = a.to(self.root.dtype)
         along = F.linear(a, self.root[0], self.shift[0])
-        return Call(self, norm(a).unsqueeze(-1), norm(along).unsqueeze(-1), groups)
+        return Call(self, norm(a, keepdim=True), norm(along, keepdim=True), groups)
+
+    def values(self, sizes: Tensor, along: Tensor) -> Tensor:
+        """Leverages over squared sizes, from squares ``‖a‖²`` and ``‖R a‖²`` of one group."""
+        whole = sizes + self.one if self.one else sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
+        values = along / whole
+        return values if self.sign > 0 else self.base[0] - values
 
 
-def norm(values: Tensor) -> Tensor:
+def norm(values: Tensor, *, keepdim: bool = False) -> Tensor:
     """Over the last axis."""
-    return torch.linalg.vector_norm(values, dim=-1)
+    return torch.linalg.vector_norm(values, dim=-1, keepdim=keepdim)
 
 
 @dataclass(frozen=True)
@@ -126,36 +131,30 @@ class Call:
     times: int = 1
 
     @property
-    def lead(self) -> torch.Size:
-        return self.size.shape[:-1]
-
-    @property
     def simple(self) -> bool:
         """One group and one position an example: many of these can be finished at once."""
         return self.times == 1 and self.size.ndim == 2 and self.size.shape[1] == 1
 
     def values(self) -> Tensor:
         """Leverages over squared sizes, ``(*lead)``."""
-        probe = self.probe
+        probe, times = self.probe, self.times
         sizes, along = self.size.square(), self.along.square()
-        whole = self.times * sizes.sum(-1) + probe.one
-        taken = probe.sign * self.times * along.sum(-1)
+        if times == 1 and sizes.shape[-1] == 1:
+            return probe.values(sizes, along).squeeze(-1)
+        whole = times * sizes.sum(-1) + probe.one
+        taken = probe.sign * times * along.sum(-1)
         if probe.sign < 0:
             base = probe.base[: self.size.shape[-1]]
-            taken = taken + self.times * ((sizes + probe.one) * base).sum(-1)
+            taken = taken + times * ((sizes + probe.one) * base).sum(-1)
         return taken / whole.clamp_min(torch.finfo(whole.dtype).tiny)
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Leverages ``(*lead)`` of rows that were looked up."""
+class Done:
+    """Leverages ``(*lead)`` that are finished already, of looked-up rows for one."""
 
     found: Tensor
     simple = False
-
-    @property
-    def lead(self) -> torch.Size:
-        return self.found.shape
 
     def values(self) -> Tensor:
         return self.found
@@ -172,21 +171,21 @@ class RowProbe(nn.Module):
         rows = (moments.rows.double() + edge.rows).reciprocal()
         self.register_buffer("rows", rows.to(dtype))
 
-    def forward(self, index: Tensor) -> Rows:
+    def forward(self, index: Tensor) -> Done:
         """Indices ``(*lead)``."""
-        return Rows(self.rows[index.long()])
+        return Done(self.rows[index.long()])
 
 
 class Tape:
     """What one forward pass left, call by call, with the number of its block."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[int, Call | Rows]] = []
+        self.calls: list[tuple[int, Call | Done]] = []
 
-    def add(self, number: int, call: Call | Rows) -> None:
+    def add(self, number: int, call: Call | Done) -> None:
         self.calls.append((number, call))
 
-    def taken(self) -> list[tuple[int, Call | Rows]]:
+    def taken(self) -> list[tuple[int, Call | Done]]:
         """What was added since the last time."""
         out, self.calls = self.calls, []
         return out
@@ -224,7 +223,7 @@ def probes_of(
     return out
 
 
-def scores(calls: list[tuple[int, Call | Rows]], split: Callable[[int, Tensor], Tensor]) -> Tensor:
+def scores(calls: list[tuple[int, Call | Done]], split: Callable[[int, Tensor], Tensor]) -> Tensor:
     """``Σ_l log mean_t s_l``: ``(B,)``.
 
     Args:
@@ -232,21 +231,19 @@ def scores(calls: list[tuple[int, Call | Rows]], split: Callable[[int, Tensor], 
     """
     several = Counter(number for number, _ in calls)
     simple: list[Call] = []
-    totals: dict[int, Tensor] = {}
-    counts: dict[int, Any] = {}
+    parts: dict[int, list[Tensor]] = {}
     for i, (number, call) in enumerate(calls):
         if isinstance(call, Call) and call.simple and several[number] == 1:
             simple.append(call)
-            continue
-        values = split(i, call.values())
-        total = values.sum(1)
-        totals[number] = totals[number] + total if number in totals else total
-        counts[number] = counts.get(number, 0) + values.shape[1]
-    parts = [total / counts[number] for number, total in totals.items()]
-    means = [torch.stack(parts, 1)] if parts else []
+        else:
+            parts.setdefault(number, []).append(split(i, call.values()))
+    means = [
+        (some[0] if len(some) == 1 else torch.cat(some, 1)).mean(1, keepdim=True)
+        for some in parts.values()
+    ]
     if simple:
         means.append(_together(simple))
-    joined = torch.cat(means, 1)
+    joined = means[0] if len(means) == 1 else torch.cat(means, 1)
     return joined.clamp_min(torch.finfo(joined.dtype).tiny).log().sum(1)
 
 
@@ -254,8 +251,15 @@ def _together(calls: list[Call]) -> Tensor:
     """Values of calls with one group and one position each, ``(B, L)``."""
     along = torch.cat([call.along for call in calls], 1).square()
     sizes = torch.cat([call.size for call in calls], 1).square()
-    ones = along.new_tensor([call.probe.one for call in calls])
+    ones = {call.probe.one for call in calls}
+    if ones == {1.0}:
+        whole = sizes + 1.0
+    else:
+        whole = sizes + along.new_tensor([call.probe.one for call in calls])
+        whole = whole.clamp_min(torch.finfo(sizes.dtype).tiny)
+    values = along / whole
+    if all(call.probe.sign > 0 for call in calls):
+        return values
     signs = along.new_tensor([call.probe.sign for call in calls])
     base = torch.cat([call.probe.base for call in calls]) * (signs < 0)
-    whole = (sizes + ones).clamp_min(torch.finfo(sizes.dtype).tiny)
-    return base + along * signs / whole
+    return base + values * signs

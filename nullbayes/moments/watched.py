@@ -16,7 +16,7 @@ from nullbayes.moments.blocks import Blocks, Site
 from nullbayes.moments.convolution import ConvInputs, middles, padded
 from nullbayes.moments.recurrent import mapped, single, steps_seen, weights_of
 from nullbayes.moments.rule import InputRule, argument
-from nullbayes.moments.traced import Call, Probe, Rows, Tape
+from nullbayes.moments.traced import Call, Done, Probe, Tape
 
 
 class Watched(nn.Module):
@@ -63,45 +63,65 @@ class Watched(nn.Module):
             self.tape.add(number, call)
 
 
+class WatchedLinear(Watched):
+    """``nn.Linear``: its input is that of the weight."""
+
+    def watch(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Put the leverages of one call on the tape."""
+        [(place, number)] = self.places.values()
+        probe = self.probes[place]
+        assert isinstance(probe, Probe)
+        self.tape.add(number, probe.of_one(argument(args, kwargs, 0, "input")))
+
+
 class WatchedConvolution(Watched):
     """Leverages at some positions by a convolution of its own, whose stride skips the others."""
 
     def watch(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Put the leverages of one call on the tape."""
         layer: Any = self.layer
-        spatial = len(layer.kernel_size)
-        x = argument(args, kwargs, 0, "input")
-        x = x if x.ndim == spatial + 2 else x.unsqueeze(0)
-        x, strides = padded(layer, x), []
-        cuts = middles(out.shape[-spatial:], self.positions)
-        for axis, (start, step, count) in enumerate(cuts):
-            stride, dilation = layer.stride[axis], layer.dilation[axis]
-            begin = start * stride
-            length = (count - 1) * step * stride + dilation * (layer.kernel_size[axis] - 1) + 1
-            x = x.narrow(axis + 2, begin, length)
-            strides.append(step * stride)
         [(place, number)] = self.places.values()
         probe = self.probes[place]
         assert isinstance(probe, Probe)
+        spatial = len(layer.kernel_size)
+        x = argument(args, kwargs, 0, "input")
+        x = (x if x.ndim == spatial + 2 else x.unsqueeze(0)).to(probe.root.dtype)
+        x, strides = self._cut(x, middles(out.shape[-spatial:], self.positions))
         groups, k, _ = probe.root.shape
         convolve = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
-        x = x.to(probe.root.dtype)
+        options = {"dilation": layer.dilation, "groups": groups}
         weight = probe.root.reshape(groups * k, -1, *layer.kernel_size)
-        along = convolve(
-            x, weight, probe.shift.flatten(), strides, dilation=layer.dilation, groups=groups
-        )
-        squares = x.square().unflatten(1, (groups, -1)).sum(2)
+        along = convolve(x, weight, probe.shift.flatten(), strides, **options)
         ones = torch.ones(groups, 1, *layer.kernel_size, dtype=x.dtype, device=x.device)
-        sizes = convolve(squares, ones, None, strides, dilation=layer.dilation, groups=groups)
+        if groups == 1:
+            sizes = convolve(x.square().sum(1, keepdim=True), ones, None, strides, **options)
+            along = torch.linalg.vector_norm(along, dim=1, keepdim=True).square()
+            self.tape.add(number, Done(probe.values(sizes, along)))
+            return
+        squares = x.square().unflatten(1, (groups, -1)).sum(2)
+        sizes = convolve(squares, ones, None, strides, **options).sqrt()
         along = torch.linalg.vector_norm(along.unflatten(1, (groups, k)), dim=2)
-        self.tape.add(number, Call(probe, sizes.sqrt().movedim(1, -1), along.movedim(1, -1)))
+        self.tape.add(number, Call(probe, sizes.movedim(1, -1), along.movedim(1, -1)))
+
+    def _cut(self, x: Tensor, cuts: list[tuple[int, int, int]]) -> tuple[Tensor, list[int]]:
+        """The padded input from its first position on, and strides from one position to the next."""
+        layer: Any = self.layer
+        begins = [cut[0] * stride for cut, stride in zip(cuts, layer.stride, strict=True)]
+        strides = [cut[1] * stride for cut, stride in zip(cuts, layer.stride, strict=True)]
+        if layer.padding_mode == "zeros":
+            amounts = list(layer._reversed_padding_repeated_twice)
+        else:
+            x, amounts = padded(layer, x), [0] * (2 * len(cuts))
+        for axis, begin in enumerate(reversed(begins)):  # the last axis comes first there
+            amounts[2 * axis] -= begin
+        return (F.pad(x, amounts) if any(amounts) else x), strides
 
 
-def _continued(before: Call | Rows, more: Call | Rows) -> Call | Rows:
+def _continued(before: Call | Done, more: Call | Done) -> Call | Done:
     if isinstance(before, Call) and isinstance(more, Call):
         size, along = (torch.cat(p) for p in ((before.size, more.size), (before.along, more.along)))
         return Call(before.probe, size, along, before.times)
-    return Rows(torch.cat([before.values(), more.values()]))
+    return Done(torch.cat([before.values(), more.values()]))
 
 
 class WatchedAttention(Watched):
@@ -205,6 +225,8 @@ def watched(
 def _kind_of(site: Site, layer: nn.Module) -> type[Watched]:
     if isinstance(site.rule, ConvInputs):
         return WatchedConvolution
+    if type(layer).forward is nn.Linear.forward:
+        return WatchedLinear
     if isinstance(layer, nn.RNNBase):
         return WatchedRecurrent
     return WatchedAttention if isinstance(layer, nn.MultiheadAttention) else Watched

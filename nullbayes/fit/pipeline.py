@@ -153,8 +153,6 @@ class Fitting:
         alpha, notes = 1.0, tuple[str, ...]()
         if self.problem.given_precision is not None:
             alpha = self.problem.given_precision
-        elif self.problem.within is not None:
-            alpha = self.problem.within.precision
         elif self.problem.by_evidence and target.delta:
             alpha, notes = target.precision(state, self.theta, self.stage.towards(PRIOR))
             alpha = self._agreed(alpha)
@@ -226,9 +224,7 @@ class Fitting:
         passed = target.numerical or self.state.rank is None
         gamma = gone / self.run.num_samples if passed else float(self.state.rank or 0)
         if self.by_evidence:
-            within = problem.within
-            alone = null_space_precision(gamma, p, self.theta)
-            self.alpha = self._agreed(alone if within is None else within.precision)
+            self.alpha = self._agreed(null_space_precision(gamma, p, self.theta))
         self.rank = min(max(round(gamma), 0), m, p)
         self.stored = problem.weight_changes(done.value).to(self.run.stored or problem.dtype)
         if self.run.stored is not None:  # what is measured is what is stored

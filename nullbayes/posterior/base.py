@@ -25,7 +25,7 @@ from nullbayes.fit.result import AUDITED, Checkpoint, Fit, Run, Settings
 from nullbayes.fit.together import check_alike
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.capture.verify import prove
-from nullbayes.jacobian.linearise import linearised_outputs, state_dicts
+from nullbayes.jacobian.linearise import state_dicts
 from nullbayes.jacobian.shared import serve
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.adapters import beside_adapter, check_there, check_unmerged
@@ -44,16 +44,14 @@ from nullbayes.posterior.calibration import (
     check_arguments,
 )
 from nullbayes.posterior.growing import Grows
-from nullbayes.posterior.judged import Judged
-from nullbayes.posterior.measuring.methods import EVIDENCE, GIVEN
-from nullbayes.posterior.measuring.subject import Moved
+from nullbayes.posterior.judged import RowJudged
 from nullbayes.posterior.predicting import Predicts
 from nullbayes.posterior.storage import described, restored, write_posterior
 
 Self = TypeVar("Self", bound="Posterior")
 
 
-class Posterior(Judged, Predicts, Grows):
+class Posterior(RowJudged, Predicts, Grows):
     """What :class:`NullSpacePosterior` and :class:`LaplacePosterior` share. Use one of those two.
 
     Attributes:
@@ -378,23 +376,6 @@ class Posterior(Judged, Predicts, Grows):
             )
         check_inputs(x, "`x`")
         return x if draws is None else self.functional.keyed(x, draws)
-
-    # -- being judged, see `nullbayes.posterior.measuring.subject` ----------------------------------
-
-    def _moved(self, inputs: Inputs, where: str) -> tuple[Tensor, Moved]:
-        plan, unit = self._capture_plan(inputs), self._fitted().unit
-        point, change = linearised_outputs(self.functional, plan, unit, inputs, where)
-        return point, lambda scale: point + scale * change
-
-    def _prior_chosen_by(self) -> tuple[str, str]:
-        chosen = self.problem.by_evidence
-        if self.calibration is None and self.certificate.promises:
-            chosen = chosen and self.certificate.evidence is not None
-        return (EVIDENCE, "by evidence") if chosen else (GIVEN, "prior as given")
-
-    def _described(self) -> dict[str, Any]:
-        preserves = self.preserve.describe() if self._settings.target.preserves else "nothing"
-        return {"preserves": preserves, "seed": self._fitted().seed, "predictive": "linearised"}
 
     # -- samples and files -------------------------------------------------------------------------
 

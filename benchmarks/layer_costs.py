@@ -231,7 +231,7 @@ def all_costs(
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Lines of markdown."""
     lines = [
-        "One thread, float32, CPU seconds; every figure beside a plain forward pass of the same process. *Fit* is a whole "
+        "One thread, float32, CPU seconds, beside a plain forward pass of the same process. *Fit* is all of "
         "`fit`: proof of the rules, the pass with sums, factors, prior precision and certificate. *Passes* are of the "
         "fit without its factorisations, one a layer. *Peak* is the process's, the library and the network included.",
         "",

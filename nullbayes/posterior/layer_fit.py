@@ -16,7 +16,7 @@ from nullbayes.likelihood import Likelihood
 from nullbayes.model.fingerprint import fingerprint
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.moments.blocks import Block, Blocks
-from nullbayes.moments.gather import Gathered, first_batch, gather, unlabelled
+from nullbayes.moments.gather import Gathered, drawn, first_batch, gather, unlabelled
 from nullbayes.moments.sketch import Sketch
 from nullbayes.moments.verify import verified_blocks
 from nullbayes.posterior.layer_certificate import LayerCertificate, LayerReport
@@ -109,7 +109,7 @@ def collect(
     """
     name, seed = source.name, source.seed
     batches = stage.track(unlabelled(source.loader, functional.device, name), INPUTS)
-    first, everything = first_batch(batches)
+    first, everything = first_batch(drawn(functional, batches))
     if known is not None:
         blocks, ranks = known
     else:

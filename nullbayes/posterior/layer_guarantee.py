@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.moments.blocks import Block
 from nullbayes.moments.capture import plain_paths, recording
 from nullbayes.moments.factor import Factor, RowFactor, TiedFactor
+from nullbayes.moments.gather import draws_of
 from nullbayes.moments.rule import Seen
 from nullbayes.posterior.layer_state import Checked, LayerState
 
@@ -90,9 +91,24 @@ def measure(
     key = (alpha, samples, examples)
     if key not in state.measured:
         groups = _few(state.checked, examples) if examples else state.checked
-        state.measured[key] = _measure(state, likelihood, alpha, samples, groups)
+        each = _outputs(state, groups, alpha**-0.5, samples)
+        state.measured[key] = _measured(likelihood, samples, each)
     found: Measured = state.measured[key]
     return found
+
+
+def measure_on(
+    state: LayerState,
+    likelihood: Likelihood,
+    alpha: float,
+    samples: int,
+    batches: Iterable[tuple[Inputs, Any]],
+) -> Measured:
+    """The same on batches ``(inputs, targets or None)`` that are not kept; each sample is made for each batch."""
+    functional = state.functional
+    groups = ((x, y, functional.outputs(x, "the training data")) for x, y in batches)
+    each = ((group, state.sampled(group[0], alpha**-0.5, samples)) for group in groups)
+    return _measured(likelihood, samples, each)
 
 
 def _few(groups: list[Checked], examples: int) -> list[Checked]:
@@ -107,15 +123,14 @@ def _few(groups: list[Checked], examples: int) -> list[Checked]:
     return out
 
 
-def _measure(
-    state: LayerState, likelihood: Likelihood, alpha: float, samples: int, groups: list[Checked]
+def _measured(
+    likelihood: Likelihood, samples: int, each: Iterable[tuple[Checked, Tensor]]
 ) -> Measured:
-    scale = alpha**-0.5
     divergence, count, moved, size = 0.0, 0, 0.0, 0.0
     before, after, examples = [0.0, 0], [0.0, 0], 0
     labelled = True
     with torch.no_grad():
-        for (inputs, targets, point), outputs in _outputs(state, groups, scale, samples):
+        for (inputs, targets, point), outputs in each:
             if not bool(outputs.isfinite().all()):
                 return Measured(math.inf, math.inf, None, None, 0)
             labels = targets_for(likelihood, point, targets, inputs)
@@ -163,13 +178,14 @@ def left_out_divergence(state: LayerState, likelihood: Likelihood, alpha: float)
 
     Half the trace of the output Hessian times ``Σ_l J_l (I ⊗ P_l') J_lᵀ``, with ``P_l'`` the layer's covariance without
     the example's own inputs: a downdate of rank one for each of them, all at once in closed form. By a few random
-    directions of the Hessian (Hutchinson), so by as many backward passes. None where it does not apply.
+    directions of the Hessian (Hutchinson), so by as many backward passes. None where it does not apply; nor does it
+    where an example is there with several draws of the model's randomness, of which all would have to go.
 
     Args:
         alpha: the prior precision that the posterior would have without the guarantee. Where a few examples say that
             the divergence there is far below what is allowed, they do.
     """
-    if not state.gathered.kept or not state.blocks.blocks:
+    if not state.gathered.kept or not state.blocks.blocks or draws_of(state.functional) > 1:
         return None
     exact = state.delta == 0.0
     limit = (

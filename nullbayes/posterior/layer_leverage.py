@@ -39,7 +39,8 @@ class Leverages:
     one at a time.
 
     Args:
-        relative: leverages over the squared size of the input, see :meth:`Leverage.relative`.
+        relative: leverages over the squared size of the input, see :meth:`Leverage.relative`; None: both, those of
+            block ``i`` of ``L`` over the squared size as block ``L + i``.
         positions: of each convolution, evenly spaced; None: all.
         factors: of the blocks at this ``delta``, where they are known.
         directions: see :class:`Leverage`.
@@ -52,7 +53,7 @@ class Leverages:
         gathered: Gathered,
         delta: float,
         *,
-        relative: bool = True,
+        relative: bool | None = True,
         positions: int | None = POSITIONS,
         factors: Sequence[Factor] | None = None,
         directions: int | None = DIRECTIONS,
@@ -75,6 +76,7 @@ class Leverages:
         self.counted = {i for i, b in enumerate(blocks.blocks) if b.columns > 2}
         if not self.counted:
             self.counted = set(range(len(blocks.blocks)))
+        self.ordered = sorted(self.counted)
         self._axes: list[int] | None = None  # by call; empty: one example at a time
         self._network: Callable[[Inputs], Tensor] | None = None
         self._found: Values = []
@@ -84,6 +86,9 @@ class Leverages:
 
     def raw(self, inputs: Inputs) -> Values:
         """Leverages of one forward pass, call by call."""
+        return self._pass(inputs)[0]
+
+    def _pass(self, inputs: Inputs) -> tuple[Values, Tensor]:
         with self._lock, torch.no_grad(), plain_paths():
             weights = tuple((id(p), p.data_ptr()) for p in self.functional.model.parameters())
             if self._network is None or weights != self._weights:
@@ -96,31 +101,41 @@ class Leverages:
                 self._network = self.functional.bound(self.functional.weights(), hooks)
                 self._weights = weights
             try:
-                self._network(inputs)
-                return self._found
+                outputs = self._network(inputs)
+                return self._found, outputs
             finally:
                 self._found, self._last = [], None
 
     def _receive(self, site: int, number: int, column: int | None, seen: Seen) -> None:
         if number not in self.counted:
             return
+        if self.relative is not None:
+            self._take(number, number, column, seen, relative=self.relative)
+            return
+        self._take(number, number, column, seen, relative=False)
+        self._take(number + len(self.layers), number, column, seen, relative=True)
+
+    def _take(
+        self, key: int, number: int, column: int | None, seen: Seen, *, relative: bool
+    ) -> None:
         layer, block = self.layers[number], self.blocks.blocks[number]
         if seen.index is not None:
             values = layer.of_rows(seen.index)
         else:
             a = seen.a
             assert a is not None
-            key = (id(layer), column, a.data_ptr(), a.shape, a.stride(), a._version)
-            if self._last is not None and self._last[0] == key:
+            same = (id(layer), column, relative, a.data_ptr(), a.shape, a.stride(), a._version)
+            if self._last is not None and self._last[0] == same:
                 values = self._last[2]
             else:
-                of = layer.relative if self.relative else layer.of
+                of = layer.relative if relative else layer.of
                 values = of(a, block.own, column)
-                self._last = (key, a, values)
+                self._last = (same, a, values)
         if seen.follows:
-            self._found[-1] = (number, torch.cat([self._found[-1][1], values]))
+            at = max(i for i, (n, _) in enumerate(self._found) if n == key)
+            self._found[at] = (key, torch.cat([self._found[at][1], values]))
         else:
-            self._found.append((number, values))
+            self._found.append((key, values))
 
     def means(self, inputs: Inputs) -> Tensor:
         """Mean leverage of what each block receives for each example, blocks that count ``(L, B)``, float64."""
@@ -131,25 +146,43 @@ class Leverages:
         values_by = self.by_example(inputs)
         return torch.stack([v.double().nanmean(1) for v in values_by.values()])
 
+    def sizes_and_directions(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean leverages ``(B, L)`` of the blocks that count, the same over squared sizes, and outputs ``(B, *out)``.
+
+        Leverages are float64, NaN where an example does not reach a layer. For ``relative=None``.
+        """
+        size = batch_size(inputs)
+        values, outputs = self._single(inputs) if size == 1 else self._by_example(inputs)
+        absent = torch.full((size, 1), torch.nan)
+
+        def means(offset: int) -> Tensor:
+            parts = [values.get(i + offset, absent) for i in self.ordered]
+            return torch.stack([p.double().nanmean(1) for p in parts], 1)
+
+        return means(0), means(len(self.layers)), outputs
+
     def by_example(self, inputs: Inputs) -> dict[int, Tensor]:
         """By block: leverages ``(B, T)`` of all inputs that it receives for each example, NaN where there are fewer."""
+        return self._by_example(inputs)[0]
+
+    def _by_example(self, inputs: Inputs) -> tuple[dict[int, Tensor], Tensor]:
         size = batch_size(inputs)
         if self._axes is None and size > 1:
             self._axes = self._find_axes(take(inputs, 0, min(size, PROBE)))
         if size > 1 and self._axes:
-            values = self.raw(inputs)
+            values, outputs = self._pass(inputs)
             split = [
                 _split(v, axis, size) for (_, v), axis in zip(values, self._axes, strict=False)
             ]
             if len(values) == len(self._axes) and all(part is not None for part in split):
-                return _joined(
-                    [(n, p) for (n, _), p in zip(values, split, strict=True) if p is not None]
-                )
+                parts = zip(values, split, strict=True)
+                return _joined([(n, p) for (n, _), p in parts if p is not None]), outputs
         singles = [self._single(take(inputs, i, i + 1, size)) for i in range(size)]
-        return _stacked(singles)
+        return _stacked([values for values, _ in singles]), torch.cat([out for _, out in singles])
 
-    def _single(self, inputs: Inputs) -> dict[int, Tensor]:
-        return _joined([(n, v.reshape(1, -1)) for n, v in self.raw(inputs)])
+    def _single(self, inputs: Inputs) -> tuple[dict[int, Tensor], Tensor]:
+        values, outputs = self._pass(inputs)
+        return _joined([(n, v.reshape(1, -1)) for n, v in values]), outputs
 
     def _find_axes(self, few: Inputs) -> list[int]:
         size = batch_size(few)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -54,6 +54,7 @@ class LayerState:
         self.functional, self.blocks, self.gathered = functional, blocks, gathered
         self.delta, self.seed, self.num_samples = delta, seed, num_samples
         self._cache: dict[int, Changes] = {}
+        self.references: Any = None  # of the combined score, once it was asked for or loaded
         # What was measured, by prior precision, samples and examples.
         self.measured: dict[tuple[float, int, int], Any] = {}
 
@@ -122,6 +123,20 @@ class LayerState:
             free += groups * outputs * factor.free
             total += groups * outputs * columns
         return free / max(1.0, total)
+
+    def flat(self, vectors: Tensor, of: Callable[[Factor, Tensor], Tensor]) -> Tensor:
+        """A map of every block's factor, on flat weight vectors ``(n, P)``; zero where a parameter stays fixed.
+
+        ``Factor.project`` gives ``v Σ``, ``Factor.spread`` ``v R`` and ``Factor.whiten`` ``v Rᵀ``, with ``RᵀR = Σ``,
+        the covariance at prior precision one.
+        """
+        space = self.functional.space
+        tensors = space.unflatten(vectors)
+        out = {name: torch.zeros_like(t) for name, t in tensors.items()}
+        for block, factor in zip(self.blocks.blocks, self.factors, strict=True):
+            matrix = block.matrix({n: tensors[n] for n in block.names})
+            out.update(block.tensors(of(factor, matrix)))
+        return space.flatten(out)
 
     def change(self, index: int) -> Changes:
         """Sample ``index`` as changes of the weights, at prior precision one."""

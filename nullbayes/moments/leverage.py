@@ -63,13 +63,18 @@ class Leverage:
 
     def relative(self, a: Tensor, own: int, column: int | None) -> Tensor:
         """Leverage of an input over its squared size, the constant one of a bias included: of its direction alone."""
+        return self.both(a, own, column)[1]
+
+    def both(self, a: Tensor, own: int, column: int | None) -> tuple[Tensor, Tensor]:
+        """:meth:`of` and :meth:`relative`, from one product."""
         x = a[..., :own].to(self.dtype)
         if x.shape[-2] == 1:
             squares = torch.linalg.vector_norm(x[..., 0, :], dim=-1).square()
         else:
             squares = torch.linalg.vector_norm(x, dim=(-1, -2)).square()
         size = squares if column is None else squares + 1.0
-        return self.of(a, own, column) / size.clamp_min(torch.finfo(self.dtype).tiny)
+        values = self.of(a, own, column)
+        return values, values / size.clamp_min(torch.finfo(self.dtype).tiny)
 
     def of(self, a: Tensor, own: int, column: int | None) -> Tensor:
         """Inputs ``(*lead, G, I)`` -> ``(*lead)``, summed over the groups."""

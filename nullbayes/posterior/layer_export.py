@@ -18,7 +18,8 @@ from nullbayes.model.functional import Forward, as_tensor_output
 from nullbayes.moments.factor import Edge
 from nullbayes.moments.traced import Tape, probes_of, scores, watched
 from nullbayes.posterior.layer_fit import LayerFit
-from nullbayes.posterior.layer_leverage import EXACT_EDGE, POSITIONS
+from nullbayes.posterior.layer_leverage import EXACT_EDGE, POSITIONS, Leverages
+from nullbayes.posterior.layer_novelty import leverage_score
 from nullbayes.posterior.prediction import make_prediction
 
 if TYPE_CHECKING:
@@ -259,7 +260,12 @@ def _check(
         outputs = posterior.functional.outputs(x, "`x`")
         if not (found[0] - outputs).norm() <= off * outputs.norm().clamp_min(1e-30):
             wrong.append("outputs")
-    novelty = posterior.novelty(x, "leverage")
+    state = fit.state  # with whole roots: the posterior's own score estimates those of wide layers
+    whole = Leverages(
+        state.functional, state.blocks, fit.gathered, state.delta,
+        factors=state.factors, directions=None,
+    )  # fmt: skip
+    novelty = leverage_score(whole, x).to(dtype)
     if not (found[-1] - novelty).abs().max() <= room:
         wrong.append("novelty")
     if asked.samples:

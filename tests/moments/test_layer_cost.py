@@ -369,9 +369,8 @@ def test_a_layer_that_receives_infinity_is_named_with_its_batch(delta: float) ->
     assert posterior.predict(x).outputs.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["convnet", "encoder"])
-def test_float32_data_come_and_go(name: str) -> None:
-    model, x, likelihood = network(name, torch.float32)
+def test_float32_data_come_and_go() -> None:
+    model, x, likelihood = network("convnet", torch.float32)
     torch.manual_seed(3)
     more = torch.randn_like(x)
     both = torch.cat([x, more])

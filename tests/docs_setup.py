@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -110,6 +112,20 @@ def segmenter() -> Names:
     }
 
 
+def foreign() -> Names:
+    """Networks of other libraries, trained for a moment: skorch, Lightning, Hugging Face, PyTorch Geometric, arrays."""
+    for name in ("skorch", "lightning.pytorch", "transformers", "torch_geometric"):
+        pytest.importorskip(name)
+    # Of the libraries: few workers, few steps, what they use of a newer torch.
+    for kind in (UserWarning, DeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=kind)
+    import docs_foreign
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return docs_foreign.names()
+
+
 SETUPS: dict[str, Callable[[], Names]] = {
-    function.__name__: function for function in (classifier, regressor, segmenter)
+    function.__name__: function for function in (classifier, regressor, segmenter, foreign)
 }

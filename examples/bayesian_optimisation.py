@@ -10,6 +10,7 @@ BoTorch's ``SingleTaskGP``, chance draws uniformly. Regret is the maximum minus 
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 import warnings
@@ -41,7 +42,7 @@ class Sizes:
     first: int = 8
     points: int = 30
     seeds: int = 5
-    steps: int = 300
+    steps: int = 150
     first_seed: int = 10
     restarts: int = 4
     raw: int = 128
@@ -56,17 +57,21 @@ FUNCTIONS: dict[str, Callable[[], SyntheticTestFunction]] = {
 Maker = Callable[[Tensor, Tensor, Sizes], Model]
 
 
-class Centred(nn.Module):
-    """Inputs from the unit cube, to two units about zero."""
+class Waves(nn.Module):
+    """Random sines of the inputs (Rahimi & Recht, NeurIPS 2007): features that vary alike all over the unit cube."""
+
+    def __init__(self, inputs: int, count: int = 128) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randn(inputs, count) / (0.4 * inputs**0.5))
+        self.register_buffer("phase", 2 * math.pi * torch.rand(count))
 
     def forward(self, x: Tensor) -> Tensor:
-        return 4 * x - 2
+        return math.sqrt(2) * (x @ self.weight + self.phase).sin()
 
 
 def network(x: Tensor, y: Tensor, sizes: Sizes) -> Model:
-    """A perceptron trained on all points, and its posterior."""
-    layers = [nn.Linear(x.shape[1], 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1)]
-    net = nn.Sequential(Centred(), *layers).double()
+    """A perceptron on waves, trained on all points, and its posterior."""
+    net = nn.Sequential(Waves(x.shape[1]), nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 1)).double()
     optimiser = torch.optim.AdamW(net.parameters(), 1e-2, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=sizes.steps)
     for _ in range(sizes.steps):
@@ -83,9 +88,8 @@ def network(x: Tensor, y: Tensor, sizes: Sizes) -> Model:
 def prior_precision(net: nn.Module, x: Tensor, y: Tensor) -> float:
     """From the values, as the amplitude of a Gaussian process: where ``yᵀ (J Jᵀ / α + σ²)⁻¹ y`` is their number.
 
-    The evidence counts the size of the trained weights instead. Its prior is much wider here, and the expected
-    improvement is then largest in the corners of the cube. The network has seen the values, so its features explain
-    them with too small an amplitude: it is doubled.
+    The evidence counts the size of the trained weights instead, and its prior is much wider here. The network has seen
+    the values, so its features explain them with too small an amplitude: it is doubled.
     """
     rows = []
     for value in net(x).flatten():

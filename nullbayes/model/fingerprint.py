@@ -39,17 +39,23 @@ def quick_digest(model: nn.Module) -> int:
     cryptographic one; :func:`fingerprint` says which tensors differ.
     """
     total = 0
-    with torch.no_grad():
-        for place, tensor in enumerate((*model.parameters(), *model.buffers()), 1):
-            if tensor.device.type == "meta" or not tensor.numel():
-                continue
-            words = _words(tensor)
-            for start in range(0, words.numel(), _CHUNK):
-                part = words[start : start + _CHUNK].to(torch.int64)
-                # Sums of integers wrap around and are the same in any order; the weights tell places apart.
-                at = torch.arange(start + 1, start + len(part) + 1, device=part.device)
-                total += place * int((part * (2 * at + 1)).sum())
+    for place, tensor in enumerate((*model.parameters(), *model.buffers()), 1):
+        if tensor.device.type != "meta":
+            total += place * digest(tensor)
     return total & ((1 << 64) - 1)
+
+
+def digest(tensor: Tensor) -> int:
+    """One number from every bit of a tensor."""
+    total = 0
+    with torch.no_grad():
+        words = _words(tensor)
+        for start in range(0, words.numel(), _CHUNK):
+            part = words[start : start + _CHUNK].to(torch.int64)
+            # Sums of integers wrap around and are the same in any order; the weights tell places apart.
+            at = torch.arange(start + 1, start + len(part) + 1, device=part.device)
+            total += int((part * (2 * at + 1)).sum())
+    return total
 
 
 class Watch:
@@ -64,14 +70,17 @@ class Watch:
         tensors = [*model.parameters(), *model.buffers()]
         self.tensors = [t for t in tensors if t.device.type != "meta" and t.numel()]
         self.state = self._state(model)
-        self.pieces: list[tuple[Tensor, int, int]] = []
+        # Views of a tensor's bits where there are some, else the tensor and where to look.
+        self.pieces: list[tuple[Tensor, Tensor | None, int, int]] = []
         with torch.no_grad():
             for tensor in self.tensors:
-                flat = tensor.numel() * (2 if tensor.is_complex() else 1)
-                for start in range(0, flat, _PIECE):
-                    self.pieces.append((tensor, start, min(flat, start + _PIECE)))
-            self.sums = [self._sum(*piece) for piece in self.pieces]
-        numbers = sum(stop - start for _, start, stop in self.pieces)
+                words = _words(tensor)
+                for start in range(0, len(words), _PIECE):
+                    stop = min(len(words), start + _PIECE)
+                    view = words[start:stop] if words.data_ptr() == tensor.data_ptr() else None
+                    self.pieces.append((tensor, view, start, stop))
+            self.sums = [int(self._sum(*piece)) for piece in self.pieces]
+        numbers = sum(stop - start for _, _, start, stop in self.pieces)
         self.at_once = max(_ALWAYS, numbers // 64)
         self.next = 0
 
@@ -80,16 +89,14 @@ class Watch:
         if self._state(model) != self.state:
             return False
         seen = 0
+        places: list[int] = []
+        while seen < self.at_once and len(places) < len(self.pieces):
+            places.append(self.next)
+            seen += self.pieces[self.next][3] - self.pieces[self.next][2]
+            self.next = (self.next + 1) % len(self.pieces)
         with torch.no_grad():
-            for _ in range(len(self.pieces)):
-                tensor, start, stop = self.pieces[self.next]
-                if self._sum(tensor, start, stop) != self.sums[self.next]:
-                    return False
-                self.next = (self.next + 1) % len(self.pieces)
-                seen += stop - start
-                if seen >= self.at_once:
-                    break
-        return True
+            now = [self._sum(*self.pieces[i]) for i in places]
+        return [int(n) for n in now] == [self.sums[i] for i in places]
 
     @staticmethod
     def _state(model: nn.Module) -> list[tuple[int, int, int]]:
@@ -99,8 +106,8 @@ class Watch:
         ]
 
     @staticmethod
-    def _sum(tensor: Tensor, start: int, stop: int) -> int:
-        return int(_words(tensor)[start:stop].sum(dtype=torch.int64))
+    def _sum(tensor: Tensor, view: Tensor | None, start: int, stop: int) -> Tensor:
+        return (_words(tensor)[start:stop] if view is None else view).sum()
 
 
 # Numbers of a piece of a :class:`Watch`, and how many are looked at each time.

@@ -165,7 +165,8 @@ class ConvSummer(Summer):
     def add(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
         kernel = module.kernel_size
         spatial = len(kernel)
-        if math.prod(kernel) < 2 or module.stride[0] >= module.dilation[0] * (kernel[0] - 1) + 1:
+        sizes = zip(kernel, module.stride, module.dilation, strict=True)
+        if all(stride > dilation * (k - 1) for k, stride, dilation in sizes):
             return False
         x = _batched(argument(args, kwargs, 0, "input"), spatial)
         positions = output.shape[-spatial:]

@@ -3,9 +3,9 @@
 Of a last layer's features this is a Mahalanobis distance about the origin; of a looked-up row, ``1 / (c + δ)``.
 
 The root of ``(C + δ I)⁻¹`` is one matrix of the network's own precision, so a leverage is one product. Where it is wide
-that product costs more than the layer; then 256 random orthogonal directions of its ``I`` stand for all (Johnson &
-Lindenstrauss 1984): a leverage has a relative standard error of ``√(2 / 256 · (1 - 256 / I))``, below 9 %, the same
-directions for all inputs.
+that product costs more than the layer; then 192 random orthogonal directions of its ``I`` stand for all (Johnson &
+Lindenstrauss 1984): a leverage has a relative standard error of ``√(2 / 192 · (1 - 192 / I))``, at most a tenth, the
+same directions for all inputs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nullbayes.moments.factor import DenseFactor, Edge, Factor, LowRankFactor, f
 from nullbayes.moments.second import BlockMoments
 
 # Columns up to which the root is taken whole, and how many directions stand for a wider one.
-WHOLE, DIRECTIONS = 512, 256
+WHOLE, DIRECTIONS = 256, 192
 
 
 class Leverage:
@@ -25,7 +25,7 @@ class Leverage:
 
     Args:
         factor: of these sums at this edge, where it is known.
-        directions: that stand for the root of a block wider than 512 columns; None: all of it.
+        directions: that stand for the root of a block wider than 256 columns; None: all of it.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ from nullbayes.moments.blocks import Block, Blocks, Site, find_blocks
 from nullbayes.moments.capture import plain_paths, recording, restored
 from nullbayes.moments.collector import Collector
 from nullbayes.moments.factor import Edge, Factor, LowRankFactor, factorise
-from nullbayes.moments.second import BlockMoments
+from nullbayes.moments.second import BlockMoments, DenseMoments
 from nullbayes.moments.sketch import Sketch
 
 OTHER_USE = "it is used outside of the layers that have a rule"
@@ -93,7 +93,7 @@ def _null_space(functional: FunctionalModel, blocks: Blocks, few: Inputs) -> Mov
     sums, point = seen_by(functional, blocks, few, ranks=proof_ranks(blocks.blocks))
     changes: list[Mapping[str, Tensor]] = []
     for i, (block, moments) in enumerate(zip(blocks.blocks, sums, strict=True)):
-        factor = _beside(moments) or factorise(moments, Edge.of(moments, 0.0), block.columns)
+        factor = _beside(moments, block.columns)
         z = torch.empty(block.size, dtype=torch.float64).normal_(
             generator=torch.Generator().manual_seed(i)
         )
@@ -143,18 +143,17 @@ def proof_ranks(blocks: list[Block]) -> list[int | None]:
     return [block.columns if block.columns > WIDE and not block.table else None for block in blocks]
 
 
-def _beside(moments: BlockMoments) -> Factor | None:
-    """The space beside few inputs that were stored as they are; None: they are too many, or were summed up."""
+def _beside(moments: BlockMoments, columns: int) -> Factor:
+    """The exact null space; the space beside the inputs themselves, where these are few and were stored as they are."""
     inputs = moments.inputs
-    if not isinstance(inputs, Sketch) or bool(inputs.cut.any()):
-        return None
-    groups, count, columns = inputs.rows.shape
-    if not 0 < count < columns:
-        return None
-    directions = torch.linalg.qr(inputs.rows.mT).Q
-    return LowRankFactor(
-        directions, directions.new_zeros(groups, count), directions.new_ones(groups)
-    )
+    if isinstance(inputs, Sketch):
+        groups, count, _ = inputs.rows.shape
+        if count < columns:
+            directions = torch.linalg.qr(inputs.rows.mT).Q
+            gains = directions.new_zeros(groups, count)
+            return LowRankFactor(directions, gains, directions.new_ones(groups))
+        moments = BlockMoments(DenseMoments(inputs.rows.mT @ inputs.rows), None)
+    return factorise(moments, Edge.of(moments, 0.0), columns)
 
 
 def _local(site: Site, local: str) -> Tensor:

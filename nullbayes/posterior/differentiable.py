@@ -191,4 +191,6 @@ def rows_with_graph(scorer: Scorer, x: Inputs, count: int) -> Tensor:
             rows.append(space.flatten(dict(zip(leaves, found, strict=True))))
         out = torch.stack(rows)
         assert len(out) == count
+        if problem.within is not None:
+            return problem.within.whiten(out)
         return out * problem.weight_changes(torch.ones_like(out[:1]).detach())

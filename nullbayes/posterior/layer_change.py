@@ -160,6 +160,8 @@ def _concluded(
 ) -> LayerFit:
     old = fit.state
     state = LayerState(old.functional, old.blocks, gathered, old.delta, old.seed, old.num_samples)
+    if not gathered.kept:
+        state.references = old.references  # from a file: there is nothing to measure them on anew
     return concluded(state, fit.likelihood, prior, stage, laps)
 
 

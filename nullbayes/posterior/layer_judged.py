@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 
 from nullbayes.common.arguments import check_count, check_positive
+from nullbayes.constraints.within import LayerPrior, Root
 from nullbayes.errors import InputError
 from nullbayes.model.batch import Inputs, batch_size
-from nullbayes.model.functional import undisturbed_method
+from nullbayes.model.fingerprint import fingerprint
+from nullbayes.model.functional import FunctionalModel, undisturbed_method
 from nullbayes.moments.gather import drawn, unlabelled
 from nullbayes.posterior.joint import Joint
 from nullbayes.posterior.judged import Judged
@@ -65,6 +67,32 @@ class LayerJudged(Judged):
         pairs = ((inputs, targets) for _, inputs, targets in drawn(own.functional, batches))
         samples = max(2, own.num_samples)
         return measure_on(fit.state, own.likelihood, fit.alpha, samples, pairs).divergence
+
+    @undisturbed_method
+    def as_prior(self, functional: FunctionalModel) -> LayerPrior:
+        """This covariance as a prior, for ``NullSpacePosterior(within=)``.
+
+        Raises:
+            InputError: not a posterior with ``delta`` above 0 around the network and weights of ``functional``.
+        """
+        own = cast("LayerNullSpacePosterior", self)
+        fit, space = own._ready(), own.space
+        if own.delta == 0:
+            raise InputError(
+                "`within` has delta=0: its samples leave all outputs on the training data as they are, so that rows of "
+                "these data have nothing to take away. Fit it with a soft edge, say delta=0.1."
+            )
+        if (
+            fingerprint(functional.model) != fit.fingerprint
+            or functional.space.names != space.names
+        ):
+            raise InputError(
+                "`within` is a posterior around another network, or around other parameters of it; fit both with the "
+                "same `model` and `parameters=`."
+            )
+        roots = [Root.of(factor) for factor in fit.state.factors]
+        blocks = fit.state.blocks.blocks
+        return LayerPrior(functional.space, blocks, roots, fit.state.natural_precision)
 
     @undisturbed_method
     def export_module(

@@ -54,6 +54,7 @@ class LayerState:
         self.functional, self.blocks, self.gathered = functional, blocks, gathered
         self.delta, self.seed, self.num_samples = delta, seed, num_samples
         self._cache: dict[int, Changes] = {}
+        self.references: Any = None  # of the combined score, once it was asked for or loaded
         # What was measured, by prior precision, samples and examples.
         self.measured: dict[tuple[float, int, int], Any] = {}
 

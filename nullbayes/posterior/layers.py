@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -28,7 +27,6 @@ from nullbayes.model.functional import Forward, FunctionalModel, undisturbed_met
 from nullbayes.model.loader import first_inputs
 from nullbayes.model.parameters import ParameterChoice, ParameterSpace
 from nullbayes.model.randomness import FrozenRandomness, resolve_randomness
-from nullbayes.moments.gather import draws_of
 from nullbayes.moments.products import working_dtype
 from nullbayes.posterior import layer_change
 from nullbayes.posterior.calibration import (
@@ -44,20 +42,13 @@ from nullbayes.posterior.layer_fit import (
     Source,
     collect,
     concluded,
-    leverages,
     set_precision,
 )
 from nullbayes.posterior.layer_judged import LayerJudged
-from nullbayes.posterior.layer_leverage import Leverages
-from nullbayes.posterior.layer_novelty import (
-    SCORES,
-    information_score,
-    leverage_score,
-    variance_score,
-)
 from nullbayes.posterior.layer_plan import LayerPlan, plan_layers
 from nullbayes.posterior.layer_predict import METHODS, as_fit, closed_prediction
 from nullbayes.posterior.layer_rows import output_covariance
+from nullbayes.posterior.layer_scored import LayerScored
 from nullbayes.posterior.layer_state import LayerState
 from nullbayes.posterior.prediction import Prediction, make_prediction, structured
 from nullbayes.posterior.projector import LayerProjector
@@ -69,7 +60,7 @@ AUTO = "auto"
 DELTA = 1e-2
 
 
-class LayerNullSpacePosterior(LayerJudged):
+class LayerNullSpacePosterior(LayerScored, LayerJudged):
     """``N(θ̂, α⁻¹ ⊕_l I ⊗ P_l)``, where ``P_l`` leaves what layer ``l`` makes of its training inputs.
 
     Where no layer's map moves on the inputs that it receives from the training data, no output of the network does, at
@@ -130,7 +121,6 @@ class LayerNullSpacePosterior(LayerJudged):
         self.calibration: CalibrationPath | None = None
         self._fit: LayerFit | None = None
         self._given = False  # whether the prior precision was set by hand after the fit
-        self._leverages: Leverages | None = None
         self._rows: CapturePlan | None = None
         self._seen: int | None = None
         self._watch: Watch | None = None
@@ -185,7 +175,8 @@ class LayerNullSpacePosterior(LayerJudged):
         return data
 
     def _accept(self, fit: LayerFit) -> None:
-        self._fit, self.likelihood, self._leverages = fit, fit.likelihood, None
+        self._fit, self.likelihood = fit, fit.likelihood
+        self._forget_scores()
 
     @undisturbed_method
     def plan(self, train: Any) -> LayerPlan:
@@ -356,32 +347,6 @@ class LayerNullSpacePosterior(LayerJudged):
             covariance = output_covariance(fit.state, plan, x, lambda t: t) / fit.alpha
             flat = closed_prediction(self.likelihood, point, covariance, fit.state.seed)
         return flat if self.likelihood.layouts is None else structured(flat, self.likelihood)
-
-    @undisturbed_method
-    def novelty(self, x: Inputs, score: str = "information") -> Tensor:
-        """How much of each input the layers of the network have not seen, ``(B,)``; higher is less known. No samples.
-
-        Where the model draws random numbers: the mean over the draws that were fitted.
-
-        Args:
-            score: ``"information"`` (default): ``½ log det(I + J Σ Jᵀ)`` in nats, one backward pass an output;
-                ``"variance"``: ``tr J Σ Jᵀ``; ``"leverage"``: the sum over layers of the log leverage of what they
-                receive, relative to its size: one forward pass.
-        """
-        check_choice(score, SCORES, "score")
-        values = [self._score(self._inputs(x, d), score) for d in range(draws_of(self.functional))]
-        return torch.stack(values).mean(0).to(self.functional.dtype)
-
-    def _score(self, x: Inputs, score: str) -> Tensor:
-        fit = self._fitted()
-        if score == "leverage":
-            if self._leverages is None:
-                self._leverages = leverages(fit.state)
-            return leverage_score(self._leverages, x)
-        plan = self._plan_of_rows(x)
-        if score == "information":
-            return information_score(fit.state, plan, self.likelihood, x)
-        return variance_score(fit.state, plan, self.likelihood, x, fit.alpha)
 
     @undisturbed_method
     def calibrate(

@@ -186,23 +186,3 @@ def test_what_cannot_be_used_is_said(flowers: nn.Module) -> None:
         fitted.predict(x[:, :3])
     with pytest.raises(ValueError, match="NaN"):
         fitted.predict(np.full((2, 4), np.nan))
-
-
-def test_mapie_on_top(flowers: nn.Module, glucose: nn.Module) -> None:
-    """Conformal sets and intervals around the estimators cover what they promise on the data they were made with."""
-    pytest.importorskip("mapie")
-    from mapie.classification import SplitConformalClassifier
-    from mapie.regression import SplitConformalRegressor
-
-    x, y = IRIS
-    estimator = NullSpaceClassifier(flowers).fit(x, y)
-    sets = SplitConformalClassifier(estimator, confidence_level=0.9, prefit=True)
-    labels, members = sets.conformalize(x[::2], y[::2]).predict_set(x[::2])
-    assert labels.tolist() == estimator.predict(x[::2]).tolist()
-    assert members[np.arange(75), y[::2], 0].mean() >= 0.9
-    x, y = DIABETES[0], DIABETES[1] / 100
-    regressor = NullSpaceRegressor(glucose).fit(x, y)
-    intervals = SplitConformalRegressor(regressor, confidence_level=0.9, prefit=True)
-    mean, ends = intervals.conformalize(x[::2], y[::2]).predict_interval(x[::2])
-    np.testing.assert_array_equal(mean, regressor.predict(x[::2]))
-    assert ((ends[:, 0, 0] <= y[::2]) & (y[::2] <= ends[:, 1, 0])).mean() >= 0.9

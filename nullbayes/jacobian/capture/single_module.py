@@ -165,7 +165,8 @@ def _call(functional: FunctionalModel, use: LocalUse) -> Callable[..., Tensor]:
             for n, p in named.items()
         }
         private, _ = functional.modules.private(tensors, root=module, widened=wide)
-        result = _first_tensor(private(*args, **kwargs))
+        with functional.computing():
+            result = _first_tensor(private(*args, **kwargs))
         assert result is not None
         return result
 

@@ -28,6 +28,10 @@ SLOW_TESTS = (
     "test_generative.py",
     "test_scale.py",
     "test_layer_posterior.py",
+    "test_scikit_learns_checks_of_estimators",
+    "test_lightning.py",
+    "test_botorch.py",
+    "test_graphs.py",
 )
 
 

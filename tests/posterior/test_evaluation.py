@@ -368,7 +368,12 @@ def test_regression(outputs):
     assert (len(found.classes) == 2) == (outputs == 2)
     if outputs == 2:
         rmse = math.sqrt(((target - mean)[:, 1] ** 2).mean())
-        assert found.classes["output 1"]["methods"]["evidence"]["rmse"].value == pytest.approx(rmse)
+        second = found.classes["output 1"]["methods"]["evidence"]
+        assert second["rmse"].value == pytest.approx(rmse)
+        inside = abs(z[:, 1]) <= normal.ppf(0.95)
+        assert second["coverage_90"].value == pytest.approx(inside.mean(), rel=1e-9)
+        assert second["coverage_90"].error == pytest.approx(scipy.stats.sem(inside), rel=1e-9)
+        assert second["z_squared"].value == pytest.approx((z[:, 1] ** 2).mean(), rel=1e-9)
     curve = found.details["curves"]["coverage"]["evidence"]
     assert curve["found"][8] == pytest.approx(wanted["coverage_90"])
 

@@ -287,4 +287,41 @@ class Loss(Preserve):
         return "each training example's loss"
 
 
+@register_preserve
+class TokenLoss(Preserve):
+    """One row for each position of each example: each token's loss is kept to first order.
+
+    Positions that are ignored have none. For classification with outputs ``(B, T, O)``, images included.
+    """
+
+    name = "token-loss"
+    natural_units = True
+
+    def num_rows(self, likelihood: Likelihood, output_shape: tuple[int, ...]) -> int:
+        return likelihood.positions(output_shape)
+
+    def build(self, likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
+        return likelihood.position_gradients(outputs, targets)
+
+    def change(
+        self, likelihood: Likelihood, point: Tensor, draws: Tensor, targets: Tensor, *, linear: bool
+    ) -> Tensor:
+        """Change of the loss of each position that counts, in nats, ``(S, tokens)``."""
+        before = likelihood.position_losses(point, targets)
+        counted = before != 0
+        if linear:
+            after = [
+                torch.func.jvp(
+                    lambda f: likelihood.position_losses(f, targets), (point,), (draw - point,)
+                )[1]
+                for draw in draws
+            ]
+        else:
+            after = [likelihood.position_losses(draw, targets) - before for draw in draws]
+        return torch.stack([a[counted] for a in after])
+
+    def describe(self) -> str:
+        return "the loss of each token of the training data"
+
+
 # -- leading directions --------------------------------------------------------------------------

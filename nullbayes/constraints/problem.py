@@ -12,9 +12,12 @@ from torch import Tensor
 from nullbayes.common.arguments import BY_LAYER, CheckedPrior, PriorPrecision, check_prior
 from nullbayes.constraints.directions import Cotangents, Directions, resolve_directions
 from nullbayes.constraints.preserve import Preserve, resolve_preserve
+from nullbayes.constraints.within import LayerPrior
 from nullbayes.errors import InputError
+from nullbayes.jacobian.block import Block
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.functional import FunctionalModel
+from nullbayes.model.own_loss import IGNORED
 from nullbayes.model.parameters import ParameterSpace
 from nullbayes.model.randomness import FrozenRandomness
 
@@ -31,6 +34,7 @@ class Problem:
         functional: the network as a function of the chosen weights.
         likelihood: how its outputs explain the targets.
         preserve, directions: what gives each training example its rows of the constraint matrix.
+        within: covariance of the prior, in place of the identity, at prior precision one.
         prior: ``"evidence"``, ``"evidence-by-layer"``, one prior precision, or one for each parameter tensor.
         prior_mean: ``(P,)``, what the evidence measures weights from; None: zero.
         layers: precisions by parameter tensor that the evidence found, once it did.
@@ -41,6 +45,7 @@ class Problem:
     preserve: Preserve
     directions: Directions
     prior: CheckedPrior
+    within: LayerPrior | None = None
     prior_mean: Tensor | None = None
     layers: dict[str, float] | None = None
 
@@ -52,6 +57,7 @@ class Problem:
         preserve: str | Preserve,
         directions: Directions,
         prior: PriorPrecision,
+        within: LayerPrior | None = None,
         prior_mean: PriorMean = None,
     ) -> Problem:
         """From a user's arguments.
@@ -66,8 +72,18 @@ class Problem:
         if checked == BY_LAYER:
             check_curvature(chosen, limit, f"prior_precision={BY_LAYER!r}")
         mean = resolve_prior_mean(prior_mean, functional.space)
-        problem = cls(functional, likelihood, chosen, limit, checked, mean)
+        problem = cls(functional, likelihood, chosen, limit, checked, within, mean)
+        by_name = problem.precision_by_name is not None or checked == BY_LAYER
+        if within is not None and by_name:
+            raise InputError(
+                "`prior_precision` is one for each parameter or layer, beside `within`, which is a prior of its own; "
+                'pass a number, or "evidence".'
+            )
         functional.space.scales(problem.precision_by_name)  # raises on wrong names
+        functional.reading = likelihood.reading
+        if functional.conventions is not None:
+            functional.conventions.likelihood = likelihood.name
+            functional.conventions.ignore = getattr(likelihood, "ignore_index", IGNORED)
         return problem
 
     # -- its parts -------------------------------------------------------------------------------
@@ -133,14 +149,22 @@ class Problem:
 
     def weight_changes(self, isotropic: Tensor) -> Tensor:
         """``(S, P)`` from the solver's coordinates, in which the prior is isotropic, to weights."""
+        if self.within is not None:
+            return self.within.spread(isotropic)
         scales = self.space.scales(self.precision_by_name)
         # Exactly, and not but for rounding: a solver's products leave something at coordinates that are fixed.
         return self.space.fix_(isotropic if scales is None else isotropic * scales)
 
     def isotropic(self, changes: Tensor) -> Tensor:
         """The inverse of :meth:`weight_changes`."""
+        if self.within is not None:
+            return self.within.collect(changes)
         scales = self.space.scales(self.precision_by_name)
         return changes if scales is None else changes / scales
+
+    def in_coordinates(self, block: Block) -> Block:
+        """Rows as they were captured (with ``scale_by_name``), in the coordinates in which the prior is isotropic."""
+        return block if self.within is None else self.within.rows(block)
 
     # -- the rows --------------------------------------------------------------------------------
 
@@ -167,8 +191,7 @@ class Problem:
 
     def checked_targets(self, outputs: Tensor, targets: Any, where: str) -> Any:
         """The targets of one batch, validated, as the likelihood works with them."""
-        self.likelihood.validate(outputs, targets, where)
-        return self.likelihood.prepare_targets(outputs, targets)
+        return self.likelihood.checked_targets(outputs, targets, where)
 
 
 def check_curvature(preserve: Preserve, directions: Directions, asking: str) -> None:

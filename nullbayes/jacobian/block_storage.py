@@ -64,6 +64,9 @@ class Kept(ABC):
         """Gives the block, which is not to be used after the ``with`` statement."""
 
 
+Change = Callable[[Block], Block]
+
+
 class Openable(Protocol):
     """What an operator needs of a block: ``Block`` itself, or something :class:`Kept`."""
 
@@ -117,7 +120,7 @@ class OnDisk(Kept):
             flat = torch.frombuffer(self._map, dtype=value.dtype, count=value.numel(), offset=at)
             return flat.view(value.shape)
 
-        factors = {names: _replaced(factor, mapped) for names, factor in block.factors.items()}
+        factors = {names: replaced(factor, mapped) for names, factor in block.factors.items()}
         self._block = Block(factors, block.examples, block.cotangents)
 
     @contextmanager
@@ -145,7 +148,9 @@ class Recomputed(Kept):
         cotangents: Tensor,
         scales: dict[str, float] | None,
         nbytes: int,
+        change: Change,
     ) -> None:
+        self._change = change
         self._functional, self._plan, self._scales = functional, plan, scales
         self._inputs, self._cotangents = inputs, cotangents
         self.cotangents, self.examples = cotangents.shape[:2]
@@ -166,6 +171,7 @@ class Recomputed(Kept):
         block, _ = captured(
             self._functional, self._plan, self._inputs, lambda _: values, self._scales
         )
+        block = self._change(block)
         yield block if self.layout is None else block.arranged(self.layout)
 
 
@@ -194,6 +200,7 @@ class Keeper:
         room: bytes of memory that the rows may take; what is more goes to disk, or, where there is
             no room (or the device is an accelerator), is computed anew for each pass.
         block_bytes: at which a block is full, however few rows it has.
+        change: was made to every block that is added, and is made to what is captured again.
     """
 
     def __init__(
@@ -203,7 +210,9 @@ class Keeper:
         scales: dict[str, float] | None,
         room: int,
         block_bytes: int = BLOCK_BYTES,
+        change: Change = lambda block: block,
     ) -> None:
+        self._change = change
         self._functional, self._plan, self._scales, self._room = functional, plan, scales, room
         self._block_bytes = block_bytes
         self._groups: dict[int, list[tuple[Block, Inputs, Tensor]]] = {}
@@ -281,7 +290,15 @@ class Keeper:
             self.kept.append(Block.merge([block for block, _, _ in group]))
         elif not self._written(group, nbytes):
             self.kept += [
-                Recomputed(self._functional, self._plan, inputs, values, self._scales, b.nbytes)
+                Recomputed(
+                    self._functional,
+                    self._plan,
+                    inputs,
+                    values,
+                    self._scales,
+                    b.nbytes,
+                    self._change,
+                )
                 for b, inputs, values in group
             ]
         self._resident = sum(kept.resident for kept in self.kept)
@@ -323,7 +340,7 @@ def _on_disk(block: Block) -> OnDisk:
 
 def _form(block: Block) -> Block:
     """The factors of a block without its examples."""
-    factors = {k: _replaced(f.narrow(0, 0), torch.clone) for k, f in block.factors.items()}
+    factors = {k: replaced(f.narrow(0, 0), torch.clone) for k, f in block.factors.items()}
     return Block(factors, 0, block.cotangents)
 
 
@@ -370,7 +387,7 @@ def _tensors(factor: Factor) -> dict[str, Tensor]:
     return {name: v for name, v in vars(factor).items() if isinstance(v, Tensor)}
 
 
-def _replaced(factor: Factor, make: Callable[[Tensor], Tensor]) -> Factor:
+def replaced(factor: Factor, make: Callable[[Tensor], Tensor]) -> Factor:
     """A copy of ``factor`` whose tensors are ``make(tensor)``, in the order of ``_tensors``."""
     new = copy.copy(factor)
     for name, value in _tensors(factor).items():

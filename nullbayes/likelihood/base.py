@@ -60,6 +60,8 @@ class Likelihood(ABC):
     name: str = "custom"
     #: how a model's several outputs are laid out in one tensor; None: the model returns a lone tensor
     layouts: Layouts | None = None
+    #: picks the outputs that are asked about from what the network returned; None: all of them
+    reading: Any = None
     score_name: str = "rmse"  # "accuracy", "rmse" or "loss": what `final_score` returns
     #: whether it says how targets spread around a prediction, so that a prediction has an entropy
     describes_targets: bool = True
@@ -107,6 +109,11 @@ class Likelihood(ABC):
         """Targets in the device, dtype and shape that the methods here work with (idempotent)."""
         return targets.to(outputs.device)
 
+    def checked_targets(self, outputs: Tensor, targets: Any, where: str) -> Any:
+        """The targets of one batch, validated, as the methods here work with them."""
+        self.validate(outputs, targets, where)
+        return self.prepare_targets(outputs, targets)
+
     def with_noise(self, factor: float) -> Likelihood | None:
         """The same with its estimated observation variance times ``factor``; None where none was estimated."""
         return None
@@ -124,6 +131,10 @@ class Likelihood(ABC):
     def observed(self, change: Tensor) -> Tensor:
         """The same, in standard deviations of the noise with which outputs are observed (logits: one)."""
         return self.centre(change)
+
+    def energy(self, outputs: Tensor) -> Tensor | None:
+        """Energy ``(B,)`` of outputs ``(B, *out)``, larger where less is recognised; None where they are no logits."""
+        return None
 
     def structured(self, values: Tensor) -> Any:
         """Outputs ``(*lead, *out)`` in the structure in which the model returns them (default: as they are)."""
@@ -198,6 +209,24 @@ class Likelihood(ABC):
             )
         weights = weights.T.reshape(*weights.T.shape, *[1] * (outputs.ndim - 1)).to(columns)
         return (columns * weights).sum(0)
+
+    def position_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The terms ``(B, T)`` that `loss` sums over; 0 where a position is ignored."""
+        raise self._one_loss()
+
+    def positions(self, output_shape: tuple[int, ...]) -> int:
+        """The T of `position_losses`, for outputs of this shape (batch axis left out)."""
+        raise self._one_loss()
+
+    def position_gradients(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Derivative of each of `position_losses` by the outputs, ``(K, B, *out)`` with K of at most T rows."""
+        raise self._one_loss()
+
+    def _one_loss(self) -> InputError:
+        return InputError(
+            f"{type(self).__name__} has one loss an example, and none for each position. Use preserve='loss', or "
+            "likelihood='classification' with outputs (B, T, classes)."
+        )
 
     def _gradient(self, point: Tensor, targets: Tensor, *, create_graph: bool = False) -> Tensor:
         losses = self.loss(point, targets)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,10 +11,10 @@ from torch import nn
 
 from nullbayes.errors import ModelError
 from nullbayes.moments.blocks import Site
-from nullbayes.moments.rule import Seen, Summed
+from nullbayes.moments.rule import Seen, Summer
 
 # Of one call: which site, its block, the column of its bias, what was seen.
-Receive = Callable[[int, int, int | None, Seen | Summed], None]
+Receive = Callable[[int, int, int | None, Seen], None]
 
 
 @contextmanager
@@ -28,17 +28,19 @@ def plain_paths() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-@contextmanager
-def recording(
-    sites: Sequence[Site], receive: Receive, sums_do: Collection[int] = (), thin: int | None = None
-) -> Iterator[None]:
-    """While it lasts, each call of a module with a rule hands its weights' inputs to ``receive``.
+def hooks_of(
+    sites: Sequence[Site],
+    receive: Receive,
+    summers: Mapping[int, Summer] | None = None,
+    thin: int | None = None,
+) -> list[tuple[str, Callable[..., None]]]:
+    """Forward hooks by the path of their module that hand the weights' inputs of each call to ``receive``.
 
     Args:
-        sums_do: numbers of sites for which the sums of a call are enough.
+        summers: by number of the site, what takes its calls instead, unless it says no.
         thin: so many positions of each example are enough.
 
-    Raises `ModelError` within where a rule fails on its module.
+    Within them `ModelError` is raised where a rule fails on its module.
     """
     busy = False
 
@@ -52,12 +54,14 @@ def recording(
             busy = True
             try:
                 with torch.no_grad():
-                    found: Iterator[Seen | Summed] | None = None
-                    if number in sums_do:
-                        found = site.rule.summed(module, args, kwargs, out)
-                    elif thin is not None:
+                    summer = None if summers is None else summers.get(number)
+                    if summer is not None and summer.add(module, args, kwargs, out):
+                        return
+                    if thin is None:
+                        found = site.rule.inputs(module, args, kwargs, out)
+                    else:
                         found = site.rule.thinned(module, args, kwargs, out, thin)
-                    for seen in found or site.rule.inputs(module, args, kwargs, out):
+                    for seen in found:
                         if seen.weight in site.places:
                             receive(number, *site.places[seen.weight], seen)
             except (AttributeError, IndexError, TypeError) as error:
@@ -71,11 +75,22 @@ def recording(
 
         return hook
 
+    return [(site.path, hook_of(number, site)) for number, site in enumerate(sites)]
+
+
+@contextmanager
+def recording(
+    sites: Sequence[Site],
+    receive: Receive,
+    summers: Mapping[int, Summer] | None = None,
+    thin: int | None = None,
+) -> Iterator[None]:
+    """While it lasts, each call of a module with a rule hands its weights' inputs on, see :func:`hooks_of`."""
     handles = []
     try:
         with plain_paths():
-            for number, site in enumerate(sites):
-                hook = hook_of(number, site)
+            hooks = hooks_of(sites, receive, summers, thin)
+            for site, (_, hook) in zip(sites, hooks, strict=True):
                 handles.append(site.module.register_forward_hook(hook, with_kwargs=True))
             yield
     finally:

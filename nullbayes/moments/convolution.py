@@ -10,16 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from nullbayes.moments.rule import InputRule, Layout, Read, Seen, Summed, argument, register
+from nullbayes.moments.rule import InputRule, Layout, Read, Seen, Summed, Summer, argument, register
+from nullbayes.moments.shifts import PatchSums, ShiftedSums
 
 # Bytes of patches written out at a time.
 _PATCH_BYTES = 2**25
 # Bytes of products of pairs of slices, up to which these are summed instead of patches.
 _SLICE_BYTES = 2**27
+# From so many channels a group on, and up to so many groups, products of shifted inputs are the least work.
+_MANY_CHANNELS, _FEW_GROUPS = 16, 4
 
 
 def _pieces(x: Tensor, each: int) -> Iterator[Tensor]:
-    """``x (N, ...)`` in parts whose patches, ``each`` numbers an example, stay small."""
+    """``x (N, ...)`` in parts whose patches, ``each`` numbers an example, stay small; whole in a graph being traced."""
+    if torch.compiler.is_compiling():
+        yield x
+        return
     step = max(1, _PATCH_BYTES // max(1, each * x.element_size()))
     for start in range(0, len(x), step):
         yield x[start : start + step]
@@ -49,13 +55,27 @@ def _inputs(seen: Tensor, groups: int) -> Tensor:
     return rows.reshape(n, count, groups, inputs)
 
 
-def _padded(module: Any, x: Tensor) -> Tensor:
+def padded(module: Any, x: Tensor) -> Tensor:
+    """``x`` as the kernel of a convolution sees it."""
     # PyTorch keeps the amount of padding per side, last axis first, also for "same".
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     return pad(x, module._reversed_padding_repeated_twice, mode=mode)
 
 
-def sliding_sums(module: Any, x: Tensor, positions: Sequence[int]) -> Summed:
+def middles(positions: Sequence[int], at_most: int) -> list[tuple[int, int, int]]:
+    """About ``at_most`` positions, evenly spaced: by axis the first, the step and how many.
+
+    The middle of each stretch; where an axis is shorter than a stretch, its own middle.
+    """
+    step = math.ceil((math.prod(positions) / at_most) ** (1 / len(positions)))
+    starts = [min(step, n) // 2 for n in positions]
+    return [
+        (start, step, math.ceil((n - start) / step))
+        for start, n in zip(starts, positions, strict=True)
+    ]
+
+
+def sliding_sums(module: Any, x: Tensor, positions: Sequence[int], dtype: torch.dtype) -> Summed:
     """Sums over all patches of the padded ``x``, without writing the patches out.
 
     Along the first axis of space a patch is ``k`` slices, ``dilation`` apart, and neighbouring patches share slices. So
@@ -72,27 +92,27 @@ def sliding_sums(module: Any, x: Tensor, positions: Sequence[int]) -> Summed:
     n, channels, length = x.shape[:3]
     rest = math.prod(kernel[1:])
     across = channels // groups * rest
-    # From overlapping views to double precision in the order of the products: one copy.
+    # From overlapping views to the order of the products: one copy.
     view = x.unflatten(1, (groups, -1))
     # (n, G, channels, length, *positions of the other axes, *their taps)
-    others = list(range(4, 3 + spatial))
-    view = view.permute(1, 3, 0, *others, 2, *range(3 + spatial, 2 + 2 * spatial))
-    slices = torch.empty(view.shape, dtype=torch.float64, device=x.device).copy_(view)
-    slices = slices.reshape(groups, length, -1, across)
-    x = slices
-    gram = x.new_zeros(groups, taps, across, taps, across)
-    sums = x.new_zeros(groups, taps, across)
+    others, tails = range(4, 3 + spatial), range(3 + spatial, 2 + 2 * spatial)
+    view = view.permute(1, 3, 2, *tails, 0, *others)
+    slices = torch.empty(view.shape, dtype=dtype, device=x.device).copy_(view)
+    slices = slices.reshape(groups, length, across, -1)
+    gram = x.new_zeros(groups, taps, across, taps, across, dtype=torch.float64)
+    sums = x.new_zeros(groups, taps, across, dtype=torch.float64)
     count = positions[0]
-    by_slice = slices.sum(2)
+    by_slice = slices.sum(3)
     for first in range(taps):
         start = first * step
-        sums[:, first] = by_slice[:, start : start + stride * (count - 1) + 1 : stride].sum(1)
+        some = by_slice[:, start : start + stride * (count - 1) + 1 : stride]
+        sums[:, first] = some.sum(1, dtype=torch.float64)
+    products = _pairs(slices, taps, step)
     for apart in range(taps):
-        shift = apart * step
-        products = slices[:, : length - shift].mT @ slices[:, shift:]  # (G, length - shift, I', I')
         for first in range(taps - apart):
             start = first * step
-            total = products[:, start : start + stride * (count - 1) + 1 : stride].sum(1)
+            some = products[apart][:, start : start + stride * (count - 1) + 1 : stride]
+            total = some.sum(1, dtype=torch.float64)
             gram[:, first, :, first + apart] = total
             gram[:, first + apart, :, first] = total.mT
     # Columns of a weight are channels first, then taps of the first axis, then the others.
@@ -104,6 +124,94 @@ def sliding_sums(module: Any, x: Tensor, positions: Sequence[int]) -> Summed:
     return Summed("weight", gram, sums, n * math.prod(positions[:spatial]))
 
 
+def _pairs(slices: Tensor, taps: int, step: int) -> list[Tensor]:
+    """By distance in taps: products ``(G, at least length - distance, I', I')`` of ``slices (G, length, I', n)``."""
+    groups, length, across, n = slices.shape
+    if step != 1 or length < taps:
+        shifts = [apart * step for apart in range(taps)]
+        return [slices[:, : length - shift] @ slices[:, shift:].mT for shift in shifts]
+    # A slice and those after it lie side by side: one product for all distances.
+    whole = length - taps + 1
+    size, strides = (groups, whole, taps * across, n), slices.stride()
+    after = slices.as_strided(size, (strides[0], strides[1], n, 1))
+    out = slices.new_empty(groups, length, across, taps, across)
+    out[:, :whole] = (slices[:, :whole] @ after.mT).view(groups, whole, across, taps, across)
+    for r in range(whole, length):
+        some = slices[:, r] @ slices[:, r:].flatten(1, 2).mT
+        out[:, r, :, : length - r] = some.view(groups, across, length - r, across)
+    return [out[:, : length - apart, :, apart] for apart in range(taps)]
+
+
+class ConvSummer(Summer):
+    """Sums over patches by the way that is least work: see ``shifts.py`` and :func:`sliding_sums`.
+
+    With many channels and stride one, products of shifted inputs; with many channels and strides, patches with channels
+    last; with few, slices. A kernel of one tap, or one that never overlaps itself, is for :meth:`ConvInputs.inputs`.
+    """
+
+    def __init__(self, module: Any, dtype: torch.dtype) -> None:
+        self.dtype, kernel, groups = dtype, module.kernel_size, module.groups
+        channels = module.in_channels // groups
+        self.shifts: ShiftedSums | None = None
+        self.patches: PatchSums | None = None
+        if len(kernel) == 2 and channels >= _MANY_CHANNELS:
+            if tuple(module.stride) == (1, 1):
+                if groups <= _FEW_GROUPS:
+                    self.shifts = ShiftedSums(kernel, module.dilation, groups, dtype)
+            elif groups == 1:
+                self.patches = PatchSums(kernel, channels, dtype)
+        self.slices: Summed | None = None
+
+    def add(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
+        kernel = module.kernel_size
+        spatial = len(kernel)
+        sizes = zip(kernel, module.stride, module.dilation, strict=True)
+        if all(stride > dilation * (k - 1) for k, stride, dilation in sizes):
+            return False
+        x = _batched(argument(args, kwargs, 0, "input"), spatial)
+        positions = output.shape[-spatial:]
+        if self.shifts is not None and self.shifts.fits(positions):
+            self.shifts.add(padded(module, x), positions)
+        elif self.patches is not None:
+            self.patches.add(padded(module, x), module.stride, module.dilation)
+        else:
+            return self._slice(module, x, positions)
+        return True
+
+    def _slice(self, module: Any, x: Tensor, positions: Sequence[int]) -> bool:
+        taps = module.kernel_size[0]
+        across = x.shape[1] // module.groups * math.prod(module.kernel_size[1:])
+        length = x.shape[2] + taps * module.dilation[0]
+        if taps < 2 or 8 * module.groups * length * across**2 > _SLICE_BYTES:
+            return False
+        each = x.shape[1] * math.prod(module.kernel_size[1:]) * math.prod(positions[1:])
+        wide = self.dtype.itemsize // x.element_size() or 1
+        for part in _pieces(x, each * wide * (x.shape[2] + taps)):
+            found = sliding_sums(module, padded(module, part), positions, self.dtype)
+            known = self.slices
+            self.slices = found if known is None else _sum(known, found)
+        return True
+
+    def flush(self) -> Iterator[Summed]:
+        for part in (self.shifts, self.patches):
+            if part is not None:
+                yield from part.flush()
+        if self.slices is not None:
+            yield self.slices
+        self.slices = None
+
+    def mark(self) -> Tensor | None:
+        marks = [part.mark() for part in (self.shifts, self.patches) if part is not None]
+        if self.slices is not None:
+            marks.append(self.slices.gram.diagonal(dim1=1, dim2=2).sum())
+        some = [mark.double() for mark in marks if mark is not None]
+        return torch.stack(some).sum() if some else None
+
+
+def _sum(a: Summed, b: Summed) -> Summed:
+    return Summed(a.weight, a.gram + b.gram, a.sums + b.sums, a.count + b.count)
+
+
 @register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class ConvInputs(InputRule):
     """``weight (O, I / groups, *K)``; stride, dilation, groups and every padding mode."""
@@ -113,21 +221,8 @@ class ConvInputs(InputRule):
         layout = Layout(groups, module.out_channels // groups, module.in_channels // groups * taps)
         return (Read("weight", layout, "bias"),)
 
-    def summed(
-        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Iterator[Summed] | None:
-        spatial, taps = len(module.kernel_size), module.kernel_size[0]
-        x = _batched(argument(args, kwargs, 0, "input"), spatial)
-        across = x.shape[1] // module.groups * math.prod(module.kernel_size[1:])
-        length = x.shape[2] + taps * module.dilation[0]
-        if taps < 2 or 8 * module.groups * length * across**2 > _SLICE_BYTES:
-            return None
-        return self._summed(module, x, output.shape[-spatial:])
-
-    def _summed(self, module: Any, x: Tensor, positions: Sequence[int]) -> Iterator[Summed]:
-        each = x.shape[1] * math.prod(module.kernel_size[1:]) * math.prod(positions[1:]) * 2
-        for part in _pieces(x, each * (x.shape[2] + module.kernel_size[0])):
-            yield sliding_sums(module, _padded(module, part), positions)
+    def summer(self, module: Any, dtype: torch.dtype) -> Summer | None:
+        return ConvSummer(module, dtype)
 
     def thinned(
         self,
@@ -138,9 +233,7 @@ class ConvInputs(InputRule):
         at_most: int,
     ) -> Iterator[Seen]:
         positions = output.shape[-len(module.kernel_size) :]
-        step = math.ceil((math.prod(positions) / at_most) ** (1 / len(positions)))
-        # The middle of each stretch; where an axis is shorter than that, its own middle.
-        cuts = [slice(min(step, n) // 2, None, step) for n in positions]
+        cuts = [slice(start, None, step) for start, step, _ in middles(positions, at_most)]
         return self._inputs(module, args, kwargs, output, cuts)
 
     def inputs(
@@ -161,9 +254,7 @@ class ConvInputs(InputRule):
         positions = output.shape[-spatial:]
         each = x.shape[1] * math.prod(module.kernel_size) * math.prod(positions)
         for number, part in enumerate(_pieces(x, each)):
-            seen = patches(
-                _padded(module, part), module.kernel_size, module.stride, module.dilation
-            )
+            seen = patches(padded(module, part), module.kernel_size, module.stride, module.dilation)
             if cuts:
                 some = (slice(None), slice(None), *cuts)
                 seen = seen[some]

@@ -24,6 +24,8 @@ EPS = torch.finfo(torch.float64).eps
 _NOISE = 8.0
 # In no layer, however wide, are eigenvalues above this share of the largest taken for zero.
 _LARGEST_NOISE = 1e-11
+# Columns from which on the zeros of a triangular root are left out of products.
+_HALVED = 512
 
 
 @dataclass(frozen=True)
@@ -69,23 +71,38 @@ class Factor(ABC):
     def whiten(self, j: Tensor) -> Tensor:
         """``j Rᵀ``."""
 
+    def unspread(self, m: Tensor) -> Tensor:
+        """``m R⁻¹``, the inverse of :meth:`spread`, where that has one: not at ``δ = 0``."""
+        raise NotImplementedError
+
     def project(self, m: Tensor) -> Tensor:
         """``m P``."""
         return self.spread(self.whiten(m))
 
 
 class DenseFactor(Factor):
-    """A root written out, ``(G, I, I)``."""
+    """A root written out, ``(G, I, I)``; of a ``lower`` one half of each product is left out."""
 
-    def __init__(self, root: Tensor) -> None:
-        self.root = root
+    def __init__(self, root: Tensor, *, lower: bool = False) -> None:
+        self.root, self.lower = root, lower
         self.free = float(root.square().sum() / len(root))
 
     def spread(self, z: Tensor) -> Tensor:
-        return z @ self.root.to(z)
+        if not self.lower or z.shape[-1] < _HALVED:
+            return z @ self.root.to(z)
+        root = self.root.to(z)
+        return torch.cat([z[..., s:] @ root[:, s:, s:e] for s, e in _stretches(z.shape[-1])], -1)
 
     def whiten(self, j: Tensor) -> Tensor:
-        return j @ self.root.mT.to(j)
+        if not self.lower or j.shape[-1] < _HALVED:
+            return j @ self.root.mT.to(j)
+        root = self.root.to(j)
+        return torch.cat([j[..., :e] @ root[:, s:e, :e].mT for s, e in _stretches(j.shape[-1])], -1)
+
+
+def _stretches(columns: int) -> list[tuple[int, int]]:
+    step = -(-columns // 8)
+    return [(start, min(columns, start + step)) for start in range(0, columns, step)]
 
 
 class LowRankFactor(Factor):
@@ -102,6 +119,10 @@ class LowRankFactor(Factor):
         along = (z @ directions) * (self.gains.to(z)[:, None] - rest)
         return z * rest + along @ directions.mT
 
+    def unspread(self, m: Tensor) -> Tensor:
+        inverse = self.gains.reciprocal(), self.rest.reciprocal()
+        return LowRankFactor(self.directions, *inverse).spread(m)
+
     def whiten(self, j: Tensor) -> Tensor:
         return self.spread(j)  # the root is symmetric
 
@@ -115,6 +136,9 @@ class RowFactor(Factor):
 
     def spread(self, z: Tensor) -> Tensor:
         return z * self.gains.to(z)[:, None]
+
+    def unspread(self, m: Tensor) -> Tensor:
+        return m / self.gains.to(m)[:, None]
 
     def whiten(self, j: Tensor) -> Tensor:
         return self.spread(j)  # the root is symmetric
@@ -130,6 +154,10 @@ class TiedFactor(Factor):
     def spread(self, z: Tensor) -> Tensor:
         directions = self.directions.to(z)
         return ((z @ directions) * self.gains.to(z)) @ directions.mT
+
+    def unspread(self, m: Tensor) -> Tensor:
+        directions = self.directions.to(m)
+        return ((m @ directions) / self.gains.to(m)) @ directions.mT
 
     def whiten(self, j: Tensor) -> Tensor:
         return self.spread(j)  # the root is symmetric
@@ -150,7 +178,7 @@ def factorise(moments: BlockMoments, edge: Edge, columns: int) -> Factor:
         directions, gains = _completed(directions, gains)
         return TiedFactor(directions, _tied(gains[0], rows, edge))
     if rows is None and not edge.exact:
-        return DenseFactor(_soft_root(inputs, edge.inputs))
+        return _soft(inputs, edge.inputs)
     values, directions = torch.linalg.eigh(inputs.values)
     gains = eigen_gains(values, edge.inputs, values.shape[1])
     if rows is not None:
@@ -167,7 +195,7 @@ def eigen_gains(values: Tensor, edge: Tensor, columns: int) -> Tensor:
     return (edge[:, None] / (values + edge[:, None])).sqrt()
 
 
-def _soft_root(inputs: DenseMoments, edge: Tensor) -> Tensor:
+def _soft(inputs: DenseMoments, edge: Tensor) -> DenseFactor:
     """``√δ L⁻¹`` with ``C + δ I = L Lᵀ``; by eigenvalues where rounding spoils the factorisation."""
     values = inputs.values.clone()
     values.diagonal(dim1=1, dim2=2).add_(edge[:, None])
@@ -175,9 +203,12 @@ def _soft_root(inputs: DenseMoments, edge: Tensor) -> Tensor:
     if bool((failed != 0).any()):
         found, directions = torch.linalg.eigh(inputs.values)
         gains = eigen_gains(found, edge, found.shape[1])
-        return (directions * gains[:, None]) @ directions.mT
+        return DenseFactor((directions * gains[:, None]) @ directions.mT)
     eye = torch.eye(values.shape[1], dtype=values.dtype, device=values.device).expand_as(values)
-    return edge.sqrt()[:, None, None] * torch.linalg.solve_triangular(lower, eye, upper=False)
+    return DenseFactor(
+        edge.sqrt()[:, None, None] * torch.linalg.solve_triangular(lower, eye, upper=False),
+        lower=True,
+    )
 
 
 def _row_gains(rows: Tensor, edge: Edge) -> Tensor:
@@ -206,10 +237,18 @@ def _columns(inputs: DenseMoments | Sketch) -> int:
     return inputs.values.shape[2] if isinstance(inputs, DenseMoments) else inputs.rows.shape[2]
 
 
-def negative_share(moments: BlockMoments) -> float:
-    """The most negative eigenvalue of ``C`` beside the largest, 0 where there is none: what a wrong removal leaves."""
+def nearly_positive(moments: BlockMoments, share: float) -> bool:
+    """Whether ``C`` has no eigenvalue below ``-share`` times its largest: what a wrong removal leaves."""
     if not isinstance(moments.inputs, DenseMoments):
-        return 0.0
-    values = torch.linalg.eigvalsh(moments.inputs.values)
-    largest = values.amax().clamp_min(torch.finfo(torch.float64).tiny)
-    return float((-values.amin() / largest).clamp_min(0))
+        return True
+    c = moments.inputs.values
+    x = c.new_ones(*c.shape[:2], 1)
+    for _ in range(8):  # the largest eigenvalue, from below
+        x = c @ (x / x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(c.dtype).tiny))
+    largest = torch.maximum(x.norm(dim=(1, 2)), c.diagonal(dim1=1, dim2=2).amax(1))
+    if not bool((largest > 0).all()):  # groups that received nothing, or less than that
+        values = torch.linalg.eigvalsh(c)
+        return bool((-values.amin(1) <= share * values.amax(1).clamp_min(0)).all())
+    shifted = c.clone()
+    shifted.diagonal(dim1=1, dim2=2).add_(share * largest[:, None])
+    return not bool(torch.linalg.cholesky_ex(shifted).info.any())

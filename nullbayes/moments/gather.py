@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from nullbayes.errors import InputError
 from nullbayes.model.batch import (
@@ -23,9 +24,9 @@ from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.loader import split_batch
 from nullbayes.moments.blocks import Blocks
 from nullbayes.moments.capture import recording
+from nullbayes.moments.collector import Collector
 from nullbayes.moments.members import Members
 from nullbayes.moments.second import BlockMoments
-from nullbayes.moments.verify import adding, check_finite_inputs, sums_do
 
 # Examples drawn for the certificate, at most, and bytes that they may take.
 KEPT_EXAMPLES = 128
@@ -75,6 +76,17 @@ def unlabelled(loader: Any, device: torch.device, name: str) -> Iterator[Batch]:
         )
 
 
+def drawn(functional: FunctionalModel, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """``batches`` with each example once for every draw of the model's frozen randomness, where it has any."""
+    for index, inputs, targets in batches:
+        yield index, *functional.stacked(inputs, targets)
+
+
+def draws_of(functional: FunctionalModel) -> int:
+    """How often each example of `drawn` batches is there."""
+    return 1 if functional.randomness is None else functional.randomness.draws
+
+
 def _batches(loader: Any, name: str) -> Iterable[Any]:
     if isinstance(loader, Tensor):
         return loader.split(ROWS_AT_ONCE)
@@ -95,6 +107,7 @@ def gather(
     seed: int,
     name: str,
     visit: Callable[[Tensor, Any], None] | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Gathered:
     """Run the network over ``batches`` and add up what its layers receive.
 
@@ -102,6 +115,7 @@ def gather(
         ranks: by block, the rank of a sketch, or None for the whole matrix.
         seed: of the choice of examples that are kept.
         visit: called with each batch's outputs and targets.
+        dtype: of products, see :func:`working_dtype`.
 
     Raises:
         NonFiniteError: a layer's inputs hold NaN or infinity; names the layer and the batch.
@@ -110,22 +124,69 @@ def gather(
     device = functional.device
     pairs = zip(blocks.blocks, ranks, strict=True)
     out = Gathered([BlockMoments.zeros(b, device, rank) for b, rank in pairs], Members())
-    kept = _Reservoir(seed)
+    kept, collector = _Reservoir(seed), Collector(blocks, out.sums, dtype)
+    largest = 1
     for index, inputs, targets in batches:
         where = f"{name}, batch {index}"
-        receive = adding(blocks.blocks, out.sums)
-        with recording(blocks.sites, receive, sums_do(blocks, out.sums)):
+        with recording(blocks.sites, collector.receive, collector.summers):
             outputs = functional.outputs(inputs, where)
-        check_finite_inputs(blocks.blocks, out.sums, where)
+        collector.end_batch(where)
         if visit is not None:
             visit(outputs, targets)
         out.members.add(inputs)
         kept.add(inputs, targets)
-        out.examples += batch_size(inputs)
+        out.examples += batch_size(inputs) // draws_of(functional)
+        largest = max(largest, batch_size(inputs))
     if not out.examples:
         raise InputError(f"`{name}` holds no examples: every batch is empty. Pass a filled loader.")
-    out.kept = kept.groups()
+    collector.finish()
+    out.kept = joined(kept.groups(), functional, largest)
     return out
+
+
+def joined(
+    groups: list[tuple[Inputs, Any]], functional: FunctionalModel, at_most: int
+) -> list[tuple[Inputs, Any]]:
+    """Neighbouring groups as one where their examples have one shape, up to ``at_most`` examples: fewer passes."""
+    out: list[tuple[Inputs, Any]] = []
+    for group in groups:
+        both = _both(out[-1], group, functional, at_most) if out else None
+        if both is None:
+            out.append(group)
+        else:
+            out[-1] = both
+    return out
+
+
+def _both(
+    one: tuple[Inputs, Any], two: tuple[Inputs, Any], functional: FunctionalModel, at_most: int
+) -> tuple[Inputs, Any] | None:
+    if batch_size(one[0]) + batch_size(two[0]) > at_most or (one[1] is None) != (two[1] is None):
+        return None
+    leaves = [tensor_leaves(inputs) for inputs, _ in (one, two)]
+    if len(leaves[0]) != len(leaves[1]) or any(
+        flags != (True,) * len(leaves[0])
+        for flags in (functional.batch(inputs).flags for inputs, _ in (one, two))
+    ):
+        return None
+    inputs = _concatenated(one[0], two[0], *(batch_size(group[0]) for group in (one, two)))
+    if one[1] is None or inputs is None:
+        return None if inputs is None else (inputs, None)
+    targets = _concatenated(one[1], two[1], *(batch_size(group[0]) for group in (one, two)))
+    return None if targets is None else (inputs, targets)
+
+
+def _concatenated(a: Any, b: Any, first: int, second: int) -> Any:
+    """``a`` and then ``b``; None where they are not examples of one shape."""
+    (left, spec), (right, other) = tree_flatten(a), tree_flatten(b)
+    if spec != other or not all(
+        isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim and y.ndim
+        and (len(x), len(y)) == (first, second)
+        and (x.shape[1:], x.dtype) == (y.shape[1:], y.dtype)
+        for x, y in zip(left, right, strict=True)
+    ):  # fmt: skip
+        return None
+    return tree_unflatten([torch.cat(pair) for pair in zip(left, right, strict=True)], spec)
 
 
 class _Reservoir:
@@ -211,4 +272,4 @@ def first_batch(loader: Iterator[Batch]) -> tuple[Inputs, Iterator[Batch]]:
     return first[1], everything()
 
 
-__all__ = ["Gathered", "first_batch", "gather", "unlabelled"]
+__all__ = ["Gathered", "drawn", "first_batch", "gather", "unlabelled"]

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
-from nullbayes.model.batch import Inputs, batch_size
-from nullbayes.model.randomness import content_hash
+from nullbayes.model.batch import Inputs, batch_size, flags_of, plain
 
 CELLS = 2**20
+# Numbers hashed at a time.
+_NUMBERS = 2**20
+# Multipliers of numbers: the first of a fixed stream, as many as were needed so far.
+_KEYS: list[Tensor] = []
 
 
 class Members:
@@ -48,5 +52,43 @@ class Members:
 
     def _cells(self, inputs: Inputs) -> Tensor:
         """``(B, 4)`` cells of each example: four parts of its 64-bit hash, the last one overlapping."""
-        words = content_hash(inputs, batch_size(inputs)).cpu()
+        words = digests(inputs)
         return torch.stack([(words >> shift) & (CELLS - 1) for shift in (0, 15, 30, 44)], dim=1)
+
+
+def digests(inputs: Inputs) -> Tensor:
+    """One int64 ``(B,)`` of each example: its numbers times random ones, summed in a ring (Dietzfelbinger 1996).
+
+    One product a number, so that telling examples apart costs little beside the network. Floating-point numbers count
+    in float32, zeros not at all, as in ``model/randomness.py``; what all examples share does not count.
+    """
+    size = batch_size(inputs)
+    total = torch.zeros(size, dtype=torch.int64)
+    pairs = zip(tree_flatten(plain(inputs))[0], flags_of(inputs, size), strict=True)
+    for place, leaf in enumerate(t for t, has in pairs if has):
+        flat = (torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf).detach()
+        flat = flat.reshape(size, -1)
+        keys = _keys(flat.shape[1], flat.device)
+        # The upper half of each product depends on all bits of the number; another tensor takes other bits.
+        for start in range(0, size, step := max(1, _NUMBERS // max(1, flat.shape[1]))):
+            part = flat[start : start + step]
+            if part.is_floating_point():
+                part = (part.to(torch.float32) + 0.0).contiguous().view(torch.int32)
+            words = (part.to(torch.int64) @ keys).cpu()
+            total[start : start + step] += _mixed(words + place * 0x632BE59BD9B4E019)
+    return total
+
+
+def _keys(count: int, device: torch.device) -> Tensor:
+    """The first ``count`` of a fixed stream of odd numbers (splitmix64)."""
+    if not _KEYS or len(_KEYS[0]) < count:
+        place = torch.arange(1, 1 + (1 << max(10, (count - 1).bit_length())))
+        _KEYS[:] = [_mixed(_mixed(place * -0x61C8864680B583EB)) | 1]
+    return _KEYS[0][:count].to(device)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64, on int64 with wrap-around."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)

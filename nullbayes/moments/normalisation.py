@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nullbayes.moments.rule import InputRule, Layout, Read, Seen, argument, register
+from nullbayes.moments.rule import InputRule, Layout, Read, Seen, Summed, Summer, argument, register
 
 
 def _each_channel(module: Any) -> tuple[Read, ...]:
@@ -42,6 +42,40 @@ class _ChannelNorm(InputRule):
         )
 
 
+class BatchNormSums(Summer):
+    """Sums of the normalised input, channels on axis 1."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.squares: Tensor | None = None
+        self.totals: Tensor | None = None
+        self.count = 0
+
+    def add(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
+        x = _running(module, argument(args, kwargs, 0, "input")).to(self.dtype)
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        squares = torch.linalg.vector_norm(x, dim=axes).double().square()
+        totals = x.sum(axes).double()
+        self.squares = squares if self.squares is None else self.squares + squares
+        self.totals = totals if self.totals is None else self.totals + totals
+        self.count += x.numel() // len(totals)
+        return True
+
+    def flush(self) -> Iterator[Summed]:
+        if self.squares is not None and self.totals is not None:
+            gram = self.squares[:, None, None]
+            yield Summed("weight", gram, self.totals[:, None], self.count)
+        self.squares = self.totals = None
+        self.count = 0
+
+    def mark(self) -> Tensor | None:
+        return None if self.squares is None else self.squares.sum()
+
+
+def _running(module: Any, x: Tensor) -> Tensor:
+    return F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
+
+
 @register(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 class BatchNormInputs(_ChannelNorm):
     """Evaluation mode only: the running statistics are constants."""
@@ -50,7 +84,10 @@ class BatchNormInputs(_ChannelNorm):
         return not module.training and module.running_mean is not None
 
     def normed(self, module: Any, x: Tensor) -> Tensor:
-        return F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
+        return _running(module, x)
+
+    def summer(self, module: Any, dtype: torch.dtype) -> Summer | None:
+        return BatchNormSums(dtype)
 
 
 @register(nn.GroupNorm)

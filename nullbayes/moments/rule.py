@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -48,11 +49,13 @@ class Layout:
         return whole.reshape(*lead, self.groups, self.outputs, self.inputs)
 
     def tensor(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """The inverse of :meth:`matrix`: ``(G, O, I)`` as a weight of ``shape``."""
+        """The inverse of :meth:`matrix`: ``(*lead, G, O, I)`` as weights ``(*lead, *shape)``."""
+        lead = matrix.shape[:-3]
         if self.taps is None:
-            return matrix.reshape(shape)
-        split = matrix.reshape(self.groups, self.outputs, self.inputs // self.taps, self.taps)
-        return split.transpose(1, 2).reshape(shape)
+            return matrix.reshape(*lead, *shape)
+        inputs = self.inputs // self.taps
+        split = matrix.reshape(*lead, self.groups, self.outputs, inputs, self.taps)
+        return split.transpose(-3, -2).reshape(*lead, *shape)
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,28 @@ class Seen:
 
 @dataclass(frozen=True)
 class Summed:
-    """Sums over all inputs of one weight in one call: ``gram (G, I, I)`` and ``sums (G, I)`` float64, and how many."""
+    """Sums over inputs of one weight: ``gram (G, I, I)`` and ``sums (G, I)``, float32 or float64, and how many."""
 
     weight: str
     gram: Tensor
     sums: Tensor
     count: int
+
+
+class Summer(ABC):
+    """Adds up what the weights of one module receive, call by call, where that costs less than the inputs do."""
+
+    @abstractmethod
+    def add(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
+        """Add one call; False: nothing was added, and its inputs are needed."""
+
+    @abstractmethod
+    def flush(self) -> Iterator[Summed]:
+        """The sums since the last time."""
+
+    @abstractmethod
+    def mark(self) -> Tensor | None:
+        """A number that is finite where the sums are; None: there are none."""
 
 
 class InputRule(ABC):
@@ -121,10 +140,8 @@ class InputRule(ABC):
         """Inputs at about ``at_most`` positions of each example, evenly spaced; by default at all of them."""
         return self.inputs(module, args, kwargs, output)
 
-    def summed(
-        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Iterator[Summed] | None:
-        """The sums of what :meth:`inputs` would yield, where they can be had for less; None: not here."""
+    def summer(self, module: Any, dtype: torch.dtype) -> Summer | None:
+        """What adds up the sums of :meth:`inputs` for less, in products of ``dtype``; None: nothing does."""
         return None
 
 

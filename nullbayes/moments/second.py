@@ -17,9 +17,6 @@ from nullbayes.moments.blocks import Block
 from nullbayes.moments.rule import Summed
 from nullbayes.moments.sketch import Sketch
 
-# Inputs taken in double precision at a time: bytes.
-_CHUNK_BYTES = 2**25
-
 
 class DenseMoments:
     """``C (G, I, I)`` in float64, the columns of the biases last."""
@@ -32,32 +29,20 @@ class DenseMoments:
         groups, _, columns = block.size
         return cls(torch.zeros(groups, columns, columns, dtype=torch.float64, device=device))
 
-    def add(self, a: Tensor, own: int, column: int | None) -> None:
-        """Add inputs ``a (N, G, own)`` and, where the use has a bias, their constant ones in ``column``."""
-        groups = self.values.shape[0]
-        step = max(1, _CHUNK_BYTES // max(1, 8 * groups * own))
-        for part in a.split(step):
-            x = part.to(torch.float64).transpose(0, 1)  # (G, n, own)
-            if own:
-                self.values[:, :own, :own].baddbmm_(x.mT, x)
-            if column is None:
-                continue
-            if own:
-                sums = x.sum(1)
-                self.values[:, :own, own + column] += sums
-                self.values[:, own + column, :own] += sums
-            self.values[:, own + column, own + column] += part.shape[0]
-
     def add_sums(self, seen: Summed, own: int, column: int | None) -> None:
-        """Add what one call summed up itself."""
+        """Add what was summed up elsewhere."""
         if own:
             self.values[:, :own, :own] += seen.gram
+        self.add_totals(seen.sums, seen.count, own, column)
+
+    def add_totals(self, totals: Tensor, count: int, own: int, column: int | None) -> None:
+        """Add ``totals (G, own)`` of ``count`` inputs to the column of their bias, if they have one."""
         if column is None:
             return
         if own:
-            self.values[:, :own, own + column] += seen.sums
-            self.values[:, own + column, :own] += seen.sums
-        self.values[:, own + column, own + column] += seen.count
+            self.values[:, :own, own + column] += totals
+            self.values[:, own + column, :own] += totals
+        self.values[:, own + column, own + column] += count
 
     def plus(self, other: DenseMoments, sign: float = 1.0) -> DenseMoments:
         """The sum, or with ``sign=-1`` the difference."""
@@ -104,13 +89,13 @@ class BlockMoments:
         return cls(inputs, rows)
 
     def add(self, a: Tensor, own: int, column: int | None) -> None:
-        """Inputs ``(N, G, I)``; only the first ``own`` numbers of each are used."""
-        assert self.inputs is not None
+        """Inputs ``(N, G, I)`` for a sketch; only the first ``own`` numbers of each are used."""
+        assert isinstance(self.inputs, Sketch)
         self.inputs.add(a[..., :own], own, column)
         self.count += a.shape[0]
 
     def add_sums(self, seen: Summed, own: int, column: int | None) -> None:
-        """What one call summed up itself."""
+        """What was summed up elsewhere."""
         assert isinstance(self.inputs, DenseMoments)
         self.inputs.add_sums(seen, own, column)
         self.count += seen.count

@@ -16,14 +16,15 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from nullbayes.errors import ModelError, NonFiniteError
+from nullbayes.errors import ModelError
 from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.moments.blocks import Block, Blocks, Site, find_blocks
-from nullbayes.moments.capture import Receive, plain_paths, recording, restored
-from nullbayes.moments.factor import Edge, factorise
-from nullbayes.moments.rule import Seen, Summed
+from nullbayes.moments.capture import plain_paths, recording, restored
+from nullbayes.moments.collector import Collector
+from nullbayes.moments.factor import Edge, Factor, LowRankFactor, factorise
 from nullbayes.moments.second import BlockMoments, DenseMoments
+from nullbayes.moments.sketch import Sketch
 
 OTHER_USE = "it is used outside of the layers that have a rule"
 WRONG_RULE = "outputs move although the inputs that its rule names would allow it"
@@ -31,6 +32,8 @@ WRONG_RULE = "outputs move although the inputs that its rule names would allow i
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
 HALF_TOLERANCE = 0.1
 EXAMPLES = 3
+# Columns from which on the proof takes the span of its few inputs instead of their second moments.
+WIDE = 256
 
 
 def verified_blocks(
@@ -43,7 +46,7 @@ def verified_blocks(
     """
     few = take(inputs, 0, min(EXAMPLES, batch_size(inputs)))
     blocks = find_blocks(functional.model, functional.space)
-    check_finite_inputs(blocks.blocks, seen_by(functional, blocks, few)[0], where)
+    seen_by(functional, blocks, few, where, ranks=proof_ranks(blocks.blocks))
     for change_of, reason in ((_other_uses, OTHER_USE), (_null_space, WRONG_RULE)):
         with torch.no_grad():
             change = change_of(functional, blocks, few)
@@ -87,10 +90,10 @@ def _other_uses(functional: FunctionalModel, blocks: Blocks, few: Inputs) -> Mov
 
 def _null_space(functional: FunctionalModel, blocks: Blocks, few: Inputs) -> Moves:
     weights = functional.weights()
-    sums, point = seen_by(functional, blocks, few)
+    sums, point = seen_by(functional, blocks, few, ranks=proof_ranks(blocks.blocks))
     changes: list[Mapping[str, Tensor]] = []
     for i, (block, moments) in enumerate(zip(blocks.blocks, sums, strict=True)):
-        factor = factorise(moments, Edge.of(moments, 0.0), block.columns)
+        factor = _beside(moments, block.columns)
         z = torch.empty(block.size, dtype=torch.float64).normal_(
             generator=torch.Generator().manual_seed(i)
         )
@@ -110,49 +113,47 @@ def _null_space(functional: FunctionalModel, blocks: Blocks, few: Inputs) -> Mov
 
 
 def seen_by(
-    functional: FunctionalModel, blocks: Blocks, inputs: Inputs
+    functional: FunctionalModel,
+    blocks: Blocks,
+    inputs: Inputs,
+    where: str = "the inputs",
+    dtype: torch.dtype = torch.float64,
+    ranks: list[int | None] | None = None,
 ) -> tuple[list[BlockMoments], Tensor]:
-    """The sums of one batch of inputs, and the outputs ``(B, *out)``."""
-    sums = [BlockMoments.zeros(block, functional.device, None) for block in blocks.blocks]
-    receive = adding(blocks.blocks, sums)
-    with torch.no_grad(), recording(blocks.sites, receive, sums_do(blocks, sums)):
+    """The sums of one batch of inputs, and the outputs ``(B, *out)``.
+
+    Raises `NonFiniteError` where a layer's inputs are not finite.
+
+    Args:
+        dtype: of products.
+        ranks: by block, the rank of a sketch, or None for the whole matrix.
+    """
+    chosen = ranks or [None] * len(blocks.blocks)
+    pairs = zip(blocks.blocks, chosen, strict=True)
+    sums = [BlockMoments.zeros(block, functional.device, rank) for block, rank in pairs]
+    collector = Collector(blocks, sums, dtype)
+    with torch.no_grad(), recording(blocks.sites, collector.receive, collector.summers):
         point = functional(functional.weights(), inputs)
-    return sums, point
+    collector.end_batch(where)
+    return collector.finish(), point
 
 
-def sums_do(blocks: Blocks, sums: list[BlockMoments]) -> set[int]:
-    """Sites of which whole second moments are kept: the sums of a call are enough there."""
-    return {
-        number
-        for number, site in enumerate(blocks.sites)
-        if all(isinstance(sums[i].inputs, DenseMoments) for i, _ in site.places.values())
-    }
+def proof_ranks(blocks: list[Block]) -> list[int | None]:
+    """The inputs themselves for wide layers: few examples span few directions, and eigenvalues of all cost minutes."""
+    return [block.columns if block.columns > WIDE and not block.table else None for block in blocks]
 
 
-def adding(blocks: list[Block], sums: list[BlockMoments]) -> Receive:
-    """A receiver that adds what it is given to ``sums``."""
-
-    def receive(site: int, number: int, column: int | None, seen: Seen | Summed) -> None:
-        block = blocks[number]
-        if isinstance(seen, Summed):
-            sums[number].add_sums(seen, block.own, column)
-        elif seen.index is not None:
-            if block.own:
-                sums[number].read(seen.index)
-        elif seen.a is not None:
-            sums[number].add(seen.a.reshape(-1, *seen.a.shape[-2:]), block.own, column)
-
-    return receive
-
-
-def check_finite_inputs(blocks: list[Block], sums: list[BlockMoments], where: str) -> None:
-    """Raise `NonFiniteError` naming the first layer whose inputs hold NaN or infinity."""
-    for block, moments in zip(blocks, sums, strict=True):
-        if not moments.finite:
-            raise NonFiniteError(
-                f"{where}: the inputs of the layer with {block.name!r} hold NaN or infinity. Check the data of "
-                "this batch and the layers before that one (overflow, division by zero, logarithms)."
-            )
+def _beside(moments: BlockMoments, columns: int) -> Factor:
+    """The exact null space; the space beside the inputs themselves, where these are few and were stored as they are."""
+    inputs = moments.inputs
+    if isinstance(inputs, Sketch):
+        groups, count, _ = inputs.rows.shape
+        if count < columns:
+            directions = torch.linalg.qr(inputs.rows.mT).Q
+            gains = directions.new_zeros(groups, count)
+            return LowRankFactor(directions, gains, directions.new_ones(groups))
+        moments = BlockMoments(DenseMoments(inputs.rows.mT @ inputs.rows), None)
+    return factorise(moments, Edge.of(moments, 0.0), columns)
 
 
 def _local(site: Site, local: str) -> Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import Tensor
 
-from nullbayes.common.arguments import check_count
+from nullbayes.common.arguments import check_count, check_sample_dtype
 from nullbayes.fit.marginal import Evidence, log_marginal_likelihood
 from nullbayes.fit.result import AUDITED, Run
 from nullbayes.fit.update import updated
@@ -58,6 +58,7 @@ class Grows:
             progress,
             None,
             check_count(audit, "audit"),
+            check_sample_dtype(fit.stored.dtype, own.functional.dtype),
         )
         own._check_model()
         data = own._data(more, "more")

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from nullbayes.common.processes import Processes
 from nullbayes.model.functional import undisturbed_method
 
 if TYPE_CHECKING:
-    from nullbayes.posterior.base import Posterior
     from nullbayes.posterior.evaluation import Evaluation
+    from nullbayes.posterior.measuring.subject import Subject
 
 
 class Judged:
-    """Mixin of `nullbayes.Posterior`."""
+    """Mixin of all posteriors; what it asks of them is `nullbayes.posterior.measuring.subject.Subject`."""
+
+    linearises = True
+
+    @contextmanager
+    def _together(self, where: str) -> Iterator[Processes | None]:
+        """The processes that make the call ``where`` together: this one alone, unless a posterior says otherwise."""
+        yield None
 
     @undisturbed_method
     def evaluate(
@@ -25,7 +34,7 @@ class Judged:
         shifted: Mapping[str, Any] | None = None,
         train: Any = None,
         validation: Any = None,
-        against: Sequence[Posterior] | Mapping[str, Posterior] = (),
+        against: Sequence[Judged] | Mapping[str, Judged] = (),
         slices: Mapping[str, Any] | None = None,
         show: Callable[[Any], Any] | None = None,
         progress: bool = True,
@@ -48,10 +57,23 @@ class Judged:
         """
         from nullbayes.posterior.evaluation import Question, evaluate
 
-        posterior = cast("Posterior", self)
-        return evaluate(
-            Question(posterior, test, shifted, train, validation, against, slices, show, progress)
-        )
+        posterior = cast("Subject", self)
+        others = cast("Mapping[str, Subject]", against)
+        with self._together("evaluate") as processes:
+            return evaluate(
+                Question(
+                    posterior,
+                    test,
+                    shifted,
+                    train,
+                    validation,
+                    others,
+                    slices,
+                    show,
+                    progress,
+                    processes,
+                )
+            )
 
     def report(
         self,
@@ -61,7 +83,7 @@ class Judged:
         shifted: Mapping[str, Any] | None = None,
         train: Any = None,
         validation: Any = None,
-        against: Sequence[Posterior] | Mapping[str, Posterior] = (),
+        against: Sequence[Judged] | Mapping[str, Judged] = (),
         slices: Mapping[str, Any] | None = None,
         show: Callable[[Any], Any] | None = None,
         title: str | None = None,

@@ -13,17 +13,18 @@ from nullbayes.errors import InputError, ModelError
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.batch import batch_size, select, tensor_leaves
 from nullbayes.model.loader import check_reusable
-from nullbayes.model.randomness import content_hash
-from nullbayes.moments.factor import negative_share
-from nullbayes.moments.gather import KEPT_EXAMPLES, Gathered, unlabelled
+from nullbayes.moments.factor import nearly_positive
+from nullbayes.moments.gather import KEPT_EXAMPLES, Gathered, drawn, unlabelled
+from nullbayes.moments.members import digests
+from nullbayes.moments.products import working_dtype
 from nullbayes.moments.sketch import Sketch
 from nullbayes.posterior.layer_certificate import ALLOWED_CHANGE, HALF_CHANGE
 from nullbayes.posterior.layer_fit import INPUTS, LayerFit, Source, collect, concluded
 from nullbayes.posterior.layer_guarantee import guarded_precision, targets_for
 from nullbayes.posterior.layer_state import LayerState
 
-# Negative eigenvalues, beside the largest, that rounding leaves of a removal.
-ROUNDING = 1e-9
+# Negative eigenvalues, beside the largest, that rounding leaves of a removal, by the dtype of the products.
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
 def fresh(likelihood: Likelihood) -> Likelihood:
@@ -44,7 +45,8 @@ def removed(fit: LayerFit, some: Any, prior: float | None, *, progress: bool) ->
     if not isinstance(some, (torch.Tensor, tuple)):
         check_reusable(some, "some")
     members, hashes = fit.gathered.members.copy(), []
-    for index, inputs, _ in unlabelled(some, fit.state.functional.device, "some"):
+    functional = fit.state.functional
+    for index, inputs, _ in drawn(functional, unlabelled(some, functional.device, "some")):
         missing = members.discard(inputs)
         if missing:
             raise InputError(
@@ -52,7 +54,7 @@ def removed(fit: LayerFit, some: Any, prior: float | None, *, progress: bool) ->
                 "were never added, were removed before, or their inputs differ (padding, augmentation, scaling). "
                 "Pass the inputs exactly as they were fitted; nothing was removed."
             )
-        hashes.append(content_hash(inputs, batch_size(inputs)).cpu())
+        hashes.append(digests(inputs))
     with stages(show=progress) as stage:
         laps, taken = Laps(), _added(fit, some, "some", stage)
         laps.lap(INPUTS)
@@ -64,9 +66,11 @@ def removed(fit: LayerFit, some: Any, prior: float | None, *, progress: bool) ->
             )
         pairs = zip(fit.gathered.sums, taken.sums, strict=True)
         sums = [mine.plus(other, -1) for mine, other in pairs]
+        state = fit.state
+        rounding = ROUNDING[working_dtype(state.functional.dtype, state.delta)]
         for block, result in zip(fit.state.blocks.blocks, sums, strict=True):
             negative = result.rows is not None and bool((result.rows < 0).any())
-            if negative or result.count < 0 or negative_share(result) > ROUNDING:
+            if negative or result.count < 0 or not nearly_positive(result, rounding):
                 raise InputError(
                     f"without `some`, the second moments of the layer with {block.name!r} would not be positive: "
                     "these inputs were never added in this form. Pass them exactly as they were fitted (padding too); "
@@ -84,6 +88,11 @@ def merged(fit: LayerFit, other: LayerFit, prior: float | None) -> LayerFit:
     if fit.fingerprint != other.fingerprint:
         raise InputError(
             "the two posteriors are around different weights; only those of one trained network can be merged."
+        )
+    if mine.functional.randomness != theirs.functional.randomness:
+        raise InputError(
+            "the two posteriors freeze the model's randomness in different ways; fit both with one `randomness=` and "
+            "`draws=`."
         )
     if mine.delta != theirs.delta or mine.blocks.blocks != theirs.blocks.blocks:
         raise InputError(
@@ -142,7 +151,7 @@ def guarded(fit: LayerFit) -> float:
 def _added(fit: LayerFit, loader: Any, name: str, stage: Stages) -> Gathered:
     ranks = [s.inputs.rank if isinstance(s.inputs, Sketch) else None for s in fit.gathered.sums]
     state = fit.state
-    source = Source(loader, name, state.seed)
+    source = Source(loader, name, state.seed, working_dtype(state.functional.dtype, state.delta))
     return collect(state.functional, None, source, stage, 0, (state.blocks, ranks))[1]
 
 
@@ -151,6 +160,8 @@ def _concluded(
 ) -> LayerFit:
     old = fit.state
     state = LayerState(old.functional, old.blocks, gathered, old.delta, old.seed, old.num_samples)
+    if not gathered.kept:
+        state.references = old.references  # from a file: there is nothing to measure them on anew
     return concluded(state, fit.likelihood, prior, stage, laps)
 
 
@@ -180,7 +191,7 @@ def _share(part: Gathered, examples: int) -> list[tuple[Any, Any]]:
 
 def _without(group: tuple[Any, Any], gone: torch.Tensor) -> tuple[Any, Any] | None:
     inputs, targets = group
-    here = content_hash(inputs, batch_size(inputs)).cpu()
+    here = digests(inputs)
     index = (~torch.isin(here, gone)).nonzero()[:, 0].tolist()
     return _selected(inputs, targets, index) if index else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +17,24 @@ from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.moments.blocks import Block
 from nullbayes.moments.capture import plain_paths, recording
 from nullbayes.moments.factor import Factor, RowFactor, TiedFactor
-from nullbayes.moments.rule import Seen, Summed
-from nullbayes.posterior.layer_state import LayerState
+from nullbayes.moments.gather import draws_of
+from nullbayes.moments.rule import Seen
+from nullbayes.posterior.layer_state import Checked, LayerState
 
-CHECKED_SAMPLES = 8
+CHECKED_SAMPLES = 4
 # Samples that a search for the prior precision goes by.
 SEARCH_SAMPLES = 2
+# And training examples.
+SEARCH_EXAMPLES = 32
+# Bytes of outputs of all samples that are held at a time.
+OUTPUT_BYTES = 2**28
 LEFT_OUT_EXAMPLES = 32
+# So many will do where their mean divergence, so many times over, is still allowed.
+FEW_LEFT_OUT, FAR_BELOW = 8, 4.0
 # Output numbers of an example up to which the left-out divergence is worked out.
 LEFT_OUT_OUTPUTS = 4096
 # Random directions of the output Hessian for each left-out example.
-PROBES = 4
+PROBES = 2
 # The edge at which an exact null space is taken for examples left out: its limit, to rounding.
 LIMIT_EDGE = 1e-8
 
@@ -72,16 +80,57 @@ def targets_for(likelihood: Likelihood, point: Tensor, targets: Any, inputs: Inp
     )
 
 
-def measure(state: LayerState, likelihood: Likelihood, alpha: float, samples: int) -> Measured:
-    """Run the re-weighted network itself on the examples that the pass over the data kept."""
-    functional, scale = state.functional, alpha**-0.5
+def measure(
+    state: LayerState, likelihood: Likelihood, alpha: float, samples: int, examples: int = 0
+) -> Measured:
+    """Run the re-weighted network itself on training examples that the pass over the data kept.
+
+    Args:
+        examples: about so many of them; 0: all that the guarantee is measured on.
+    """
+    key = (alpha, samples, examples)
+    if key not in state.measured:
+        groups = _few(state.checked, examples) if examples else state.checked
+        each = _outputs(state, groups, alpha**-0.5, samples)
+        state.measured[key] = _measured(likelihood, samples, each)
+    found: Measured = state.measured[key]
+    return found
+
+
+def measure_on(
+    state: LayerState,
+    likelihood: Likelihood,
+    alpha: float,
+    samples: int,
+    batches: Iterable[tuple[Inputs, Any]],
+) -> Measured:
+    """The same on batches ``(inputs, targets or None)`` that are not kept; each sample is made for each batch."""
+    functional = state.functional
+    groups = ((x, y, functional.outputs(x, "the training data")) for x, y in batches)
+    each = ((group, state.sampled(group[0], alpha**-0.5, samples)) for group in groups)
+    return _measured(likelihood, samples, each)
+
+
+def _few(groups: list[Checked], examples: int) -> list[Checked]:
+    out: list[Checked] = []
+    for inputs, targets, point in groups:
+        size, room = len(point), examples - sum(len(p) for _, _, p in out)
+        if size <= room:
+            out.append((inputs, targets, point))
+        elif room > 0:
+            labels = None if targets is None else take(targets, 0, room, size)
+            out.append((take(inputs, 0, room, size), labels, point[:room]))
+    return out
+
+
+def _measured(
+    likelihood: Likelihood, samples: int, each: Iterable[tuple[Checked, Tensor]]
+) -> Measured:
     divergence, count, moved, size = 0.0, 0, 0.0, 0.0
     before, after, examples = [0.0, 0], [0.0, 0], 0
     labelled = True
     with torch.no_grad():
-        for inputs, targets in state.gathered.kept:
-            point = functional.outputs(inputs, "the training data")
-            outputs = state.sampled(inputs, scale, samples)
+        for (inputs, targets, point), outputs in each:
             if not bool(outputs.isfinite().all()):
                 return Measured(math.inf, math.inf, None, None, 0)
             labels = targets_for(likelihood, point, targets, inputs)
@@ -90,7 +139,7 @@ def measure(state: LayerState, likelihood: Likelihood, alpha: float, samples: in
             count += values.numel()
             moved += float((outputs - point).double().square().sum()) / samples
             size += float(point.double().square().sum())
-            examples += batch_size(inputs)
+            examples += len(point)
             labelled &= targets is not None
             if targets is None:
                 continue
@@ -107,14 +156,36 @@ def measure(state: LayerState, likelihood: Likelihood, alpha: float, samples: in
     return Measured(divergence / max(1, count), change, scores[0], scores[1], examples)
 
 
-def left_out_divergence(state: LayerState, likelihood: Likelihood) -> float | None:
+def _outputs(
+    state: LayerState, groups: list[Checked], scale: float, samples: int
+) -> Iterator[tuple[Checked, Tensor]]:
+    """Outputs ``(S, B, *out)`` by group; each sample is made once, where all outputs together are small."""
+    if samples * sum(point.nbytes for _, _, point in groups) > OUTPUT_BYTES:
+        for group in groups:
+            yield group, state.sampled(group[0], scale, samples)
+        return
+    made: list[list[Tensor]] = [[] for _ in groups]
+    for index in range(samples):
+        network = state.functional.bound(state.moved(index, scale))
+        for out, (inputs, _, _) in zip(made, groups, strict=True):
+            out.append(network(inputs))
+    for group, out in zip(groups, made, strict=True):
+        yield group, torch.stack(out)
+
+
+def left_out_divergence(state: LayerState, likelihood: Likelihood, alpha: float) -> float | None:
     """Mean divergence at prior precision one of an example's prediction under the posterior without it, linearised.
 
     Half the trace of the output Hessian times ``Σ_l J_l (I ⊗ P_l') J_lᵀ``, with ``P_l'`` the layer's covariance without
     the example's own inputs: a downdate of rank one for each of them, all at once in closed form. By a few random
-    directions of the Hessian (Hutchinson), so by as many backward passes. None where it does not apply.
+    directions of the Hessian (Hutchinson), so by as many backward passes. None where it does not apply; nor does it
+    where an example is there with several draws of the model's randomness, of which all would have to go.
+
+    Args:
+        alpha: the prior precision that the posterior would have without the guarantee. Where a few examples say that
+            the divergence there is far below what is allowed, they do.
     """
-    if not state.gathered.kept or not state.blocks.blocks:
+    if not state.gathered.kept or not state.blocks.blocks or draws_of(state.functional) > 1:
         return None
     exact = state.delta == 0.0
     limit = (
@@ -131,17 +202,20 @@ def left_out_divergence(state: LayerState, likelihood: Likelihood) -> float | No
     )
     total, count = 0.0, 0
     generator = torch.Generator().manual_seed(state.seed)
-    for inputs, targets in state.gathered.kept:
+    kept = state.gathered.kept
+    places = [(g, i) for g, (inputs, _) in enumerate(kept) for i in range(batch_size(inputs))]
+    order = torch.randperm(len(places), generator=generator)[:LEFT_OUT_EXAMPLES]
+    for g, i in (places[k] for k in order.tolist()):
+        inputs, targets = kept[g]
         size = batch_size(inputs)
-        for i in range(size):
-            if count == LEFT_OUT_EXAMPLES:
-                return total / count
-            one = take(inputs, i, i + 1, size)
-            label = None if targets is None else take(targets, i, i + 1, size)
-            value = _left_out(limit, likelihood, one, label, generator)
-            if value is None:
-                return None
-            total, count = total + value, count + 1
+        one = take(inputs, i, i + 1, size)
+        label = None if targets is None else take(targets, i, i + 1, size)
+        value = _left_out(limit, likelihood, one, label, generator)
+        if value is None:
+            return None
+        total, count = total + value, count + 1
+        if count >= FEW_LEFT_OUT and FAR_BELOW * total / count < alpha * ALLOWED_LEFT_OUT:
+            break
     return total / max(1, count)
 
 
@@ -170,8 +244,7 @@ def _left_out(
             )
         row = dict(zip(names, rows, strict=True))
         for number, block in enumerate(blocks.blocks):
-            j = block.matrix(row).double()
-            variance += own.variance(state, number, j)
+            variance += own.variance(state, number, block.matrix(row))
     observed = 1
     if isinstance(labels, Tensor):
         observed = max(1, labels.numel() // max(1, len(labels)))
@@ -187,9 +260,10 @@ class _Own:
         self.blocks = blocks
         self.inputs: dict[int, list[Tensor]] = {}
         self.rows: dict[int, Tensor] = {}
+        # By block: directions that hold all of these inputs, and the covariance without them among those.
+        self.left: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def receive(self, site: int, number: int, column: int | None, seen: Seen | Summed) -> None:
-        assert isinstance(seen, Seen)
+    def receive(self, site: int, number: int, column: int | None, seen: Seen) -> None:
         block = self.blocks[number]
         groups, outputs, columns = block.size
         if seen.index is not None:
@@ -206,16 +280,21 @@ class _Own:
         self.inputs.setdefault(number, []).append(a)
 
     def variance(self, state: LayerState, number: int, j: Tensor) -> float:
-        """``j (I ⊗ P') jᵀ`` for ``j (G, O, I)``, with ``P'`` without these inputs."""
-        factor, edge = state.factors[number], state.edges[number]
+        """``j (I ⊗ P') jᵀ`` for ``j (G, O, I)``, with ``P'`` without these inputs.
+
+        A row of derivatives is a sum of this example's own inputs, so the directions that these span are enough.
+        """
+        factor = state.factors[number]
         if isinstance(factor, (RowFactor, TiedFactor)):
             return self._table_variance(state, number, j)
-        w = factor.whiten(j)  # (G, O, I)
         if number not in self.inputs:
-            return float(w.square().sum())
-        a = torch.cat(self.inputs[number]).transpose(0, 1)  # (G, T, I)
-        b = factor.whiten(a) / edge.inputs.to(a).sqrt()[:, None, None]
-        return float(_without(w, b))
+            return float(factor.whiten(j.double()).square().sum())
+        if number not in self.left:
+            a = torch.cat(self.inputs[number]).transpose(0, 1)  # (G, T, I)
+            self.left[number] = _left(factor, a, state.edges[number].inputs.to(a))
+        directions, covariance = self.left[number]
+        along = (j @ directions.to(j)).double()
+        return float(((along @ covariance) * along).sum())
 
     def _table_variance(self, state: LayerState, number: int, j: Tensor) -> float:
         """Of a table, tied or not: rows are released, inputs of the tied layer are not (fewer directions open)."""
@@ -226,31 +305,37 @@ class _Own:
         fewer = torch.zeros_like(rows) if counts is None else counts.to(rows)
         before = 1 + rows.double() / edge.rows
         after = 1 + (rows - fewer).clamp_min(0).double() / edge.rows
-        squares = _row_squares(factor, j)  # (O, k), with the gains of before
         if isinstance(factor, RowFactor):
-            return float((squares.sum(1) * before / after).sum())
+            read = fewer.nonzero()[:, 0]  # other rows have no derivatives
+            squares = (j[0, read].double() * factor.gains[read, None]).square().sum(1)
+            return float((squares * before[read] / after[read]).sum())
         assert isinstance(factor, TiedFactor)
+        squares = ((j.double() @ factor.directions)[0] * factor.gains).square()  # (O, k)
         gains = factor.gains.square()
         released = (gains.reciprocal() - before[:, None] + after[:, None]).reciprocal()
         return float((squares / gains * released).sum())
 
 
-def _row_squares(factor: Factor, j: Tensor) -> Tensor:
-    if isinstance(factor, TiedFactor):
-        return ((j @ factor.directions.to(j))[0] * factor.gains.to(j)).square()
-    return factor.whiten(j)[0].square()
+def _left(factor: Factor, a: Tensor, edge: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal ``Q (G, I, k)`` that span the inputs ``a (G, T, I)``, and ``Qᵀ P' Q``, ``P'`` without these inputs.
 
-
-def _without(w: Tensor, b: Tensor) -> Tensor:
-    """``Σ w (I - bᵀb)⁻¹ wᵀ`` for ``w (G, O, I)`` and ``b (G, T, I)``, on the smaller side."""
-    _, tokens, columns = b.shape
-    if tokens <= columns:
-        eye = torch.eye(tokens, dtype=b.dtype, device=b.device)
-        along = b @ w.mT  # (G, T, O)
-        extra = torch.linalg.solve(_safe(eye - b @ b.mT), along)
-        return w.square().sum() + (along * extra).sum()
-    eye = torch.eye(columns, dtype=b.dtype, device=b.device)
-    return (w.mT * torch.linalg.solve(_safe(eye - b.mT @ b), w.mT)).sum()
+    ``P'⁻¹ = P⁻¹ - aᵀ a / δ``; with the root ``R`` of ``P`` and ``s = R aᵀ / √δ``, ``P' = Rᵀ (I - s sᵀ)⁻¹ R``.
+    """
+    _, tokens, columns = a.shape
+    if tokens < columns:
+        directions = torch.linalg.qr(a.mT).Q
+        white = factor.whiten(directions.mT)  # (G, k, I)
+        inner = white @ white.mT  # Qᵀ P Q
+        seen = a @ directions / edge.sqrt()[:, None, None]
+        along = seen @ inner
+        eye = torch.eye(tokens, dtype=a.dtype, device=a.device)
+        return directions, inner + along.mT @ torch.linalg.solve(
+            _safe(eye - along @ seen.mT), along
+        )
+    directions = torch.eye(columns, dtype=a.dtype, device=a.device).expand(len(a), -1, -1)
+    root = factor.whiten(directions).mT
+    s = factor.whiten(a).mT / edge.sqrt()[:, None, None]  # (G, I, T)
+    return directions, root.mT @ torch.linalg.solve(_safe(directions - s @ s.mT), root)
 
 
 def _safe(matrix: Tensor) -> Tensor:
@@ -267,8 +352,9 @@ def guarded_precision(
     Training predictions of the sampled network may move by 0.005 nats on average, those of examples left out by 0.02.
     """
 
-    def excess(alpha: float, count: int = min(SEARCH_SAMPLES, samples)) -> float:
-        found = measure(state, likelihood, alpha, count).divergence / ALLOWED_DIVERGENCE
+    def excess(alpha: float, *, whole: bool = False) -> float:
+        count, examples = (samples, 0) if whole else (min(SEARCH_SAMPLES, samples), SEARCH_EXAMPLES)
+        found = measure(state, likelihood, alpha, count, examples).divergence / ALLOWED_DIVERGENCE
         unseen = 0.0 if left_out is None else left_out / alpha / ALLOWED_LEFT_OUT
         return max(found, unseen) if not math.isnan(found) else math.inf
 
@@ -292,6 +378,6 @@ def guarded_precision(
         else:
             low = middle
     # The search went by few samples; what it found has to do for all that the certificate looks at.
-    while (value := excess(high, samples)) > 1:
+    while (value := excess(high, whole=True)) > 1:
         high *= max(1.05, 1.02 * min(value, 1e3))
     return high

@@ -24,6 +24,7 @@ from nullbayes.model.last_layer import resolved
 from nullbayes.model.parameters import ParameterChoice
 from nullbayes.model.randomness import FrozenRandomness, resolve_randomness
 from nullbayes.posterior.base import Posterior
+from nullbayes.posterior.layers import LayerNullSpacePosterior
 from nullbayes.solvers import Solver
 
 
@@ -68,6 +69,8 @@ class NullSpacePosterior(Posterior):
         delta: the edge of the null space, relative to the prior precision; 0: the exact projection,
             refined until ``tolerance``.
         drift: the former name of ``row_drift``.
+        within: a fitted `LayerNullSpacePosterior` of the same network with ``delta`` above 0, whose covariance is the
+            prior: all data through the moments of its layers, and those of ``fit`` through their rows.
         curvature: which rows stand for the output Hessian of ``preserve="predictions"``: ``"gauss-newton"`` the
             Hessian itself; ``"empirical-fisher"`` each example's gradient at its label; ``"sampled-fisher"`` (or
             ``nb.SampledFisher(samples, seed)``) gradients at labels drawn from the prediction. The latter two take
@@ -75,6 +78,9 @@ class NullSpacePosterior(Posterior):
         prior_mean: the mean of the prior ``N(m, Λ⁻¹)``: ``"zero"``, a number, a vector ``(P,)``, or a tensor for each
             name; the weights before fine-tuning, say. It enters the evidence alone, and with it the prior precision:
             the posterior's own mean is the trained network, which stands for the maximum under that prior.
+        process_group: the processes that work together: None: all of `torch.distributed`'s default group, where one is
+            initialised; False: this one alone; a group, or a device mesh of one dimension. All of them make the same
+            calls.
 
     Raises:
         InputError: an argument that cannot be used.
@@ -100,8 +106,10 @@ class NullSpacePosterior(Posterior):
         draws: int | None = None,
         delta: float = 1e-4,
         drift: float | None = None,
+        within: LayerNullSpacePosterior | None = None,
         curvature: str | Preserve = "gauss-newton",
         prior_mean: PriorMean = "zero",
+        process_group: Any = None,
     ) -> None:
         number = isinstance(delta, (int, float)) and not isinstance(delta, bool)
         if not number or not 0 <= delta < math.inf:
@@ -111,11 +119,15 @@ class NullSpacePosterior(Posterior):
         chosen = resolved(unwrapped(model), parameters)
         functional = functional_model(model, chosen, forward, explained.layouts, frozen)
         functional.last_layer = chosen is not parameters
+        prior = None if within is None else within.as_prior(functional)
         rows = with_curvature(preserve, curvature, directions)
-        problem = Problem.of(functional, explained, rows, directions, prior_precision, prior_mean)
+        problem = Problem.of(
+            functional, explained, rows, directions, prior_precision, prior, prior_mean
+        )
         row_drift = _row_drift(row_drift, drift)
         target = NullSpace(float(delta))
         super().__init__(problem, Settings.of(target, solver, tolerance, row_drift, memory))
+        self.process_group = process_group
 
 
 class LaplacePosterior(Posterior):
@@ -127,7 +139,7 @@ class LaplacePosterior(Posterior):
     Args:
         tolerance: of an iterative solver: a bound on a sample's error beside the sample itself.
         model, likelihood, preserve, loss, parameters, prior_precision, solver, directions, forward, row_drift, memory,
-            randomness, draws, drift, curvature, prior_mean: as those of :class:`NullSpacePosterior`.
+            randomness, draws, drift, curvature, prior_mean, process_group: as those of :class:`NullSpacePosterior`.
 
     Raises:
         InputError: an argument that cannot be used.
@@ -154,6 +166,7 @@ class LaplacePosterior(Posterior):
         drift: float | None = None,
         curvature: str | Preserve = "gauss-newton",
         prior_mean: PriorMean = "zero",
+        process_group: Any = None,
     ) -> None:
         explained = resolve_loss(likelihood, loss, "classification")
         frozen = resolve_randomness(randomness, draws)
@@ -161,10 +174,13 @@ class LaplacePosterior(Posterior):
         functional = functional_model(model, chosen, forward, explained.layouts, frozen)
         functional.last_layer = chosen is not parameters
         rows = with_curvature(preserve, curvature, directions)
-        problem = Problem.of(functional, explained, rows, directions, prior_precision, prior_mean)
+        problem = Problem.of(
+            functional, explained, rows, directions, prior_precision, prior_mean=prior_mean
+        )
         row_drift = _row_drift(row_drift, drift)
         target = FullLaplace(1.0)
         super().__init__(problem, Settings.of(target, solver, tolerance, row_drift, memory))
+        self.process_group = process_group
 
 
 def _row_drift(row_drift: float | None, drift: float | None) -> float | None:
@@ -192,6 +208,7 @@ def plan(
     randomness: str | FrozenRandomness | None = None,
     draws: int | None = None,
     delta: float = 1e-4,
+    within: LayerNullSpacePosterior | None = None,
     curvature: str | Preserve = "gauss-newton",
     prior_mean: PriorMean = "zero",
     num_samples: int = 30,
@@ -221,6 +238,7 @@ def plan(
         randomness=randomness,
         draws=draws,
         delta=delta,
+        within=within,
         curvature=curvature,
         prior_mean=prior_mean,
     )

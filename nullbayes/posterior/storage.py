@@ -22,8 +22,9 @@ from nullbayes.errors import NullBayesError, NullBayesWarning, StorageError
 from nullbayes.fit.result import Fit
 from nullbayes.fit.target import Target
 from nullbayes.likelihood import Likelihood, likelihood_from_config
+from nullbayes.model.adapters import MERGED
 from nullbayes.model.fingerprint import fingerprint
-from nullbayes.model.parameters import ParameterSpace
+from nullbayes.model.parameters import HALF, WRAPPED, ParameterSpace
 from nullbayes.posterior.calibration import CalibrationPath
 from nullbayes.posterior.description import DescriptionError, check_settings, parsed
 
@@ -49,7 +50,7 @@ def write_posterior(
         "version": VERSION if beside or problem.layers else PLAIN,
         "names": list(space.names),
         "shapes": [list(slot.shape) for slot in space.slots],
-        "dtype": str(space.dtype),
+        "dtype": str(samples.dtype),
         "fingerprint": fingerprint(model),
         "settings": settings,
     }
@@ -88,6 +89,7 @@ def signed(text: str, tensors: dict[str, Tensor]) -> dict[str, str]:
 def described(fit: Fit, target: Target, calibration: CalibrationPath | None) -> dict[str, Any]:
     """The settings and figures of a fit that a file holds beside its samples; JSON-able."""
     problem, frozen = fit.problem, fit.problem.randomness
+    conventions = problem.functional.conventions
     return {
         "likelihood": problem.likelihood.config(),
         "preserve": problem.preserve.name,
@@ -100,6 +102,7 @@ def described(fit: Fit, target: Target, calibration: CalibrationPath | None) -> 
         "seed": fit.seed,
         "certificate": fit.certificate.as_dict(),
         "calibration": None if calibration is None else calibration.as_dict(),
+        "conventions": None if conventions is None else conventions.config(),
     }
 
 
@@ -110,6 +113,9 @@ def restored(
     path = settings["calibration"]
     if settings.get("layers"):
         problem = replace(problem, layers=dict(settings["layers"]))
+    conventions, found = problem.functional.conventions, settings.get("conventions")
+    if conventions is not None and found:  # files of earlier versions have none
+        conventions.restore(found)
     fit = Fit(
         problem,
         samples,
@@ -167,6 +173,19 @@ class Stored:
                 "it was written by another version of nullbayes or changed since. Fit and save it again."
             ) from error
 
+    def plain(self, model: nn.Module) -> Stored:
+        """With the names of ``model`` where version 0.1 wrote those of a data-parallel wrapper around it."""
+        known = dict(model.named_parameters())
+        if any(n in known or n.removeprefix(WRAPPED) not in known for n in self.names):
+            return self
+        settings = self.settings
+        if isinstance(settings["prior"], dict):
+            settings["prior"] = {n.removeprefix(WRAPPED): v for n, v in settings["prior"].items()}
+        prints = {n.removeprefix(WRAPPED): v for n, v in self.meta["fingerprint"].items()}
+        names = [n.removeprefix(WRAPPED) for n in self.names]
+        meta = {**self.meta, "names": names, "fingerprint": prints, "settings": settings}
+        return replace(self, meta=meta)
+
     def check_model(self, model: nn.Module) -> None:
         """Raise :class:`StorageError` unless ``model`` is the one that the file was written for."""
         named = dict(model.named_parameters())
@@ -175,7 +194,7 @@ class Stored:
         if missing:
             raise StorageError(
                 f"{self.path} belongs to a model with parameters {missing[:4]}, which this "
-                f"{type(model).__name__} does not have. Build the same architecture."
+                f"{type(model).__name__} does not have. Build the same architecture. {MERGED}"
             )
         shapes = [n for n, shape in wanted.items() if list(named[n].shape) != shape]
         if shapes:
@@ -195,7 +214,7 @@ class Stored:
 
     def samples(self, space: ParameterSpace) -> Tensor:
         """Samples ``(S, P)`` on the model's device and in its dtype."""
-        if str(space.dtype) != self.meta["dtype"]:
+        if self.tensor.dtype not in (space.dtype, *HALF):
             warnings.warn(
                 f"{self.path} holds {self.meta['dtype']} samples, the model is {space.dtype}: they are "
                 "converted, and the certificate speaks of the original.",
@@ -216,7 +235,9 @@ class Stored:
             sizes = [math.prod(shape) for shape in self.meta["shapes"]]
             parts = dict(zip(self.names, tensor.split(sizes, dim=1), strict=True))
             tensor = torch.cat([parts[name] for name in space.names], dim=1)
-        return tensor.to(device=space.device, dtype=space.dtype)
+        # Samples that were asked for in half precision stay so; any other dtype follows the model's.
+        dtype = tensor.dtype if tensor.dtype in HALF else space.dtype
+        return tensor.to(device=space.device, dtype=dtype)
 
 
 def read_posterior(path: str | os.PathLike[str]) -> Stored:

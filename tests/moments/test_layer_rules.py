@@ -126,7 +126,7 @@ def test_sums_of_slices_equal_those_of_patches(kind: Kind, monkeypatch: pytest.M
     functional, blocks = prepared(model, inputs)
     slices, _ = seen_by(functional, blocks, inputs)
     used: list[int] = []
-    monkeypatch.setattr("nullbayes.moments.convolution._SLICE_BYTES", 0)
+    monkeypatch.setattr("nullbayes.moments.convolution.ConvSummer.add", lambda *a: False)
     patches = convolution.patches
     monkeypatch.setattr(convolution, "patches", lambda *a: used.append(1) or patches(*a))
     written, _ = seen_by(functional, blocks, inputs)
@@ -141,7 +141,8 @@ def test_patches_in_several_parts_are_all_counted(monkeypatch: pytest.MonkeyPatc
     functional, blocks = prepared(model, inputs)
     whole, _ = seen_by(functional, blocks, inputs)
     monkeypatch.setattr("nullbayes.moments.convolution._PATCH_BYTES", 1)
-    monkeypatch.setattr("nullbayes.moments.second._CHUNK_BYTES", 1)
+    monkeypatch.setattr("nullbayes.moments.products.ROWS", 3)
+    monkeypatch.setattr("nullbayes.moments.shifts._PIECE_BYTES", 1)
     parts, _ = seen_by(functional, blocks, inputs)
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a.inputs.values, b.inputs.values)

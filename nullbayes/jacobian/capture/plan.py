@@ -46,9 +46,8 @@ class CapturePlan:
     # of all batches can be multiplied with one another.
     written_out: dict[tuple[str, ...], bool] = field(default_factory=dict)
 
-    # Kinds of batches whose rows were proved, and those whose examples are known to be functions of themselves.
+    # Kinds of batches whose rows were proved.
     proved: SignatureSet = field(default_factory=SignatureSet)
-    separated: SignatureSet = field(default_factory=SignatureSet)
     # Parameters that no example so far has a gradient path to.
     unreached: set[str] = field(default_factory=set)
     # The number of the next example of the training data.

@@ -139,7 +139,7 @@ def _reference_rows(
                     plan.unreached.discard(slot.name)
                     g = g.to_dense() if g.is_sparse else g
                     rows[n * count + c, slot.start : slot.stop] = g.reshape(-1)
-    return rows
+    return space.fix_(rows)
 
 
 def _captured_rows(

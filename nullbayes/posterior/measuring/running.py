@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nullbayes.common.processes import Processes
 from nullbayes.common.progress import Stages, stages
+from nullbayes.constraints.shared_rows import everyones
 from nullbayes.errors import InputError
 from nullbayes.metrics import roc_curve
 from nullbayes.model.loader import batches
+from nullbayes.model.shares import Share, shared
 from nullbayes.posterior.measuring.data import as_loader
 from nullbayes.posterior.measuring.estimates import Estimate, auroc, fpr95, mean, threshold, verdict
 from nullbayes.posterior.measuring.methods import (
@@ -31,7 +34,7 @@ from nullbayes.posterior.measuring.records import Records
 from nullbayes.posterior.measuring.showing import Show
 
 if TYPE_CHECKING:
-    from nullbayes.posterior.base import Posterior
+    from nullbayes.posterior.measuring.subject import Subject
 
 RATES = (0.01, 0.05, 0.10)
 SHOWN = 6  # inputs of each sort
@@ -46,15 +49,16 @@ MOST_ROWS = 50
 class Question:
     """What `nullbayes.Posterior.evaluate` was asked; see there."""
 
-    posterior: Posterior
+    posterior: Subject
     test: Any
     shifted: Mapping[str, Any] | None
     train: Any
     validation: Any
-    against: Sequence[Posterior] | Mapping[str, Posterior]
+    against: Sequence[Subject] | Mapping[str, Subject]
     slices: Mapping[str, Any] | None
     show: Show | None
     progress: bool
+    processes: Processes | None = None
 
 
 @dataclass
@@ -78,7 +82,6 @@ def measured(question: Question) -> Found:
         NotFittedError: no posterior yet. InputError: data, slices or posteriors that cannot be used.
     """
     posterior = question.posterior
-    posterior._fitted()
     posterior._check_model()
     data = _loaders(question)
     _check_first(posterior, data)
@@ -87,17 +90,22 @@ def measured(question: Question) -> Found:
         methods = [m for s in sources for m in s.methods]
         _check_keys(methods)
         main = sources[0].methods[-1].key
-        test = Pass(sources, main, question.slices, SHOWN).labelled(data["test"], "test", stage)
+        some = question.processes
+        test = Pass(sources, main, question.slices, SHOWN, some).labelled(
+            data["test"], "test", stage
+        )
         shifts = {
-            name: Pass(sources, main, None, SHOWN).unlabelled(
+            name: Pass(sources, main, None, SHOWN, some).unlabelled(
                 data[f"shifted[{name!r}]"], f"shifted[{name!r}]", stage
             )
             for name in question.shifted or {}
         }
-        train = _train(sources, main, data.get("train"), stage)
+        train = _train(Pass(sources, main, processes=some), data.get("train"), stage)
         ordinary = test
         if "validation" in data:
-            ordinary = Pass(sources[:1], main).unlabelled(data["validation"], "validation", stage)
+            ordinary = Pass(sources[:1], main, processes=some).unlabelled(
+                data["validation"], "validation", stage
+            )
     found = Found()
     _compare(found, test.records)
     found.train = {key: _trained(records) for key, records in train.items()}
@@ -134,21 +142,24 @@ def _loaders(question: Question) -> dict[str, Any]:
     for key, value in (question.shifted or {}).items():
         name = f"shifted[{key!r}]"
         out[name] = as_loader(value, name, dtype, labelled=False)
+    if question.processes is not None:
+        out = {name: shared(loader, question.processes, name) for name, loader in out.items()}
     return out
 
 
-def _check_first(posterior: Posterior, data: Mapping[str, Any]) -> None:
+def _check_first(posterior: Subject, data: Mapping[str, Any]) -> None:
     """The first batch of each set goes through the network, so that hours of work are not lost to the last set."""
     functional = posterior.functional
     free = functional.layouts is not None
     shape = None
     for name, loader in data.items():
         shifted = name.startswith("shifted")
-        first = next(batches(loader, functional.device, name, free=free or shifted))
+        some = loader.probe if isinstance(loader, Share) else loader
+        first = next(batches(some, functional, name, free=free or shifted))
         where = f"{name}, batch {first[0]}"
         outputs = functional.outputs(functional.keyed(first[1], [0]), where)
         if not shifted:
-            posterior.problem.checked_targets(outputs, first[2], where)
+            posterior.likelihood.checked_targets(outputs, first[2], where)
         shape = outputs.ndim if shape is None else shape
         if outputs.ndim != shape:
             raise InputError(
@@ -162,13 +173,14 @@ def _sources(question: Question, validation: Any) -> list[Source]:
     functional = posterior.functional
 
     def outputs() -> Iterator[tuple[Tensor, Any]]:
+        return everyones(own_outputs(), validation)
+
+    def own_outputs() -> Iterator[tuple[Tensor, Any]]:
         free = functional.layouts is not None
-        for index, inputs, targets in batches(
-            validation, functional.device, "validation", free=free
-        ):
+        for index, inputs, targets in batches(validation, functional, "validation", free=free):
             where = f"validation, batch {index}"
             point = functional.outputs(functional.keyed(inputs, [0]), where)
-            yield point, posterior.problem.checked_targets(point, targets, where)
+            yield point, posterior.likelihood.checked_targets(point, targets, where)
 
     others = other_sources(question.against)
     return [own_source(posterior, validation, outputs), *others]
@@ -181,8 +193,8 @@ def _check_keys(methods: Sequence[Method]) -> None:
         raise InputError(f"`against` names two posteriors {twice}; give each a name of its own.")
 
 
-def _train(sources: list[Source], main: str, loader: Any, stage: Stages) -> dict[str, Records]:
-    return {} if loader is None else Pass(sources, main).training(loader, "train", stage)
+def _train(walk: Pass, loader: Any, stage: Stages) -> dict[str, Records]:
+    return {} if loader is None else walk.training(loader, "train", stage)
 
 
 # -- figures ---------------------------------------------------------------------------------------
@@ -251,7 +263,7 @@ def _tells(method: Method, score: str) -> bool:
     return score not in ("max_softmax", "energy")
 
 
-def _classes(test: Passed, posterior: Posterior) -> dict[str, dict[str, Any]]:
+def _classes(test: Passed, posterior: Subject) -> dict[str, dict[str, Any]]:
     records = test.records
     groups, counts = records[NETWORK].group.unique(return_counts=True)
     kind = kind_of(posterior.likelihood)
@@ -320,8 +332,8 @@ def _details(
     main = sources[0].methods[-1].key
     keepers = {f"test: {sort}": keeper for sort, keeper in test.keepers.items()}
     keepers |= {name: passed.keepers["novel"] for name, passed in shifts.items()}
-    certificate = posterior.certificate
-    audit, path = certificate.audit, sources[0].path
+    certificate, path = posterior.certificate, sources[0].path
+    audit = getattr(certificate, "audit", None)
     return {
         "task": kind_of(likelihood),
         "score_name": likelihood.score_name,
@@ -391,23 +403,23 @@ def _histograms(inside: Tensor, outside: Mapping[str, Tensor]) -> dict[str, Any]
 def _lasting(certificate: dict[str, Any]) -> dict[str, Any]:
     """Without what no second run would find again: one question, one file."""
     kept = {k: v for k, v in certificate.items() if k not in _OF_THE_RUN}
-    if kept["audit"] is not None:
+    if kept.get("audit") is not None:
         kept["audit"] = {k: v for k, v in kept["audit"].items() if k not in _OF_THE_RUN}
     return kept
 
 
-def _settings(posterior: Posterior) -> dict[str, Any]:
-    preserves = posterior._settings.target.preserves
+def _settings(posterior: Subject) -> dict[str, Any]:
+    about = posterior._described()
     return {
         "model": type(posterior.model).__name__,
         "weights": posterior.space.total,
         "posterior": type(posterior).__name__,
         "likelihood": repr(posterior.likelihood)[:200],
-        "preserves": posterior.preserve.describe() if preserves else "nothing",
+        "preserves": about["preserves"],
         "samples": posterior.num_samples,
-        "seed": posterior._fitted().seed,
+        "seed": about["seed"],
         "prior precision": posterior.prior_precision,
-        "predictive": "linearised",
+        "predictive": about["predictive"],
     }
 
 

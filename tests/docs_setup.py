@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -110,6 +112,31 @@ def segmenter() -> Names:
     }
 
 
+def language() -> Names:
+    """A tiny BERT with three classes, from its configuration, and twelve texts; peft is needed, too."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=3,
+    )
+    texts = {
+        "input_ids": torch.randint(2, 50, (12, 8)),
+        "attention_mask": torch.ones(12, 8, dtype=torch.long),
+        "labels": torch.arange(12) % 3,
+    }
+    return {
+        "model": transformers.BertForSequenceClassification(config).eval(),
+        "texts": texts,
+    }
+
+
 SETUPS: dict[str, Callable[[], Names]] = {
-    function.__name__: function for function in (classifier, regressor, segmenter)
+    function.__name__: function for function in (classifier, regressor, segmenter, language)
 }

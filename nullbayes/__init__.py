@@ -23,6 +23,7 @@ from nullbayes.errors import NonFiniteError as NonFiniteError
 from nullbayes.errors import NotFittedError as NotFittedError
 from nullbayes.errors import NullBayesError as NullBayesError
 from nullbayes.errors import NullBayesWarning as NullBayesWarning
+from nullbayes.errors import ProcessError as ProcessError
 from nullbayes.errors import SolverError as SolverError
 from nullbayes.errors import StorageError as StorageError
 from nullbayes.fit.plan import Plan as Plan

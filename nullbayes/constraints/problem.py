@@ -76,8 +76,8 @@ class Problem:
         by_name = problem.precision_by_name is not None or checked == BY_LAYER
         if within is not None and by_name:
             raise InputError(
-                "`prior_precision` is one for each parameter or layer, beside `within`, which is a prior of its own; pass "
-                'a number, or "evidence".'
+                "`prior_precision` is one for each parameter or layer, beside `within`, which is a prior of its own; "
+                'pass a number, or "evidence".'
             )
         functional.space.scales(problem.precision_by_name)  # raises on wrong names
         functional.reading = likelihood.reading

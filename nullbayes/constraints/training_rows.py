@@ -15,6 +15,7 @@ from nullbayes.common.progress import ROWS, Stages
 from nullbayes.constraints.directions import Cotangents
 from nullbayes.constraints.memory_budget import FitMemory
 from nullbayes.constraints.problem import Problem
+from nullbayes.constraints.shared_rows import APART, everyones, is_probe, start_of, together
 from nullbayes.jacobian.block_storage import Keeper
 from nullbayes.jacobian.capture.batches import capture_batch, ready
 from nullbayes.jacobian.capture.plan import CapturePlan
@@ -22,7 +23,7 @@ from nullbayes.jacobian.operator import JacobianOperator, check_block
 from nullbayes.likelihood import Regression
 from nullbayes.model.batch import Inputs, batch_size, select, take, tensor_leaves
 from nullbayes.model.last_layer import check_last_layer
-from nullbayes.model.loader import limited
+from nullbayes.model.shares import share_of
 
 # Examples at most: predicting them linearised costs as much as capturing their rows.
 CHECK_EXAMPLES = 10_000
@@ -46,6 +47,12 @@ class TrainingRows:
     observed: int = 0  # numbers that the targets consist of
     trace: float = 0.0  # of all output Hessians
     problem: Problem | None = None
+    start: int = 0  # the number of the first example that this process has, see ``shared_rows.py``
+    chances: list[float] = field(default_factory=list)  # by which those that are audited were drawn
+
+    def span(self, number: int) -> slice:
+        """The rows of an example that this process has."""
+        return self.spans[number - self.start]
 
     @property
     def asked(self) -> Problem:
@@ -114,14 +121,14 @@ def with_fitted_noise(
         return problem
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-        tracked = limited(functional, loader, "train_loader", limit)
+        tracked = share_of(functional, loader, "train_loader", limit)
         for index, inputs, targets in stage.track(tracked, "observation noise"):
             where = f"train_loader, batch {index}"
             outputs = functional.outputs(inputs, where)
             likelihood.validate(outputs, targets, where)
             yield outputs, targets
 
-    likelihood.fit_noise(pairs())
+    likelihood.fit_noise(everyones(pairs(), loader))
     return problem
 
 
@@ -149,9 +156,10 @@ def capture_training(
     """
     functional = problem.functional
     capturing: _Capturing | None = None
+    start = start_of(problem, loader)
     name = "train_loader" if plan is None else "more"
     track = stage.track(loader, ROWS)
-    for index, inputs, targets in limited(functional, track, name, limit):
+    for index, inputs, targets in share_of(functional, loader, name, limit, track, probe=True):
         where = f"{name}, batch {index}"
         outputs = functional.outputs(inputs, where)
         targets = problem.checked_targets(outputs, targets, where)
@@ -160,10 +168,12 @@ def capture_training(
             problem.likelihood.check_reach(outputs, targets)
             if functional.last_layer:
                 check_last_layer(functional, inputs)
-            capturing = _Capturing(problem, plan, memory, Reservoir(audited, 0, memory.check))
-        capturing.add(inputs, outputs, targets)
+            drawing = Reservoir(audited, 0, memory.check, start)
+            capturing = _Capturing(problem, plan, memory, drawing, start)
+        if not is_probe(loader):
+            capturing.add(inputs, outputs, targets)
     assert capturing is not None
-    return capturing.finish()
+    return together(capturing.finish, capturing.plan, loader, audited)
 
 
 class _Capturing:
@@ -174,7 +184,12 @@ class _Capturing:
     """
 
     def __init__(
-        self, problem: Problem, plan: CapturePlan, memory: FitMemory, audited: Reservoir
+        self,
+        problem: Problem,
+        plan: CapturePlan,
+        memory: FitMemory,
+        audited: Reservoir,
+        start: int,
     ) -> None:
         self.problem, self.plan, self.memory = problem, plan, memory
         self.numbered = plan.numbered  # examples of earlier calls, whose rows these will join
@@ -191,7 +206,8 @@ class _Capturing:
         self.trace, self.discarded = 0.0, 0.0
         self.checked: list[tuple[Inputs, Any]] = []
         self.checked_numbers: list[range] = []
-        self.left, self.count = memory.check, 0
+        # The first of all examples, of which those before ``start`` are other processes'.
+        self.left, self.count = memory.check, min(start % APART, CHECK_EXAMPLES)
         self.loss, self.least_loss, self.observed = 0.0, 0.0, 0
 
     def add(self, inputs: Inputs, outputs: Tensor, targets: Any) -> None:
@@ -261,12 +277,14 @@ class _Capturing:
             self.observed,
             self.trace,
             self.problem,
+            chances=self.audited.chances,
         )
 
 
 def _spans(operator: JacobianOperator, numbers: list[Tensor], examples: int) -> list[slice]:
     """The rows of each example: blocks hold them in the order in which they were captured."""
-    spans, order, at, done = [slice(0, 0)] * examples, torch.cat(numbers).tolist(), 0, 0
+    spans, at, done = [slice(0, 0)] * examples, 0, 0
+    order = torch.cat(numbers).tolist() if numbers else []
     for block in operator.blocks:
         for number in order[done : done + block.examples]:
             spans[number] = slice(at, at + block.cotangents)

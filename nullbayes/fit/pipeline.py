@@ -21,11 +21,11 @@ from nullbayes.certificate.certificate import Certificate
 from nullbayes.certificate.leave_one_out import held_out, left_out
 from nullbayes.certificate.measure import GuaranteeCheck
 from nullbayes.common.memory import (
-    available_bytes,
     explained_out_of_memory,
     format_bytes,
     peak_bytes,
 )
+from nullbayes.common.processes import Processes
 from nullbayes.common.progress import (
     AUDIT,
     CERTIFICATE,
@@ -38,7 +38,7 @@ from nullbayes.common.progress import (
     Stages,
     stages,
 )
-from nullbayes.constraints.memory_budget import FitMemory, default_budget
+from nullbayes.constraints.memory_budget import FitMemory
 from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import TrainingRows, capture_training, with_fitted_noise
 from nullbayes.errors import MemoryBudgetError, ModelError
@@ -49,13 +49,15 @@ from nullbayes.fit.prior_samples import standard_normal
 from nullbayes.fit.projection import Work, projected
 from nullbayes.fit.result import Fit, Run, Settings
 from nullbayes.fit.target import DELTA
+from nullbayes.fit.together import any_of, own_budget, processes_of
 from nullbayes.jacobian.block_storage import fits_on_disk
 from nullbayes.jacobian.linearise import linearised_outputs
-from nullbayes.jacobian.operator import JacobianOperator
+from nullbayes.jacobian.operator import JacobianOperator, RowOperator
 from nullbayes.model.adapters import remarks
 from nullbayes.model.fingerprint import fingerprint, quick_digest
 from nullbayes.model.parameters import padding_notes
 from nullbayes.solvers import Choice, Projection, Size, State, choose
+from nullbayes.solvers.agreement import Agreed
 from nullbayes.solvers.base import relative
 from nullbayes.solvers.block_cg import row_norms
 
@@ -70,7 +72,7 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
         MemoryBudgetError: the plan does not fit the budget, or the machine ran out of memory.
     """
     laps, before = Laps(), quick_digest(problem.functional.model)
-    budget = settings.memory or default_budget(available_bytes(problem.device))
+    budget = settings.memory or own_budget(problem.device, processes_of(loader))
     with explained_out_of_memory(budget), stages(show=run.progress) as stage:
         problem = with_fitted_noise(problem, loader, run.max_examples, stage)
         memory = FitMemory.of(budget, run.num_samples, problem.space.total, problem.dtype)
@@ -128,6 +130,15 @@ class Fitting:
         self.begin: Tensor | None = None
 
     @property
+    def processes(self) -> Processes | None:
+        """Those that hold the rows together."""
+        return self.rows.operator.processes
+
+    def _agreed(self, value: float) -> float:
+        """The first process's, to the last bit."""
+        return value if self.processes is None else self.processes.shared(lambda: value)
+
+    @property
     def identity(self) -> str:
         """Of the network that is fitted around, for checkpoints."""
         return hashlib.sha256(json.dumps(self.digest, sort_keys=True).encode()).hexdigest()
@@ -146,6 +157,7 @@ class Fitting:
             alpha = self.problem.within.precision
         elif self.problem.by_evidence and target.delta:
             alpha, notes = target.precision(state, self.theta, self.stage.towards(PRIOR))
+            alpha = self._agreed(alpha)
         enough = 0.0
         if settings.row_drift is not None:
             expected = alpha
@@ -197,7 +209,7 @@ class Fitting:
         early = self.by_evidence and self.solver.iterative
         held = held_out(problem, self.rows, v) if early else []
 
-        if self.begin is not None and not held:
+        if self.begin is not None and not any_of(self.processes, held):
             self.state.begin_at(self.begin)
 
         def changes(x: Tensor) -> list[Tensor]:
@@ -206,6 +218,8 @@ class Fitting:
             return [linearised_outputs(problem.functional, plan, moved, h.inputs)[1] for h in held]
 
         done, found = projected(work, noise if noise_rows else None, held, changes)
+        if self.processes is not None:  # the samples of one are everyone's, to the last bit
+            done = replace(done, value=self.processes.give_(done.value.contiguous()))
         self.laps.lap(PROJECTION)
         self.prior, self.done, self.held, self.held_changes = v, done, held, found
         #: squared, of all samples and of what they were projected from
@@ -215,9 +229,8 @@ class Fitting:
         gamma = gone / self.run.num_samples if passed else float(self.state.rank or 0)
         if self.by_evidence:
             within = problem.within
-            self.alpha = (
-                null_space_precision(gamma, p, self.theta) if within is None else within.precision
-            )
+            alone = null_space_precision(gamma, p, self.theta)
+            self.alpha = self._agreed(alone if within is None else within.precision)
         self.rank = min(max(round(gamma), 0), m, p)
         self.stored = problem.weight_changes(done.value).to(self.run.stored or problem.dtype)
         if self.run.stored is not None:  # what is measured is what is stored
@@ -227,12 +240,15 @@ class Fitting:
     def check(self) -> tuple[GuaranteeCheck, float | None]:
         """What samples do to training examples, and the evidence's precision before that bounded it."""
         problem, rows = self.problem, self.rows
-        check = GuaranteeCheck(problem, rows.plan, rows.checked, self.stored)
+        check = GuaranteeCheck(problem, rows.plan, rows.checked, self.stored, self.processes)
         if self.settings.target.preserves:
-            check.left_out = [
+            seen = [
                 (problem.functional.outputs(h.inputs), change, h.targets)
                 for h, change in zip(self.held, self.held_changes, strict=False)
-            ] or left_out(problem, self.state, self.prior, rows, check)
+            ]
+            if not any_of(self.processes, seen):
+                seen = left_out(problem, self.state, self.prior, rows, check)
+            check.leave_out(seen)
         evidence = self.alpha if self.by_evidence else None
         if evidence is not None:
             self.alpha = check.bounded_precision(evidence)
@@ -240,7 +256,7 @@ class Fitting:
 
     def audit(self) -> Audit:
         """What samples do to examples of all the data, by someone else than the rows."""
-        self.effects = self.rows.operator.matvec(self.done.value)
+        self.effects = self.rows.operator.mine.matvec(self.done.value)
         self.laps.lap(CERTIFICATE)
         self.auditing = auditing_of(self.problem, self.rows, self.run.audit)
         allowed = max(LEAST_AUDIT, AUDIT_SHARE * self.laps.total)
@@ -310,8 +326,11 @@ def chosen_solver(
     )
     resident = operator.resident
     movable = resident if fits_on_disk(resident, operator.device) else 0
-    choice = choose(settings.solver, size, budget - resident + movable, settings.tolerance)
-    if choice.nbytes > budget - resident + movable:
+    room = budget - resident + movable
+    if operator.processes is not None:
+        room = -round(operator.processes.largest(-room))
+    choice = choose(settings.solver, size, room, settings.tolerance)
+    if choice.nbytes > room:
         raise MemoryBudgetError(
             f"{choice.solver.name} needs {format_bytes(choice.nbytes)} for {m} rows, {p} weights and "
             f"{num_samples} samples, more than the {format_bytes(budget)} of `memory=`. Raise it, draw fewer "
@@ -348,12 +367,13 @@ def where_kept(operator: JacobianOperator) -> list[str]:
 def _measured_rows(
     rows: TrainingRows, done: Projection, prior: Tensor, after: Tensor, alpha: float
 ) -> dict[str, Any]:
-    """What the certificate says of the rows; ``after (S, M)``: samples by all rows, computed outside the solver."""
+    """What the certificate says of the rows; ``after (S, M)``: samples by own rows, computed outside the solver."""
     m, p = rows.operator.shape
     count = len(prior) * rows.examples
+    norms = _norms(rows.operator, after)
     return {
-        "residual": _residual(after, rows.operator.matvec(prior)),
-        "row_drift": (float(row_norms(after).square().sum()) / count / alpha) ** 0.5,
+        "residual": _residual(norms, _norms(rows.operator, rows.operator.mine.matvec(prior))),
+        "row_drift": (float(norms.square().sum()) / count / alpha) ** 0.5,
         "constraints": m,
         "parameters": p,
         "discarded_trace": rows.discarded_trace,
@@ -374,13 +394,15 @@ def extended(fit: Fit, settings: Settings, count: int) -> Fit:
     v, noise = standard_normal(fit.seed, indices, p, noise_rows, fit.unit[:1])
     fit.problem.space.fix_(v)
     done = fit.state.project(v, noise if noise_rows else None)
+    if operator.processes is not None:
+        done = replace(done, value=operator.processes.give_(done.value.contiguous()))
     kept = fit.problem.weight_changes(done.value).to(fit.stored.dtype)
     stored = torch.cat([fit.stored, kept])
     check = fit.check and fit.check.with_more(kept)
     more = kept.to(fit.problem.dtype)
     if fit.stored.dtype != fit.problem.dtype:
         done = replace(done, value=fit.problem.isotropic(more))
-    effects = operator.matvec(done.value)
+    effects = operator.mine.matvec(done.value)
     certificate = fit.certificate.joined(
         _new_samples(fit, done, v, effects),
         None if check is None else check.measure(fit.alpha**-0.5),
@@ -394,10 +416,11 @@ def extended(fit: Fit, settings: Settings, count: int) -> Fit:
 def _new_samples(fit: Fit, done: Projection, prior: Tensor, after: Tensor) -> dict[str, Any]:
     """What a certificate says of samples that were drawn later, by the fit's rows."""
     assert fit.state is not None
-    count = len(prior) * fit.certificate.examples
+    count, operator = len(prior) * fit.certificate.examples, fit.state.operator
+    norms = _norms(operator, after)
     return {
-        "residual": _residual(after, fit.state.operator.matvec(prior)),
-        "row_drift": (float(row_norms(after).square().sum()) / count / fit.alpha) ** 0.5,
+        "residual": _residual(norms, _norms(operator, operator.mine.matvec(prior))),
+        "row_drift": (float(norms.square().sum()) / count / fit.alpha) ** 0.5,
         "prior_share": float(
             row_norms(done.value).square().sum() / row_norms(prior).square().sum()
         ),
@@ -425,5 +448,10 @@ def _squared(vectors: Tensor) -> float:
     return float(row_norms(vectors).square().sum())
 
 
+def _norms(operator: RowOperator, image: Tensor) -> Tensor:
+    """``‖A v‖ (S,)`` from the part of ``A v`` that this process has."""
+    return Agreed(operator.processes).norms(image)
+
+
 def _residual(after: Tensor, before: Tensor) -> float:
-    return float(relative(row_norms(after), row_norms(before)).max())
+    return float(relative(after, before).max())

@@ -13,6 +13,7 @@ from nullbayes.certificate.certificate import Certificate
 from nullbayes.certificate.measure import GuaranteeCheck
 from nullbayes.common.arguments import check_positive
 from nullbayes.common.memory import parse_bytes
+from nullbayes.common.processes import Processes
 from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import TrainingRows
 from nullbayes.errors import InputError
@@ -93,9 +94,10 @@ class Auditing:
     """What it takes to audit samples of a fit.
 
     Attributes:
-        drawn: examples of all the data; ``spans``: by their numbers, the rows that each has.
+        drawn: examples of all the data; ``spans``: by their numbers, the rows that each has among this process's.
         total, batches: how many examples are constrained, and in how many batches their rows were proved.
         reduced: what is audited less than usual, and why.
+        processes, before: those that audit the other examples, and how many of these come first.
     """
 
     drawn: list[Drawn]
@@ -103,6 +105,8 @@ class Auditing:
     total: int
     batches: int
     reduced: str | None
+    processes: Processes | None = None
+    before: int = 0
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from nullbayes.model.reading import as_tensor_output as as_tensor_output
 from nullbayes.model.settling import settle
 from nullbayes.model.structure import Layouts
 from nullbayes.model.transformer import has_nested
+from nullbayes.model.wrapped import check_whole, without_wrapper
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -399,21 +400,15 @@ def functional_model(
     """From a user's arguments. Raises `InputError` or `ModelError` for what cannot be used."""
     model = unwrapped(model)
     space = ParameterSpace.from_model(model, parameters)
+    check_whole(model, space.names)
     return FunctionalModel(model, space, forward, layouts=layouts, randomness=randomness)
 
 
 def unwrapped(model: Any) -> nn.Module:
-    """The module itself, with its own names: ``torch.compile`` and data parallelism wrap it."""
+    """The module itself: ``torch.compile`` and training on several processes wrap it, and hooks need its layers."""
     if not isinstance(model, nn.Module):
         raise InputError(f"`model` is {type(model).__name__}, expected a torch.nn.Module.")
-    inner: nn.Module = model
-    while True:
-        if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = inner.module
-        elif "_orig_mod" in inner._modules:
-            inner = cast(nn.Module, inner._modules["_orig_mod"])
-        else:
-            break
+    inner = without_wrapper(model)
     check_kind(inner)
     return inner
 

@@ -81,6 +81,12 @@ class Scorer:
                 "exact novelty needs the factorisation, which is not stored in files; fit here, or "
                 "use `exact=False`."
             )
+        searched = state is not None and state.explained_flops(outputs) == float("inf")
+        if self.exact and searched and state is not None and not state.alone:
+            raise InputError(
+                "exact novelty of a solver that iterates, on several processes: use `exact=False`, or fit with "
+                "`solver=nb.solvers.DualCholesky()` or `PrimalQR()`."
+            )
         return self.exact
 
     def too_many_rows(self, outputs: int) -> bool:

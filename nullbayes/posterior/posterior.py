@@ -78,6 +78,9 @@ class NullSpacePosterior(Posterior):
         prior_mean: the mean of the prior ``N(m, Λ⁻¹)``: ``"zero"``, a number, a vector ``(P,)``, or a tensor for each
             name; the weights before fine-tuning, say. It enters the evidence alone, and with it the prior precision:
             the posterior's own mean is the trained network, which stands for the maximum under that prior.
+        process_group: the processes that work together: None: all of `torch.distributed`'s default group, where one is
+            initialised; False: this one alone; a group, or a device mesh of one dimension. All of them make the same
+            calls.
 
     Raises:
         InputError: an argument that cannot be used.
@@ -106,6 +109,7 @@ class NullSpacePosterior(Posterior):
         within: LayerNullSpacePosterior | None = None,
         curvature: str | Preserve = "gauss-newton",
         prior_mean: PriorMean = "zero",
+        process_group: Any = None,
     ) -> None:
         number = isinstance(delta, (int, float)) and not isinstance(delta, bool)
         if not number or not 0 <= delta < math.inf:
@@ -123,6 +127,7 @@ class NullSpacePosterior(Posterior):
         row_drift = _row_drift(row_drift, drift)
         target = NullSpace(float(delta))
         super().__init__(problem, Settings.of(target, solver, tolerance, row_drift, memory))
+        self.process_group = process_group
 
 
 class LaplacePosterior(Posterior):
@@ -134,7 +139,7 @@ class LaplacePosterior(Posterior):
     Args:
         tolerance: of an iterative solver: a bound on a sample's error beside the sample itself.
         model, likelihood, preserve, loss, parameters, prior_precision, solver, directions, forward, row_drift, memory,
-            randomness, draws, drift, curvature, prior_mean: as those of :class:`NullSpacePosterior`.
+            randomness, draws, drift, curvature, prior_mean, process_group: as those of :class:`NullSpacePosterior`.
 
     Raises:
         InputError: an argument that cannot be used.
@@ -161,6 +166,7 @@ class LaplacePosterior(Posterior):
         drift: float | None = None,
         curvature: str | Preserve = "gauss-newton",
         prior_mean: PriorMean = "zero",
+        process_group: Any = None,
     ) -> None:
         explained = resolve_loss(likelihood, loss, "classification")
         frozen = resolve_randomness(randomness, draws)
@@ -174,6 +180,7 @@ class LaplacePosterior(Posterior):
         row_drift = _row_drift(row_drift, drift)
         target = FullLaplace(1.0)
         super().__init__(problem, Settings.of(target, solver, tolerance, row_drift, memory))
+        self.process_group = process_group
 
 
 def _row_drift(row_drift: float | None, drift: float | None) -> float | None:

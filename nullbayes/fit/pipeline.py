@@ -220,7 +220,9 @@ class Fitting:
             done = replace(done, value=self.processes.give_(done.value.contiguous()))
         self.laps.lap(PROJECTION)
         self.prior, self.done, self.held, self.held_changes = v, done, held, found
-        gone = float(row_norms(v).square().sum() - row_norms(done.value).square().sum())
+        #: squared, of all samples and of what they were projected from
+        self.sizes = _squared(done.value), _squared(v)
+        gone = self.sizes[1] - self.sizes[0]
         passed = target.numerical or self.state.rank is None
         gamma = gone / self.run.num_samples if passed else float(self.state.rank or 0)
         if self.by_evidence:
@@ -229,6 +231,7 @@ class Fitting:
         self.stored = problem.weight_changes(done.value).to(self.run.stored or problem.dtype)
         if self.run.stored is not None:  # what is measured is what is stored
             self.done = replace(done, value=problem.isotropic(self.stored.to(problem.dtype)))
+            self.sizes = _squared(self.done.value), self.sizes[1]
 
     def check(self) -> tuple[GuaranteeCheck, float | None]:
         """What samples do to training examples, and the evidence's precision before that bounded it."""
@@ -268,6 +271,7 @@ class Fitting:
         """The certificate, and all that a posterior holds from now on."""
         problem, target = self.problem, self.settings.target
         measured = _measured_rows(self.rows, self.done, self.prior, self.effects, self.alpha)
+        measured["prior_share"] = self.sizes[0] / self.sizes[1]
         measured |= check.measure(self.alpha**-0.5)
         self.laps.lap(CERTIFICATE)
         certificate = Certificate(
@@ -366,9 +370,6 @@ def _measured_rows(
     return {
         "residual": _residual(norms, _norms(rows.operator, rows.operator.mine.matvec(prior))),
         "row_drift": (float(norms.square().sum()) / count / alpha) ** 0.5,
-        "prior_share": float(
-            row_norms(done.value).square().sum() / row_norms(prior).square().sum()
-        ),
         "constraints": m,
         "parameters": p,
         "discarded_trace": rows.discarded_trace,
@@ -437,6 +438,10 @@ def rescaled(fit: Fit, alpha: float) -> Fit:
             **fit.check.measure(alpha**-0.5),
         )
     return replace(fit, alpha=alpha, certificate=certificate)
+
+
+def _squared(vectors: Tensor) -> float:
+    return float(row_norms(vectors).square().sum())
 
 
 def _norms(operator: RowOperator, image: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from nullbayes.model.private import Hooks, Modules
 from nullbayes.model.randomness import FrozenRandomness, Replay, keyed
 from nullbayes.model.structure import Layouts
 from nullbayes.model.transformer import has_nested
-from nullbayes.model.wrapped import check_whole, without_wrapper
+from nullbayes.model.wrapped import without_wrapper
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -379,7 +379,6 @@ def functional_model(
     """From a user's arguments. Raises `InputError` or `ModelError` for what cannot be used."""
     model = unwrapped(model)
     space = ParameterSpace.from_model(model, parameters)
-    check_whole(model, space.names)
     return FunctionalModel(model, space, forward, layouts=layouts, randomness=randomness)
 
 

@@ -11,6 +11,8 @@ from nullbayes import jacobian as jacobian
 from nullbayes import moments as moments
 from nullbayes import solvers as solvers
 from nullbayes.certificate.certificate import Certificate as Certificate
+from nullbayes.constraints.fisher import EmpiricalFisher as EmpiricalFisher
+from nullbayes.constraints.fisher import SampledFisher as SampledFisher
 from nullbayes.constraints.preserve import Preserve as Preserve
 from nullbayes.constraints.preserve import register_preserve as register_preserve
 from nullbayes.errors import InputError as InputError
@@ -26,11 +28,14 @@ from nullbayes.errors import SolverError as SolverError
 from nullbayes.errors import StorageError as StorageError
 from nullbayes.fit.plan import Plan as Plan
 from nullbayes.likelihood import Binary as Binary
+from nullbayes.likelihood import Choices as Choices
 from nullbayes.likelihood import Classification as Classification
 from nullbayes.likelihood import Likelihood as Likelihood
 from nullbayes.likelihood import Regression as Regression
 from nullbayes.likelihood import register_likelihood as register_likelihood
 from nullbayes.model.data import Batches as Batches
+from nullbayes.model.ragged import bags as bags
+from nullbayes.model.ragged import ragged as ragged
 from nullbayes.model.randomness import FrozenRandomness as FrozenRandomness
 from nullbayes.posterior.base import Posterior as Posterior
 from nullbayes.posterior.calibration import CalibrationPath as CalibrationPath

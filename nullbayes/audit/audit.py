@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from nullbayes.audit.precision import LARGEST
+
 
 @dataclass(frozen=True)
 class Audit:
@@ -21,6 +23,10 @@ class Audit:
         plain_call: largest distance of the outputs of a plain call of the network from those that rows belong to,
             relative, and ``plain_call_allowed``; None where the network cannot be copied for one.
         methods: how the derivatives were taken.
+        computed_in: the least precise numbers that rows, samples and predictions were computed with, such as "float32".
+        rounds_to: half precision that the deployed network computes with, in its weights or on the way (autocast,
+            casts); None: none. Where ``computed_in`` is finer, the posterior is that of the same network without this
+            rounding, from which a plain call differs by ``plain_call``.
         seconds: what it cost.
         reduced: what was audited less, and why; None where nothing was.
     """
@@ -37,6 +43,8 @@ class Audit:
     batches: int = 0
     plain_call: float | None = None
     plain_call_allowed: float = 0.0
+    computed_in: str | None = None
+    rounds_to: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -75,7 +83,7 @@ class Audit:
         seen = f"{self.examples} of {self.total:,} training examples, each alone, by {ways}"
         if self.passed:
             text = f"Audited on {seen}: samples move what is preserved as the rows say"
-            end = f" (within {_share(self.worst)} of what the prior would do)."
+            end = f" (within {_share(self.worst)} of what the prior would do)." + self._rounding
             return (
                 text + end + (f" Audited less than usual: {self.reduced}." if self.reduced else "")
             )
@@ -91,6 +99,26 @@ class Audit:
             "Figures that come from the rows, the residual among them, do not speak of this network: do not rely on "
             "this posterior. Look for a custom gradient (`torch.autograd.Function`) that is not the derivative, and "
             "for a forward pass that depends on the batch; if there is neither, report it with the model's code."
+        )
+
+    @property
+    def _rounding(self) -> str:
+        """A sentence on half precision, where the network computes with it."""
+        if self.rounds_to is None:
+            return ""
+        if self.computed_in == self.rounds_to:
+            return (
+                f" The network rounds to {self.rounds_to} on the way and does not run without, so its rows are proved "
+                f"within {_share(LARGEST)} and no closer; take casts and autocast out of its forward pass for more."
+            )
+        away = (
+            ""
+            if self.plain_call is None
+            else f", whose outputs differ by {_share(self.plain_call)}"
+        )
+        return (
+            f" Rows, samples and predictions are those of the network computed in {self.computed_in} throughout; the "
+            f"deployed one rounds to {self.rounds_to}{away}."
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nullbayes.audit.precision import FLOOR, on_precision, tolerance
+from nullbayes.audit.precision import FLOOR, LARGEST, on_precision, tolerance
 from nullbayes.errors import ModelError, NullBayesError
-from nullbayes.model.batch import Inputs, batch_size, select
+from nullbayes.model.batch import Inputs, batch_size, select, take
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.parameters import ParameterSpace
 
@@ -29,7 +29,8 @@ from nullbayes.model.parameters import ParameterSpace
 MOST_WEIGHT = 1e3
 # Outputs that are small against the others are compared with this share of the largest.
 SMALL_OUTPUT = 1e-2
-
+# How many times the difference of two plain passes rows may be away from one of them.
+NOISE = 10.0
 
 # Numbers whose copy in float64 fits in a cache.
 CACHED = 2**16
@@ -45,7 +46,7 @@ def plain_gradient(functional: FunctionalModel, inputs: Inputs, cotangents: Tens
         cotangents: ``v (B, *out)``, one for each example.
 
     Returns:
-        In the working precision; zeros where no gradient path leads.
+        In the working precision; zeros where no gradient path leads and at coordinates that stay where they are.
 
     Raises:
         ModelError: the outputs have another shape than the cotangents.
@@ -70,7 +71,16 @@ def plain_gradient(functional: FunctionalModel, inputs: Inputs, cotangents: Tens
             slot = space.by_name[name]
             dense = gradient.to_dense() if gradient.is_sparse else gradient
             found[slot.start : slot.stop] = dense.reshape(-1)
-    return found
+    return space.fix_(found)
+
+
+def gradient_by_examples(functional: FunctionalModel, inputs: Inputs, cotangents: Tensor) -> Tensor:
+    """:func:`plain_gradient`, by one pass for each example: the same but for rounding."""
+    parts = [
+        plain_gradient(functional, take(inputs, n, n + 1), cotangents[n : n + 1])
+        for n in range(len(cotangents))
+    ]
+    return torch.stack(parts).sum(0)
 
 
 def random_weights(cotangents: Tensor, seed: int, index: int) -> tuple[Tensor, Tensor]:
@@ -118,6 +128,7 @@ def gradient_mismatches(
     found: Tensor,
     scale: float | None = None,
     rounding: torch.dtype | None = None,
+    noise: Tensor | None = None,
 ) -> list[str]:
     """Names of the parameters whose part of ``found (P,)`` is not that of ``expected (P,)``.
 
@@ -128,6 +139,8 @@ def gradient_mismatches(
         scale: the size of a whole row; a gradient that is zero in exact arithmetic is held against it. Default:
             the norm of ``expected``.
         rounding: the least precise numbers that the network computes with (autocast inside); None: the working ones.
+        noise: ``(P,)``, by how much two plain passes differ from each other: in an ill-conditioned network, such as
+            one with a LayerNorm of two features, rounding is larger than elsewhere. Capped like everything.
     """
     rounding = rounding or space.dtype
     allowed = tolerance(rounding, space.device)
@@ -136,8 +149,12 @@ def gradient_mismatches(
     bad = []
     for slot in space.slots:
         right, ours = expected[slot.start : slot.stop], found[slot.start : slot.stop]
+        size, apart = _norm(right), floor
+        if noise is not None:
+            seen = NOISE * _norm(noise[slot.start : slot.stop])
+            apart = max(floor, min(seen, LARGEST * size))
         # Numbers that agree are subtracted without an error, so no copy in float64 is needed.
-        if not _norm(ours - right) <= allowed * _norm(right) + floor:  # not a number is a mismatch
+        if not _norm(ours - right) <= allowed * size + apart:  # not a number is a mismatch
             bad.append(slot.name)
     return bad
 

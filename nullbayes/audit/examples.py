@@ -38,8 +38,8 @@ FEWEST = 4
 # is wrong it knows no more than rows do.
 CONFIRMED = 2
 
-#: cotangents ``(C, 1, *out)`` of one example's rows, from its outputs ``(1, *out)`` and targets
-Rows = Callable[[Tensor, Any], Tensor]
+#: cotangents ``(C, 1, *out)`` of one example's rows, from its outputs ``(1, *out)``
+Rows = Callable[[Tensor, Drawn], Tensor]
 
 
 @dataclass(frozen=True)
@@ -191,12 +191,20 @@ def _judged(found: Sequence[Measured], functional: FunctionalModel) -> Audit:
         methods=tuple(dict.fromkeys(m.way for m in found)),
         plain_call=max(plain, default=None),
         plain_call_allowed=_plain_allowed(functional),
+        **_precision(functional),
     )
+
+
+def _precision(functional: FunctionalModel) -> dict[str, Any]:
+    """What the rows were computed in, and what the deployed network rounds to."""
+    rounds_to = functional.rounds_to
+    name = None if rounds_to is None else str(rounds_to).removeprefix("torch.")
+    return {"computed_in": str(functional.rounding).removeprefix("torch."), "rounds_to": name}
 
 
 def _plain_allowed(functional: FunctionalModel) -> float:
     """Half precision, computed in float32 for the rows, rounds that much."""
-    if functional.widened is not None:
+    if functional.widened is not None or functional.unrounded:
         return ALIKE
     return tolerance(functional.rounding, functional.device)
 
@@ -247,7 +255,7 @@ class _Examiner:
         question, functional = self.question, self.functional
         with torch.no_grad():
             outputs = functional(functional.weights(), example.inputs)
-        rows = question.rows(outputs, example.targets).detach()
+        rows = question.rows(outputs, example).detach()
         rows = rows.reshape(len(rows), -1).double()  # (C, out)
         which = question.which(place)
         both = torch.cat([question.samples[which], question.prior])

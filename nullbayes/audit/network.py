@@ -9,16 +9,19 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from nullbayes.model.batch import Inputs, batch_size, plain
-from nullbayes.model.functional import FunctionalModel, as_tensor_output
+from nullbayes.model.batch import Inputs, plain
+from nullbayes.model.functional import FunctionalModel
+from nullbayes.model.ragged import restored
 
 
 class NetworkCopy:
@@ -33,8 +36,13 @@ class NetworkCopy:
 
     def __init__(self, functional: FunctionalModel, dtype: torch.dtype | None = None) -> None:
         self.functional, self.dtype = functional, dtype
-        self.model = copy.deepcopy(functional.model)
+        chosen = set(functional.space.names)
+        # A frozen base is never written to, and may be most of the memory there is.
+        kept = {} if dtype else dict(functional.model.named_parameters())
+        shared: dict[int, Any] = {id(p): p for n, p in kept.items() if n not in chosen}
+        self.model = copy.deepcopy(functional.model, shared)
         if dtype is not None:
+            keep_default_eps(self.model)
             self.model.to(dtype)
         named = dict(self.model.named_parameters())
         self._parameters: list[Tensor] = [named[name] for name in functional.space.names]
@@ -42,21 +50,21 @@ class NetworkCopy:
 
     def outputs(self, inputs: Inputs, delta: Tensor | None = None) -> Tensor:
         """``f(θ̂ + Δ, x) (B, *out)`` for ``delta (P,)``; at the trained weights without one."""
-        given = plain(inputs)
+        given = self.functional.taken(plain(inputs))
         if self.dtype is not None:
             given = tree_map(lambda t: as_floating(t, self.dtype), given)
+        given = restored(given)
         try:
             if delta is not None:
                 self._write(delta)
-            with torch.no_grad(), self.functional.drawing(inputs):
+            # In another precision, the copy follows the network that rows are taken of; in its own, a plain call.
+            computing = nullcontext() if self.dtype is None else self.functional.computing()
+            with torch.no_grad(), self.functional.drawing(inputs), computing:
                 out = self._called(given)
         finally:
             if delta is not None:
                 self._write(None)
-        layouts = self.functional.layouts
-        if layouts is None:
-            return as_tensor_output(out).detach()
-        return layouts.flatten(out, batch_size(inputs)).detach()
+        return self.functional.read(out, inputs).detach()
 
     def _called(self, given: Any) -> Any:
         forward = self.functional.user_forward
@@ -64,7 +72,8 @@ class NetworkCopy:
             return forward(self.model, given)
         if isinstance(given, Mapping):
             return self.model(**given)
-        return self.model(*given) if isinstance(given, tuple) else self.model(given)
+        several = isinstance(given, tuple) and not isinstance(given, PackedSequence)
+        return self.model(*given) if several else self.model(given)
 
     def _write(self, delta: Tensor | None) -> None:
         values = self._trained
@@ -73,6 +82,15 @@ class NetworkCopy:
             values = [t + d.to(t) for t, d in zip(values, moved.values(), strict=True)]
         with torch.no_grad():
             torch._foreach_copy_(self._parameters, values)
+
+
+def keep_default_eps(model: nn.Module) -> None:
+    """Write down the number that `nn.RMSNorm` takes for ``eps=None``: it follows the precision that it runs in."""
+    for module in model.modules():
+        if isinstance(module, nn.RMSNorm) and module.eps is None:
+            # In half precision, torch computes this layer in float32.
+            exact = module.weight is not None and module.weight.dtype == torch.float64
+            module.eps = torch.finfo(torch.float64 if exact else torch.float32).eps
 
 
 def as_floating(leaf: Any, dtype: torch.dtype | None) -> Any:

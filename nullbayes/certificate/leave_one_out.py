@@ -88,14 +88,15 @@ def left_out(
     if found is None:
         return []
     out, at = [], 0
-    for which, _, index in chosen:
+    for which, numbers, index in chosen:
+        which_examples = torch.tensor(numbers)[index]
         point, unit, targets = check.batches[which]
         index = index.to(point.device)
         point, unit = point[index], unit[:, index]
         targets = select(targets, index)
         values = found[at : at + len(index)]
         at += len(index)
-        cotangents = problem.cotangents(point, targets).values.double()
+        cotangents = problem.cotangents(point, targets, which_examples).values.double()
         changes = [_changed(unit[:, b], cotangents[:, b], values[b]) for b in range(len(index))]
         out.append((point, torch.stack(changes, 1), targets))
     return out

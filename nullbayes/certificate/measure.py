@@ -46,7 +46,7 @@ class GuaranteeCheck:
         functional, self.plan = problem.functional, plan
         self.inputs = [inputs for inputs, _ in examples]
         self.batches: list[Batch] = [
-            (*linearised_outputs(functional, plan, samples, inputs), targets)
+            (*linearised_outputs(functional, plan, samples.to(problem.dtype), inputs), targets)
             for inputs, targets in examples
         ]
         #: some of them, each as under a posterior that has not seen it (``leave_one_out.py``)
@@ -68,7 +68,7 @@ class GuaranteeCheck:
         more = copy.copy(self)
         more.samples = torch.cat([self.samples, samples])
         more.batches = [
-            (point, torch.cat([unit, self._changes(inputs, samples)]), targets)
+            (point, torch.cat([unit, self._changes(inputs, samples.to(unit))]), targets)
             for (point, unit, targets), inputs in zip(self.batches, self.inputs, strict=True)
         ]
         return more
@@ -165,7 +165,7 @@ class GuaranteeCheck:
                 outputs.add(likelihood.centre(scale * unit))
             sampled = _Rms()
             for inputs, targets in self.few:
-                some = self.samples[:SAMPLED_DRAWS]
+                some = self.samples[:SAMPLED_DRAWS].to(self.problem.dtype)
                 point, moved = sampled_outputs(self.problem.functional, some, inputs, scale=scale)
                 sampled.add(self.problem.change(point, moved, targets, linear=False))
         for rms in (change, outputs, sampled):

@@ -192,9 +192,15 @@ class _Capturing:
         start: int,
     ) -> None:
         self.problem, self.plan, self.memory = problem, plan, memory
+        self.numbered = plan.numbered  # examples of earlier calls, whose rows these will join
         self.audited, self.batches = audited, 0
         self.keeper = Keeper(
-            problem.functional, plan, problem.scale_by_name, memory.rows, memory.block
+            problem.functional,
+            plan,
+            problem.scale_by_name,
+            memory.rows,
+            memory.block,
+            problem.in_coordinates,
         )
         self.examples, self.captured = 0, 0
         self.trace, self.discarded = 0.0, 0.0
@@ -206,7 +212,8 @@ class _Capturing:
 
     def add(self, inputs: Inputs, outputs: Tensor, targets: Any) -> None:
         """The rows of one batch, of which the examples are numbered on."""
-        for group in row_groups(self.problem, inputs, outputs, targets):
+        first = self.numbered + self.examples
+        for group in row_groups(self.problem, inputs, outputs, targets, first):
             self._add_group(group)
         self._check_later(inputs, outputs, targets)
         self.audited.offer(inputs, targets)
@@ -233,6 +240,7 @@ class _Capturing:
         )
         for block, piece, made in pieces:
             check_block(block, self.captured)
+            block = self.problem.in_coordinates(block)
             mine, numbers = numbers[: block.examples], numbers[block.examples :]
             self.keeper.add(block, piece, made.values, mine)
             self.captured += 1
@@ -304,14 +312,15 @@ class RowGroup:
 
 
 def row_groups(
-    problem: Problem, inputs: Inputs, outputs: Tensor, targets: Any
+    problem: Problem, inputs: Inputs, outputs: Tensor, targets: Any, first: int = 0
 ) -> Iterator[RowGroup]:
-    """The examples of a batch by how many rows they need."""
+    """The examples of a batch, numbered from ``first``, by how many rows they need."""
     if problem.directions != "auto":
 
         def computed(out: Tensor, piece: slice) -> Cotangents:
             some = take(targets, piece.start, piece.stop, len(outputs))
-            return problem.cotangents(out, some)
+            numbers = torch.arange(first + piece.start, first + piece.stop)
+            return problem.cotangents(out, some, numbers)
 
         count = problem.rows_per_example(outputs)
         yield RowGroup(inputs, computed, count, torch.arange(len(outputs)))

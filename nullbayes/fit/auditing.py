@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from nullbayes.audit import Audit
@@ -68,7 +69,11 @@ def audited(
         problem.functional,
         samples,
         problem.weight_changes(prior[:few]),
-        lambda outputs, targets: problem.cotangents(outputs, targets).values,
+        lambda outputs, example: (
+            problem.cotangents(
+                outputs, example.targets, torch.full((len(outputs),), example.number)
+            ).values
+        ),
     )
     claims = [
         Claim(effects[:, auditing.spans[d.number]].double().norm(dim=1)) for d in auditing.drawn

@@ -44,6 +44,7 @@ from nullbayes.constraints.training_rows import TrainingRows, capture_training, 
 from nullbayes.errors import MemoryBudgetError, ModelError
 from nullbayes.fit.auditing import audited, auditing_of
 from nullbayes.fit.evidence import fixed_point, null_space_precision
+from nullbayes.fit.layer_evidence import by_layer, layers_of
 from nullbayes.fit.prior_samples import standard_normal
 from nullbayes.fit.projection import Work, projected
 from nullbayes.fit.result import Fit, Run, Settings
@@ -52,7 +53,9 @@ from nullbayes.fit.together import any_of, own_budget, processes_of
 from nullbayes.jacobian.block_storage import fits_on_disk
 from nullbayes.jacobian.linearise import linearised_outputs
 from nullbayes.jacobian.operator import JacobianOperator, RowOperator
+from nullbayes.model.adapters import remarks
 from nullbayes.model.fingerprint import fingerprint, quick_digest
+from nullbayes.model.parameters import padding_notes
 from nullbayes.solvers import Choice, Projection, Size, State, choose
 from nullbayes.solvers.agreement import Agreed
 from nullbayes.solvers.base import relative
@@ -76,6 +79,9 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
         rows = capture_training(problem, loader, run.max_examples, memory, stage, run.audit)
         laps.lap(ROWS)
         laps.move(rows.plan.checking_seconds, ROWS, AUDIT)
+        if problem.by_layer:
+            room = budget - rows.operator.resident
+            problem, rows = by_layer(problem, rows, room, stage.fraction(PRIOR))
         choice = chosen_solver(settings, rows.operator, run.num_samples, budget)
         fitting = Fitting(problem, settings, run, rows, choice, stage, laps)
         fitting.factorise()
@@ -83,7 +89,9 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
         check, evidence = fitting.check()
         audit = fitting.audit()
         notes = [*fitting.notes, *where_kept(rows.operator)]
+        notes += remarks(problem.functional.model, problem.space)
         notes += _not_kept(loader, rows, run.max_examples)
+        notes += padding_notes(problem.functional.model, problem.space)
     check_undisturbed(problem, before)
     return fitting.finish(check, evidence, audit, notes)
 
@@ -113,7 +121,7 @@ class Fitting:
         self.problem, self.settings, self.run, self.rows = problem, settings, run, rows
         self.solver, self.why = choice.solver, choice.why
         self.stage, self.laps = stage, laps
-        self.theta = problem.trained_weights()
+        self.theta = problem.isotropic(problem.departure())
         self.by_evidence = settings.target.preserves and problem.by_evidence
         self.digest = fingerprint(problem.functional.model)
         #: the solver made ready for these rows, where that was done before
@@ -145,6 +153,8 @@ class Fitting:
         alpha, notes = 1.0, tuple[str, ...]()
         if self.problem.given_precision is not None:
             alpha = self.problem.given_precision
+        elif self.problem.within is not None:
+            alpha = self.problem.within.precision
         elif self.problem.by_evidence and target.delta:
             alpha, notes = target.precision(state, self.theta, self.stage.towards(PRIOR))
             alpha = self._agreed(alpha)
@@ -166,7 +176,19 @@ class Fitting:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return (*self._precision_notes, *self.state.notes)
+        return (*self._precision_notes, *self._layer_notes(), *self.state.notes)
+
+    def _layer_notes(self) -> list[str]:
+        layers = self.problem.layers
+        if layers is None:
+            return []
+        groups = layers_of(self.problem.space)
+        each = [f"{path} {layers[names[0]]:.3g}" for path, names in groups.items()]
+        more = f", and {len(each) - 8} more" if len(each) > 8 else ""
+        return [
+            f"Prior precision of each layer by the evidence: {', '.join(each[:8])}{more}; `prior_precision` is a "
+            "factor on all of them."
+        ]
 
     def project(self) -> None:
         """Samples at prior precision one, and the evidence of what they have lost."""
@@ -204,14 +226,18 @@ class Fitting:
         passed = target.numerical or self.state.rank is None
         gamma = gone / self.run.num_samples if passed else float(self.state.rank or 0)
         if self.by_evidence:
-            self.alpha = self._agreed(null_space_precision(gamma, p, self.theta))
+            within = problem.within
+            alone = null_space_precision(gamma, p, self.theta)
+            self.alpha = self._agreed(alone if within is None else within.precision)
         self.rank = min(max(round(gamma), 0), m, p)
-        self.unit = problem.weight_changes(done.value)
+        self.stored = problem.weight_changes(done.value).to(self.run.stored or problem.dtype)
+        if self.run.stored is not None:  # what is measured is what is stored
+            self.done = replace(done, value=problem.isotropic(self.stored.to(problem.dtype)))
 
     def check(self) -> tuple[GuaranteeCheck, float | None]:
         """What samples do to training examples, and the evidence's precision before that bounded it."""
         problem, rows = self.problem, self.rows
-        check = GuaranteeCheck(problem, rows.plan, rows.checked, self.unit, self.processes)
+        check = GuaranteeCheck(problem, rows.plan, rows.checked, self.stored, self.processes)
         if self.settings.target.preserves:
             seen = [
                 (problem.functional.outputs(h.inputs), change, h.targets)
@@ -231,7 +257,8 @@ class Fitting:
         self.laps.lap(CERTIFICATE)
         self.auditing = auditing_of(self.problem, self.rows, self.run.audit)
         allowed = max(LEAST_AUDIT, AUDIT_SHARE * self.laps.total)
-        found = audited(self.problem, self.auditing, self.unit, self.prior, self.effects, allowed)
+        unit = self.stored.to(self.problem.dtype)
+        found = audited(self.problem, self.auditing, unit, self.prior, self.effects, allowed)
         self.laps.lap(AUDIT)
         return replace(found, seconds=self.laps.seconds[AUDIT])
 
@@ -271,7 +298,7 @@ class Fitting:
         )
         return Fit(
             problem,
-            self.unit,
+            self.stored,
             self.alpha,
             self.run.seed,
             certificate,
@@ -359,18 +386,21 @@ def _measured_rows(
 def extended(fit: Fit, settings: Settings, count: int) -> Fit:
     """``count`` samples more, continuing the stream of the fit's seed."""
     assert fit.state is not None
-    indices = range(len(fit.unit), len(fit.unit) + count)
+    indices = range(len(fit.stored), len(fit.stored) + count)
     operator = fit.state.operator
     m, p = operator.shape
     noise_rows = settings.target.noise_rows(m)
-    v, noise = standard_normal(fit.seed, indices, p, noise_rows, fit.unit)
+    v, noise = standard_normal(fit.seed, indices, p, noise_rows, fit.unit[:1])
     fit.problem.space.fix_(v)
     done = fit.state.project(v, noise if noise_rows else None)
     if operator.processes is not None:
         done = replace(done, value=operator.processes.give_(done.value.contiguous()))
-    more = fit.problem.weight_changes(done.value)
-    unit = torch.cat([fit.unit, more])
-    check = fit.check and fit.check.with_more(more)
+    kept = fit.problem.weight_changes(done.value).to(fit.stored.dtype)
+    stored = torch.cat([fit.stored, kept])
+    check = fit.check and fit.check.with_more(kept)
+    more = kept.to(fit.problem.dtype)
+    if fit.stored.dtype != fit.problem.dtype:
+        done = replace(done, value=fit.problem.isotropic(more))
     effects = operator.mine.matvec(done.value)
     certificate = fit.certificate.joined(
         _new_samples(fit, done, v, effects),
@@ -379,7 +409,7 @@ def extended(fit: Fit, settings: Settings, count: int) -> Fit:
     if fit.auditing is not None and certificate.audit is not None:
         audit = audited(fit.problem, fit.auditing, more, v, effects, math.inf)
         certificate = replace(certificate, audit=certificate.audit.joined(audit))
-    return replace(fit, unit=unit, certificate=certificate, check=check)
+    return replace(fit, stored=stored, certificate=certificate, check=check)
 
 
 def _new_samples(fit: Fit, done: Projection, prior: Tensor, after: Tensor) -> dict[str, Any]:

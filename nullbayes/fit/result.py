@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from nullbayes.audit.sampling import Drawn
@@ -85,6 +86,7 @@ class Run:
     progress: bool
     checkpoint: Checkpoint | None = None
     audit: int = AUDITED
+    stored: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -115,12 +117,13 @@ class Fit:
 
     Attributes:
         problem: the question, with observation noise as it was estimated.
-        unit: weight changes ``(S, P)`` at prior precision one; ``alpha``: the prior precision.
+        stored: weight changes ``(S, P)`` at prior precision one, in the dtype that was asked for; ``alpha``: the prior
+            precision.
         fingerprint: of the model that it was fitted around.
     """
 
     problem: Problem
-    unit: Tensor
+    stored: Tensor
     alpha: float
     seed: int
     certificate: Certificate
@@ -135,6 +138,11 @@ class Fit:
     def explained_by(self, likelihood: Likelihood) -> Fit:
         """The same samples, read with other observation noise."""
         return replace(self, problem=self.problem.explained_by(likelihood))
+
+    @property
+    def unit(self) -> Tensor:
+        """Weight changes ``(S, P)`` at prior precision one, in the working precision."""
+        return self.stored.to(self.problem.dtype)
 
     @property
     def samples(self) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nullbayes.audit.batches import counter_generator, plain_gradient
 from nullbayes.jacobian.capture.batches import CAPTURE_BYTES, examples_per_capture
-from nullbayes.jacobian.capture.checking import captured_at_use
+from nullbayes.jacobian.capture.checking import captured_at_use, separate_at_use
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.model.batch import Inputs, batch_size, take
@@ -34,6 +34,7 @@ ROWS_AT_ONCE = 64
 
 def first_output(functional: FunctionalModel, inputs: Inputs, where: str = "the inputs") -> Tensor:
     """``f(θ̂, x) (1, *out)`` of the first example alone, for its shape; errors speak of the batch."""
+    inputs = functional.batch(inputs)
     try:
         return functional.outputs(take(inputs, 0, 1), where)
     except Exception:
@@ -114,7 +115,7 @@ def forward_mode(
     passes (the derivative of ``wᵀJ`` by ``w``), which every differentiable model has. A batch is taken
     in pieces: a pass holds a multiple of the model's own activations.
     """
-    inputs, pieces = functional.batch(inputs), []
+    inputs, pieces = separate_at_use(functional, inputs)[0], []
     size, step = batch_size(inputs), examples_per_capture(functional, plan, 1)
     for start in range(0, size, step):
         piece, out = take(inputs, start, min(start + step, size)), []
@@ -270,8 +271,7 @@ def sampled_outputs(
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """``f(θ̂, x) (B, *out)`` and ``f(θ̂ + scale Δ_s, x) (S, B, *out)``: the network itself, re-weighted."""
-    inputs = functional.batch(inputs)
-    point = functional.outputs(inputs, where)
+    inputs, point = separate_at_use(functional, inputs, where)
     functional.expect_shape(inputs, point.shape[1:], where)
     weights = functional.weights()
     out = []

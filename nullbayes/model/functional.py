@@ -6,7 +6,6 @@ the buffers, so even a layer that counts its own calls leaves no trace.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
 from nullbayes.errors import InputError, ModelError, NullBayesError
@@ -29,11 +29,17 @@ from nullbayes.model.batch import (
     repeated,
     tensor_leaves,
 )
+from nullbayes.model.bound import bound
 from nullbayes.model.checks import check_kind, check_scripted
+from nullbayes.model.huggingface import HuggingFace
 from nullbayes.model.parameters import HALF, ParameterChoice, ParameterSpace
-from nullbayes.model.precision import Watch, alike, in_half, tolerance, widening
+from nullbayes.model.precision import Unrounded, Watch, tolerance, widening
 from nullbayes.model.private import Hooks, Modules
+from nullbayes.model.ragged import restored, unbatched
 from nullbayes.model.randomness import FrozenRandomness, Replay, keyed
+from nullbayes.model.reading import Reads
+from nullbayes.model.reading import as_tensor_output as as_tensor_output
+from nullbayes.model.settling import settle
 from nullbayes.model.structure import Layouts
 from nullbayes.model.transformer import has_nested
 from nullbayes.model.wrapped import without_wrapper
@@ -41,7 +47,7 @@ from nullbayes.model.wrapped import without_wrapper
 Forward = Callable[[nn.Module, Any], Any]
 
 
-class FunctionalModel:
+class FunctionalModel(Reads):
     """``f(weights, inputs) -> outputs`` of shape ``(B, *out)`` for a trained module.
 
     Args:
@@ -64,12 +70,21 @@ class FunctionalModel:
         self.model, self.space = model, space
         self.user_forward = forward
         self.layouts, self.randomness = layouts, randomness
+        self.conventions = HuggingFace.of(model, passive=forward is not None)
         self.modules = Modules(model)
         self.axes = Axes(self._evaluated)
         # What half-precision tensors are computed in, once that was found to work; None: they stay as they are.
         self.widened: torch.dtype | None = None
+        # Whether rounding to half precision on the way (autocast, casts) is left out, once that was found to work; and
+        # the precision that the deployed network rounds to, None: the working one.
+        self.unrounded = False
+        self.rounds_to: torch.dtype | None = None
+        # Whether that takes a copy of frozen weights, because the network looks at their dtype.
+        self.widened_whole = False
         # Whether transformer encoders give zeros at padded positions, as they do without gradients.
         self.padded = False
+        # Looks at the operations of forward passes, innermost, while that is asked for.
+        self.watch: Watch | None = None
         # The least precise numbers that a forward pass was seen to compute with.
         self.rounding: torch.dtype = space.dtype
         # Whether the chosen weights are said to be those of a last layer.
@@ -98,31 +113,13 @@ class FunctionalModel:
             return inputs
         batch = self.axes.batch(inputs, size)
         if not self._settled:
-            self._settle(batch)
+            self._settled = True
+            settle(self, batch)
         return batch
 
-    def _settle(self, inputs: Inputs) -> None:
-        """Find out, on the first batch, what the network computes with and whether private modules can serve."""
-        self._settled = True
-        if in_half(self.model):
-            deployed = self.model_output(inputs)
-            self.widened = torch.float32
-            if not alike(self.model_output(inputs), deployed):
-                self.widened = None
-        originals = dict(self.model.named_parameters())
-        weights, keyed_inputs = self.weights(), self.keyed(inputs)
-        watch = Watch(self.space.dtype, (originals[n] for n in weights))
-        # What the model says to inputs that it does not take is told where outputs are asked for.
-        with (
-            contextlib.suppress(Exception),
-            torch.random.fork_rng(devices=[]),
-            torch.no_grad(),
-            watch,
-        ):
-            self(weights, keyed_inputs)
-        self.rounding = watch.found
-        # The model reaches its modules in a way that a private copy cannot follow (an object, a global of a global).
-        self.modules.shared = watch.used
+    def computing(self) -> AbstractContextManager[Any]:
+        """Within it, operations compute as rows are taken of: unrounded, where that serves."""
+        return Unrounded() if self.unrounded else nullcontext()
 
     def _evaluated(self, inputs: Inputs) -> Tensor:
         """Outputs of inputs that may not fit together, for :class:`Axes`; anything may be raised."""
@@ -167,32 +164,49 @@ class FunctionalModel:
         given, tensors = self._given(inputs), self._placed(weights)
         if self.modules.shared:
             with self.modules.lent(tensors, hooks) as lent:
-                out = _called(lent, self.user_forward, given)
+                out = self._run(lent, self.user_forward, given)
         else:
             private, copier = self.modules.private(
-                tensors, hooks, widened=self.widened, padded=self.padded and not deployed
+                tensors,
+                hooks,
+                widened=self.widened,
+                padded=self.padded and not deployed,
+                whole=self.widened_whole,
             )
             forward = self.user_forward and copier.rebound(self.user_forward)
-            out = _called(private, forward, given)
+            out = self._run(private, forward, given)
         return self._flat(out, inputs)
 
+    def bound(self, weights: Mapping[str, Tensor], hooks: Hooks = ()) -> Callable[[Inputs], Tensor]:
+        """``inputs -> outputs`` at these weights, as by calling this, of one private copy for as long as nothing writes
+        a state to it: for many small batches, where building a copy for each would cost as much as the network.
+        """
+        return bound(self, weights, hooks)
+
+    def _run(self, module: nn.Module, forward: Forward | None, given: Any) -> Any:
+        with self.computing(), self.watch or nullcontext():
+            return _called(module, forward, given)
+
     def _given(self, inputs: Inputs) -> Any:
-        given = plain(inputs)
-        return given if self.widened is None else tree_map(widening(self.widened), given)
+        given = self.taken(plain(inputs))
+        if self.widened is not None:
+            given = tree_map(widening(self.widened), given)
+        return restored(given)
 
     def _placed(self, weights: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """``weights`` by the identity of the parameter that each stands for, in the dtype that it computes in."""
-        wide = self.widened is not None
-        return {
-            id(p): weights[n] if wide else weights[n].to(p.dtype)
-            for n, p in self.model.named_parameters()
-            if n in weights
-        }
+        wide, masks = self.widened is not None, self.space.masks
+        placed = {}
+        for n, p in self.model.named_parameters():
+            if n in weights:
+                weight = weights[n]
+                if n in masks:  # no derivative, and no change, where a weight does not take part
+                    weight = torch.where(masks[n], weight, p.detach().to(weight.dtype))
+                placed[id(p)] = weight if wide else weight.to(p.dtype)
+        return placed
 
     def _flat(self, out: Any, inputs: Inputs) -> Tensor:
-        if self.layouts is not None:
-            return self._working(self.layouts.flatten(out, batch_size(inputs)))
-        return self._working(as_tensor_output(out))
+        return self._working(self.read(out, inputs))
 
     def _watched(self, inputs: Inputs, where: str) -> Tensor:
         """Outputs at the trained weights, from a network that has been called before as from a fresh one.
@@ -203,14 +217,17 @@ class FunctionalModel:
         if self.modules.shared:
             return self(self.weights(), inputs)
         private, copier = self.modules.private(
-            self._placed(self.weights()), widened=self.widened, padded=self.padded
+            self._placed(self.weights()),
+            widened=self.widened,
+            padded=self.padded,
+            whole=self.widened_whole,
         )
         forward = self.user_forward and copier.rebound(self.user_forward)
 
         def called() -> Tensor:
             given = self._given(inputs)
             with self.drawing(inputs):
-                return self._flat(_called(private, forward, given), inputs)
+                return self._flat(self._run(private, forward, given), inputs)
 
         out, written = called(), copier.written()
         if not written:
@@ -252,10 +269,11 @@ class FunctionalModel:
         size = batch_size(inputs, where)
         if out.ndim == 0 or len(out) != size:
             self._check_squeezed(inputs, out, size)
+            mend = unbatched(plain(inputs), len(out) if out.ndim else 0)
             raise ModelError(
                 f"the model returned shape {tuple(out.shape)} for {size} examples ({where}); expected "
                 "one entry per example on the first axis. A loss already reduced over the batch has no "
-                "per-example rows: return the outputs themselves, or pass `forward=`."
+                f"per-example rows: return the outputs themselves, or pass `forward=`.{mend}"
             )
         return out
 
@@ -298,7 +316,7 @@ class FunctionalModel:
     def remember(self, inputs: Inputs, outputs: Tensor) -> None:
         """Take note of the outputs' shape at the fit, for :meth:`expect_shape`."""
         shapes = tuple(outputs.shape[1:])
-        lengths = _lengths(inputs)
+        lengths = self._lengths(inputs)
         if self._shape is None:
             self._shape = _OutputShape(shapes, lengths)
 
@@ -314,7 +332,7 @@ class FunctionalModel:
         known, shape = self._shape, tuple(shape)
         if known is None or self.layouts is not None:  # a callable loss tells structures apart
             return
-        lengths = _lengths(inputs)
+        lengths = self._lengths(inputs)
         same = len(shape) == len(known.shape) and all(
             now == then or (now in lengths and then in known.lengths)
             for now, then in zip(shape, known.shape, strict=True)
@@ -326,6 +344,10 @@ class FunctionalModel:
                 "training data's, or fit a posterior of its own for this use of the model."
             )
 
+    def _lengths(self, inputs: Inputs) -> frozenset[int]:
+        before = 0 if self.conventions is None else self.conventions.before
+        return frozenset(n + before for t in tensor_leaves(plain(inputs)) for n in t.shape[1:])
+
     def _explain(self, inputs: Inputs, where: str, error: Exception) -> str:
         """Why the model's own forward pass may have failed, and the mend."""
         leaves = tensor_leaves(plain(inputs))
@@ -334,6 +356,9 @@ class FunctionalModel:
         text = (
             f"{where}: the model's forward pass failed on {found}: {type(error).__name__}: {error}"
         )
+        mend = unbatched(plain(inputs), batch_size(inputs))
+        if mend:
+            return f"{text}.{mend}"
         other = sorted({str(t.dtype) for t in leaves if t.is_floating_point()} - {str(self.dtype)})
         if other:
             return (
@@ -355,16 +380,12 @@ class _OutputShape:
     lengths: frozenset[int]
 
 
-def _lengths(inputs: Inputs) -> frozenset[int]:
-    return frozenset(n for t in tensor_leaves(plain(inputs)) for n in t.shape[1:])
-
-
 def _called(model: nn.Module, forward: Forward | None, inputs: Any) -> Any:
     if forward is not None:
         return forward(model, inputs)
     if isinstance(inputs, Mapping):
         return model(**inputs)
-    if isinstance(inputs, tuple):
+    if isinstance(inputs, tuple) and not isinstance(inputs, PackedSequence):
         return model(*inputs)
     return model(inputs)
 
@@ -389,20 +410,6 @@ def unwrapped(model: Any) -> nn.Module:
     inner = without_wrapper(model)
     check_kind(inner)
     return inner
-
-
-def as_tensor_output(value: Any) -> Tensor:
-    """The tensor in what a model returned: itself, or ``logits`` of a mapping or an object."""
-    if isinstance(value, Tensor):
-        return value
-    logits = value.get("logits") if isinstance(value, Mapping) else getattr(value, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    raise ModelError(
-        f"the model returned {type(value).__name__}, expected a tensor or an object with `.logits`."
-        " Pass `forward=lambda model, inputs: ...` that returns the tensor to be trusted, or `loss=`, a"
-        " callable that takes whatever the model returns."
-    )
 
 
 @contextmanager

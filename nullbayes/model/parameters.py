@@ -13,8 +13,12 @@ from torch import Tensor, nn
 from nullbayes.errors import InputError, ModelError, NonFiniteError
 
 HALF = (torch.float16, torch.bfloat16)
+# What data-parallel wrappers put before every name.
+WRAPPED = "module."
 ParameterFilter = Callable[[str, nn.Parameter], bool]
-ParameterChoice = None | Iterable[str] | ParameterFilter
+#: which entries of a tensor take part: a boolean tensor of its shape, or True for all of them
+Mask = Tensor | bool
+ParameterChoice = None | Iterable[str] | Mapping[str, Mask] | ParameterFilter
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,10 @@ class ParameterSpace:
     its own; half precision counts as float32, since rows in it prove nothing.
 
     Attributes:
-        fixed: coordinates ``(k,)`` that no sample may move, such as the row of an embedding's ``padding_idx``.
+        fixed: coordinates ``(k,)`` that no sample may move, such as the row of an embedding's ``padding_idx``. They
+            count as constants: Jacobian rows are zero there, whatever else the network uses them for.
+        fixed_rows: the same as rows of tables ``(V, ...)``, by name.
+        masks: by name, which entries of a tensor take part, where not all of them do.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -80,6 +87,8 @@ class ParameterSpace:
         self.by_name = {slot.name: slot for slot in slots}
         self.total = start
         self.fixed = torch.empty(0, dtype=torch.int64, device=self.device)
+        self.fixed_rows: dict[str, tuple[int, ...]] = {}
+        self.masks: dict[str, Tensor] = {}
 
     @property
     def free(self) -> int:
@@ -88,15 +97,27 @@ class ParameterSpace:
 
     def fix(self, name: str, rows: Iterable[int]) -> None:
         """Let no sample move the ``rows`` of a table ``(V, ...)``."""
-        slot = self.by_name[name]
+        slot, rows = self.by_name[name], sorted({*rows, *self.fixed_rows.get(name, ())})
         width = slot.numel // max(1, slot.shape[0])
         each = [torch.arange(slot.start + r * width, slot.start + (r + 1) * width) for r in rows]
         self.fixed = torch.cat([self.fixed, *(e.to(self.fixed) for e in each)]).unique()
+        self.fixed_rows[name] = tuple(rows)
 
-    def release(self, name: str) -> None:
-        """Let samples move all of a tensor again."""
-        slot = self.by_name[name]
-        self.fixed = self.fixed[(self.fixed < slot.start) | (self.fixed >= slot.stop)]
+    def mask(self, name: str, mask: Tensor) -> None:
+        """Let samples move only those entries of a tensor where ``mask``, of its shape, is true."""
+        self.masks[name] = mask.detach().to(self.device)
+        self._fix_masked(name)
+
+    def _fix_masked(self, name: str) -> None:
+        away = (~self.masks[name]).flatten().nonzero()[:, 0] + self.by_name[name].start
+        self.fixed = torch.cat([self.fixed, away]).unique()
+
+    def masked_(self, vectors: Tensor) -> Tensor:
+        """``vectors (*lead, P)`` with zeros, in place, at the entries that masks leave out."""
+        for name, mask in self.masks.items():
+            slot = self.by_name[name]
+            vectors[..., slot.start : slot.stop] *= mask.flatten()
+        return vectors
 
     def fix_(self, vectors: Tensor) -> Tensor:
         """``vectors (*lead, P)`` with zeros, in place, at the coordinates that stay where they are."""
@@ -106,8 +127,9 @@ class ParameterSpace:
 
     @classmethod
     def from_model(cls, model: nn.Module, choice: ParameterChoice = None) -> ParameterSpace:
-        """Select parameters: all that require a gradient, by names, or by a filter."""
+        """Select parameters: all that require a gradient, by names, by a mask for each name, or by a filter."""
         named = dict(model.named_parameters())
+        masks = dict(choice) if isinstance(choice, Mapping) else {}
         if choice is None:
             chosen = {n: p for n, p in named.items() if p.requires_grad}
         elif callable(choice):
@@ -119,10 +141,12 @@ class ParameterSpace:
             if len(wanted) < len(given):
                 raise InputError(
                     f"`parameters` is {choice!r}; expected None, names such as 'head.weight', or a "
-                    "filter `(name, parameter) -> bool`."
+                    "filter `(name, parameter) -> bool`, or masks `{name: boolean tensor}`."
                 )
             aliases = dict(model.named_parameters(remove_duplicate=False))
             canonical = {id(p): n for n, p in named.items()}
+            # As a data-parallel wrapper has them.
+            wanted = [n if n in aliases else n.removeprefix(WRAPPED) for n in wanted]
             for name in wanted:
                 if name not in aliases:
                     near = difflib.get_close_matches(name, aliases, n=3)
@@ -130,10 +154,14 @@ class ParameterSpace:
                     raise InputError(f"`parameters` names {name!r}, unknown to the model.{hint}")
             keep = {canonical[id(aliases[name])] for name in wanted}
             chosen = {n: p for n, p in named.items() if n in keep}
+            masks = {canonical[id(aliases[n])]: _mask(n, m, aliases[n]) for n, m in masks.items()}
         space = cls(chosen)
         for name, rows in padding_rows(model).items():
             if name in space.by_name:
                 space.fix(name, rows)
+        for name, mask in masks.items():
+            if not bool(mask.all()):
+                space.mask(name, mask)
         return space
 
     @property
@@ -211,6 +239,22 @@ class ParameterSpace:
         return out
 
 
+def _mask(name: str, mask: Any, parameter: Tensor) -> Tensor:
+    """Which entries of ``parameter`` take part. Raises `InputError` where that cannot be read off ``mask``."""
+    if mask is True:
+        return torch.ones_like(parameter, dtype=torch.bool)
+    right = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == parameter.shape
+    if not right:
+        found = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+        raise InputError(
+            f"`parameters[{name!r}]` is {found}; expected a boolean tensor of shape {tuple(parameter.shape)}, True "
+            "where a weight takes part, or True for all of them."
+        )
+    if not bool(mask.any()):
+        raise InputError(f"`parameters[{name!r}]` chooses no weight; leave the name out instead.")
+    return mask
+
+
 def _working(dtype: torch.dtype) -> torch.dtype:
     """What numbers of a tensor are computed with."""
     return torch.float32 if dtype in HALF else dtype
@@ -219,19 +263,31 @@ def _working(dtype: torch.dtype) -> torch.dtype:
 def padding_rows(model: nn.Module) -> dict[str, set[int]]:
     """Rows that stay where they are, by the canonical name of the table: ``padding_idx`` of embeddings.
 
-    Only where no other module owns the table: tied to an output layer, its padding row is trained.
+    Also where the table is tied to an output layer. PyTorch gives the row a gradient from there and none from the
+    lookup, which reads it all the same: a sample that moved it would change what padding is.
     """
     canonical = {id(p): n for n, p in model.named_parameters()}
-    rows: dict[str, list[set[int]]] = {}
+    rows: dict[str, set[int]] = {}
     for module in model.modules():
-        for local, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            padding: int | None = None
-            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and local == "weight":
-                padding = module.padding_idx
-            rows.setdefault(canonical[id(parameter)], []).append(
-                set() if padding is None else {padding % len(parameter)}
-            )
-    shared = {name: set.intersection(*found) for name, found in rows.items()}
-    return {name: found for name, found in shared.items() if found}
+        if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or module.padding_idx is None:
+            continue
+        table = module._parameters.get("weight")
+        if table is not None:
+            rows.setdefault(canonical[id(table)], set()).add(module.padding_idx % len(table))
+    return rows
+
+
+def padding_notes(model: nn.Module, space: ParameterSpace) -> list[str]:
+    """A sentence for each table whose padding rows stay though other layers use them too."""
+    users: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for local, p in module._parameters.items():
+            if p is not None and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                users.setdefault(id(p), []).append(f"{path}.{local}".lstrip("."))
+    named = dict(model.named_parameters())
+    return [
+        f"Rows {list(rows)} of {name!r} (`padding_idx`) stay where they are, also in {users[id(named[name])]}, which "
+        "is the same tensor."
+        for name, rows in space.fixed_rows.items()
+        if id(named[name]) in users
+    ]

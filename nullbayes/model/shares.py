@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -137,19 +137,25 @@ def share_of(
     return limited(functional, batches, name, loader.limit)
 
 
-def inputs_of_share(x: Any, dtype: torch.dtype, processes: Processes | None) -> Iterator[Any]:
+def inputs_of_share(
+    x: Any, dtype: torch.dtype, processes: Processes | None, *, labelled: bool = False
+) -> Iterator[Any]:
     """The inputs of each batch of a stream that this process reads; what it holds for targets is left out.
+
+    Args:
+        labelled: see :func:`streamed`.
 
     Raises:
         InputError: it holds no batches, or cannot be split.
     """
     if processes is None:
-        yield from streamed(x, dtype)
+        yield from streamed(x, dtype, labelled=labelled)
         return
     share = shared(as_loader(x, "x", dtype, labelled=False), processes, "x")
     if share.whole == 0:
         raise InputError("`x` yields no batches; pass a filled loader.")
-    yield from map(without_targets, share)
+    for batch in share:
+        yield batch if labelled and isinstance(batch, Mapping) else without_targets(batch)
 
 
 @dataclass(frozen=True)

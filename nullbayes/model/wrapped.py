@@ -1,16 +1,19 @@
-"""Networks as compiling, or training on several processes, leaves them: wrapped in another module."""
+"""Networks as compiling, or training on several processes or devices, leaves them: wrapped in another module."""
 
 from __future__ import annotations
+
+from typing import cast
 
 from torch import nn
 
 
 def without_wrapper(model: nn.Module) -> nn.Module:
-    """The network in the wrappers of ``torch.compile`` and `torch.nn.parallel.DistributedDataParallel`."""
+    """The network in the wrappers of ``torch.compile`` and of data parallelism."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
+        if isinstance(model, parallel):
             model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
+        elif "_orig_mod" in model._modules:
+            model = cast(nn.Module, model._modules["_orig_mod"])
         else:
             return model

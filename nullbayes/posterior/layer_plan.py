@@ -9,7 +9,7 @@ from typing import Any
 from nullbayes.common.memory import format_bytes
 from nullbayes.model.batch import batch_size
 from nullbayes.model.functional import FunctionalModel
-from nullbayes.moments.gather import first_batch, unlabelled
+from nullbayes.moments.gather import drawn, first_batch, unlabelled
 from nullbayes.moments.verify import seen_by, verified_blocks
 from nullbayes.posterior.layer_fit import sketch_ranks
 
@@ -59,7 +59,7 @@ class LayerPlan:
 
 def plan_layers(functional: FunctionalModel, train: Any, budget: int) -> LayerPlan:
     """Prove the rules on the first batch of ``train`` and time a pass over it."""
-    inputs, _ = first_batch(unlabelled(train, functional.device, "train"))
+    inputs, _ = first_batch(drawn(functional, unlabelled(train, functional.device, "train")))
     functional.outputs(inputs, "train, batch 0")
     found = verified_blocks(functional, inputs)
     start = time.perf_counter()

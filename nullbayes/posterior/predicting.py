@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,13 +12,14 @@ from torch import Tensor
 
 from nullbayes.common.arguments import check_choice, check_count
 from nullbayes.common.deprecation import formerly_positional
+from nullbayes.common.processes import Processes
 from nullbayes.errors import InputError
 from nullbayes.fit.result import Fit
 from nullbayes.jacobian.linearise import linearised_outputs, sampled_outputs
 from nullbayes.jacobian.shared import serve
 from nullbayes.likelihood.links import LINKS, linked
 from nullbayes.model.batch import Inputs
-from nullbayes.model.data import is_stream, streamed
+from nullbayes.model.data import is_stream
 from nullbayes.model.fingerprint import check_unchanged
 from nullbayes.model.functional import undisturbed, undisturbed_method
 from nullbayes.model.shares import inputs_of_share
@@ -27,6 +29,7 @@ from nullbayes.posterior.differentiable import (
     covariance_term,
     joint_with_graph,
     point_with_graph,
+    rows_with_graph,
 )
 from nullbayes.posterior.joint import Joint, covariances, factorised, joint
 from nullbayes.posterior.novelty import ENTROPIES, ROW_SCORES, SCORES, Scorer, check_has_entropy
@@ -107,7 +110,7 @@ class Predicts:
                     "`differentiable=True` with a loader: pass one batch of inputs at a time, which require a gradient."
                 )
             with own._together("predict") as processes:
-                stream = inputs_of_share(x, own.functional.dtype, processes)
+                stream = _streamed(own, x, processes)
                 parts = [self._predict(part, how) for part in stream]
                 if processes is not None:
                     parts = everyones(parts, processes)
@@ -198,7 +201,7 @@ class Predicts:
         own = cast("Posterior", self)
         check_choice(criterion, CRITERIA, "criterion")
         wanted, fit = check_count(k, "k"), own._fitted()
-        parts = streamed(pool, own.functional.dtype) if is_stream(pool) else iter([pool])
+        parts = _streamed(own, pool, None) if is_stream(pool) else iter([pool])
         checked = (own._inputs(part, [0]) for part in parts)
         first = next(checked, None)
         assert first is not None  # an empty stream is an error already
@@ -249,7 +252,7 @@ class Predicts:
         if targets is not None:
             raise InputError("`targets` of a loader: score one batch at a time with its targets.")
         with own._together("novelty") as processes:
-            parts = inputs_of_share(x, own.functional.dtype, processes)
+            parts = _streamed(own, x, processes)
             values = [self._novelty(part, score, exact, None) for part in parts]
             if processes is not None:
                 serve(processes)
@@ -311,7 +314,14 @@ class _Covariance:
             if not self.how.differentiable:
                 return found
             size, outputs = found.shape[:2]
-            moved = covariance_term(scorer, self.x, made.point)
+            rows = rows_with_graph(scorer, self.x, made.point.numel())
+            moved = covariance_term(scorer, rows)
             place = torch.arange(size, device=found.device)
             moved = moved.reshape(size, outputs, size, outputs)[place, :, place]
             return found + moved - moved.detach()
+
+
+def _streamed(own: Posterior, x: Any, processes: Processes | None) -> Iterator[Any]:
+    functional = own.functional
+    labelled = functional.conventions is not None
+    return inputs_of_share(x, functional.dtype, processes, labelled=labelled)

@@ -166,12 +166,130 @@ def test_autocast_inside_and_around() -> None:
     options = {"preserve": "outputs", "prior_precision": 1.0}
     inside = nb.NullSpacePosterior(model, **options).fit([(x, y)], 4, progress=False)
     model.on = False
-    assert leak(inside, model, x) < 2e-2
+    assert leak(inside, model, x) < 1e-4
     with torch.autocast("cpu", torch.bfloat16):
         around = nb.NullSpacePosterior(model, **options).fit([(x, y)], 4, progress=False)
         prediction = around.predict(x)
     assert leak(around, model, x) < 1e-4
     assert_close(prediction.point, model(x).detach())
+    audit = around.certificate.audit
+    assert audit is not None and audit.rounds_to is None and "bfloat16" not in audit.verdict
+
+
+class Rounding(nn.Module):
+    """Rounds on the way, in one of the ways that people do."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.on = how, True
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 6)
+        self.gru, self.attend = (
+            nn.GRU(6, 4, batch_first=True),
+            nn.MultiheadAttention(4, 2, batch_first=True),
+        )
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.on:
+            return self._run(x)
+        if self.how == "whole":
+            with torch.autocast("cpu", torch.bfloat16):
+                return self._run(x).float()
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        if self.how == "decorated" and self.on:
+            h = self._decorated(h)
+        else:
+            h = torch.tanh(self.second(h))
+        if self.how == "cast" and self.on:
+            h = (h.to(torch.bfloat16) * torch.ones(6, dtype=torch.bfloat16)).float()
+        h = self.gru(h)[0]
+        return self.out(self.attend(h, h, h, need_weights=False)[0].mean(1))
+
+    @torch.autocast("cpu", torch.bfloat16)
+    def _decorated(self, h: Tensor) -> Tensor:
+        return torch.tanh(self.second(h)).float()
+
+
+@pytest.mark.parametrize("how", ["whole", "decorated", "cast"])
+@pytest.mark.parametrize("preserve", ["outputs", "predictions"])
+def test_a_network_that_rounds_on_the_way_has_the_rows_of_the_one_that_does_not(
+    how: str, preserve: str
+) -> None:
+    """Judged by float64 rows of the network without rounding; samples and predictions are exact, the audit says why."""
+    model, x, y = (
+        made(lambda: Rounding(how), torch.float32),
+        normal(6, 3, 4).float(),
+        torch.arange(6) % 3,
+    )
+    before = [p.detach().clone() for p in model.parameters()]
+    deployed = model(x).detach()
+    posterior = nb.NullSpacePosterior(model, preserve=preserve, delta=1e-6, prior_precision=1.0)
+    posterior.fit([(x[:4], y[:4]), (x[4:], y[4:])], 4, progress=False)
+    certificate = posterior.certificate
+    audit = certificate.audit
+    assert certificate.held and audit is not None and audit.passed
+    assert (audit.rounds_to, audit.computed_in) == ("bfloat16", "float32")
+    assert "rounds to bfloat16" in audit.verdict and "differ by" in audit.verdict
+    assert audit.plain_call is not None and 1e-6 < audit.plain_call < 0.02
+    assert audit.allowed <= 2e-3
+    wide = copy.deepcopy(model).double()
+    wide.on = False
+    dense = rows(wide, x.double().split(1))
+    samples = posterior._samples().double()
+    change = torch.einsum("nop,sp->sno", dense, samples)
+    prediction = posterior.predict(x)
+    size = float(dense.norm() * samples.norm() / samples.shape[1] ** 0.5)
+    assert_close(
+        (prediction.outputs - prediction.point).double(), change, rtol=1e-3, atol=1e-5 * size
+    )
+    if preserve == "outputs":
+        assert leak_of(posterior, wide, model, x) < 1e-3
+    # The deployed network is the same but for its rounding.
+    assert_close(prediction.point, deployed, rtol=0.02, atol=0.02)
+    sampled = posterior.predict(x, method="sampled").outputs[0].double()
+    state = {k: v.double() for k, v in next(iter(posterior.sample())).items()}
+    moved = torch.func.functional_call(wide, state, (x.double(),)).detach()
+    assert_close(sampled, moved, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert torch.equal(model(x).detach(), deployed)
+
+
+class Stubborn(nn.Module):
+    """Asks whether it is rounded, and is another network if not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.out = nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            h = self.body(x)
+            sign = 1.0 if h.dtype == torch.bfloat16 else -1.0
+            return self.out(torch.tanh(sign * h + 1)).float()
+
+
+def test_a_network_that_does_not_run_without_rounding_says_how_closely_it_is_proved() -> None:
+    model, x = made(Stubborn, torch.float32), normal(5, 3).float()
+    posterior = nb.NullSpacePosterior(model, preserve="outputs", delta=1e-4, prior_precision=1.0)
+    posterior.fit([(x, torch.arange(5) % 2)], 4, progress=False)
+    audit = posterior.certificate.audit
+    assert audit is not None
+    assert audit.computed_in == audit.rounds_to == "bfloat16" and audit.allowed == 2e-2
+    assert not audit.passed or "within 1.0 % and no closer" in audit.verdict
+
+
+def test_half_precision_is_told_by_the_audit() -> None:
+    model, x = made(Recurrent, torch.bfloat16), normal(6, 6, 3).to(torch.bfloat16)
+    posterior = nb.NullSpacePosterior(model, preserve="outputs", delta=1e-4, prior_precision=1.0)
+    posterior.fit([(x, torch.arange(6) % 2)], 4, progress=False)
+    audit = posterior.certificate.audit
+    assert audit is not None and (audit.rounds_to, audit.computed_in) == ("bfloat16", "float32")
+    assert "computed in float32 throughout" in audit.verdict
+    again = type(audit).from_dict(audit.as_dict())
+    assert again == audit
 
 
 def test_each_tensor_keeps_its_precision() -> None:

@@ -304,7 +304,7 @@ def _judge_predictions(
         out.faults.append(f"predict of {size}: the network's output is off by {at:.1e}")
     if size != 1 or problem.dtype != torch.float64:
         return
-    sampled = posterior.predict(_inputs(problem, inputs), "sampled")
+    sampled = posterior.predict(_inputs(problem, inputs), method="sampled")
     one = alone.example(inputs, 0)
     want = torch.stack([alone.output(one, _moved(alone, d)) for d in deltas])
     apart = float((_flat(sampled.outputs, 2).double()[:, 0].reshape(want.shape) - want).abs().max())
@@ -360,7 +360,7 @@ def _judge_novelty(
     before = torch.stack([(j.square() * prior).sum() for j in jacobians])
     scale = float(before.max()) + 1e-12
     x = _inputs(problem, inputs)
-    got = posterior.novelty(x, "variance", exact=False).double()
+    got = posterior.novelty(x, score="variance", exact=False).double()
     off = float((got - sampled).abs().max()) / (float(sampled.max()) + 1e-3 * scale)
     out.checks["novelty"] = off
     if not off <= 10 * tolerance:
@@ -373,7 +373,7 @@ def _judge_novelty(
         return  # the edge was set at a prior precision that is not told
     if edge == 0 and not has_gap(truth.a, prior):
         return
-    got = posterior.novelty(x, "variance", exact=True).double()
+    got = posterior.novelty(x, score="variance", exact=True).double()
     passes: list[int | None] = (
         [None] if problem.kind == "Laplace" or not edge else list(range(1, 13))
     )

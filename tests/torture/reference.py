@@ -25,7 +25,13 @@ class Alone:
 
     def __init__(self, problem: Problem, names: list[str]) -> None:
         self.problem, self.names = problem, names
-        self.model = copy.deepcopy(problem.model).double()
+        self.model = copy.deepcopy(problem.model)
+        for module in self.model.modules():
+            # `eps=None` is a number of the precision that the layer runs in (float32 for half precision).
+            if isinstance(module, nn.RMSNorm) and module.eps is None:
+                single = problem.dtype != torch.float64
+                module.eps = torch.finfo(torch.float32 if single else torch.float64).eps
+        self.model = self.model.double()
         self.weights = {n: self.model.get_parameter(n).detach().clone() for n in names}
 
     def example(self, inputs: Inputs, n: int) -> Inputs:

@@ -61,6 +61,7 @@ def capture_batch(
     Raises:
         ModelError: rows that differ from plain automatic differentiation on every path.
     """
+    inputs = functional.batch(inputs)
     size = batch_size(inputs)
     step = examples_per_capture(functional, plan, cotangents, temporaries)
     for start in range(0, size, step):
@@ -110,6 +111,7 @@ def output_operators(
     scales: dict[str, float] | None = None,
 ) -> Iterator[JacobianOperator]:
     """All rows ``J_n`` of the ``outputs`` numbers of each example, a piece of the batch at a time."""
+    inputs = functional.batch(inputs)
     size = batch_size(inputs)
     step = examples_per_capture(functional, plan, outputs)
     for start in range(0, size, step):

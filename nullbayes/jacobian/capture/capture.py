@@ -78,6 +78,8 @@ def _recorders(plan: CapturePlan) -> tuple[Hooks, list[_Record], list[LocalUse]]
             x = args[0] if args else next(iter(kwargs.values()), None)
             if not isinstance(x, Tensor) or not isinstance(out, Tensor) or not out.requires_grad:
                 return None  # such a use is not accounted for; the check will say so
+            if x.is_nested or out.is_nested:
+                return None  # nor is this one, which has no axes to tell examples by
             # The edge, not the tensor: a later in-place activation would move the tensor's own
             # place in the graph behind itself.
             edge = get_gradient_edge(out)
@@ -263,6 +265,8 @@ class _Contributions:
     ) -> None:
         self.functional, self.plan, self.size, self.scales = functional, plan, size, scales
         self.slots = functional.space.by_name
+        # Rows of tables that stay where they are: nothing is contributed to them.
+        self.fixed = functional.space.fixed_rows
         self.outer: dict[tuple[str, str | None, bool], list[tuple[Tensor, Tensor]]]
         self.outer = defaultdict(list)
         self.rows: dict[str, list[Tensor]] = defaultdict(list)
@@ -298,6 +302,8 @@ class _Contributions:
             elif isinstance(item, Lookup):
                 if item.name in names:
                     index = self._split(item.index, 0, site.path).flatten(1, 2)
+                    for row in self.fixed.get(names[item.name], ()):
+                        index = torch.where(index == row, -1, index)
                     grads = self._split(item.g, 1, site.path).flatten(2, 3).transpose(0, 1)
                     self.lookup[names[item.name]].append((index, grads))
             else:
@@ -334,16 +340,28 @@ class _Contributions:
         weight = names.get(item.weight)
         bias = names.get(item.bias) if item.bias else None
         shared = any(n and len(self.plan.owners(n)) > 1 for n in (weight, bias))
-        fuse = weight is not None and bias is not None and not shared
+        fixed = self.fixed.get(weight or "", ())
+        fuse = weight is not None and bias is not None and not (shared or fixed)
         if bias is not None and not fuse:
             self.add_rows(bias, g.sum(2).flatten(2))
+        if fixed:
+            if item.transposed or g.shape[3] > 1:
+                raise RuleMismatch(site.path, "some rows of its weight stay where they are")
+            g = g.clone()
+            g[..., list(fixed)] = 0
         if weight is not None:
             key = (weight, bias if fuse else None, item.transposed)
             self.outer[key].append((a, g))
 
     def add_rows(self, name: str, values: Tensor) -> None:
         """``values (B, C, numel)``."""
-        self.rows[name].append(values.to(self.functional.dtype))
+        values = values.to(self.functional.dtype)
+        if name in self.fixed:
+            values = values.clone()
+            values.unflatten(-1, (self.slots[name].shape[0], -1))[
+                ..., list(self.fixed[name]), :
+            ] = 0
+        self.rows[name].append(values)
 
     def factors(self, cotangents: int) -> dict[tuple[str, ...], Factor]:
         """One factor for each parameter, all written-out rows side by side in one."""

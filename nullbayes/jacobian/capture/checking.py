@@ -19,6 +19,7 @@ from torch import Tensor
 from nullbayes.audit.batches import (
     check_separate,
     counter_generator,
+    gradient_by_examples,
     gradient_mismatches,
     plain_gradient,
     random_weights,
@@ -45,8 +46,8 @@ Scales = dict[str, float] | None
 _MENDING = threading.RLock()
 # Batches of several examples whose rows are also proved in reverse order, and how many of the examples.
 TURNED, TURNED_EXAMPLES = 4, 64
-# Rows of an example from which one more backward pass costs so little that each piece is checked at use.
-CHECKED_COTANGENTS = 8
+# Examples of a batch at most that are evaluated in other company at use, where no rows are captured.
+SEPARATED_EXAMPLES = 64
 # What a step of the plan may fail with, to be tried in another way; a lack of memory is none.
 _MEMORY = (MemoryError, torch.OutOfMemoryError)
 
@@ -122,9 +123,13 @@ def _compared(
     for factor in block.factors.values():
         factor.rmatvec(weights[None].to(expected), found)
     found = _unscaled(functional, found[0], scales)
-    return expected, gradient_mismatches(
-        functional.space, expected, found, rounding=functional.rounding
-    )
+    space, rounding = functional.space, functional.rounding
+    bad = gradient_mismatches(space, expected, found, rounding=rounding)
+    if bad and len(total) > 1:
+        # Where differentiating examples one by one gives the same as all at once no more closely, rounding is why.
+        noise = (gradient_by_examples(functional, inputs, total) - expected).abs()
+        bad = gradient_mismatches(space, expected, found, rounding=rounding, noise=noise)
+    return expected, bad
 
 
 def _in_other_order(
@@ -167,11 +172,17 @@ def captured_at_use(
     scales: Scales = None,
     where: str = "the inputs",
 ) -> tuple[Block, Any]:
-    """The rows of one piece, checked where it is unlike all that were, or where that costs little beside them."""
+    """The rows of one piece, equal to plain automatic differentiation.
+
+    A batch unlike those that were proved is also evaluated in parts. One like them may still take another way through
+    the network (experts, exits, sorted examples), which the comparison of each piece finds.
+
+    Raises:
+        ModelError: examples depend on one another; rows that differ on every path.
+    """
     if plan.proved.covers(Signature.of(inputs)):
         block, made = captured(functional, plan, inputs, make, scales, where)
-        cheap = len(made.values) >= CHECKED_COTANGENTS
-        if not cheap or not _compared(functional, inputs, block, made.values, scales, 0)[1]:
+        if not _compared(functional, inputs, block, made.values, scales, 0)[1]:
             return block, made
     if functional.randomness is None:
         inputs = separate(functional, inputs, functional.outputs(inputs, where), where, 0)
@@ -179,32 +190,43 @@ def captured_at_use(
 
 
 def separate_at_use(
-    functional: FunctionalModel, plan: CapturePlan, inputs: Inputs, where: str = "the inputs"
-) -> Inputs:
-    """``inputs`` with their axes, where nothing but products along weight changes is asked of them.
+    functional: FunctionalModel, inputs: Inputs, where: str = "the inputs"
+) -> tuple[Inputs, Tensor]:
+    """``inputs`` with their axes and their outputs, where no rows are captured but products along weight changes.
+
+    Up to :data:`SEPARATED_EXAMPLES` of them are evaluated in other company, by one more forward pass.
 
     Raises:
-        ModelError: a batch unlike those that were proved, in which examples depend on one another.
+        ModelError: an example depends on the others, on chance or on a state.
     """
-    signature = Signature.of(inputs)
-    if functional.randomness is not None or plan.proved.covers(signature):
-        return inputs
-    if not plan.separated.covers(signature):
-        inputs = separate(functional, inputs, functional.outputs(inputs, where), where, 0)
-        plan.separated.add(Signature.of(inputs))
-    return inputs
+    inputs = functional.batch(inputs)
+    outputs = functional.outputs(inputs, where)
+    if functional.randomness is not None:
+        return inputs, outputs
+    found = separate(functional, inputs, outputs, where, 0, SEPARATED_EXAMPLES)
+    return found, outputs if found is inputs else functional.outputs(found, where)
 
 
 def separate(
-    functional: FunctionalModel, inputs: Inputs, outputs: Tensor, where: str, index: int
+    functional: FunctionalModel,
+    inputs: Inputs,
+    outputs: Tensor,
+    where: str,
+    index: int,
+    most: int | None = None,
 ) -> Inputs:
     """``inputs`` with their axes as the model takes them, each example shown to be a function of itself.
+
+    Args:
+        outputs: of the whole batch, without gradients.
+        index: which batch this is.
+        most: examples that are evaluated once more, spread over the batch; None: all.
 
     Raises:
         ModelError: examples depend on one another, on chance, on a state, or on whether gradients are recorded.
     """
     try:
-        check_separate(functional, inputs, outputs, where, index)
+        _check_some(functional, inputs, outputs, where, index, most)
     except ModelError:
         other = inputs
         if not functional.mend_padding(inputs):
@@ -212,9 +234,24 @@ def separate(
             if found is None:
                 raise
             other = found
-        check_separate(functional, other, functional.outputs(other, where), where, index)
+        _check_some(functional, other, functional.outputs(other, where), where, index, most)
         return other
     return inputs
+
+
+def _check_some(
+    functional: FunctionalModel,
+    inputs: Inputs,
+    outputs: Tensor,
+    where: str,
+    index: int,
+    most: int | None,
+) -> None:
+    size = len(outputs)
+    if most is not None and size > most:
+        chosen = torch.linspace(0, size - 1, most).long()
+        inputs, outputs = select(inputs, chosen.to(functional.device)), outputs[chosen]
+    check_separate(functional, inputs, outputs, where, index)
 
 
 def _unscaled(functional: FunctionalModel, rows: Tensor, scales: Scales) -> Tensor:
@@ -228,7 +265,7 @@ def _unscaled(functional: FunctionalModel, rows: Tensor, scales: Scales) -> Tens
 def _note_reached(
     functional: FunctionalModel, plan: CapturePlan, inputs: Inputs, gradient: Tensor
 ) -> None:
-    """Strike off the parameters that this piece has a gradient path to; tables whose fixed rows move are released."""
+    """Strike off the parameters that this piece has a gradient path to."""
     space = functional.space
     for name in list(plan.unreached):
         slot = space.by_name[name]
@@ -236,11 +273,6 @@ def _note_reached(
             plan.unreached.discard(name)
     if plan.unreached:  # a path may lead to zero, as from weights that are zero
         plan.unreached -= reached(functional, inputs, sorted(plan.unreached))
-    if len(space.fixed):
-        for slot in space.slots:
-            mine = space.fixed[(space.fixed >= slot.start) & (space.fixed < slot.stop)]
-            if len(mine) and bool((gradient[mine] != 0).any()):
-                space.release(slot.name)
 
 
 def reached(functional: FunctionalModel, inputs: Inputs, names: Sequence[str]) -> set[str]:
@@ -310,9 +342,9 @@ def _mend(plan: CapturePlan, bad: list[str], where: str) -> None:
     if stuck and not plan.vmapped:
         raise ModelError(
             f"{where}: the Jacobian rows of {stuck} differ from automatic differentiation even on the "
-            "generic path; the forward pass is not a fixed function of weights and inputs "
-            "(randomness, caches, custom backward). Make it one, or leave them out of "
-            "`parameters=`."
+            "generic path; the forward pass is not a fixed function of weights and the inputs of one example "
+            "(randomness, caches, a custom backward, examples that depend on one another). Make it one, or leave "
+            "them out of `parameters=`."
         )
     if stuck:
         plan.vmapped = False

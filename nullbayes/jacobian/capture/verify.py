@@ -139,7 +139,7 @@ def _reference_rows(
                     plan.unreached.discard(slot.name)
                     g = g.to_dense() if g.is_sparse else g
                     rows[n * count + c, slot.start : slot.stop] = g.reshape(-1)
-    return rows
+    return space.fix_(rows)
 
 
 def _captured_rows(
@@ -203,7 +203,9 @@ def _localise(
     """
     modules = dict(functional.model.named_modules())
     owners = _owners(functional)
-    line = {name: list(ancestors(owners[name])) for name in plan.generic}  # what is yet to be tried
+    # What is yet to be tried. Only the whole model leaves out single weights.
+    alone = [name for name in plan.generic if name not in functional.space.masks]
+    line = {name: list(ancestors(owners[name])) for name in alone}
     trying = _sites(line, modules, list(line))
     kept: list[LocalSite] = []
     while trying:

@@ -260,7 +260,7 @@ class Pass:
     ) -> Iterator[tuple[int, Inputs, Any]]:
         if isinstance(loader, Share) and loader.empty:
             return iter(())
-        return batches(tracked, self.functional.device, name, free=free)
+        return batches(tracked, self.functional, name, free=free)
 
     def _join(self, passed: Passed | None) -> None:
         """What all processes have found, in the order of the data."""

@@ -155,7 +155,7 @@ def _check_first(posterior: Subject, data: Mapping[str, Any]) -> None:
     for name, loader in data.items():
         shifted = name.startswith("shifted")
         some = loader.probe if isinstance(loader, Share) else loader
-        first = next(batches(some, functional.device, name, free=free or shifted))
+        first = next(batches(some, functional, name, free=free or shifted))
         where = f"{name}, batch {first[0]}"
         outputs = functional.outputs(functional.keyed(first[1], [0]), where)
         if not shifted:
@@ -177,9 +177,7 @@ def _sources(question: Question, validation: Any) -> list[Source]:
 
     def own_outputs() -> Iterator[tuple[Tensor, Any]]:
         free = functional.layouts is not None
-        for index, inputs, targets in batches(
-            validation, functional.device, "validation", free=free
-        ):
+        for index, inputs, targets in batches(validation, functional, "validation", free=free):
             where = f"validation, batch {index}"
             point = functional.outputs(functional.keyed(inputs, [0]), where)
             yield point, posterior.likelihood.checked_targets(point, targets, where)

@@ -29,6 +29,7 @@ from nullbayes.common.processes import Processes
 from nullbayes.common.progress import (
     AUDIT,
     CERTIFICATE,
+    COMMUNICATION,
     FACTORISATION,
     GRAM,
     PRIOR,
@@ -121,6 +122,7 @@ class Fitting:
         self.problem, self.settings, self.run, self.rows = problem, settings, run, rows
         self.solver, self.why = choice.solver, choice.why
         self.stage, self.laps = stage, laps
+        self._exchanged = 0.0 if self.processes is None else self.processes.seconds
         self.theta = problem.isotropic(problem.departure())
         self.by_evidence = settings.target.preserves and problem.by_evidence
         self.digest = fingerprint(problem.functional.model)
@@ -138,6 +140,16 @@ class Fitting:
         """The first process's, to the last bit."""
         return value if self.processes is None else self.processes.shared(lambda: value)
 
+    def _lap(self, stage: str) -> None:
+        """What passed since the last lap was ``stage``, but for what went by in exchanges with other processes."""
+        self.laps.lap(stage)
+        if self.processes is not None:
+            spent, self._exchanged = (
+                self.processes.seconds - self._exchanged,
+                self.processes.seconds,
+            )
+            self.laps.move(spent, stage, COMMUNICATION)
+
     @property
     def identity(self) -> str:
         """Of the network that is fitted around, for checkpoints."""
@@ -149,7 +161,7 @@ class Fitting:
         state = self.prepared
         if state is None:
             state = self.solver.prepare(self.rows.operator, self.stage.fraction(GRAM))
-        self.laps.lap(GRAM)
+        self._lap(GRAM)
         alpha, notes = 1.0, tuple[str, ...]()
         if self.problem.given_precision is not None:
             alpha = self.problem.given_precision
@@ -170,7 +182,7 @@ class Fitting:
             tick=self.stage.fraction(FACTORISATION),
         )
         self.state, self.alpha, self._precision_notes = state, alpha, notes
-        self.laps.lap(FACTORISATION)
+        self._lap(FACTORISATION)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -218,7 +230,7 @@ class Fitting:
         done, found = projected(work, noise if noise_rows else None, held, changes)
         if self.processes is not None:  # the samples of one are everyone's, to the last bit
             done = replace(done, value=self.processes.give_(done.value.contiguous()))
-        self.laps.lap(PROJECTION)
+        self._lap(PROJECTION)
         self.prior, self.done, self.held, self.held_changes = v, done, held, found
         #: squared, of all samples and of what they were projected from
         self.sizes = _squared(done.value), _squared(v)
@@ -253,12 +265,12 @@ class Fitting:
     def audit(self) -> Audit:
         """What samples do to examples of all the data, by someone else than the rows."""
         self.effects = self.rows.operator.mine.matvec(self.done.value)
-        self.laps.lap(CERTIFICATE)
+        self._lap(CERTIFICATE)
         self.auditing = auditing_of(self.problem, self.rows, self.run.audit)
         allowed = max(LEAST_AUDIT, AUDIT_SHARE * self.laps.total)
         unit = self.stored.to(self.problem.dtype)
         found = audited(self.problem, self.auditing, unit, self.prior, self.effects, allowed)
-        self.laps.lap(AUDIT)
+        self._lap(AUDIT)
         return replace(found, seconds=self.laps.seconds[AUDIT])
 
     def finish(
@@ -273,7 +285,7 @@ class Fitting:
         measured = _measured_rows(self.rows, self.done, self.prior, self.effects, self.alpha)
         measured["prior_share"] = self.sizes[0] / self.sizes[1]
         measured |= check.measure(self.alpha**-0.5)
-        self.laps.lap(CERTIFICATE)
+        self._lap(CERTIFICATE)
         certificate = Certificate(
             method=target.name,
             preserve=problem.preserve.describe(),

@@ -21,8 +21,7 @@ from nullbayes.certificate.certificate import Certificate
 from nullbayes.certificate.leave_one_out import held_out, left_out
 from nullbayes.certificate.measure import GuaranteeCheck
 from nullbayes.common.memory import (
-    explained_out_of_memory,
-    format_bytes,
+    give_back,
     peak_bytes,
 )
 from nullbayes.common.processes import Processes
@@ -42,22 +41,22 @@ from nullbayes.common.progress import (
 from nullbayes.constraints.memory_budget import FitMemory
 from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import TrainingRows, capture_training, with_fitted_noise
-from nullbayes.errors import MemoryBudgetError, ModelError
+from nullbayes.errors import ModelError
 from nullbayes.fit.auditing import audited, auditing_of
 from nullbayes.fit.evidence import fixed_point, null_space_precision
 from nullbayes.fit.layer_evidence import by_layer, layers_of
 from nullbayes.fit.prior_samples import standard_normal
 from nullbayes.fit.projection import Work, projected
 from nullbayes.fit.result import Fit, Run, Settings
+from nullbayes.fit.room import chosen_solver, where_kept, within
 from nullbayes.fit.target import DELTA
 from nullbayes.fit.together import any_of, own_budget, processes_of
-from nullbayes.jacobian.block_storage import fits_on_disk
 from nullbayes.jacobian.linearise import linearised_outputs
-from nullbayes.jacobian.operator import JacobianOperator, RowOperator
+from nullbayes.jacobian.operator import RowOperator
 from nullbayes.model.adapters import remarks
 from nullbayes.model.fingerprint import fingerprint, quick_digest
 from nullbayes.model.parameters import padding_notes
-from nullbayes.solvers import Choice, Projection, Size, State, choose
+from nullbayes.solvers import Choice, Projection, State
 from nullbayes.solvers.agreement import Agreed
 from nullbayes.solvers.base import relative
 from nullbayes.solvers.block_cg import row_norms
@@ -74,16 +73,16 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
     """
     laps, before = Laps(), quick_digest(problem.functional.model)
     budget = settings.memory or own_budget(problem.device, processes_of(loader))
-    with explained_out_of_memory(budget), stages(show=run.progress) as stage:
+    memory = FitMemory.of(budget, run.num_samples, problem.space.total, problem.dtype)
+    with within(budget, memory), stages(show=run.progress) as stage:
         problem = with_fitted_noise(problem, loader, run.max_examples, stage)
-        memory = FitMemory.of(budget, run.num_samples, problem.space.total, problem.dtype)
         rows = capture_training(problem, loader, run.max_examples, memory, stage, run.audit)
         laps.lap(ROWS)
         laps.move(rows.plan.checking_seconds, ROWS, AUDIT)
         if problem.by_layer:
-            room = budget - rows.operator.resident
+            room = budget - memory.beside - rows.operator.resident
             problem, rows = by_layer(problem, rows, room, stage.fraction(PRIOR))
-        choice = chosen_solver(settings, rows.operator, run.num_samples, budget)
+        choice = chosen_solver(settings, rows.operator, run.num_samples, budget - memory.beside)
         fitting = Fitting(problem, settings, run, rows, choice, stage, laps)
         fitting.factorise()
         fitting.project()
@@ -120,7 +119,7 @@ class Fitting:
         laps: Laps,
     ) -> None:
         self.problem, self.settings, self.run, self.rows = problem, settings, run, rows
-        self.solver, self.why = choice.solver, choice.why
+        self.solver, self.why, self.room = choice.solver, choice.why, choice.room
         self.stage, self.laps = stage, laps
         self._exchanged = 0.0 if self.processes is None else self.processes.seconds
         self.theta = problem.isotropic(problem.departure())
@@ -143,6 +142,8 @@ class Fitting:
     def _lap(self, stage: str) -> None:
         """What passed since the last lap was ``stage``, but for what went by in exchanges with other processes."""
         self.laps.lap(stage)
+        if self.settings.memory is not None:
+            give_back()
         if self.processes is not None:
             spent, self._exchanged = (
                 self.processes.seconds - self._exchanged,
@@ -161,6 +162,7 @@ class Fitting:
         state = self.prepared
         if state is None:
             state = self.solver.prepare(self.rows.operator, self.stage.fraction(GRAM))
+        state.room = self.room
         self._lap(GRAM)
         alpha, notes = 1.0, tuple[str, ...]()
         if self.problem.given_precision is not None:
@@ -324,30 +326,6 @@ class Fitting:
         )
 
 
-def chosen_solver(
-    settings: Settings, operator: JacobianOperator, num_samples: int, budget: int
-) -> Choice:
-    """A solver that fits beside the rows; rows go to disk where that makes room for it."""
-    m, p = operator.shape
-    size = Size(
-        m, p, num_samples, operator.product_flops, operator.gram_flops, operator.dtype.itemsize
-    )
-    resident = operator.resident
-    movable = resident if fits_on_disk(resident, operator.device) else 0
-    room = budget - resident + movable
-    if operator.processes is not None:
-        room = -round(operator.processes.largest(-room))
-    choice = choose(settings.solver, size, room, settings.tolerance)
-    if choice.nbytes > room:
-        raise MemoryBudgetError(
-            f"{choice.solver.name} needs {format_bytes(choice.nbytes)} for {m} rows, {p} weights and "
-            f"{num_samples} samples, more than the {format_bytes(budget)} of `memory=`. Raise it, draw fewer "
-            "samples at a time, or leave the choice to solver='auto'."
-        )
-    operator.move_out(budget - choice.nbytes)
-    return choice
-
-
 def _not_kept(loader: Iterable[Any], rows: TrainingRows, limit: int | None) -> list[str]:
     """A word on examples that ``max_examples`` left out, where the loader can say how many it has."""
     drawn = getattr(loader, "sampler", None)
@@ -358,18 +336,6 @@ def _not_kept(loader: Iterable[Any], rows: TrainingRows, limit: int | None) -> l
         "inflated novelty scores, which lowers AUROC against out-of-distribution inputs. Constrain all that the "
         "network learned from where that fits: `preserve='loss'` and `directions='auto'` take fewer rows."
     ]
-
-
-def where_kept(operator: JacobianOperator) -> list[str]:
-    """A word on rows that are not in memory."""
-    places = operator.kept()
-    if set(places) <= {"memory"}:
-        return []
-    text = ", ".join(
-        f"{format_bytes(n)} {'in memory' if w == 'memory' else 'on disk' if w == 'disk' else w}"
-        for w, n in places.items()
-    )
-    return [f"Rows: {text}."]
 
 
 def _measured_rows(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nullbayes.common.decompositions import eigvalsh
 from nullbayes.constraints.problem import Problem
 from nullbayes.errors import InputError, NotFittedError
 from nullbayes.fit.result import Fit
@@ -278,5 +279,5 @@ def _sampled(part: Tensor) -> Tensor:
 
 def _log_det(covariance: Tensor, precision: float) -> Tensor:
     """``½ log det(I + C / precision) (b,)`` float64."""
-    values = torch.linalg.eigvalsh(covariance).clamp(min=0)
+    values = eigvalsh(covariance).clamp(min=0)
     return 0.5 * torch.log1p(values / precision).sum(-1)

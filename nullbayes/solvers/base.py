@@ -186,6 +186,8 @@ class State(ABC):
     rank: int | None = None
     notes: tuple[str, ...] = ()
     enough: float = 0.0
+    #: bytes that its work may take beside the rows, in all
+    room: int = 2**30
 
     @property
     def alone(self) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from nullbayes.common.decompositions import eigvalsh, pinv
+from nullbayes.common.memory import working_bytes
 from nullbayes.common.processes import once
 from nullbayes.common.progress import CERTIFICATE, FACTORISATION, GRAM, PROJECTION
 from nullbayes.errors import SolverError
@@ -241,7 +243,7 @@ class DualState(State):
         return gram
 
     def exact_spectrum(self) -> Spectrum:
-        values = torch.linalg.eigvalsh(self.recovered_gram()).clamp(min=0)
+        values = eigvalsh(self.recovered_gram()).clamp(min=0)
         return Spectrum(values, torch.ones_like(values), exact=True)
 
     def extended(self, operator: RowOperator, added: RowOperator) -> DualState:
@@ -258,8 +260,14 @@ class DualState(State):
     def left_out(self, vectors: Tensor, spans: Sequence[slice]) -> list[Tensor] | None:
         # K⁻¹ A v of a row is the residual that it would have, times its entry of K⁻¹.
         image = self.operator.matvec(vectors).double()  # (S, M)
-        if not spans:
-            return []
+        out: list[Tensor] = []
+        # A solve holds the right sides, scaled and transposed, and the solutions, likewise.
+        for some in _grouped(spans, max(1, working_bytes() // (6 * 8 * len(self.chol)))):
+            out += self._left_out(image, some)
+        return out
+
+    def _left_out(self, image: Tensor, spans: Sequence[slice]) -> list[Tensor]:
+        """As `left_out`, for as many rows as can be solved for at once; ``image (S, M)``."""
         chosen = torch.cat([torch.arange(s.start, s.stop) for s in spans]).to(image.device)
         units = torch.zeros(len(chosen), len(self.chol), dtype=image.dtype, device=image.device)
         units[torch.arange(len(chosen), device=image.device), chosen] = 1.0
@@ -274,7 +282,7 @@ class DualState(State):
             diagonal = block.diagonal()
             scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).rsqrt()
             scale = scale * (diagonal > 0)
-            inner = torch.linalg.pinv(scale[:, None] * block * scale, hermitian=True)
+            inner = pinv(scale[:, None] * block * scale, hermitian=True)
             out.append(weights[:, at : at + size] * scale @ inner * scale)
             at += size
         return out
@@ -296,3 +304,18 @@ class DualState(State):
                 total += self.shift**j * blocks(half, width)
                 half = half.mul_(self.scale[:, None])
         return total
+
+
+def _grouped(spans: Sequence[slice], rows: int) -> Iterator[list[slice]]:
+    """Consecutive ``spans`` with at most so many ``rows`` together, one of them at least."""
+    group: list[slice] = []
+    held = 0
+    for span in spans:
+        size = span.stop - span.start
+        if group and held + size > rows:
+            yield group
+            group, held = [], 0
+        group.append(span)
+        held += size
+    if group:
+        yield group

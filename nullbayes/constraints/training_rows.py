@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nullbayes.audit.outputs import Probabilities
 from nullbayes.audit.sampling import Drawn, Reservoir
 from nullbayes.common.progress import ROWS, Stages
 from nullbayes.constraints.directions import Cotangents
@@ -46,6 +47,9 @@ class TrainingRows:
     observed: int = 0  # numbers that the targets consist of
     trace: float = 0.0  # of all output Hessians
     problem: Problem | None = None
+    doubtful: str | None = (
+        None  # what to say of outputs that do not look like what the likelihood takes
+    )
 
     @property
     def asked(self) -> Problem:
@@ -79,6 +83,7 @@ class TrainingRows:
             self.observed + more.observed,
             trace,
             self.problem,
+            self.doubtful,
         )
 
     def _drawn(self, more: TrainingRows, count: int) -> list[Drawn]:
@@ -187,6 +192,7 @@ class _Capturing:
         self.checked_numbers: list[range] = []
         self.left, self.count = memory.check, 0
         self.loss, self.least_loss, self.observed = 0.0, 0.0, 0
+        self.outputs = Probabilities(problem.likelihood)
 
     def add(self, inputs: Inputs, outputs: Tensor, targets: Any) -> None:
         """The rows of one batch, of which the examples are numbered on."""
@@ -194,6 +200,7 @@ class _Capturing:
             self._add_group(group)
         self._check_later(inputs, outputs, targets)
         self.audited.offer(inputs, targets)
+        self.outputs.look(self.problem.functional, inputs, outputs)
         likelihood = self.problem.likelihood
         with torch.no_grad():
             self.loss += float(likelihood.loss(outputs, targets).double().sum())
@@ -253,6 +260,7 @@ class _Capturing:
             self.observed,
             self.trace,
             self.problem,
+            self.outputs.note,
         )
 
 

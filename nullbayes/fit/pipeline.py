@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Iterable, Sized
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.audit import Audit
+from nullbayes.audit.reading import Rereading
 from nullbayes.certificate.certificate import Certificate
 from nullbayes.certificate.leave_one_out import held_out, left_out
 from nullbayes.certificate.measure import GuaranteeCheck
@@ -41,7 +43,7 @@ from nullbayes.common.progress import (
 from nullbayes.constraints.memory_budget import FitMemory, default_budget
 from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import TrainingRows, capture_training, with_fitted_noise
-from nullbayes.errors import MemoryBudgetError, ModelError
+from nullbayes.errors import MemoryBudgetError, ModelError, NullBayesWarning
 from nullbayes.fit.auditing import audited, auditing_of
 from nullbayes.fit.evidence import fixed_point, null_space_precision
 from nullbayes.fit.prior_samples import standard_normal
@@ -70,6 +72,7 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
     laps, before = Laps(), quick_digest(problem.functional.model)
     budget = settings.memory or default_budget(available_bytes(problem.device))
     with explained_out_of_memory(budget), stages(show=run.progress) as stage:
+        given, loader = loader, Rereading(loader)
         problem = with_fitted_noise(problem, loader, run.max_examples, stage)
         memory = FitMemory.of(budget, run.num_samples, problem.space.total, problem.dtype)
         rows = capture_training(problem, loader, run.max_examples, memory, stage, run.audit)
@@ -82,7 +85,8 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
         check, evidence = fitting.check()
         audit = fitting.audit()
         notes = [*fitting.notes, *where_kept(rows.operator)]
-        notes += _not_kept(loader, rows, run.max_examples)
+        notes += _not_kept(given, rows, run.max_examples)
+        notes += _doubts(loader, rows, run.max_examples)
         notes += padding_notes(problem.functional.model, problem.space)
     check_undisturbed(problem, before)
     return fitting.finish(check, evidence, audit, notes)
@@ -301,6 +305,17 @@ def _not_kept(loader: Iterable[Any], rows: TrainingRows, limit: int | None) -> l
         "inflated novelty scores, which lowers AUROC against out-of-distribution inputs. Constrain all that the "
         "network learned from where that fits: `preserve='loss'` and `directions='auto'` take fewer rows."
     ]
+
+
+def _doubts(loader: Rereading, rows: TrainingRows, limit: int | None) -> list[str]:
+    """What to say, and mostly to warn of, where data or outputs are not what they seem."""
+    again = loader.note(limit)
+    found = [] if again is None else [again]
+    found += [] if rows.doubtful is None else [(rows.doubtful, True)]
+    for text, loud in found:
+        if loud:
+            warnings.warn(text, NullBayesWarning, stacklevel=2)
+    return [text[0].upper() + text[1:] for text, _ in found]
 
 
 def where_kept(operator: JacobianOperator) -> list[str]:

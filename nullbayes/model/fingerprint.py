@@ -43,17 +43,17 @@ def quick_digest(model: nn.Module) -> int:
         for place, tensor in enumerate((*model.parameters(), *model.buffers()), 1):
             if tensor.device.type == "meta" or not tensor.numel():
                 continue
-            words = _words(tensor)
-            for start in range(0, words.numel(), _CHUNK):
-                part = words[start : start + _CHUNK].to(torch.int64)
+            bits = words(tensor)
+            for start in range(0, bits.numel(), _CHUNK):
+                part = bits[start : start + _CHUNK].to(torch.int64)
                 # Sums of integers wrap around and are the same in any order; the weights tell places apart.
                 at = torch.arange(start + 1, start + len(part) + 1, device=part.device)
                 total += place * int((part * (2 * at + 1)).sum())
     return total & ((1 << 64) - 1)
 
 
-def _words(tensor: Tensor) -> Tensor:
-    """The bits of a tensor as integers, flat."""
+def words(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as integers, flat: as many of them for each number, two for a complex one."""
     flat = tensor.detach().reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat.resolve_conj()).reshape(-1)

@@ -84,12 +84,12 @@ bench: $(PEERS)
 	    name=$$(basename $$file .py); echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name; done
 	@echo "== experiments.unseen"; $(BIN)/python -m experiments.unseen
 
-# laplace-torch and its relatives, without their requirements: those include torchvision.
+# laplace-torch and its relatives, and pytorch-ood, without their requirements: those include torchvision.
 peers: $(PEERS)
 
 $(PEERS): $(STAMP)
 	@$(PIP) -e '.[bench]'
-	@$(PIP) --no-deps laplace-torch curvlinops-for-pytorch backpack-for-pytorch einconv unfoldnd asdfghjkl
+	@$(PIP) --no-deps laplace-torch curvlinops-for-pytorch backpack-for-pytorch einconv unfoldnd asdfghjkl pytorch-ood
 	@touch $@
 
 test-peers: $(PEERS)

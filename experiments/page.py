@@ -22,7 +22,7 @@ PAGES = (
     ROOT / "README.md",
     *(
         FOLDER / f"{name}.md"
-        for name in ("index", "classification", "regression", "ablations", "method")
+        for name in ("index", "classification", "regression", "detection", "ablations", "method")
     ),
 )
 PICTURES = "pictures"  # folder of copied figures, beside the page
@@ -87,7 +87,8 @@ def content(what: str, results: Path, pictures: Path | None) -> str:
     heading, table = section(lines, title, source)
     # What stands above a table of the overview is the page's own.
     above = "" if name == "overview" else f"**{heading}**\n\n"
-    return f"{above}{shortened(table)}\n\n{where}"
+    shown = "\n".join(table) if name == "detection" else shortened(table)  # ours and all rivals
+    return f"{above}{shown}\n\n{where}"
 
 
 def section(lines: list[str], title: str, source: Path) -> tuple[str, list[str]]:

@@ -30,6 +30,8 @@ from nullbayes.likelihood import Likelihood as Likelihood
 from nullbayes.likelihood import Regression as Regression
 from nullbayes.likelihood import register_likelihood as register_likelihood
 from nullbayes.model.data import Batches as Batches
+from nullbayes.model.ragged import bags as bags
+from nullbayes.model.ragged import ragged as ragged
 from nullbayes.model.randomness import FrozenRandomness as FrozenRandomness
 from nullbayes.posterior.base import Posterior as Posterior
 from nullbayes.posterior.calibration import CalibrationPath as CalibrationPath

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from nullbayes.model.batch import Inputs, batch_size, plain
 from nullbayes.model.functional import FunctionalModel, as_tensor_output
+from nullbayes.model.ragged import restored
 
 
 class NetworkCopy:
@@ -47,6 +49,7 @@ class NetworkCopy:
         given = plain(inputs)
         if self.dtype is not None:
             given = tree_map(lambda t: as_floating(t, self.dtype), given)
+        given = restored(given)
         try:
             if delta is not None:
                 self._write(delta)
@@ -68,7 +71,8 @@ class NetworkCopy:
             return forward(self.model, given)
         if isinstance(given, Mapping):
             return self.model(**given)
-        return self.model(*given) if isinstance(given, tuple) else self.model(given)
+        several = isinstance(given, tuple) and not isinstance(given, PackedSequence)
+        return self.model(*given) if several else self.model(given)
 
     def _write(self, delta: Tensor | None) -> None:
         values = self._trained

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from nullbayes.model.fingerprint import words
+from nullbayes.model.fingerprint import bits_of
 
 # Samplers of which a part of the data is another part each time.
 _RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
@@ -98,7 +98,7 @@ def numbers_of(batch: Any) -> list[int]:
             continue
         if place > 1 and leaf.shape == (size, size):
             continue  # perhaps a mask that all examples share
-        bits = words(leaf.detach()).reshape(size, -1)
+        bits = bits_of(leaf.detach()).reshape(size, -1)
         # Sums of integers wrap around; odd multipliers tell places apart.
         at = torch.arange(1, bits.shape[1] + 1, device=bits.device)
         mixed = (bits.to(torch.int64) * (2 * at + 1) * 0x9E3779B97F4A7C1 + at).sum(1)

@@ -11,6 +11,9 @@ from torch import Tensor
 from nullbayes.common.arguments import CheckedPrior, PriorPrecision, check_prior
 from nullbayes.constraints.directions import Cotangents, Directions, resolve_directions
 from nullbayes.constraints.preserve import Preserve, resolve_preserve
+from nullbayes.constraints.within import LayerPrior
+from nullbayes.errors import InputError
+from nullbayes.jacobian.block import Block
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.parameters import ParameterSpace
@@ -28,6 +31,7 @@ class Problem:
         likelihood: how its outputs explain the targets.
         preserve, directions: what gives each training example its rows of the constraint matrix.
         prior: ``"evidence"``, one prior precision, or one for each parameter tensor.
+        within: covariance of the prior, in place of the identity, at prior precision one.
     """
 
     functional: FunctionalModel
@@ -35,6 +39,7 @@ class Problem:
     preserve: Preserve
     directions: Directions
     prior: CheckedPrior
+    within: LayerPrior | None = None
 
     @classmethod
     def of(
@@ -44,6 +49,7 @@ class Problem:
         preserve: str | Preserve,
         directions: Directions,
         prior: PriorPrecision,
+        within: LayerPrior | None = None,
     ) -> Problem:
         """From a user's arguments.
 
@@ -53,7 +59,12 @@ class Problem:
         chosen, limit = resolve_preserve(preserve), resolve_directions(directions)
         if limit is not None and not chosen.takes_directions:
             chosen.rows(likelihood, (2,), limit)  # raises, saying why
-        problem = cls(functional, likelihood, chosen, limit, check_prior(prior))
+        problem = cls(functional, likelihood, chosen, limit, check_prior(prior), within)
+        if within is not None and problem.precision_by_name is not None:
+            raise InputError(
+                "`prior_precision` is one for each parameter, beside `within`, which is a prior of its own; pass a "
+                'number, or "evidence".'
+            )
         functional.space.scales(problem.precision_by_name)  # raises on wrong names
         return problem
 
@@ -108,14 +119,22 @@ class Problem:
 
     def weight_changes(self, isotropic: Tensor) -> Tensor:
         """``(S, P)`` from the solver's coordinates, in which the prior is isotropic, to weights."""
+        if self.within is not None:
+            return self.within.spread(isotropic)
         scales = self.space.scales(self.precision_by_name)
         # Exactly, and not but for rounding: a solver's products leave something at coordinates that are fixed.
         return self.space.fix_(isotropic if scales is None else isotropic * scales)
 
     def isotropic(self, changes: Tensor) -> Tensor:
         """The inverse of :meth:`weight_changes`."""
+        if self.within is not None:
+            return self.within.collect(changes)
         scales = self.space.scales(self.precision_by_name)
         return changes if scales is None else changes / scales
+
+    def in_coordinates(self, block: Block) -> Block:
+        """Rows as they were captured (with ``scale_by_name``), in the coordinates in which the prior is isotropic."""
+        return block if self.within is None else self.within.rows(block)
 
     # -- the rows --------------------------------------------------------------------------------
 
@@ -133,5 +152,4 @@ class Problem:
 
     def checked_targets(self, outputs: Tensor, targets: Any, where: str) -> Any:
         """The targets of one batch, validated, as the likelihood works with them."""
-        self.likelihood.validate(outputs, targets, where)
-        return self.likelihood.prepare_targets(outputs, targets)
+        return self.likelihood.checked_targets(outputs, targets, where)

@@ -184,7 +184,12 @@ class _Capturing:
         self.problem, self.plan, self.memory = problem, plan, memory
         self.audited, self.batches = audited, 0
         self.keeper = Keeper(
-            problem.functional, plan, problem.scale_by_name, memory.rows, memory.block
+            problem.functional,
+            plan,
+            problem.scale_by_name,
+            memory.rows,
+            memory.block,
+            problem.in_coordinates,
         )
         self.examples, self.captured = 0, 0
         self.trace, self.discarded = 0.0, 0.0
@@ -224,6 +229,7 @@ class _Capturing:
         )
         for block, piece, made in pieces:
             check_block(block, self.captured)
+            block = self.problem.in_coordinates(block)
             mine, numbers = numbers[: block.examples], numbers[block.examples :]
             self.keeper.add(block, piece, made.values, mine)
             self.captured += 1

@@ -140,6 +140,8 @@ class Fitting:
         alpha, notes = 1.0, tuple[str, ...]()
         if self.problem.given_precision is not None:
             alpha = self.problem.given_precision
+        elif self.problem.within is not None:
+            alpha = self.problem.within.precision
         elif self.problem.by_evidence and target.delta:
             alpha, notes = target.precision(state, self.theta, self.stage.towards(PRIOR))
         enough = 0.0
@@ -196,7 +198,10 @@ class Fitting:
         passed = target.numerical or self.state.rank is None
         gamma = gone / self.run.num_samples if passed else float(self.state.rank or 0)
         if self.by_evidence:
-            self.alpha = null_space_precision(gamma, p, self.theta)
+            within = problem.within
+            self.alpha = (
+                null_space_precision(gamma, p, self.theta) if within is None else within.precision
+            )
         self.rank = min(max(round(gamma), 0), m, p)
         self.unit = problem.weight_changes(done.value)
 

@@ -64,6 +64,9 @@ class Kept(ABC):
         """Gives the block, which is not to be used after the ``with`` statement."""
 
 
+Change = Callable[[Block], Block]
+
+
 class Openable(Protocol):
     """What an operator needs of a block: ``Block`` itself, or something :class:`Kept`."""
 
@@ -145,7 +148,9 @@ class Recomputed(Kept):
         cotangents: Tensor,
         scales: dict[str, float] | None,
         nbytes: int,
+        change: Change,
     ) -> None:
+        self._change = change
         self._functional, self._plan, self._scales = functional, plan, scales
         self._inputs, self._cotangents = inputs, cotangents
         self.cotangents, self.examples = cotangents.shape[:2]
@@ -160,6 +165,7 @@ class Recomputed(Kept):
         block, _ = captured(
             self._functional, self._plan, self._inputs, lambda _: values, self._scales
         )
+        block = self._change(block)
         yield block if self.layout is None else block.arranged(self.layout)
 
 
@@ -188,6 +194,7 @@ class Keeper:
         room: bytes of memory that the rows may take; what is more goes to disk, or, where there is
             no room (or the device is an accelerator), is computed anew for each pass.
         block_bytes: at which a block is full, however few rows it has.
+        change: was made to every block that is added, and is made to what is captured again.
     """
 
     def __init__(
@@ -197,7 +204,9 @@ class Keeper:
         scales: dict[str, float] | None,
         room: int,
         block_bytes: int = BLOCK_BYTES,
+        change: Change = lambda block: block,
     ) -> None:
+        self._change = change
         self._functional, self._plan, self._scales, self._room = functional, plan, scales, room
         self._block_bytes = block_bytes
         self._groups: dict[int, list[tuple[Block, Inputs, Tensor]]] = {}
@@ -275,7 +284,15 @@ class Keeper:
             self.kept.append(Block.merge([block for block, _, _ in group]))
         elif not self._written(group, nbytes):
             self.kept += [
-                Recomputed(self._functional, self._plan, inputs, values, self._scales, b.nbytes)
+                Recomputed(
+                    self._functional,
+                    self._plan,
+                    inputs,
+                    values,
+                    self._scales,
+                    b.nbytes,
+                    self._change,
+                )
                 for b, inputs, values in group
             ]
         self._resident = sum(kept.resident for kept in self.kept)

@@ -17,15 +17,23 @@ from torch import nn
 
 from nullbayes.errors import InputError
 from nullbayes.posterior import LaplacePosterior, NullSpacePosterior
+from nullbayes.posterior.layers import LayerNullSpacePosterior
+
+#: any posterior that a job may ask for
+Fitted = NullSpacePosterior | LaplacePosterior | LayerNullSpacePosterior
 
 DATA = ("train", "validation", "test")
-KINDS: dict[str, type[NullSpacePosterior] | type[LaplacePosterior]] = {
+KINDS: dict[
+    str, type[NullSpacePosterior] | type[LaplacePosterior] | type[LayerNullSpacePosterior]
+] = {
     "null-space": NullSpacePosterior,
     "laplace": LaplacePosterior,
+    "layer-null-space": LayerNullSpacePosterior,
 }
 #: options that are neither of a constructor nor of `fit`
 OWN = {"posterior": "null-space", "calibrate": True}
 _FIT = ("num_samples", "seed", "max_examples", "checkpoint_every")
+_FIT_OF_LAYERS = _FIT[:2]  # one pass over all the data: nothing to cut short or to resume
 _NOT_OPTIONS = ("self", "model", "likelihood", "loss", "drift")
 
 
@@ -41,7 +49,7 @@ class Job:
         likelihood: its name, an object, or a callable loss; None: classification.
         slices, show, title: see `nullbayes.Posterior.report`.
         constructor, fit: what ``options`` says of either.
-        kind: ``"null-space"`` or ``"laplace"``; calibrate: whether to, where there are validation data.
+        kind: a key of `KINDS`; calibrate: whether to, where there are validation data.
     """
 
     path: Path
@@ -59,7 +67,7 @@ class Job:
     kind: str
     calibrate: bool
 
-    def posterior(self) -> NullSpacePosterior | LaplacePosterior:
+    def posterior(self) -> Fitted:
         """The posterior that the file asks for, not fitted; its constructor's errors name the file."""
         with self.blamed("`options`"):
             likelihood = "classification" if self.likelihood is None else self.likelihood
@@ -194,7 +202,8 @@ def _sorted(
         for name in inspect.signature(KINDS[kind].__init__).parameters
         if name not in _NOT_OPTIONS
     ]
-    known = [*accepted, *_FIT, *OWN]
+    fit = _FIT_OF_LAYERS if KINDS[kind] is LayerNullSpacePosterior else _FIT
+    known = [*accepted, *fit, *OWN]
     for name in options:
         if name not in known:
             if name in ("likelihood", "loss"):
@@ -204,7 +213,7 @@ def _sorted(
                 mend = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(known)}."
             raise InputError(f"{where}: `options` has no {name!r}. {mend}")
     constructor = {name: options[name] for name in accepted if name in options}
-    return constructor, {name: options[name] for name in _FIT if name in options}
+    return constructor, {name: options[name] for name in fit if name in options}
 
 
 def _near(name: str, names: Mapping[str, Any]) -> str:

@@ -16,14 +16,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE
 from nullbayes.common.progress import stages
 from nullbayes.common.writing import make_folder, write_signed_json, write_text
 from nullbayes.errors import NullBayesWarning, StorageError
 from nullbayes.fit.plan import Plan
-from nullbayes.job.file import Job
+from nullbayes.job.file import KINDS, Fitted, Job
 from nullbayes.likelihood.score import score_named
-from nullbayes.posterior.base import Posterior
 from nullbayes.posterior.evaluation import Evaluation
+from nullbayes.posterior.layer_plan import LayerPlan
+from nullbayes.posterior.layers import LayerNullSpacePosterior
 from nullbayes.posterior.loading import load
 from nullbayes.posterior.measuring.data import as_loader
 from nullbayes.posterior.measuring.methods import NETWORK, own_source
@@ -92,12 +94,16 @@ class Check:
         return dict(vars(self))
 
 
-def run_plan(job: Job) -> Plan:
+def run_plan(job: Job) -> Plan | LayerPlan:
     """Sizes, memory and time of the fit; nothing is written."""
-    options = {k: v for k, v in job.fit.items() if k in ("num_samples", "max_examples")}
+    options: dict[str, Any] = {
+        k: v for k, v in job.fit.items() if k in ("num_samples", "max_examples")
+    }
     posterior = job.posterior()
     loader = _loader(job, "train", posterior)
     with job.blamed("`train`"):
+        if isinstance(posterior, LayerNullSpacePosterior):
+            return posterior.plan(loader)
         return posterior.plan(loader, **options)
 
 
@@ -107,20 +113,17 @@ def open_folder(path: Path, say: Say) -> RunFolder:
     return RunFolder(path, say)
 
 
-def run_fit(job: Job, folder: RunFolder, *, progress: bool) -> Posterior:
+def run_fit(job: Job, folder: RunFolder, *, progress: bool) -> Fitted:
     """Fit, calibrate where there are validation data, save; returns what the file holds."""
     posterior, options = job.posterior(), dict(job.fit)
     loader = _loader(job, "train", posterior)
-    every = options.pop("checkpoint_every", 60.0)
     folder.note(f"fit: {job.path.name}, {type(posterior).__name__}")
     with folder.noting_warnings(), job.blamed("`train`"):
-        posterior.fit(
-            loader,
-            **options,
-            progress=progress,
-            checkpoint=folder.path / CHECKPOINT,
-            checkpoint_every=every,
-        )
+        if isinstance(posterior, LayerNullSpacePosterior):
+            posterior.fit(loader, **options, progress=progress)
+        else:
+            place = folder.path / CHECKPOINT
+            posterior.fit(loader, **options, progress=progress, checkpoint=place)
     if job.calibrate and job.validation is not None:
         validation = _loader(job, "validation", posterior)
         with folder.noting_warnings(), job.blamed("`validation`"):
@@ -131,7 +134,7 @@ def run_fit(job: Job, folder: RunFolder, *, progress: bool) -> Posterior:
     return _load(job, folder)
 
 
-def fitted(job: Job, folder: RunFolder, *, progress: bool) -> Posterior:
+def fitted(job: Job, folder: RunFolder, *, progress: bool) -> Fitted:
     """The posterior in the folder, or a new one. Raises `StorageError` where that of the folder is another model's."""
     if (folder.path / POSTERIOR).exists():
         folder.note(f"using {POSTERIOR} of {folder.path.name}")
@@ -139,33 +142,42 @@ def fitted(job: Job, folder: RunFolder, *, progress: bool) -> Posterior:
     return run_fit(job, folder, progress=progress)
 
 
-def _load(job: Job, folder: RunFolder) -> Posterior:
+def _load(job: Job, folder: RunFolder) -> Fitted:
     given = None if isinstance(job.likelihood, str) else job.likelihood
     forward = job.constructor.get("forward")
     found = load(folder.path / POSTERIOR, job.model, likelihood=given, forward=forward)
-    if not isinstance(found, Posterior):
+    kind = KINDS[job.kind]
+    if not isinstance(found, kind):
         raise StorageError(
-            f"{folder.path / POSTERIOR} holds a {type(found).__name__}, which `nullbayes fit` does not write; move it "
+            f"{folder.path / POSTERIOR} holds a {type(found).__name__}, the job asks for a {kind.__name__}; move it "
             "away, or choose another `--out`."
         )
     return found
 
 
 def run_check(job: Job, folder: RunFolder, *, progress: bool) -> Check:
-    """The certificate, and the score on all training data with the posterior as it is in its file."""
+    """The certificate, and the score on all training data with the posterior as it is in its file.
+
+    Of a layer posterior, what its guarantee says as well: how far sampled networks move those predictions.
+    """
     posterior = fitted(job, folder, progress=progress)
     loader = _loader(job, "train", posterior)
     source = own_source(posterior, None, lambda: iter(()))
     main = source.methods[-1].key
+    moved = ""
     with stages(show=progress) as stage, job.blamed("`train`"):
         records = Pass([source], main).training(loader, "train", stage)
-    name = posterior.likelihood.score_name
-    before, after = (records[key].part()[name].value for key in (NETWORK, main))
-    kind, certificate = score_named(name), posterior.certificate
-    worse = kind.worsened(before, after)
-    stands = not math.isnan(worse) and worse <= kind.allowed_growth * abs(before) + 1e-12
+        name = posterior.likelihood.score_name
+        before, after = (records[key].part()[name].value for key in (NETWORK, main))
+        kind, certificate = score_named(name), posterior.certificate
+        worse = kind.worsened(before, after)
+        stands = not math.isnan(worse) and worse <= kind.allowed_growth * abs(before) + 1e-12
+        if isinstance(posterior, LayerNullSpacePosterior):
+            divergence = posterior.divergence(loader)
+            stands = divergence <= ALLOWED_DIVERGENCE * 1.0001
+            moved = f", predictions moved by {divergence:.2g} nats"
     count = len(records[NETWORK])
-    measured = f"training {kind.label} {before:.4f} → {after:.4f} on all {count:,} examples"
+    measured = f"training {kind.label} {before:.4f} → {after:.4f}{moved} on all {count:,} examples"
     found = Check(
         name,
         before,
@@ -208,7 +220,7 @@ def run_evaluate(job: Job, folder: RunFolder, *, progress: bool) -> Evaluation:
     return found
 
 
-def _loader(job: Job, name: str, posterior: Posterior) -> Any:
+def _loader(job: Job, name: str, posterior: Fitted) -> Any:
     functional = posterior.functional
     with job.blamed(f"`{name}`"):
         return as_loader(

@@ -107,6 +107,11 @@ class Likelihood(ABC):
         """Targets in the device, dtype and shape that the methods here work with (idempotent)."""
         return targets.to(outputs.device)
 
+    def checked_targets(self, outputs: Tensor, targets: Any, where: str) -> Any:
+        """The targets of one batch, validated, as the methods here work with them."""
+        self.validate(outputs, targets, where)
+        return self.prepare_targets(outputs, targets)
+
     def with_noise(self, factor: float) -> Likelihood | None:
         """The same with its estimated observation variance times ``factor``; None where none was estimated."""
         return None
@@ -124,6 +129,10 @@ class Likelihood(ABC):
     def observed(self, change: Tensor) -> Tensor:
         """The same, in standard deviations of the noise with which outputs are observed (logits: one)."""
         return self.centre(change)
+
+    def energy(self, outputs: Tensor) -> Tensor | None:
+        """Energy ``(B,)`` of outputs ``(B, *out)``, larger where less is recognised; None where they are no logits."""
+        return None
 
     def structured(self, values: Tensor) -> Any:
         """Outputs ``(*lead, *out)`` in the structure in which the model returns them (default: as they are)."""

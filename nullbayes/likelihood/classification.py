@@ -67,6 +67,11 @@ class Classification(Likelihood):
         # Class axis by number of output axes, as `validate` saw it: predictions come without targets.
         self._seen_axes: dict[int, int] = {}
 
+    def energy(self, outputs: Tensor) -> Tensor:
+        """``-log Σ exp`` over classes, mean over the other axes (Liu, Wang, Owens, Li 2020)."""
+        values = -outputs.logsumexp(self._axis(tuple(outputs.shape)))
+        return values.reshape(len(outputs), -1).mean(1)
+
     # -- the class axis --------------------------------------------------------------------------
 
     def _axis(self, shape: Sequence[int], targets: Tensor | None = None) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import register_pytree_node, tree_flatten, tree_map, tree_unflatten
 
 from nullbayes.errors import InputError, NonFiniteError
+from nullbayes.model.ragged import regular
 
 Inputs = Any
 Flags = tuple[bool, ...]
@@ -78,9 +79,10 @@ def flags_of(inputs: Inputs, size: int | None = None) -> Flags:
 
 
 def to_device(inputs: Inputs, device: torch.device) -> Inputs:
-    """All tensors of a nested input on ``device``; mappings become plain dicts."""
+    """All tensors of a nested input on ``device``; mappings become plain dicts, and structures have a batch axis."""
     if isinstance(inputs, Mapping):
         inputs = dict(inputs)
+    inputs = regular(inputs)
     return tree_map(lambda t: _placed(t, device) if isinstance(t, Tensor) else t, inputs)
 
 

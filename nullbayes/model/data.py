@@ -8,14 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from nullbayes.common.arguments import check_count
 from nullbayes.errors import InputError
+from nullbayes.model.graphs import is_graph
 from nullbayes.model.loader import TARGET_KEYS, check_reusable
+from nullbayes.model.ragged import Structured
 
 BATCH = 256
+_STRUCTURES = (Structured, PackedSequence)
 
 Split = Callable[[Any], tuple[Any, Any]]
 
@@ -133,14 +137,27 @@ def as_loader(
             )
         return _sliced((as_tensor(data, dtype),), name, batch_size)
     several = isinstance(data, tuple) and len(data) >= 2 and all(is_array(t) for t in data)
+    if several and any(isinstance(t, Tensor) and t.is_nested for t in data):
+        return [data]
     if several and not (pieces and _alike(data)):
         return _sliced(tuple(as_tensor(t, dtype) for t in data), name, batch_size)
     if hasattr(data, "train_dataloader"):
         return _of_module(data, name)
     if isinstance(data, Dataset):
-        return DataLoader(data, batch_size=batch_size)
+        return _loader(data, batch_size)
+    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], _STRUCTURES):
+        return [data]  # inputs that cannot be cut before they have been looked at
     check_reusable(data, name)
     return data
+
+
+def _loader(data: Dataset[Any], batch_size: int) -> DataLoader[Any]:
+    """Batches of a data set; graphs of PyTorch Geometric are put together as that library does."""
+    if isinstance(data, Sized) and len(data) and is_graph(data[0]):
+        from torch_geometric.loader import DataLoader as GraphLoader
+
+        return GraphLoader(data, batch_size=batch_size)
+    return DataLoader(data, batch_size=batch_size)
 
 
 def _alike(values: tuple[Any, ...]) -> bool:
@@ -202,7 +219,7 @@ def streamed(x: Any, dtype: torch.dtype) -> Iterator[Any]:
 def _inputs_of(batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return {k: v for k, v in batch.items() if k not in TARGET_KEYS}
-    if isinstance(batch, (list, tuple)) and batch:
+    if isinstance(batch, (list, tuple)) and batch and not isinstance(batch, PackedSequence):
         inputs = batch[:-1] if len(batch) > 1 else batch
         return inputs[0] if len(inputs) == 1 else tuple(inputs)
     return batch

@@ -43,7 +43,7 @@ def quick_digest(model: nn.Module) -> int:
         for place, tensor in enumerate((*model.parameters(), *model.buffers()), 1):
             if tensor.device.type == "meta" or not tensor.numel():
                 continue
-            bits = words(tensor)
+            bits = bits_of(tensor)
             for start in range(0, bits.numel(), _CHUNK):
                 part = bits[start : start + _CHUNK].to(torch.int64)
                 # Sums of integers wrap around and are the same in any order; the weights tell places apart.
@@ -52,8 +52,64 @@ def quick_digest(model: nn.Module) -> int:
     return total & ((1 << 64) - 1)
 
 
-def words(tensor: Tensor) -> Tensor:
-    """The bits of a tensor as integers, flat: as many of them for each number, two for a complex one."""
+class Watch:
+    """Whether a model's tensors are still what they were, for less than a forward pass.
+
+    PyTorch counts the changes that it makes to a tensor itself. Those that go past it (``.data``, a NumPy view) show in
+    the sum of a tensor's bits: of all tensors where they are small, of a 64th of a large model at each question. Not a
+    substitute for :func:`quick_digest` where an answer has to be certain.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        tensors = [*model.parameters(), *model.buffers()]
+        self.tensors = [t for t in tensors if t.device.type != "meta" and t.numel()]
+        self.state = self._state(model)
+        # Views of a tensor's bits where there are some, else the tensor and where to look.
+        self.pieces: list[tuple[Tensor, Tensor | None, int, int]] = []
+        with torch.no_grad():
+            for tensor in self.tensors:
+                words = bits_of(tensor)
+                for start in range(0, len(words), _PIECE):
+                    stop = min(len(words), start + _PIECE)
+                    view = words[start:stop] if words.data_ptr() == tensor.data_ptr() else None
+                    self.pieces.append((tensor, view, start, stop))
+            self.sums = [int(self._sum(*piece)) for piece in self.pieces]
+        numbers = sum(stop - start for _, _, start, stop in self.pieces)
+        self.at_once = max(_ALWAYS, numbers // 64)
+        self.next = 0
+
+    def same(self, model: nn.Module) -> bool:
+        """Whether nothing was found to have changed."""
+        if self._state(model) != self.state:
+            return False
+        seen = 0
+        places: list[int] = []
+        while seen < self.at_once and len(places) < len(self.pieces):
+            places.append(self.next)
+            seen += self.pieces[self.next][3] - self.pieces[self.next][2]
+            self.next = (self.next + 1) % len(self.pieces)
+        with torch.no_grad():
+            now = [self._sum(*self.pieces[i]) for i in places]
+        return [int(n) for n in now] == [self.sums[i] for i in places]
+
+    @staticmethod
+    def _state(model: nn.Module) -> list[tuple[int, int, int]]:
+        return [
+            (id(t), t.data_ptr() if t.device.type != "meta" else 0, t._version)
+            for t in (*model.parameters(), *model.buffers())
+        ]
+
+    @staticmethod
+    def _sum(tensor: Tensor, view: Tensor | None, start: int, stop: int) -> Tensor:
+        return (bits_of(tensor)[start:stop] if view is None else view).sum()
+
+
+# Numbers of a piece of a :class:`Watch`, and how many are looked at each time.
+_PIECE, _ALWAYS = 2**16, 2**16
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as integers, flat: one for each number, two for a complex one."""
     flat = tensor.detach().reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat.resolve_conj()).reshape(-1)

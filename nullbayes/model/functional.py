@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
 from nullbayes.errors import InputError, ModelError, NullBayesError
@@ -28,10 +29,12 @@ from nullbayes.model.batch import (
     repeated,
     tensor_leaves,
 )
+from nullbayes.model.bound import bound
 from nullbayes.model.checks import check_kind, check_scripted
 from nullbayes.model.parameters import HALF, ParameterChoice, ParameterSpace
 from nullbayes.model.precision import Unrounded, Watch, tolerance, widening
 from nullbayes.model.private import Hooks, Modules
+from nullbayes.model.ragged import restored, unbatched
 from nullbayes.model.randomness import FrozenRandomness, Replay, keyed
 from nullbayes.model.settling import settle
 from nullbayes.model.structure import Layouts
@@ -163,13 +166,21 @@ class FunctionalModel:
             out = self._run(private, forward, given)
         return self._flat(out, inputs)
 
+    def bound(self, weights: Mapping[str, Tensor], hooks: Hooks = ()) -> Callable[[Inputs], Tensor]:
+        """``inputs -> outputs`` at these weights, as by calling this, of one private copy for as long as nothing writes
+        a state to it: for many small batches, where building a copy for each would cost as much as the network.
+        """
+        return bound(self, weights, hooks)
+
     def _run(self, module: nn.Module, forward: Forward | None, given: Any) -> Any:
         with self.computing(), self.watch or nullcontext():
             return _called(module, forward, given)
 
     def _given(self, inputs: Inputs) -> Any:
         given = plain(inputs)
-        return given if self.widened is None else tree_map(widening(self.widened), given)
+        if self.widened is not None:
+            given = tree_map(widening(self.widened), given)
+        return restored(given)
 
     def _placed(self, weights: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """``weights`` by the identity of the parameter that each stands for, in the dtype that it computes in."""
@@ -243,10 +254,11 @@ class FunctionalModel:
         size = batch_size(inputs, where)
         if out.ndim == 0 or len(out) != size:
             self._check_squeezed(inputs, out, size)
+            mend = unbatched(plain(inputs), len(out) if out.ndim else 0)
             raise ModelError(
                 f"the model returned shape {tuple(out.shape)} for {size} examples ({where}); expected "
                 "one entry per example on the first axis. A loss already reduced over the batch has no "
-                "per-example rows: return the outputs themselves, or pass `forward=`."
+                f"per-example rows: return the outputs themselves, or pass `forward=`.{mend}"
             )
         return out
 
@@ -325,6 +337,9 @@ class FunctionalModel:
         text = (
             f"{where}: the model's forward pass failed on {found}: {type(error).__name__}: {error}"
         )
+        mend = unbatched(plain(inputs), batch_size(inputs))
+        if mend:
+            return f"{text}.{mend}"
         other = sorted({str(t.dtype) for t in leaves if t.is_floating_point()} - {str(self.dtype)})
         if other:
             return (
@@ -355,7 +370,7 @@ def _called(model: nn.Module, forward: Forward | None, inputs: Any) -> Any:
         return forward(model, inputs)
     if isinstance(inputs, Mapping):
         return model(**inputs)
-    if isinstance(inputs, tuple):
+    if isinstance(inputs, tuple) and not isinstance(inputs, PackedSequence):
         return model(*inputs)
     return model(inputs)
 
@@ -374,10 +389,17 @@ def functional_model(
 
 
 def unwrapped(model: Any) -> nn.Module:
-    """The module itself: ``torch.compile`` wraps it, and hooks need its layers."""
+    """The module itself, with its own names: ``torch.compile`` and data parallelism wrap it."""
     if not isinstance(model, nn.Module):
         raise InputError(f"`model` is {type(model).__name__}, expected a torch.nn.Module.")
-    inner: nn.Module = getattr(model, "_orig_mod", model)
+    inner: nn.Module = model
+    while True:
+        if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = inner.module
+        elif "_orig_mod" in inner._modules:
+            inner = cast(nn.Module, inner._modules["_orig_mod"])
+        else:
+            break
     check_kind(inner)
     return inner
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from nullbayes.errors import InputError
 from nullbayes.model.batch import (
@@ -17,6 +18,8 @@ from nullbayes.model.batch import (
     to_device,
 )
 from nullbayes.model.functional import FunctionalModel
+from nullbayes.model.graphs import is_graph
+from nullbayes.model.ragged import Structured
 
 
 def check_reusable(loader: Iterable[Any], name: str) -> None:
@@ -76,10 +79,20 @@ def split_batch(batch: Any, where: str, *, unlabelled: bool = False) -> tuple[In
     Args:
         unlabelled: inputs may come alone, ``x``, ``(x,)``, ``(x, None)`` or a mapping; they are the targets then.
     """
+    if is_graph(batch):
+        targets = getattr(batch, "y", None)
+        if targets is None and not unlabelled:
+            raise InputError(
+                f"{where} is {type(batch).__name__} without `y`; put the targets there, or name them: "
+                "`nb.Batches(loader, targets=...)`."
+            )
+        return batch, batch if targets is None else targets
     if unlabelled:
         if isinstance(batch, (list, tuple)) and len(batch) == 1:
             return batch[0], batch[0]
-        alone = isinstance(batch, Mapping) and not any(key in batch for key in TARGET_KEYS)
+        alone = isinstance(batch, (Structured, PackedSequence)) or (
+            isinstance(batch, Mapping) and not any(key in batch for key in TARGET_KEYS)
+        )
         if isinstance(batch, Tensor) or alone:
             return batch, batch
     if isinstance(batch, Mapping):

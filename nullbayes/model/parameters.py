@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from nullbayes.errors import InputError, ModelError, NonFiniteError
 
 HALF = (torch.float16, torch.bfloat16)
+# What data-parallel wrappers put before every name.
+WRAPPED = "module."
 ParameterFilter = Callable[[str, nn.Parameter], bool]
 ParameterChoice = None | Iterable[str] | ParameterFilter
 
@@ -122,6 +124,8 @@ class ParameterSpace:
                 )
             aliases = dict(model.named_parameters(remove_duplicate=False))
             canonical = {id(p): n for n, p in named.items()}
+            # As a data-parallel wrapper has them.
+            wanted = [n if n in aliases else n.removeprefix(WRAPPED) for n in wanted]
             for name in wanted:
                 if name not in aliases:
                     near = difflib.get_close_matches(name, aliases, n=3)

@@ -50,16 +50,16 @@ class Block:
         return ((self.name,) if self.own else ()) + self.biases
 
     def tensors(self, matrix: Tensor) -> dict[str, Tensor]:
-        """Changes ``(G, O, I)`` as changes of the parameters by name."""
-        out = {}
+        """Changes ``(*lead, G, O, I)`` as changes ``(*lead, *shape)`` of the parameters by name."""
+        out, lead = {}, matrix.shape[:-3]
         if self.own:
             out[self.name] = self.layout.tensor(matrix[..., : self.own], self.shape)
         for i, (name, shape) in enumerate(zip(self.biases, self.bias_shapes, strict=True)):
-            out[name] = matrix[..., self.own + i].reshape(shape)
+            out[name] = matrix[..., self.own + i].reshape(*lead, *shape)
         return out
 
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The inverse of :meth:`tensors`, also of several at once: ``(*lead, *shape)`` -> ``(*lead, G, O, I)``."""
+        """The inverse of :meth:`tensors`: ``(*lead, *shape)`` -> ``(*lead, G, O, I)``."""
         parts = [self.layout.matrix(tensors[self.name], self.shape)] if self.own else []
         groups, outputs, _ = self.size
         for name, shape in zip(self.biases, self.bias_shapes, strict=True):

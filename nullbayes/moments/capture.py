@@ -28,20 +28,19 @@ def plain_paths() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-@contextmanager
-def recording(
+def hooks_of(
     sites: Sequence[Site],
     receive: Receive,
     summers: Mapping[int, Summer] | None = None,
     thin: int | None = None,
-) -> Iterator[None]:
-    """While it lasts, each call of a module with a rule hands its weights' inputs to ``receive``.
+) -> list[tuple[str, Callable[..., None]]]:
+    """Forward hooks by the path of their module that hand the weights' inputs of each call to ``receive``.
 
     Args:
         summers: by number of the site, what takes its calls instead, unless it says no.
         thin: so many positions of each example are enough.
 
-    Raises `ModelError` within where a rule fails on its module.
+    Within them `ModelError` is raised where a rule fails on its module.
     """
     busy = False
 
@@ -76,11 +75,22 @@ def recording(
 
         return hook
 
+    return [(site.path, hook_of(number, site)) for number, site in enumerate(sites)]
+
+
+@contextmanager
+def recording(
+    sites: Sequence[Site],
+    receive: Receive,
+    summers: Mapping[int, Summer] | None = None,
+    thin: int | None = None,
+) -> Iterator[None]:
+    """While it lasts, each call of a module with a rule hands its weights' inputs on, see :func:`hooks_of`."""
     handles = []
     try:
         with plain_paths():
-            for number, site in enumerate(sites):
-                hook = hook_of(number, site)
+            hooks = hooks_of(sites, receive, summers, thin)
+            for site, (_, hook) in zip(sites, hooks, strict=True):
                 handles.append(site.module.register_forward_hook(hook, with_kwargs=True))
             yield
     finally:

@@ -22,7 +22,10 @@ _MANY_CHANNELS, _FEW_GROUPS = 16, 4
 
 
 def _pieces(x: Tensor, each: int) -> Iterator[Tensor]:
-    """``x (N, ...)`` in parts whose patches, ``each`` numbers an example, stay small."""
+    """``x (N, ...)`` in parts whose patches, ``each`` numbers an example, stay small; whole in a graph being traced."""
+    if torch.compiler.is_compiling():
+        yield x
+        return
     step = max(1, _PATCH_BYTES // max(1, each * x.element_size()))
     for start in range(0, len(x), step):
         yield x[start : start + step]
@@ -52,10 +55,24 @@ def _inputs(seen: Tensor, groups: int) -> Tensor:
     return rows.reshape(n, count, groups, inputs)
 
 
-def _padded(module: Any, x: Tensor) -> Tensor:
+def padded(module: Any, x: Tensor) -> Tensor:
+    """``x`` as the kernel of a convolution sees it."""
     # PyTorch keeps the amount of padding per side, last axis first, also for "same".
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     return pad(x, module._reversed_padding_repeated_twice, mode=mode)
+
+
+def middles(positions: Sequence[int], at_most: int) -> list[tuple[int, int, int]]:
+    """About ``at_most`` positions, evenly spaced: by axis the first, the step and how many.
+
+    The middle of each stretch; where an axis is shorter than a stretch, its own middle.
+    """
+    step = math.ceil((math.prod(positions) / at_most) ** (1 / len(positions)))
+    starts = [min(step, n) // 2 for n in positions]
+    return [
+        (start, step, math.ceil((n - start) / step))
+        for start, n in zip(starts, positions, strict=True)
+    ]
 
 
 def sliding_sums(module: Any, x: Tensor, positions: Sequence[int], dtype: torch.dtype) -> Summed:
@@ -148,14 +165,15 @@ class ConvSummer(Summer):
     def add(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
         kernel = module.kernel_size
         spatial = len(kernel)
-        if math.prod(kernel) < 2 or module.stride[0] >= module.dilation[0] * (kernel[0] - 1) + 1:
+        sizes = zip(kernel, module.stride, module.dilation, strict=True)
+        if all(stride > dilation * (k - 1) for k, stride, dilation in sizes):
             return False
         x = _batched(argument(args, kwargs, 0, "input"), spatial)
         positions = output.shape[-spatial:]
         if self.shifts is not None and self.shifts.fits(positions):
-            self.shifts.add(_padded(module, x), positions)
+            self.shifts.add(padded(module, x), positions)
         elif self.patches is not None:
-            self.patches.add(_padded(module, x), module.stride, module.dilation)
+            self.patches.add(padded(module, x), module.stride, module.dilation)
         else:
             return self._slice(module, x, positions)
         return True
@@ -169,7 +187,7 @@ class ConvSummer(Summer):
         each = x.shape[1] * math.prod(module.kernel_size[1:]) * math.prod(positions[1:])
         wide = self.dtype.itemsize // x.element_size() or 1
         for part in _pieces(x, each * wide * (x.shape[2] + taps)):
-            found = sliding_sums(module, _padded(module, part), positions, self.dtype)
+            found = sliding_sums(module, padded(module, part), positions, self.dtype)
             known = self.slices
             self.slices = found if known is None else _sum(known, found)
         return True
@@ -215,9 +233,7 @@ class ConvInputs(InputRule):
         at_most: int,
     ) -> Iterator[Seen]:
         positions = output.shape[-len(module.kernel_size) :]
-        step = math.ceil((math.prod(positions) / at_most) ** (1 / len(positions)))
-        # The middle of each stretch; where an axis is shorter than that, its own middle.
-        cuts = [slice(min(step, n) // 2, None, step) for n in positions]
+        cuts = [slice(start, None, step) for start, step, _ in middles(positions, at_most)]
         return self._inputs(module, args, kwargs, output, cuts)
 
     def inputs(
@@ -238,9 +254,7 @@ class ConvInputs(InputRule):
         positions = output.shape[-spatial:]
         each = x.shape[1] * math.prod(module.kernel_size) * math.prod(positions)
         for number, part in enumerate(_pieces(x, each)):
-            seen = patches(
-                _padded(module, part), module.kernel_size, module.stride, module.dilation
-            )
+            seen = patches(padded(module, part), module.kernel_size, module.stride, module.dilation)
             if cuts:
                 some = (slice(None), slice(None), *cuts)
                 seen = seen[some]

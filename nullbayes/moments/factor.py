@@ -71,6 +71,10 @@ class Factor(ABC):
     def whiten(self, j: Tensor) -> Tensor:
         """``j Rᵀ``."""
 
+    def unspread(self, m: Tensor) -> Tensor:
+        """``m R⁻¹``, the inverse of :meth:`spread`, where that has one: not at ``δ = 0``."""
+        raise NotImplementedError
+
     def project(self, m: Tensor) -> Tensor:
         """``m P``."""
         return self.spread(self.whiten(m))
@@ -115,6 +119,10 @@ class LowRankFactor(Factor):
         along = (z @ directions) * (self.gains.to(z)[:, None] - rest)
         return z * rest + along @ directions.mT
 
+    def unspread(self, m: Tensor) -> Tensor:
+        inverse = self.gains.reciprocal(), self.rest.reciprocal()
+        return LowRankFactor(self.directions, *inverse).spread(m)
+
     def whiten(self, j: Tensor) -> Tensor:
         return self.spread(j)  # the root is symmetric
 
@@ -128,6 +136,9 @@ class RowFactor(Factor):
 
     def spread(self, z: Tensor) -> Tensor:
         return z * self.gains.to(z)[:, None]
+
+    def unspread(self, m: Tensor) -> Tensor:
+        return m / self.gains.to(m)[:, None]
 
     def whiten(self, j: Tensor) -> Tensor:
         return self.spread(j)  # the root is symmetric
@@ -143,6 +154,10 @@ class TiedFactor(Factor):
     def spread(self, z: Tensor) -> Tensor:
         directions = self.directions.to(z)
         return ((z @ directions) * self.gains.to(z)) @ directions.mT
+
+    def unspread(self, m: Tensor) -> Tensor:
+        directions = self.directions.to(m)
+        return ((m @ directions) / self.gains.to(m)) @ directions.mT
 
     def whiten(self, j: Tensor) -> Tensor:
         return self.spread(j)  # the root is symmetric

@@ -76,6 +76,17 @@ def unlabelled(loader: Any, device: torch.device, name: str) -> Iterator[Batch]:
         )
 
 
+def drawn(functional: FunctionalModel, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """``batches`` with each example once for every draw of the model's frozen randomness, where it has any."""
+    for index, inputs, targets in batches:
+        yield index, *functional.stacked(inputs, targets)
+
+
+def draws_of(functional: FunctionalModel) -> int:
+    """How often each example of `drawn` batches is there."""
+    return 1 if functional.randomness is None else functional.randomness.draws
+
+
 def _batches(loader: Any, name: str) -> Iterable[Any]:
     if isinstance(loader, Tensor):
         return loader.split(ROWS_AT_ONCE)
@@ -124,7 +135,7 @@ def gather(
             visit(outputs, targets)
         out.members.add(inputs)
         kept.add(inputs, targets)
-        out.examples += batch_size(inputs)
+        out.examples += batch_size(inputs) // draws_of(functional)
         largest = max(largest, batch_size(inputs))
     if not out.examples:
         raise InputError(f"`{name}` holds no examples: every batch is empty. Pass a filled loader.")
@@ -261,4 +272,4 @@ def first_batch(loader: Iterator[Batch]) -> tuple[Inputs, Iterator[Batch]]:
     return first[1], everything()
 
 
-__all__ = ["Gathered", "first_batch", "gather", "unlabelled"]
+__all__ = ["Gathered", "drawn", "first_batch", "gather", "unlabelled"]

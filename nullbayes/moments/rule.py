@@ -49,11 +49,13 @@ class Layout:
         return whole.reshape(*lead, self.groups, self.outputs, self.inputs)
 
     def tensor(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """The inverse of :meth:`matrix`: ``(G, O, I)`` as a weight of ``shape``."""
+        """The inverse of :meth:`matrix`: ``(*lead, G, O, I)`` as weights ``(*lead, *shape)``."""
+        lead = matrix.shape[:-3]
         if self.taps is None:
-            return matrix.reshape(shape)
-        split = matrix.reshape(self.groups, self.outputs, self.inputs // self.taps, self.taps)
-        return split.transpose(1, 2).reshape(shape)
+            return matrix.reshape(*lead, *shape)
+        inputs = self.inputs // self.taps
+        split = matrix.reshape(*lead, self.groups, self.outputs, inputs, self.taps)
+        return split.transpose(-3, -2).reshape(*lead, *shape)
 
 
 @dataclass(frozen=True)

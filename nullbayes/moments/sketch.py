@@ -40,6 +40,9 @@ class Sketch:
 
     def _shrink(self) -> None:
         """Back to ``rank`` rows; what the next one has is taken off all of them and added to ``cut``."""
+        if self.rank >= self.rows.shape[2]:  # nothing has to go
+            self.rows = torch.linalg.qr(self.rows, mode="r").R
+            return
         _, sizes, directions = torch.linalg.svd(self.rows, full_matrices=False)
         squares = sizes.square()
         off = (

@@ -22,8 +22,9 @@ from nullbayes.model.functional import FunctionalModel
 from nullbayes.moments.blocks import Block, Blocks, Site, find_blocks
 from nullbayes.moments.capture import plain_paths, recording, restored
 from nullbayes.moments.collector import Collector
-from nullbayes.moments.factor import Edge, factorise
-from nullbayes.moments.second import BlockMoments
+from nullbayes.moments.factor import Edge, Factor, LowRankFactor, factorise
+from nullbayes.moments.second import BlockMoments, DenseMoments
+from nullbayes.moments.sketch import Sketch
 
 OTHER_USE = "it is used outside of the layers that have a rule"
 WRONG_RULE = "outputs move although the inputs that its rule names would allow it"
@@ -32,7 +33,7 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
 HALF_TOLERANCE = 0.1
 EXAMPLES = 3
 # Columns from which on the proof takes the span of its few inputs instead of their second moments.
-WIDE = 1024
+WIDE = 256
 
 
 def verified_blocks(
@@ -92,7 +93,7 @@ def _null_space(functional: FunctionalModel, blocks: Blocks, few: Inputs) -> Mov
     sums, point = seen_by(functional, blocks, few, ranks=proof_ranks(blocks.blocks))
     changes: list[Mapping[str, Tensor]] = []
     for i, (block, moments) in enumerate(zip(blocks.blocks, sums, strict=True)):
-        factor = factorise(moments, Edge.of(moments, 0.0), block.columns)
+        factor = _beside(moments, block.columns)
         z = torch.empty(block.size, dtype=torch.float64).normal_(
             generator=torch.Generator().manual_seed(i)
         )
@@ -138,8 +139,21 @@ def seen_by(
 
 
 def proof_ranks(blocks: list[Block]) -> list[int | None]:
-    """Sketches for wide layers: a few examples span few directions, and a factorisation of all costs minutes."""
+    """The inputs themselves for wide layers: few examples span few directions, and eigenvalues of all cost minutes."""
     return [block.columns if block.columns > WIDE and not block.table else None for block in blocks]
+
+
+def _beside(moments: BlockMoments, columns: int) -> Factor:
+    """The exact null space; the space beside the inputs themselves, where these are few and were stored as they are."""
+    inputs = moments.inputs
+    if isinstance(inputs, Sketch):
+        groups, count, _ = inputs.rows.shape
+        if count < columns:
+            directions = torch.linalg.qr(inputs.rows.mT).Q
+            gains = directions.new_zeros(groups, count)
+            return LowRankFactor(directions, gains, directions.new_ones(groups))
+        moments = BlockMoments(DenseMoments(inputs.rows.mT @ inputs.rows), None)
+    return factorise(moments, Edge.of(moments, 0.0), columns)
 
 
 def _local(site: Site, local: str) -> Tensor:

@@ -19,7 +19,7 @@ from nullbayes.fit.plan import Plan, plan_fit
 from nullbayes.fit.result import AUDITED, Checkpoint, Fit, Run, Settings
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.capture.verify import prove
-from nullbayes.jacobian.linearise import state_dicts
+from nullbayes.jacobian.linearise import linearised_outputs, state_dicts
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.batch import Inputs, batch_size, check_inputs, to_device
 from nullbayes.model.checks import check_mode
@@ -36,6 +36,8 @@ from nullbayes.posterior.calibration import (
 )
 from nullbayes.posterior.growing import Grows
 from nullbayes.posterior.judged import Judged
+from nullbayes.posterior.measuring.methods import EVIDENCE, GIVEN
+from nullbayes.posterior.measuring.subject import Moved
 from nullbayes.posterior.predicting import Predicts
 from nullbayes.posterior.storage import described, restored, write_posterior
 
@@ -309,6 +311,23 @@ class Posterior(Judged, Predicts, Grows):
             )
         check_inputs(x, "`x`")
         return x if draws is None else self.functional.keyed(x, draws)
+
+    # -- being judged, see `nullbayes.posterior.measuring.subject` ----------------------------------
+
+    def _moved(self, inputs: Inputs, where: str) -> tuple[Tensor, Moved]:
+        plan, unit = self._capture_plan(inputs), self._fitted().unit
+        point, change = linearised_outputs(self.functional, plan, unit, inputs, where)
+        return point, lambda scale: point + scale * change
+
+    def _prior_chosen_by(self) -> tuple[str, str]:
+        chosen = self.problem.by_evidence
+        if self.calibration is None and self.certificate.promises:
+            chosen = chosen and self.certificate.evidence is not None
+        return (EVIDENCE, "by evidence") if chosen else (GIVEN, "prior as given")
+
+    def _described(self) -> dict[str, Any]:
+        preserves = self.preserve.describe() if self._settings.target.preserves else "nothing"
+        return {"preserves": preserves, "seed": self._fitted().seed, "predictive": "linearised"}
 
     # -- samples and files -------------------------------------------------------------------------
 

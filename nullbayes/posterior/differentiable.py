@@ -7,6 +7,8 @@ compared with the ordinary ones, since an operation may drop out of a derivative
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -60,12 +62,23 @@ def changes_with_graph(
     changes = [differentiable_change(functional, delta, x) for delta in samples]
     found = [c for c in changes if c is not None]
     change = torch.stack(found) if len(found) == len(samples) else None
-    check_agreement(functional, change, expected)
+    check_agreement(functional, change, expected, lambda: _usual(functional, samples, x))
     assert change is not None
     if not functional.differentiated:
         _check_gradient(functional, plan, samples, x, change)
         functional.differentiated = True
     return change
+
+
+def _usual(functional: FunctionalModel, samples: Tensor, x: Inputs) -> float:
+    """Norm of the output changes by weight changes as large as ``samples``, in a random direction.
+
+    Those of a null-space posterior are nothing but rounding at its training inputs.
+    """
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(samples.shape[1:], generator=generator, dtype=torch.float64).to(samples)
+    change = differentiable_change(functional, drawn * (samples.norm() / drawn.norm()), x)
+    return 0.0 if change is None else float(change.detach().norm())
 
 
 def _check_gradient(
@@ -108,12 +121,23 @@ def _check_gradient(
         )
 
 
-def check_agreement(functional: FunctionalModel, found: Tensor | None, expected: Tensor) -> None:
-    """Raise `ModelError` where what was computed with a graph is not there, or not what it is without one."""
+def check_agreement(
+    functional: FunctionalModel,
+    found: Tensor | None,
+    expected: Tensor,
+    usual: Callable[[], float],
+) -> None:
+    """Raise `ModelError` where what was computed with a graph is not there, or not what it is without one.
+
+    Args:
+        usual: the size of such values where the training data say nothing; what is left of them where they do is a
+            difference of numbers of that size, and as exact as these are.
+    """
     if found is not None:
         allowed = SLACK * tolerance(functional.rounding, functional.device)
-        off = (found.detach() - expected).norm()
-        if bool(off <= allowed * expected.norm() + torch.finfo(expected.dtype).tiny):
+        off = float((found.detach() - expected).norm())
+        size = float(expected.norm()) + torch.finfo(expected.dtype).tiny
+        if off <= allowed * size or off <= allowed * (size + usual()):
             return
     raise ModelError(
         "the network cannot be differentiated by its weights and its inputs at once: an operation has no second "
@@ -130,22 +154,23 @@ def joint_with_graph(scorer: Scorer, x: Inputs) -> Joint:
     point = point_with_graph(functional, x)
     with torch.enable_grad():
         if factorised(scorer):
-            moved = covariance_term(scorer, x, point)
-            check_agreement(functional, moved / 2, values.covariance)
+            rows = rows_with_graph(scorer, x, len(point.reshape(-1)))
+            moved = covariance_term(scorer, rows)
+            prior = float(rows.detach().norm()) ** 2 / fit.alpha
+            check_agreement(functional, moved / 2, values.covariance, lambda: prior)
             return Joint(point, values.covariance + moved - moved.detach())
         expected = scorer.changes(x)
         flat = changes_with_graph(functional, scorer.plan, fit.unit, x, expected).flatten(1)
         return Joint(point, flat.T @ flat / (len(flat) * fit.alpha))
 
 
-def covariance_term(scorer: Scorer, x: Inputs, point: Tensor) -> Tensor:
-    """``R V + (R V)ᵀ (B·D, B·D)`` with rows ``R = J(x)``, and ``V = Σ Rᵀ`` without a graph.
+def covariance_term(scorer: Scorer, rows: Tensor) -> Tensor:
+    """``R V + (R V)ᵀ (B·D, B·D)`` with rows ``R = J(x) (B·D, P)``, and ``V = Σ Rᵀ`` without a graph.
 
     Its derivative is that of ``R Σ Rᵀ``, whatever the factorisation of ``Σ``; its value is twice as large.
     """
     state = scorer.fit.state
     assert state is not None
-    rows = rows_with_graph(scorer, x, len(point.reshape(-1)))
     solved = state.covariance_times(rows.detach())
     half = rows @ solved.T / scorer.fit.alpha
     return half + half.T
@@ -166,4 +191,6 @@ def rows_with_graph(scorer: Scorer, x: Inputs, count: int) -> Tensor:
             rows.append(space.flatten(dict(zip(leaves, found, strict=True))))
         out = torch.stack(rows)
         assert len(out) == count
+        if problem.within is not None:
+            return problem.within.whiten(out)
         return out * problem.weight_changes(torch.ones_like(out[:1]).detach())

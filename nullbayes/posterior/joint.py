@@ -80,14 +80,19 @@ def joint(scorer: Scorer, x: Inputs) -> Joint:
 
 def check_size(scorer: Scorer, x: Inputs) -> int:
     """Numbers in one output. Raises `InputError` where a joint covariance would not fit."""
-    outputs, size = scorer.outputs(x), batch_size(x)
+    outputs = scorer.outputs(x)
+    check_rows(outputs, batch_size(x))
+    return outputs
+
+
+def check_rows(outputs: int, size: int) -> None:
+    """Raises `InputError` where the joint covariance of ``size`` inputs would not fit."""
     rows = outputs * size
     if 16 * rows**2 > MOST_BYTES:
         raise InputError(
             f"`x` holds {size} inputs with {outputs} outputs each: their joint covariance is a matrix of "
             f"{rows:,} × {rows:,}. Ask for fewer inputs at a time, or use `predict(x).covariance`, (B, D, D)."
         )
-    return outputs
 
 
 def covariances(scorer: Scorer, x: Inputs) -> Iterator[Tensor]:

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, cast
 from nullbayes.model.functional import undisturbed_method
 
 if TYPE_CHECKING:
-    from nullbayes.posterior.base import Posterior
     from nullbayes.posterior.evaluation import Evaluation
+    from nullbayes.posterior.measuring.subject import Subject
 
 
 class Judged:
-    """Mixin of `nullbayes.Posterior`."""
+    """Mixin of all posteriors; what it asks of them is `nullbayes.posterior.measuring.subject.Subject`."""
+
+    linearises = True
 
     @undisturbed_method
     def evaluate(
@@ -25,7 +27,7 @@ class Judged:
         shifted: Mapping[str, Any] | None = None,
         train: Any = None,
         validation: Any = None,
-        against: Sequence[Posterior] | Mapping[str, Posterior] = (),
+        against: Sequence[Judged] | Mapping[str, Judged] = (),
         slices: Mapping[str, Any] | None = None,
         show: Callable[[Any], Any] | None = None,
         progress: bool = True,
@@ -48,9 +50,10 @@ class Judged:
         """
         from nullbayes.posterior.evaluation import Question, evaluate
 
-        posterior = cast("Posterior", self)
+        posterior = cast("Subject", self)
+        others = cast("Mapping[str, Subject]", against)
         return evaluate(
-            Question(posterior, test, shifted, train, validation, against, slices, show, progress)
+            Question(posterior, test, shifted, train, validation, others, slices, show, progress)
         )
 
     def report(
@@ -61,7 +64,7 @@ class Judged:
         shifted: Mapping[str, Any] | None = None,
         train: Any = None,
         validation: Any = None,
-        against: Sequence[Posterior] | Mapping[str, Posterior] = (),
+        against: Sequence[Judged] | Mapping[str, Judged] = (),
         slices: Mapping[str, Any] | None = None,
         show: Callable[[Any], Any] | None = None,
         title: str | None = None,

@@ -9,6 +9,7 @@ from typing import Any
 from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE, ALLOWED_LEFT_OUT
 from nullbayes.common.memory import format_bytes
 
+LAYERS = "layer null-space"
 # With `delta=0`: how far outputs may move, relative to themselves, by rounding.
 ALLOWED_CHANGE = {"torch.float64": 1e-9, "torch.float32": 1e-4}
 HALF_CHANGE = 5e-2
@@ -85,6 +86,11 @@ class LayerCertificate:
     notes: tuple[str, ...] = field(default=())
 
     @property
+    def promises(self) -> bool:
+        """Whether a guarantee was promised: it always is."""
+        return True
+
+    @property
     def exact(self) -> bool:
         """Whether the exact null space was asked for."""
         return self.delta == 0.0
@@ -145,13 +151,14 @@ class LayerCertificate:
         return out + list(self.notes)
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields, with ``held`` and ``verdict``; JSON-able."""
-        return {**asdict(self), "held": self.held, "verdict": self.verdict}
+        """All fields, with ``method``, ``held`` and ``verdict``; JSON-able."""
+        said = {"method": LAYERS, "held": self.held, "verdict": self.verdict}
+        return {**asdict(self), **said, "notes": list(self.notes)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LayerCertificate:
         """The inverse of :meth:`as_dict`."""
-        known = {k: v for k, v in values.items() if k not in ("held", "verdict")}
+        known = {k: v for k, v in values.items() if k not in ("method", "held", "verdict")}
         layers = tuple(
             LayerReport(**(layer | {"parameters": tuple(layer["parameters"])}))
             for layer in known.pop("layers")

@@ -14,7 +14,7 @@ from nullbayes.likelihood import Likelihood
 from nullbayes.model.batch import batch_size, select, tensor_leaves
 from nullbayes.model.loader import check_reusable
 from nullbayes.moments.factor import nearly_positive
-from nullbayes.moments.gather import KEPT_EXAMPLES, Gathered, unlabelled
+from nullbayes.moments.gather import KEPT_EXAMPLES, Gathered, drawn, unlabelled
 from nullbayes.moments.members import digests
 from nullbayes.moments.products import working_dtype
 from nullbayes.moments.sketch import Sketch
@@ -45,7 +45,8 @@ def removed(fit: LayerFit, some: Any, prior: float | None, *, progress: bool) ->
     if not isinstance(some, (torch.Tensor, tuple)):
         check_reusable(some, "some")
     members, hashes = fit.gathered.members.copy(), []
-    for index, inputs, _ in unlabelled(some, fit.state.functional.device, "some"):
+    functional = fit.state.functional
+    for index, inputs, _ in drawn(functional, unlabelled(some, functional.device, "some")):
         missing = members.discard(inputs)
         if missing:
             raise InputError(
@@ -87,6 +88,11 @@ def merged(fit: LayerFit, other: LayerFit, prior: float | None) -> LayerFit:
     if fit.fingerprint != other.fingerprint:
         raise InputError(
             "the two posteriors are around different weights; only those of one trained network can be merged."
+        )
+    if mine.functional.randomness != theirs.functional.randomness:
+        raise InputError(
+            "the two posteriors freeze the model's randomness in different ways; fit both with one `randomness=` and "
+            "`draws=`."
         )
     if mine.delta != theirs.delta or mine.blocks.blocks != theirs.blocks.blocks:
         raise InputError(
@@ -154,6 +160,8 @@ def _concluded(
 ) -> LayerFit:
     old = fit.state
     state = LayerState(old.functional, old.blocks, gathered, old.delta, old.seed, old.num_samples)
+    if not gathered.kept:
+        state.references = old.references  # from a file: there is nothing to measure them on anew
     return concluded(state, fit.likelihood, prior, stage, laps)
 
 

@@ -16,7 +16,7 @@ from nullbayes.likelihood import Likelihood
 from nullbayes.model.fingerprint import fingerprint
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.moments.blocks import Block, Blocks
-from nullbayes.moments.gather import Gathered, first_batch, gather, unlabelled
+from nullbayes.moments.gather import Gathered, drawn, first_batch, gather, unlabelled
 from nullbayes.moments.sketch import Sketch
 from nullbayes.moments.verify import verified_blocks
 from nullbayes.posterior.layer_certificate import LayerCertificate, LayerReport
@@ -109,7 +109,7 @@ def collect(
     """
     name, seed = source.name, source.seed
     batches = stage.track(unlabelled(source.loader, functional.device, name), INPUTS)
-    first, everything = first_batch(batches)
+    first, everything = first_batch(drawn(functional, batches))
     if known is not None:
         blocks, ranks = known
     else:
@@ -160,7 +160,7 @@ def concluded(
         _ = state.factors
     laps.lap(FACTORISATION)
     samples = min(CHECKED_SAMPLES, max(2, state.num_samples))
-    left_out = left_out_divergence(state, likelihood)
+    left_out = left_out_divergence(state, likelihood, prior or state.natural_precision)
     alpha = guarded_precision(state, likelihood, left_out, samples) if prior is None else prior
     certificate = certify(state, likelihood, alpha, left_out, samples)
     laps.lap(CERTIFICATE)
@@ -228,7 +228,9 @@ def reports(state: LayerState) -> list[LayerReport]:
 
 def leverages(state: LayerState) -> Leverages:
     """Scorer of inputs for ``state``."""
-    return Leverages(state.functional, state.blocks, state.gathered, state.delta)
+    return Leverages(
+        state.functional, state.blocks, state.gathered, state.delta, factors=state.factors
+    )
 
 
 def set_precision(fit: LayerFit, alpha: float) -> LayerFit:

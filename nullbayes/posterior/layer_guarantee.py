@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,11 @@ from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.moments.blocks import Block
 from nullbayes.moments.capture import plain_paths, recording
 from nullbayes.moments.factor import Factor, RowFactor, TiedFactor
+from nullbayes.moments.gather import draws_of
 from nullbayes.moments.rule import Seen
 from nullbayes.posterior.layer_state import Checked, LayerState
 
-CHECKED_SAMPLES = 8
+CHECKED_SAMPLES = 4
 # Samples that a search for the prior precision goes by.
 SEARCH_SAMPLES = 2
 # And training examples.
@@ -28,6 +29,8 @@ SEARCH_EXAMPLES = 32
 # Bytes of outputs of all samples that are held at a time.
 OUTPUT_BYTES = 2**28
 LEFT_OUT_EXAMPLES = 32
+# So many will do where their mean divergence, so many times over, is still allowed.
+FEW_LEFT_OUT, FAR_BELOW = 8, 4.0
 # Output numbers of an example up to which the left-out divergence is worked out.
 LEFT_OUT_OUTPUTS = 4096
 # Random directions of the output Hessian for each left-out example.
@@ -88,9 +91,24 @@ def measure(
     key = (alpha, samples, examples)
     if key not in state.measured:
         groups = _few(state.checked, examples) if examples else state.checked
-        state.measured[key] = _measure(state, likelihood, alpha, samples, groups)
+        each = _outputs(state, groups, alpha**-0.5, samples)
+        state.measured[key] = _measured(likelihood, samples, each)
     found: Measured = state.measured[key]
     return found
+
+
+def measure_on(
+    state: LayerState,
+    likelihood: Likelihood,
+    alpha: float,
+    samples: int,
+    batches: Iterable[tuple[Inputs, Any]],
+) -> Measured:
+    """The same on batches ``(inputs, targets or None)`` that are not kept; each sample is made for each batch."""
+    functional = state.functional
+    groups = ((x, y, functional.outputs(x, "the training data")) for x, y in batches)
+    each = ((group, state.sampled(group[0], alpha**-0.5, samples)) for group in groups)
+    return _measured(likelihood, samples, each)
 
 
 def _few(groups: list[Checked], examples: int) -> list[Checked]:
@@ -105,15 +123,14 @@ def _few(groups: list[Checked], examples: int) -> list[Checked]:
     return out
 
 
-def _measure(
-    state: LayerState, likelihood: Likelihood, alpha: float, samples: int, groups: list[Checked]
+def _measured(
+    likelihood: Likelihood, samples: int, each: Iterable[tuple[Checked, Tensor]]
 ) -> Measured:
-    scale = alpha**-0.5
     divergence, count, moved, size = 0.0, 0, 0.0, 0.0
     before, after, examples = [0.0, 0], [0.0, 0], 0
     labelled = True
     with torch.no_grad():
-        for (inputs, targets, point), outputs in _outputs(state, groups, scale, samples):
+        for (inputs, targets, point), outputs in each:
             if not bool(outputs.isfinite().all()):
                 return Measured(math.inf, math.inf, None, None, 0)
             labels = targets_for(likelihood, point, targets, inputs)
@@ -149,21 +166,26 @@ def _outputs(
         return
     made: list[list[Tensor]] = [[] for _ in groups]
     for index in range(samples):
-        weights = state.moved(index, scale)
+        network = state.functional.bound(state.moved(index, scale))
         for out, (inputs, _, _) in zip(made, groups, strict=True):
-            out.append(state.functional(weights, inputs))
+            out.append(network(inputs))
     for group, out in zip(groups, made, strict=True):
         yield group, torch.stack(out)
 
 
-def left_out_divergence(state: LayerState, likelihood: Likelihood) -> float | None:
+def left_out_divergence(state: LayerState, likelihood: Likelihood, alpha: float) -> float | None:
     """Mean divergence at prior precision one of an example's prediction under the posterior without it, linearised.
 
     Half the trace of the output Hessian times ``Σ_l J_l (I ⊗ P_l') J_lᵀ``, with ``P_l'`` the layer's covariance without
     the example's own inputs: a downdate of rank one for each of them, all at once in closed form. By a few random
-    directions of the Hessian (Hutchinson), so by as many backward passes. None where it does not apply.
+    directions of the Hessian (Hutchinson), so by as many backward passes. None where it does not apply; nor does it
+    where an example is there with several draws of the model's randomness, of which all would have to go.
+
+    Args:
+        alpha: the prior precision that the posterior would have without the guarantee. Where a few examples say that
+            the divergence there is far below what is allowed, they do.
     """
-    if not state.gathered.kept or not state.blocks.blocks:
+    if not state.gathered.kept or not state.blocks.blocks or draws_of(state.functional) > 1:
         return None
     exact = state.delta == 0.0
     limit = (
@@ -180,17 +202,20 @@ def left_out_divergence(state: LayerState, likelihood: Likelihood) -> float | No
     )
     total, count = 0.0, 0
     generator = torch.Generator().manual_seed(state.seed)
-    for inputs, targets in state.gathered.kept:
+    kept = state.gathered.kept
+    places = [(g, i) for g, (inputs, _) in enumerate(kept) for i in range(batch_size(inputs))]
+    order = torch.randperm(len(places), generator=generator)[:LEFT_OUT_EXAMPLES]
+    for g, i in (places[k] for k in order.tolist()):
+        inputs, targets = kept[g]
         size = batch_size(inputs)
-        for i in range(size):
-            if count == LEFT_OUT_EXAMPLES:
-                return total / count
-            one = take(inputs, i, i + 1, size)
-            label = None if targets is None else take(targets, i, i + 1, size)
-            value = _left_out(limit, likelihood, one, label, generator)
-            if value is None:
-                return None
-            total, count = total + value, count + 1
+        one = take(inputs, i, i + 1, size)
+        label = None if targets is None else take(targets, i, i + 1, size)
+        value = _left_out(limit, likelihood, one, label, generator)
+        if value is None:
+            return None
+        total, count = total + value, count + 1
+        if count >= FEW_LEFT_OUT and FAR_BELOW * total / count < alpha * ALLOWED_LEFT_OUT:
+            break
     return total / max(1, count)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,10 +13,10 @@ from torch import Tensor
 from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.moments.blocks import Blocks
-from nullbayes.moments.capture import recording
-from nullbayes.moments.factor import Edge
+from nullbayes.moments.capture import hooks_of, plain_paths
+from nullbayes.moments.factor import Edge, Factor
 from nullbayes.moments.gather import Gathered
-from nullbayes.moments.leverage import Leverage
+from nullbayes.moments.leverage import DIRECTIONS, Leverage
 from nullbayes.moments.rule import Seen
 
 # Edge of the leverage, as a share of the mean eigenvalue, where the posterior's own is zero.
@@ -22,6 +25,8 @@ EXACT_EDGE = 1e-6
 POSITIONS = 16
 # Examples on which it is found which axis of a layer's input belongs to the batch.
 PROBE = 3
+# In place of an axis: all examples have this call in common (positions that are looked up).
+SHARED = -1
 
 Values = list[tuple[int, Tensor]]  # by call in order: the block, and leverages (*lead)
 
@@ -34,8 +39,11 @@ class Leverages:
     one at a time.
 
     Args:
-        relative: leverages over the squared size of the input, see :meth:`Leverage.relative`.
+        relative: leverages over the squared size of the input, see :meth:`Leverage.relative`; None: both, those of
+            block ``i`` of ``L`` over the squared size as block ``L + i``.
         positions: of each convolution, evenly spaced; None: all.
+        factors: of the blocks at this ``delta``, where they are known.
+        directions: see :class:`Leverage`.
     """
 
     def __init__(
@@ -45,58 +53,136 @@ class Leverages:
         gathered: Gathered,
         delta: float,
         *,
-        relative: bool = True,
+        relative: bool | None = True,
         positions: int | None = POSITIONS,
+        factors: Sequence[Factor] | None = None,
+        directions: int | None = DIRECTIONS,
     ) -> None:
         self.functional, self.blocks = functional, blocks
-        parts = zip(blocks.blocks, gathered.sums, strict=True)
-        self.layers = [
-            Leverage(sums, Edge.of(sums, delta or EXACT_EDGE), block.columns, functional.dtype)
-            for block, sums in parts
-        ]
-        self._axes: list[int] | None = None  # by call; empty: one example at a time
         self.relative, self.positions = relative, positions
+        self.layers: list[Leverage] = []
+        known = factors if factors is not None and delta else [None] * len(blocks.blocks)
+        for i, (block, sums, factor) in enumerate(
+            zip(blocks.blocks, gathered.sums, known, strict=True)
+        ):
+            if factor is not None and i and factor is known[i - 1]:
+                self.layers.append(self.layers[-1])  # queries, keys and values: one input
+                continue
+            edge = Edge.of(sums, delta or EXACT_EDGE)
+            self.layers.append(
+                Leverage(sums, edge, block.columns, functional.dtype, factor, directions)
+            )
+        # Scale and shift of normalisation layers say nothing about an input.
+        self.counted = {i for i, b in enumerate(blocks.blocks) if b.columns > 2}
+        if not self.counted:
+            self.counted = set(range(len(blocks.blocks)))
+        self.ordered = sorted(self.counted)
+        self._axes: list[int] | None = None  # by call; empty: one example at a time
+        self._network: Callable[[Inputs], Tensor] | None = None
+        self._found: Values = []
+        self._last: tuple[Any, ...] | None = None
+        self._lock = threading.Lock()
+        self._weights: tuple[tuple[int, int], ...] = ()
 
     def raw(self, inputs: Inputs) -> Values:
         """Leverages of one forward pass, call by call."""
-        out: Values = []
+        return self._pass(inputs)[0]
 
-        def receive(site: int, number: int, column: int | None, seen: Seen) -> None:
-            layer, block = self.layers[number], self.blocks.blocks[number]
-            if seen.index is not None:
-                values = layer.of_rows(seen.index)
-            else:
-                assert seen.a is not None
-                of = layer.relative if self.relative else layer.of
-                values = of(seen.a, block.own, column)
-            if seen.follows:
-                out[-1] = (number, torch.cat([out[-1][1], values]))  # a call in several parts
-            else:
-                out.append((number, values))
+    def _pass(self, inputs: Inputs) -> tuple[Values, Tensor]:
+        with self._lock, torch.no_grad(), plain_paths():
+            weights = tuple((id(p), p.data_ptr()) for p in self.functional.model.parameters())
+            if self._network is None or weights != self._weights:
+                sites = [
+                    site
+                    for site in self.blocks.sites
+                    if any(i in self.counted for i, _ in site.places.values())
+                ]
+                hooks = hooks_of(sites, self._receive, thin=self.positions)
+                self._network = self.functional.bound(self.functional.weights(), hooks)
+                self._weights = weights
+            try:
+                outputs = self._network(inputs)
+                return self._found, outputs
+            finally:
+                self._found, self._last = [], None
 
-        with torch.no_grad(), recording(self.blocks.sites, receive, thin=self.positions):
-            self.functional(self.functional.weights(), inputs)
-        return out
+    def _receive(self, site: int, number: int, column: int | None, seen: Seen) -> None:
+        if number not in self.counted:
+            return
+        if self.relative is not None:
+            self._take(number, number, column, seen, relative=self.relative)
+            return
+        self._take(number, number, column, seen, relative=False)
+        self._take(number + len(self.layers), number, column, seen, relative=True)
+
+    def _take(
+        self, key: int, number: int, column: int | None, seen: Seen, *, relative: bool
+    ) -> None:
+        layer, block = self.layers[number], self.blocks.blocks[number]
+        if seen.index is not None:
+            values = layer.of_rows(seen.index)
+        else:
+            a = seen.a
+            assert a is not None
+            same = (id(layer), column, relative, a.data_ptr(), a.shape, a.stride(), a._version)
+            if self._last is not None and self._last[0] == same:
+                values = self._last[2]
+            else:
+                of = layer.relative if relative else layer.of
+                values = of(a, block.own, column)
+                self._last = (same, a, values)
+        if seen.follows:
+            at = max(i for i, (n, _) in enumerate(self._found) if n == key)
+            self._found[at] = (key, torch.cat([self._found[at][1], values]))
+        else:
+            self._found.append((key, values))
+
+    def means(self, inputs: Inputs) -> Tensor:
+        """Mean leverage of what each block receives for each example, blocks that count ``(L, B)``, float64."""
+        if batch_size(inputs) == 1:
+            values = self.raw(inputs)
+            if len({n for n, _ in values}) == len(values):  # each called once
+                return torch.stack([v.mean() for _, v in values]).double()[:, None]
+        values_by = self.by_example(inputs)
+        return torch.stack([v.double().nanmean(1) for v in values_by.values()])
+
+    def sizes_and_directions(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean leverages ``(B, L)`` of the blocks that count, the same over squared sizes, and outputs ``(B, *out)``.
+
+        Leverages are float64, NaN where an example does not reach a layer. For ``relative=None``.
+        """
+        size = batch_size(inputs)
+        values, outputs = self._single(inputs) if size == 1 else self._by_example(inputs)
+        absent = torch.full((size, 1), torch.nan)
+
+        def means(offset: int) -> Tensor:
+            parts = [values.get(i + offset, absent) for i in self.ordered]
+            return torch.stack([p.double().nanmean(1) for p in parts], 1)
+
+        return means(0), means(len(self.layers)), outputs
 
     def by_example(self, inputs: Inputs) -> dict[int, Tensor]:
         """By block: leverages ``(B, T)`` of all inputs that it receives for each example, NaN where there are fewer."""
+        return self._by_example(inputs)[0]
+
+    def _by_example(self, inputs: Inputs) -> tuple[dict[int, Tensor], Tensor]:
         size = batch_size(inputs)
         if self._axes is None and size > 1:
             self._axes = self._find_axes(take(inputs, 0, min(size, PROBE)))
         if size > 1 and self._axes:
-            values = self.raw(inputs)
+            values, outputs = self._pass(inputs)
             split = [
                 _split(v, axis, size) for (_, v), axis in zip(values, self._axes, strict=False)
             ]
             if len(values) == len(self._axes) and all(part is not None for part in split):
-                return _joined(
-                    [(n, p) for (n, _), p in zip(values, split, strict=True) if p is not None]
-                )
+                parts = zip(values, split, strict=True)
+                return _joined([(n, p) for (n, _), p in parts if p is not None]), outputs
         singles = [self._single(take(inputs, i, i + 1, size)) for i in range(size)]
-        return _stacked(singles)
+        return _stacked([values for values, _ in singles]), torch.cat([out for _, out in singles])
 
-    def _single(self, inputs: Inputs) -> dict[int, Tensor]:
-        return _joined([(n, v.reshape(1, -1)) for n, v in self.raw(inputs)])
+    def _single(self, inputs: Inputs) -> tuple[dict[int, Tensor], Tensor]:
+        values, outputs = self._pass(inputs)
+        return _joined([(n, v.reshape(1, -1)) for n, v in values]), outputs
 
     def _find_axes(self, few: Inputs) -> list[int]:
         size = batch_size(few)
@@ -107,6 +193,9 @@ class Leverages:
         axes = []
         for call, (_, values) in enumerate(together):
             want = torch.stack([a[call][1].double().sum() for a in alone])
+            if all(_shared(a[call][1], values) for a in alone):
+                axes.append(SHARED)
+                continue
             for axis in (0, 1):
                 part = _split(values, axis, size)
                 if part is not None and torch.allclose(
@@ -119,8 +208,15 @@ class Leverages:
         return axes
 
 
+def _shared(one: Tensor, values: Tensor) -> bool:
+    """Whether a call is the same for a batch and an example alone: what does not depend on the example."""
+    return one.shape == values.shape and bool(torch.allclose(one, values, rtol=1e-4))
+
+
 def _split(values: Tensor, axis: int, size: int) -> Tensor | None:
     """``(*lead)`` as ``(B, T)`` with the examples on ``axis``; None where it cannot be."""
+    if axis == SHARED:
+        return values.reshape(1, -1).expand(size, -1)
     if values.ndim <= axis or values.shape[axis] % size or not values.numel():
         return None
     if axis == 0:

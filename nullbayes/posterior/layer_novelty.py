@@ -12,7 +12,7 @@ from nullbayes.posterior.layer_leverage import Leverages
 from nullbayes.posterior.layer_rows import output_covariance
 from nullbayes.posterior.layer_state import LayerState
 
-SCORES = ("information", "variance", "leverage")
+SCORES = ("combined", "leverage", "information", "variance")
 
 
 def leverage_score(leverages: Leverages, inputs: Inputs) -> Tensor:
@@ -22,13 +22,7 @@ def leverage_score(leverages: Leverages, inputs: Inputs) -> Tensor:
     and plain leverage takes them for well known (benchmarks/layers.py). Scale and shift of normalisation layers do not
     count: two values of a channel say all of them.
     """
-    total: Tensor | float = 0.0
-    for number, values in leverages.by_example(inputs).items():
-        if leverages.blocks.blocks[number].columns > 2:
-            total = total + values.double().nanmean(1).clamp_min(1e-300).log()
-    if isinstance(total, float):
-        return next(iter(leverages.by_example(inputs).values())).double().nanmean(1)
-    return total
+    return leverages.means(inputs).clamp_min(1e-300).log().sum(0)
 
 
 def information_score(

@@ -9,7 +9,7 @@ from typing import Any
 from nullbayes.common.memory import format_bytes
 from nullbayes.model.batch import batch_size
 from nullbayes.model.functional import FunctionalModel
-from nullbayes.moments.gather import first_batch, unlabelled
+from nullbayes.moments.gather import drawn, first_batch, unlabelled
 from nullbayes.moments.verify import seen_by, verified_blocks
 from nullbayes.posterior.layer_fit import sketch_ranks
 
@@ -33,6 +33,11 @@ class LayerPlan:
     sketched: dict[str, int]
     fixed: dict[str, str]
 
+    @property
+    def fits(self) -> bool:
+        """Whether the memory is enough: it always is, since layers that are too wide for it are sketched."""
+        return True
+
     def seconds(self, examples: int) -> float:
         """Of the pass over ``examples``; factorisations and the certificate come on top."""
         return examples * self.pass_seconds
@@ -54,7 +59,7 @@ class LayerPlan:
 
 def plan_layers(functional: FunctionalModel, train: Any, budget: int) -> LayerPlan:
     """Prove the rules on the first batch of ``train`` and time a pass over it."""
-    inputs, _ = first_batch(unlabelled(train, functional.device, "train"))
+    inputs, _ = first_batch(drawn(functional, unlabelled(train, functional.device, "train")))
     functional.outputs(inputs, "train, batch 0")
     found = verified_blocks(functional, inputs)
     start = time.perf_counter()

@@ -9,8 +9,11 @@ from torch import Tensor
 
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.linearise import blaming_inputs, first_output, output_rows
-from nullbayes.model.batch import Inputs
+from nullbayes.jacobian.operator import JacobianOperator
+from nullbayes.model.batch import Inputs, batch_size
 from nullbayes.moments.capture import plain_paths
+from nullbayes.moments.factor import Factor
+from nullbayes.posterior.joint import check_rows, same
 from nullbayes.posterior.layer_state import LayerState
 
 # Bytes of rows written out at a time.
@@ -44,3 +47,26 @@ def output_covariance(
                     total += white @ white.mT
                 parts.append(total)
     return torch.cat(parts)
+
+
+def joint_covariance(state: LayerState, plan: CapturePlan, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """``f(θ̂, x) (B, *out)`` and ``J Σ Jᵀ (B·D, B·D)`` float64 at prior precision one, of all outputs of all inputs.
+
+    Raises `InputError` where the matrix would not fit.
+    """
+    functional, space = state.functional, state.functional.space
+    outputs = first_output(functional, inputs, "`x`").numel()
+    check_rows(outputs, batch_size(inputs))
+    vectors = torch.empty(1, 0, dtype=functional.dtype)
+    points, blocks = [], []
+    with plain_paths(), blaming_inputs(functional, inputs, "`x`"):
+        for point, part in output_rows(functional, plan, inputs, outputs, vectors, None, same):
+            points.append(point)
+            blocks += part.blocks
+    operator = JacobianOperator(space, blocks)
+    columns = [
+        operator.matvec(state.flat(rows.double(), Factor.project).to(rows.dtype))
+        for rows in operator.iter_rows(max(1, ROW_BYTES // (8 * space.total)))
+    ]
+    covariance = torch.cat(columns).double()
+    return torch.cat(points), (covariance + covariance.T) / 2

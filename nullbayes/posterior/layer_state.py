@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -19,8 +19,10 @@ from nullbayes.moments.capture import plain_paths
 from nullbayes.moments.factor import Edge, Factor, factorise
 from nullbayes.moments.gather import Gathered
 from nullbayes.moments.products import working_dtype
+from nullbayes.moments.second import BlockMoments, DenseMoments
 
 Changes = dict[str, Tensor]
+
 # Inputs, targets or None, and the network's outputs.
 Checked = tuple[Inputs, Any, Tensor]
 
@@ -52,6 +54,7 @@ class LayerState:
         self.functional, self.blocks, self.gathered = functional, blocks, gathered
         self.delta, self.seed, self.num_samples = delta, seed, num_samples
         self._cache: dict[int, Changes] = {}
+        self.references: Any = None  # of the combined score, once it was asked for or loaded
         # What was measured, by prior precision, samples and examples.
         self.measured: dict[tuple[float, int, int], Any] = {}
 
@@ -63,20 +66,24 @@ class LayerState:
     @cached_property
     def checked(self) -> list[Checked]:
         """Training examples that the guarantee is measured on: some of those that were kept, with their outputs."""
-        held = sum(batch_size(inputs) for inputs, _ in self.gathered.kept)
-        room = max(LEAST_CHECKED, self.gathered.examples // CHECKED_SHARE)
-        out = []
-        for inputs, targets in self.gathered.kept:
-            size = batch_size(inputs)
-            some = max(1, -(-size * room // held))
-            if some < size:
-                index = torch.linspace(0, size - 1, some).round().long()
-                labels = targets
+        groups = self.gathered.kept
+        held = sum(batch_size(inputs) for inputs, _ in groups)
+        room = min(held, max(LEAST_CHECKED, self.gathered.examples // CHECKED_SHARE))
+        # Few groups rather than few examples of each: a pass over one example costs nearly what one over several does.
+        wanted = -(-len(groups) * room // max(1, held))
+        out: list[Checked] = []
+        for place in torch.linspace(0, len(groups) - 1, wanted).round().long().tolist():
+            inputs, targets = groups[place]
+            size, left = batch_size(inputs), room - sum(len(point) for _, _, point in out)
+            if not left:
+                break
+            if left < size:
+                index = torch.linspace(0, size - 1, left).round().long()
                 if targets is not None and all(
                     t.ndim and len(t) == size for t in tensor_leaves(targets)
                 ):
-                    labels = select(targets, index)
-                inputs, targets = select(inputs, index), labels
+                    targets = select(targets, index)
+                inputs = select(inputs, index)
             out.append((inputs, targets, self.functional.outputs(inputs, "the training data")))
         return out
 
@@ -89,7 +96,14 @@ class LayerState:
     def factors(self) -> list[Factor]:
         """By block, at prior precision one."""
         parts = zip(self.blocks.blocks, self.gathered.sums, self.edges, strict=True)
-        return [factorise(sums, edge, block.columns) for block, sums, edge in parts]
+        out: list[Factor] = []
+        for i, (block, sums, edge) in enumerate(parts):
+            # Queries, keys and values: one input, one factor.
+            if i and _same(sums, self.gathered.sums[i - 1]):
+                out.append(out[-1])
+            else:
+                out.append(factorise(sums, edge, block.columns))
+        return out
 
     @cached_property
     def natural_precision(self) -> float:
@@ -109,6 +123,20 @@ class LayerState:
             free += groups * outputs * factor.free
             total += groups * outputs * columns
         return free / max(1.0, total)
+
+    def flat(self, vectors: Tensor, of: Callable[[Factor, Tensor], Tensor]) -> Tensor:
+        """A map of every block's factor, on flat weight vectors ``(n, P)``; zero where a parameter stays fixed.
+
+        ``Factor.project`` gives ``v Σ``, ``Factor.spread`` ``v R`` and ``Factor.whiten`` ``v Rᵀ``, with ``RᵀR = Σ``,
+        the covariance at prior precision one.
+        """
+        space = self.functional.space
+        tensors = space.unflatten(vectors)
+        out = {name: torch.zeros_like(t) for name, t in tensors.items()}
+        for block, factor in zip(self.blocks.blocks, self.factors, strict=True):
+            matrix = block.matrix({n: tensors[n] for n in block.names})
+            out.update(block.tensors(of(factor, matrix)))
+        return space.flatten(out)
 
     def change(self, index: int) -> Changes:
         """Sample ``index`` as changes of the weights, at prior precision one."""
@@ -166,3 +194,11 @@ class LayerState:
                 name = canonical.get(id(value), key)
                 out[key] = moved[name].clone() if name in moved else value.detach().clone()
             yield out
+
+
+def _same(one: BlockMoments, two: BlockMoments) -> bool:
+    dense = isinstance(one.inputs, DenseMoments) and isinstance(two.inputs, DenseMoments)
+    if not dense or one.rows is not None or two.rows is not None:
+        return False
+    assert isinstance(one.inputs, DenseMoments) and isinstance(two.inputs, DenseMoments)
+    return torch.equal(one.inputs.values, two.inputs.values)

@@ -17,6 +17,7 @@ from nullbayes.errors import InputError, StorageError
 from nullbayes.likelihood import Likelihood, LossFunction
 from nullbayes.model.fingerprint import fingerprint
 from nullbayes.model.functional import Forward, unwrapped
+from nullbayes.model.randomness import FrozenRandomness
 from nullbayes.moments.blocks import Blocks, find_blocks
 from nullbayes.moments.gather import Gathered
 from nullbayes.moments.members import CELLS, Members
@@ -25,6 +26,7 @@ from nullbayes.moments.sketch import Sketch
 from nullbayes.posterior.calibration import CalibrationPath
 from nullbayes.posterior.description import parsed
 from nullbayes.posterior.layer_certificate import LayerCertificate
+from nullbayes.posterior.layer_combined import References
 from nullbayes.posterior.layer_fit import LayerFit
 from nullbayes.posterior.layer_state import LayerState
 from nullbayes.posterior.storage import FORMAT, VERSION, Stored, signed
@@ -41,13 +43,20 @@ def write_layers(
     """Write one safetensors file, whole or not at all. Raises `StorageError`."""
     target, space, state = Path(path), posterior.space, fit.state
     tensors, ranks = _tensors(fit.gathered)
+    references = posterior._references() if state.references or state.gathered.kept else None
+    if references is not None:
+        tensors["references"] = references.values.contiguous()
+    frozen = posterior.functional.randomness
     settings = {
         "class": CLASS,
         "likelihood": fit.likelihood.config(),
         "delta": state.delta,
         "prior": posterior._prior,
         "prior_precision": fit.alpha,
+        "given": posterior._given,
+        "randomness": frozen and frozen.config(),
         "left_out": fit.left_out,
+        "last": None if references is None else references.last,
         "seed": state.seed,
         "num_samples": state.num_samples,
         "examples": fit.gathered.examples,
@@ -130,6 +139,7 @@ def load_layers(
     stored.check_model(unwrapped(model))
     try:
         settings = stored.settings
+        frozen = settings.get("randomness")
         posterior = LayerNullSpacePosterior(
             model,
             likelihood or stored.likelihood(),
@@ -137,11 +147,15 @@ def load_layers(
             prior_precision="auto" if settings["prior"] is None else settings["prior"],
             parameters=stored.names,
             forward=forward,
+            randomness=frozen and FrozenRandomness(**frozen),
         )
         blocks = find_blocks(posterior.model, posterior.space, settings["fixed"])
         _check_blocks(source, blocks, settings)
         gathered = _gathered(blocks, tensors, settings, posterior.functional.device)
         _restore(posterior, blocks, gathered, settings)
+        if settings.get("last") is not None:
+            values = tensors["references"].to(posterior.functional.device)
+            posterior._fitted().state.references = References(values, int(settings["last"]))
     except InputError as error:  # a likelihood that this process does not know
         raise StorageError(
             f"{source} holds a setting that cannot be used here: {error} Import the module that "
@@ -239,5 +253,6 @@ def _restore(
             fingerprint(posterior.model),
         )
     )
+    posterior._given = bool(settings.get("given", False))  # files of version 0.1 do not say
     path = settings["calibration"]
     posterior.calibration = None if path is None else CalibrationPath(**path)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE
 from nullbayes.common.arguments import check_choice, check_count, check_positive
@@ -20,10 +21,12 @@ from nullbayes.jacobian.capture.verify import prove
 from nullbayes.likelihood import Likelihood, LossFunction, resolve_loss
 from nullbayes.model.batch import Inputs, batch_size, check_inputs, to_device
 from nullbayes.model.checks import check_mode
-from nullbayes.model.fingerprint import check_unchanged, quick_digest
+from nullbayes.model.data import as_loader, is_array
+from nullbayes.model.fingerprint import Watch, check_unchanged, quick_digest
 from nullbayes.model.functional import Forward, FunctionalModel, undisturbed_method, unwrapped
-from nullbayes.model.loader import check_reusable, first_inputs
+from nullbayes.model.loader import first_inputs
 from nullbayes.model.parameters import ParameterChoice, ParameterSpace
+from nullbayes.model.randomness import FrozenRandomness, resolve_randomness
 from nullbayes.moments.products import working_dtype
 from nullbayes.posterior import layer_change
 from nullbayes.posterior.calibration import (
@@ -39,19 +42,13 @@ from nullbayes.posterior.layer_fit import (
     Source,
     collect,
     concluded,
-    leverages,
     set_precision,
 )
-from nullbayes.posterior.layer_leverage import Leverages
-from nullbayes.posterior.layer_novelty import (
-    SCORES,
-    information_score,
-    leverage_score,
-    variance_score,
-)
+from nullbayes.posterior.layer_judged import LayerJudged
 from nullbayes.posterior.layer_plan import LayerPlan, plan_layers
 from nullbayes.posterior.layer_predict import METHODS, as_fit, closed_prediction
 from nullbayes.posterior.layer_rows import output_covariance
+from nullbayes.posterior.layer_scored import LayerScored
 from nullbayes.posterior.layer_state import LayerState
 from nullbayes.posterior.prediction import Prediction, make_prediction, structured
 from nullbayes.posterior.projector import LayerProjector
@@ -63,7 +60,7 @@ AUTO = "auto"
 DELTA = 1e-2
 
 
-class LayerNullSpacePosterior:
+class LayerNullSpacePosterior(LayerScored, LayerJudged):
     """``N(θ̂, α⁻¹ ⊕_l I ⊗ P_l)``, where ``P_l`` leaves what layer ``l`` makes of its training inputs.
 
     Where no layer's map moves on the inputs that it receives from the training data, no output of the network does, at
@@ -82,6 +79,9 @@ class LayerNullSpacePosterior:
         parameters: which weights take part: all that require a gradient (None), names, or a filter.
         forward: ``forward(model, inputs) -> outputs`` where ``model(inputs)`` does not do.
         memory: what a fit may take, e.g. ``"8GB"``; second moments of layers that are too wide for it are sketched.
+        randomness: None: the model must not draw random numbers. ``"frozen"`` (or ``nb.FrozenRandomness(seed)``): an
+            example gets the same ones in every batch and call, and what stands are its outputs with those.
+        draws: with how many draws of that noise each training example is read.
 
     Raises:
         InputError: an argument that cannot be used.
@@ -98,6 +98,8 @@ class LayerNullSpacePosterior:
         parameters: ParameterChoice = None,
         forward: Forward | None = None,
         memory: str | int | None = None,
+        randomness: str | FrozenRandomness | None = None,
+        draws: int | None = None,
     ) -> None:
         number = isinstance(delta, (int, float)) and not isinstance(delta, bool)
         if not number or not 0 <= delta < math.inf:
@@ -111,15 +113,17 @@ class LayerNullSpacePosterior:
         else:
             self._prior = check_positive(prior_precision, "prior_precision")
         self.space = ParameterSpace.from_model(self.model, parameters)
+        frozen = resolve_randomness(randomness, draws)
         self.functional = FunctionalModel(
-            self.model, self.space, forward, layouts=self.likelihood.layouts
+            self.model, self.space, forward, layouts=self.likelihood.layouts, randomness=frozen
         )
         self._memory = None if memory is None else parse_bytes(memory)
         self.calibration: CalibrationPath | None = None
         self._fit: LayerFit | None = None
-        self._leverages: Leverages | None = None
+        self._given = False  # whether the prior precision was set by hand after the fit
         self._rows: CapturePlan | None = None
         self._seen: int | None = None
+        self._watch: Watch | None = None
 
     # -- fit -------------------------------------------------------------------------------------
 
@@ -130,9 +134,9 @@ class LayerNullSpacePosterior:
         """Build the posterior from one pass over the training inputs; an earlier fit stands until it is done.
 
         Args:
-            train: a loader, read once; a list of batches; a tensor of all inputs; a tuple ``(X, y)``. A batch is
-                ``(x, y)``, ``x``, ``(x,)``, a mapping, or ``(x1, x2, None)``. Labels serve the certificate's scores,
-                and a regression's noise.
+            train: a loader, read once; a list of batches; a tensor or array of all inputs; ``(X, y)`` of them; a data
+                set; a Lightning data module. A batch is ``(x, y)``, ``x``, ``(x,)``, a mapping, or ``(x1, x2, None)``.
+                Labels serve the certificate's scores, and a regression's noise.
             num_samples: how many samples `predict` and `sample` use; they are made when needed.
             seed: sample ``s`` depends on ``(seed, s)`` and the data alone.
 
@@ -141,32 +145,45 @@ class LayerNullSpacePosterior:
                 and an earlier fit stay as they were.
         """
         num_samples = check_count(num_samples, "num_samples")
-        seed = check_count(seed, "seed", 0)
-        check_mode(self.model)
+        seed, data = check_count(seed, "seed", 0), self._data(train, "train")
+        self._check_mode()
         self.space.check_finite(self.model)
         likelihood = layer_change.fresh(self.likelihood)
         budget = self._memory or default_budget(available_bytes(self.functional.device))
         with stages(show=progress) as stage, explained_out_of_memory(budget):
             laps, products = Laps(), working_dtype(self.functional.dtype, self.delta)
             blocks, gathered = collect(
-                self.functional, likelihood, Source(train, "train", seed, products), stage, budget
+                self.functional, likelihood, Source(data, "train", seed, products), stage, budget
             )
             laps.lap(INPUTS)
             state = LayerState(self.functional, blocks, gathered, self.delta, seed, num_samples)
             fit = concluded(state, likelihood, self._prior, stage, laps)
         self._accept(fit)
-        self.calibration = None
+        self.calibration, self._given = None, False
         return self
 
+    def _data(self, data: Any, name: str) -> Any:
+        """Arrays, data sets and data modules as loaders; what else may be read as it is."""
+        several = isinstance(data, tuple) and len(data) > 1 and all(is_array(t) for t in data)
+        if (
+            is_array(data)
+            or several
+            or isinstance(data, Dataset)
+            or hasattr(data, "train_dataloader")
+        ):
+            return as_loader(data, name, self.functional.dtype, labelled=False)
+        return data
+
     def _accept(self, fit: LayerFit) -> None:
-        self._fit, self.likelihood, self._leverages = fit, fit.likelihood, None
+        self._fit, self.likelihood = fit, fit.likelihood
+        self._forget_scores()
 
     @undisturbed_method
     def plan(self, train: Any) -> LayerPlan:
         """What a fit would cost: seconds, memory, and which layers take part; from the first batch of ``train``."""
-        check_mode(self.model)
+        self._check_mode()
         budget = self._memory or default_budget(available_bytes(self.functional.device))
-        return plan_layers(self.functional, train, budget)
+        return plan_layers(self.functional, self._data(train, "train"), budget)
 
     # -- data come and go ------------------------------------------------------------------------
 
@@ -174,7 +191,9 @@ class LayerNullSpacePosterior:
     def update(self, more: Any, *, progress: bool = True) -> LayerNullSpacePosterior:
         """Add training data: the sums of all, as if fitted together. Raises as `fit`; what was fitted stays then."""
         fit = self._ready()
-        self._accept(layer_change.updated(fit, more, self._prior, progress=progress))
+        self._accept(
+            layer_change.updated(fit, self._data(more, "more"), self._prior, progress=progress)
+        )
         return self
 
     @undisturbed_method
@@ -185,7 +204,9 @@ class LayerNullSpacePosterior:
             InputError: data that were never added, or all of them; nothing is removed then.
         """
         fit = self._ready()
-        self._accept(layer_change.removed(fit, some, self._prior, progress=progress))
+        self._accept(
+            layer_change.removed(fit, self._data(some, "some"), self._prior, progress=progress)
+        )
         return self
 
     @undisturbed_method
@@ -204,6 +225,7 @@ class LayerNullSpacePosterior:
             parameters=self.space.names,
             forward=self.functional.user_forward,
             memory=self._memory,
+            randomness=self.functional.randomness,
         )
         out._accept(layer_change.merged(fit, theirs, self._prior))
         return out
@@ -219,7 +241,7 @@ class LayerNullSpacePosterior:
             ModelError: outputs on training examples moved, so the sums are those of another network.
         """
         fit = self._fitted()
-        check_mode(self.model)
+        self._check_mode()
         self.space.check_finite(self.model)
         self._accept(layer_change.followed(fit, self._prior))
         self._rows = None
@@ -238,22 +260,36 @@ class LayerNullSpacePosterior:
     def _ready(self) -> LayerFit:
         """The fit, of a model that is still the one that was fitted."""
         fit = self._fitted()
-        check_mode(self.model)
+        self._check_mode()
         digest = quick_digest(self.model)
         if digest != self._seen:
             check_unchanged(self.model, fit.fingerprint)
             self._seen = digest
+            self._watch = None
         return fit
 
-    def _inputs(self, x: Inputs) -> Inputs:
-        self._ready()
+    def _check_mode(self) -> None:
+        check_mode(self.model, frozen=self.functional.randomness is not None)
+
+    def _watched(self) -> LayerFit:
+        """The same for less than a forward pass, see :class:`Watch`."""
+        if self._fit is None or self._watch is None or not self._watch.same(self.model):
+            fit = self._ready()
+            self._watch = Watch(self.model)
+            return fit
+        self._check_mode()
+        return self._fit
+
+    def _inputs(self, x: Inputs, draw: int = 0) -> Inputs:
+        """Checked, on the device, and keyed for one draw of the frozen noise, where there is any."""
+        self._watched()
         x = to_device(x, self.functional.device)
         if not batch_size(x, "`x`"):
             raise InputError(
                 "`x` holds no examples: its first axis has length 0. Pass at least one."
             )
         check_inputs(x, "`x`")
-        return x
+        return self.functional.keyed(x, [check_count(draw, "draw", 0)])
 
     def _plan_of_rows(self, x: Inputs) -> CapturePlan:
         if self._rows is None:
@@ -279,6 +315,7 @@ class LayerNullSpacePosterior:
     @prior_precision.setter
     def prior_precision(self, value: float) -> None:
         self._set_precision(value)
+        self._given = True
 
     @undisturbed_method
     def _set_precision(self, value: float) -> None:
@@ -287,15 +324,16 @@ class LayerNullSpacePosterior:
     # -- use -------------------------------------------------------------------------------------
 
     @undisturbed_method
-    def predict(self, x: Inputs, method: str = "sampled") -> Prediction:
+    def predict(self, x: Inputs, method: str = "sampled", *, draw: int = 0) -> Prediction:
         """Predict a batch ``x`` (tensor, tuple or mapping of tensors).
 
         Args:
             method: ``"sampled"`` (default): the re-weighted networks, which the guarantee is about; ``"linearised"``;
                 or ``"closed"``: the Gaussian of the linearised outputs in closed form, without weight samples.
+            draw: which draw of the frozen noise, where the model draws any.
         """
         check_choice(method, METHODS, "method")
-        x = self._inputs(x)
+        x = self._inputs(x, draw)
         fit, scale = self._fitted(), self._fitted().alpha ** -0.5
         point = self.functional.outputs(x, "`x`")
         if method == "sampled":
@@ -311,40 +349,9 @@ class LayerNullSpacePosterior:
         return flat if self.likelihood.layouts is None else structured(flat, self.likelihood)
 
     @undisturbed_method
-    def covariance(self, x: Inputs) -> Tensor:
-        """Covariance of the linearised outputs, ``Σ_l J_l (I ⊗ P_l) J_lᵀ / α``, closed form: ``(B, O, O)``."""
-        x = self._inputs(x)
-        fit, plan = self._fitted(), self._plan_of_rows(x)
-        found = output_covariance(fit.state, plan, x, lambda t: t) / fit.alpha
-        return found.to(self.functional.dtype)
-
-    @undisturbed_method
-    def novelty(self, x: Inputs, score: str = "information") -> Tensor:
-        """How new each input is to the layers of the network, ``(B,)``; higher is newer. No samples are needed.
-
-        Args:
-            score: ``"information"`` (default): ``½ log det(I + J Σ Jᵀ)`` in nats, one backward pass an output;
-                ``"variance"``: ``tr J Σ Jᵀ``; ``"leverage"``: the sum over layers of the log leverage of what they
-                receive, relative to its size: one forward pass.
-        """
-        check_choice(score, SCORES, "score")
-        x = self._inputs(x)
-        fit = self._fitted()
-        if score == "leverage":
-            if self._leverages is None:
-                self._leverages = leverages(fit.state)
-            values = leverage_score(self._leverages, x)
-        elif score == "information":
-            values = information_score(fit.state, self._plan_of_rows(x), self.likelihood, x)
-        else:
-            plan = self._plan_of_rows(x)
-            values = variance_score(fit.state, plan, self.likelihood, x, fit.alpha)
-        return values.to(self.functional.dtype)
-
-    @undisturbed_method
     def calibrate(
         self,
-        val_loader: Iterable[Any],
+        val_loader: Any,
         *,
         ood_loader: Iterable[Any] | None = None,
         metric: str = "nll",
@@ -356,8 +363,11 @@ class LayerNullSpacePosterior:
         The path is that of linearised predictions. It does not go below the precision at which the guarantee holds.
         """
         fit = self._ready()
+        dtype, free = self.functional.dtype, self.functional.layouts is not None
+        if ood_loader is not None and is_array(ood_loader):
+            ood_loader = as_loader(ood_loader, "ood_loader", dtype, labelled=False)
         check_arguments(metric, ood_loader)
-        check_reusable(val_loader, "val_loader")
+        val_loader = as_loader(val_loader, "val_loader", dtype, labelled=not free, pieces=free)
         plan = self._plan_of_rows(first_inputs(self.functional, val_loader, "val_loader"))
         search = Search(val_loader, ood_loader, metric, tune, progress)
         path = calibration_path(as_fit(fit, self.likelihood), plan, search)

@@ -39,7 +39,7 @@ def load(
     """
     if is_layer_file(path):
         return load_layers(path, model, likelihood or loss, forward)
-    stored = read_posterior(path)
+    stored = read_posterior(path).plain(unwrapped(model))
     kinds: dict[str, type[NullSpacePosterior] | type[LaplacePosterior]] = {
         c.__name__: c for c in (NullSpacePosterior, LaplacePosterior)
     }

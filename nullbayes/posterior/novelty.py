@@ -98,7 +98,20 @@ class Scorer:
         problem, unit = self.problem, self.isotropic
         scales = problem.scale_by_name
         with blaming_inputs(problem.functional, x, "`x`"):
-            yield from output_rows(problem.functional, self.plan, x, outputs, unit, scales, centre)
+            rows = output_rows(problem.functional, self.plan, x, outputs, unit, scales, centre)
+            for point, operator in rows:
+                yield point, self.in_coordinates(operator)
+
+    def in_coordinates(self, operator: JacobianOperator) -> JacobianOperator:
+        """Rows as they were captured, in the coordinates in which the prior is isotropic."""
+        problem = self.problem
+        if problem.within is None:
+            return operator
+        blocks = []
+        for kept in operator.blocks:
+            with kept.opened() as block:
+                blocks.append(problem.in_coordinates(block))
+        return JacobianOperator(problem.space, blocks)
 
     def natural_precision(self) -> float:
         """The prior precision at which information is counted: ``γ / ‖θ̂‖²``, whatever it was set to since.
@@ -142,7 +155,12 @@ def variance(scorer: Scorer, x: Inputs, targets: Any) -> Tensor:
 
 
 def share(scorer: Scorer, x: Inputs, targets: Any) -> Tensor:
-    """The variance as a share of the prior's ``(B,)``, in [0, 1]."""
+    """The variance as a share of the prior's ``(B,)``, in [0, 1]. Raises `InputError` where that is not isotropic."""
+    if scorer.problem.within is not None:
+        raise InputError(
+            "`score` is 'share', the share of an isotropic prior, and this posterior's prior is `within=`; expected "
+            "'information' or 'variance'."
+        )
     outputs = scorer.outputs(x)
     values = []
     for _, operator in scorer.rows(x, outputs, scorer.likelihood.centre):
@@ -166,7 +184,7 @@ def loss_variance(scorer: Scorer, x: Inputs, targets: Any) -> Tensor:
     def operators() -> Iterator[JacobianOperator]:
         scales = scorer.problem.scale_by_name
         for block, _, _ in capture_batch(functional, scorer.plan, x, gradient, 1, scales):
-            yield JacobianOperator(functional.space, [block])
+            yield scorer.in_coordinates(JacobianOperator(functional.space, [block]))
 
     total = _summed(scorer, operators(), 1) / scorer.fit.alpha
     return total.to(scorer.problem.dtype)

@@ -23,6 +23,7 @@ from nullbayes.model.last_layer import resolved
 from nullbayes.model.parameters import ParameterChoice
 from nullbayes.model.randomness import FrozenRandomness, resolve_randomness
 from nullbayes.posterior.base import Posterior
+from nullbayes.posterior.layers import LayerNullSpacePosterior
 from nullbayes.solvers import Solver
 
 
@@ -64,6 +65,8 @@ class NullSpacePosterior(Posterior):
         delta: the edge of the null space, relative to the prior precision; 0: the exact projection,
             refined until ``tolerance``.
         drift: the former name of ``row_drift``.
+        within: a fitted `LayerNullSpacePosterior` of the same network with ``delta`` above 0, whose covariance is the
+            prior: all data through the moments of its layers, and those of ``fit`` through their rows.
 
     Raises:
         InputError: an argument that cannot be used.
@@ -89,6 +92,7 @@ class NullSpacePosterior(Posterior):
         draws: int | None = None,
         delta: float = 1e-4,
         drift: float | None = None,
+        within: LayerNullSpacePosterior | None = None,
     ) -> None:
         number = isinstance(delta, (int, float)) and not isinstance(delta, bool)
         if not number or not 0 <= delta < math.inf:
@@ -98,7 +102,8 @@ class NullSpacePosterior(Posterior):
         chosen = resolved(unwrapped(model), parameters)
         functional = functional_model(model, chosen, forward, explained.layouts, frozen)
         functional.last_layer = chosen is not parameters
-        problem = Problem.of(functional, explained, preserve, directions, prior_precision)
+        prior = None if within is None else within.as_prior(functional)
+        problem = Problem.of(functional, explained, preserve, directions, prior_precision, prior)
         row_drift = _row_drift(row_drift, drift)
         target = NullSpace(float(delta))
         super().__init__(problem, Settings.of(target, solver, tolerance, row_drift, memory))
@@ -175,6 +180,7 @@ def plan(
     randomness: str | FrozenRandomness | None = None,
     draws: int | None = None,
     delta: float = 1e-4,
+    within: LayerNullSpacePosterior | None = None,
     num_samples: int = 30,
     max_examples: int | None = None,
 ) -> Plan:
@@ -202,5 +208,6 @@ def plan(
         randomness=randomness,
         draws=draws,
         delta=delta,
+        within=within,
     )
     return posterior.plan(train_loader, num_samples=num_samples, max_examples=max_examples)

@@ -25,6 +25,7 @@ from nullbayes.posterior.differentiable import (
     covariance_term,
     joint_with_graph,
     point_with_graph,
+    rows_with_graph,
 )
 from nullbayes.posterior.joint import Joint, covariances, factorised, joint
 from nullbayes.posterior.novelty import ENTROPIES, ROW_SCORES, SCORES, Scorer, check_has_entropy
@@ -292,7 +293,8 @@ class _Covariance:
             if not self.how.differentiable:
                 return found
             size, outputs = found.shape[:2]
-            moved = covariance_term(scorer, self.x, made.point)
+            rows = rows_with_graph(scorer, self.x, made.point.numel())
+            moved = covariance_term(scorer, rows)
             place = torch.arange(size, device=found.device)
             moved = moved.reshape(size, outputs, size, outputs)[place, :, place]
             return found + moved - moved.detach()

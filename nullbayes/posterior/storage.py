@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from nullbayes.fit.result import Fit
 from nullbayes.fit.target import Target
 from nullbayes.likelihood import Likelihood, likelihood_from_config
 from nullbayes.model.fingerprint import fingerprint
-from nullbayes.model.parameters import ParameterSpace
+from nullbayes.model.parameters import WRAPPED, ParameterSpace
 from nullbayes.posterior.calibration import CalibrationPath
 from nullbayes.posterior.description import DescriptionError, check_settings, parsed
 
@@ -133,6 +133,19 @@ class Stored:
                 f"{self.path} holds settings of its likelihood that cannot be used ({type(error).__name__}: {error}); "
                 "it was written by another version of nullbayes or changed since. Fit and save it again."
             ) from error
+
+    def plain(self, model: nn.Module) -> Stored:
+        """With the names of ``model`` where version 0.1 wrote those of a data-parallel wrapper around it."""
+        known = dict(model.named_parameters())
+        if any(n in known or n.removeprefix(WRAPPED) not in known for n in self.names):
+            return self
+        settings = self.settings
+        if isinstance(settings["prior"], dict):
+            settings["prior"] = {n.removeprefix(WRAPPED): v for n, v in settings["prior"].items()}
+        prints = {n.removeprefix(WRAPPED): v for n, v in self.meta["fingerprint"].items()}
+        names = [n.removeprefix(WRAPPED) for n in self.names]
+        meta = {**self.meta, "names": names, "fingerprint": prints, "settings": settings}
+        return replace(self, meta=meta)
 
     def check_model(self, model: nn.Module) -> None:
         """Raise :class:`StorageError` unless ``model`` is the one that the file was written for."""

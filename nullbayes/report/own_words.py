@@ -49,7 +49,7 @@ def text_of(figure: Mapping[str, Any] | None, digits: int) -> tuple[str, str]:
 def headline(results: Results) -> str:
     """One sentence: the guarantee, then what became better and worse on test data."""
     certificate, main = results["certificate"], results["main"]
-    if certificate["method"] != "null-space":
+    if certificate["method"] not in ("null-space", "layer null-space"):
         opening = "No guarantee promised"
     else:
         opening = "The guarantee held" if certificate["held"] else "The guarantee is weak"
@@ -145,7 +145,7 @@ def _cell(results: Results, key: str, name: str) -> dict[str, str]:
 def style(results: Results, key: str) -> str:
     """The colour of a method: one of the page's classes."""
     fixed = {REFERENCE: "point", "temperature": "scaled"}
-    own = ("evidence", "calibrated", "given")
+    own = ("evidence", "guarantee", "calibrated", "given")
     return fixed.get(key, "null_space" if key in own else "laplace")
 
 

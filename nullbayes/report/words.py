@@ -31,6 +31,12 @@ CERTIFICATE_FIELDS = {
     ),
     "null_dim": ("Null space", "directions of weight space that stay free"),
     "prior_share": ("Prior variance kept", "what the constraints leave of it"),
+    # of a posterior in the layer null space
+    "divergence": ("Divergence", "nats that sampled networks move training predictions by, mean"),
+    "change": ("Change of the outputs", "of sampled networks on training data, relative, RMS"),
+    "left_out_divergence": ("Divergence, left out", "the same for examples left out of the fit"),
+    "weight_change": ("Change of the weights", "of a sample, relative to the trained weights"),
+    "free_share": ("Directions left", "share of the prior's variance, over all layers"),
 }
 CERTIFICATE_DETAILS = {
     "tolerance": ("Tolerance", "what the residual was asked to stay below"),
@@ -178,7 +184,7 @@ def certificate_value(key: str, value: Any) -> str:
         return f"{value:.2f}"
     if key in ("network_score", "posterior_score"):
         return f"{value:.4f}"
-    if key == "prior_share":
+    if key in ("prior_share", "free_share"):
         return f"{100 * value:.1f} %"
     if isinstance(value, int):
         return f"{value:,}"

@@ -125,7 +125,9 @@ def test_covariance_predictions_and_scores_against_dense() -> None:
     )
     scaled = centred * posterior.prior_precision / natural
     information = 0.5 * torch.logdet(torch.eye(4, dtype=torch.float64) + scaled)
-    torch.testing.assert_close(posterior.novelty(new), information, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        posterior.novelty(new, "information"), information, rtol=1e-6, atol=1e-9
+    )
     # Samples have that covariance, within four standard errors.
     posterior.draw(796)
     changes = posterior.predict(new, "linearised").outputs - closed.point

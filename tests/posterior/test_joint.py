@@ -235,6 +235,21 @@ def test_gradients_of_the_joint_covariance(exact: bool) -> None:
     assert_close(leaf.grad, numerical(plain, new), rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_where_nothing_is_left_but_rounding(dtype: torch.dtype) -> None:
+    """At training inputs of a null-space posterior: differences of large numbers, as exact as these are."""
+    model = network(outputs=1).to(dtype)
+    x = inputs(3).to(dtype)
+    posterior = nb.NullSpacePosterior(model, nb.Regression(1e-6), delta=0, prior_precision=1.0)
+    posterior.fit([(x, model(x).detach())], 4, **QUIET)
+    leaf = x.clone().requires_grad_()
+    away = posterior.joint(x + 1).covariance.trace()
+    made = posterior.joint(leaf, differentiable=True).covariance.trace()
+    assert made.detach() < 1e-4 * away
+    posterior.joint(leaf, exact=False, differentiable=True).covariance.trace().backward()
+    assert posterior.predict(leaf, differentiable=True).variance.max() < 1e-4 * away
+
+
 def test_gradients_through_attention_and_the_sampled_network() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)

@@ -78,6 +78,8 @@ def _recorders(plan: CapturePlan) -> tuple[Hooks, list[_Record], list[LocalUse]]
             x = args[0] if args else next(iter(kwargs.values()), None)
             if not isinstance(x, Tensor) or not isinstance(out, Tensor) or not out.requires_grad:
                 return None  # such a use is not accounted for; the check will say so
+            if x.is_nested or out.is_nested:
+                return None  # nor is this one, which has no axes to tell examples by
             # The edge, not the tensor: a later in-place activation would move the tensor's own
             # place in the graph behind itself.
             edge = get_gradient_edge(out)

@@ -91,6 +91,8 @@ def record_use(site: LocalSite, args: tuple[Any, ...], kwargs: Any, out: Any) ->
     if result is None or not result.requires_grad:
         return None
     leaves, spec = tree_flatten((args, dict(kwargs)))
+    if any(isinstance(t, Tensor) and t.is_nested for t in (result, *leaves)):
+        return None  # without axes to tell examples by; the check will say that a use is missing
     versions = [t._version if isinstance(t, Tensor) else 0 for t in leaves]
     kept = [t.detach() if isinstance(t, Tensor) else t for t in leaves]
     return LocalUse(site, kept, spec, versions, get_gradient_edge(result))

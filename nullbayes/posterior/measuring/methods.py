@@ -6,8 +6,8 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -18,16 +18,17 @@ from nullbayes.likelihood.helpers import mirrored
 from nullbayes.posterior.measuring.observing import kind_of
 
 if TYPE_CHECKING:
-    from nullbayes.posterior.base import Posterior
     from nullbayes.posterior.calibration import CalibrationPath
+    from nullbayes.posterior.measuring.subject import Moved, Subject
 
 #: inverse temperatures tried: twentieth to twentyfold, in steps of a tenth, then in steps of a hundredth
 _COARSE, _FINE = 63, 23
 
-NETWORK, TEMPERATURE, EVIDENCE, CALIBRATED, GIVEN = (
+NETWORK, TEMPERATURE, EVIDENCE, GUARANTEE, CALIBRATED, GIVEN = RESERVED = (
     "network",
     "temperature",
     "evidence",
+    "guarantee",
     "calibrated",
     "given",
 )
@@ -45,6 +46,7 @@ class Method:
         scale: of samples at prior precision one; None: the network alone.
         beta: the inverse temperature of the network's outputs.
         setting: what was chosen, for a table: ``"prior precision 12.3"``.
+        linearised: whether outputs of samples come with their mirror images about the network's.
     """
 
     key: str
@@ -53,26 +55,28 @@ class Method:
     scale: float | None = None
     beta: float = 1.0
     setting: str = ""
+    linearised: bool = True
 
-    def draws(self, point: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    def draws(self, point: Tensor, moved: Moved) -> tuple[Tensor, Tensor]:
         """Output draws ``(S, B, *out)`` and their centre ``(B, *out)``."""
         if self.scale is None:
             point = point if self.beta == 1 else self.beta * point
             return point[None], point
-        return mirrored(point + self.scale * unit, point), point
+        outputs = moved(self.scale)
+        return mirrored(outputs, point) if self.linearised else outputs, point
 
 
 @dataclass(frozen=True)
 class Source:
     """A posterior, the methods that read its samples, and how it was calibrated."""
 
-    posterior: Posterior
+    posterior: Subject
     methods: list[Method]
     notes: list[str] = field(default_factory=list)
     path: CalibrationPath | None = None
 
 
-def own_source(posterior: Posterior, validation: Iterable[Any] | None, outputs: Outputs) -> Source:
+def own_source(posterior: Subject, validation: Iterable[Any] | None, outputs: Outputs) -> Source:
     """The network, temperature scaling where validation data are there, and the posterior before and after `calibrate`.
 
     Args:
@@ -98,12 +102,12 @@ def own_source(posterior: Posterior, validation: Iterable[Any] | None, outputs: 
     return Source(posterior, methods, notes, path)
 
 
-def other_sources(against: Sequence[Posterior] | Mapping[str, Posterior]) -> list[Source]:
+def other_sources(against: Sequence[Subject] | Mapping[str, Subject]) -> list[Source]:
     """One source for each further posterior, named by the caller or by its class."""
-    from nullbayes.posterior.base import Posterior
+    from nullbayes.posterior.judged import Judged
 
-    if isinstance(against, Posterior):
-        against = [against]
+    if isinstance(against, Judged):
+        against = [cast("Subject", against)]
     named = dict(against) if isinstance(against, Mapping) else {}
     if not isinstance(against, Mapping):
         for posterior in against:
@@ -114,27 +118,21 @@ def other_sources(against: Sequence[Posterior] | Mapping[str, Posterior]) -> lis
             named[name] = posterior
     out = []
     for name, posterior in named.items():
-        if not isinstance(posterior, Posterior):
+        if not isinstance(posterior, Judged):
             raise InputError(
                 f"`against` holds {type(posterior).__name__}, expected fitted posteriors, as a list or as "
                 "{name: posterior}."
             )
-        posterior._fitted()
-        if name in (NETWORK, TEMPERATURE, EVIDENCE, CALIBRATED, GIVEN):
+        posterior._check_model()
+        if name in RESERVED:
             raise InputError(
                 f"`against` names a posterior {name!r}, which is taken; choose another."
             )
-        scale = posterior.prior_precision**-0.5
-        setting = f"prior precision {posterior.prior_precision:.4g}"
-        out.append(
-            Source(
-                posterior, [Method(str(name), str(name), posterior.likelihood, scale, 1.0, setting)]
-            )
-        )
+        out.append(Source(posterior, [_method(posterior, (str(name), str(name)))]))
     return out
 
 
-def _before(posterior: Posterior) -> Likelihood:
+def _before(posterior: Subject) -> Likelihood:
     """The likelihood as it was before `calibrate` chose its noise."""
     path = posterior.calibration
     if path is None or path.noise_scale is None:
@@ -144,30 +142,40 @@ def _before(posterior: Posterior) -> Likelihood:
     )
 
 
-def _name(posterior: Posterior) -> str:
-    words = {"NullSpacePosterior": "Null-space", "LaplacePosterior": "Full Laplace"}
+def _name(posterior: Subject) -> str:
+    words = {
+        "NullSpacePosterior": "Null-space",
+        "LaplacePosterior": "Full Laplace",
+        "LayerNullSpacePosterior": "Layer null-space",
+    }
     return words.get(type(posterior).__name__, type(posterior).__name__)
 
 
-def _uncalibrated(posterior: Posterior, likelihood: Likelihood) -> Method:
+def _method(posterior: Subject, names: tuple[str, str]) -> Method:
+    """The posterior as it is, under a key and a title."""
+    alpha = posterior.prior_precision
+    setting = f"prior precision {alpha:.4g}"
+    return Method(
+        *names, posterior.likelihood, alpha**-0.5, 1.0, setting, linearised=posterior.linearises
+    )
+
+
+def _uncalibrated(posterior: Subject, likelihood: Likelihood) -> Method:
     path = posterior.calibration
     alpha = posterior.prior_precision if path is None else path.start
-    chosen = posterior.problem.by_evidence
-    if path is None and posterior.certificate.promises:
-        chosen = chosen and posterior.certificate.evidence is not None
-    key, words = (EVIDENCE, "by evidence") if chosen else (GIVEN, "prior as given")
-    title = f"{_name(posterior)}, {words}"
-    return Method(key, title, likelihood, alpha**-0.5, 1.0, f"prior precision {alpha:.4g}")
-
-
-def _calibrated(posterior: Posterior) -> Method:
-    path, alpha = posterior.calibration, posterior.prior_precision
-    assert path is not None
+    key, words = posterior._prior_chosen_by()
+    made = _method(posterior, (key, f"{_name(posterior)}, {words}"))
     setting = f"prior precision {alpha:.4g}"
-    if path.noise_scale is not None:
-        setting = f"noise variance × {path.noise_scale[path.chosen]:.4g}"
-    title = f"{_name(posterior)}, calibrated"
-    return Method(CALIBRATED, title, posterior.likelihood, alpha**-0.5, 1.0, setting)
+    return replace(made, likelihood=likelihood, scale=alpha**-0.5, setting=setting)
+
+
+def _calibrated(posterior: Subject) -> Method:
+    path = posterior.calibration
+    assert path is not None
+    made = _method(posterior, (CALIBRATED, f"{_name(posterior)}, calibrated"))
+    if path.noise_scale is None:
+        return made
+    return replace(made, setting=f"noise variance × {path.noise_scale[path.chosen]:.4g}")
 
 
 # -- temperature scaling ---------------------------------------------------------------------------

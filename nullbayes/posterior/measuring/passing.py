@@ -13,7 +13,6 @@ from torch import Tensor
 
 from nullbayes.common.progress import Stages
 from nullbayes.errors import InputError
-from nullbayes.jacobian.linearise import linearised_outputs
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.model.functional import FunctionalModel
@@ -28,6 +27,7 @@ from nullbayes.posterior.measuring.observing import (
 )
 from nullbayes.posterior.measuring.records import Recorder, Records
 from nullbayes.posterior.measuring.showing import Keeper
+from nullbayes.posterior.measuring.subject import Moved
 
 #: numbers of output draws held at a time
 MOST_NUMBERS = 1 << 25
@@ -114,8 +114,8 @@ class Pass:
         for index, inputs, targets in batches(tracked, self.functional.device, name, free=free):
             where = f"{name}, batch {index}"
             for piece, some in self._pieces(inputs, targets, where):
-                for source, method, point, unit in self._outcomes(piece, where):
-                    self._record(source, method, (point, unit), some, where)
+                for source, method, point, moved in self._outcomes(piece, where):
+                    self._record(source, method, (point, moved), some, where)
         self._nonempty(self._recorders, name)
         return {key: recorder.records() for key, recorder in self._recorders.items()}
 
@@ -138,30 +138,27 @@ class Pass:
 
     def _outcomes(
         self, inputs: Inputs, where: str
-    ) -> Iterator[tuple[Source, Method, Tensor, Tensor]]:
-        """For every method the network's outputs and what samples at prior precision one do to them."""
+    ) -> Iterator[tuple[Source, Method, Tensor, Moved]]:
+        """For every method the network's outputs, and what gives those of samples of any scale."""
         for source in self.sources:
             posterior = source.posterior
-            keyed = posterior.functional.keyed(inputs, [0])
-            plan = posterior._capture_plan(keyed)
-            unit = posterior._fitted().unit
-            point, change = linearised_outputs(posterior.functional, plan, unit, keyed, where)
+            point, moved = posterior._moved(posterior.functional.keyed(inputs, [0]), where)
             for method in source.methods:
-                yield source, method, point, change
+                yield source, method, point, moved
 
     def _record(
         self,
         source: Source,
         method: Method,
-        outputs: tuple[Tensor, Tensor],
+        outputs: tuple[Tensor, Moved],
         targets: Any,
         where: str,
     ) -> tuple[Observed, Tensor]:
         """Observe one batch under one method; its targets are checked by that method's likelihood."""
         draws, point = method.draws(*outputs)
-        checked = source.posterior.problem.checked_targets(outputs[0], targets, where)
+        checked = source.posterior.likelihood.checked_targets(outputs[0], targets, where)
         with torch.no_grad():
-            moments = method.likelihood.moments(draws, point, linearised=True)
+            moments = method.likelihood.moments(draws, point, linearised=method.linearised)
             observed = observe(method.likelihood, moments, draws, point, checked)
             together = sample_log_likelihoods(method.likelihood, draws, checked)
         name = method.likelihood.score_name
@@ -171,8 +168,8 @@ class Pass:
     def _add(self, passed: Passed, inputs: Inputs, targets: Any, where: str) -> None:
         shown: Callable[[int], str] | None = None
         wrong = torch.empty(0)
-        for source, method, point, unit in self._outcomes(inputs, where):
-            observed, mean = self._record(source, method, (point, unit), targets, where)
+        for source, method, point, moved in self._outcomes(inputs, where):
+            observed, mean = self._record(source, method, (point, moved), targets, where)
             self._score(method.key, observed.scores)
             if method.key == self.main:
                 wrong = _mistakes(method.likelihood, observed)
@@ -185,10 +182,10 @@ class Pass:
 
     def _add_scores(self, passed: Passed, inputs: Inputs, where: str) -> None:
         shown: Callable[[int], str] | None = None
-        for _, method, point, unit in self._outcomes(inputs, where):
-            draws, centre = method.draws(point, unit)
+        for _, method, point, moved in self._outcomes(inputs, where):
+            draws, centre = method.draws(point, moved)
             with torch.no_grad():
-                moments = method.likelihood.moments(draws, centre, linearised=True)
+                moments = method.likelihood.moments(draws, centre, linearised=method.linearised)
                 self._score(method.key, scores(method.likelihood, moments, centre))
             if method.key == self.main:
                 shown = _captions(method.likelihood, moments.mean, None)

@@ -31,7 +31,7 @@ from nullbayes.posterior.measuring.records import Records
 from nullbayes.posterior.measuring.showing import Show
 
 if TYPE_CHECKING:
-    from nullbayes.posterior.base import Posterior
+    from nullbayes.posterior.measuring.subject import Subject
 
 RATES = (0.01, 0.05, 0.10)
 SHOWN = 6  # inputs of each sort
@@ -46,12 +46,12 @@ MOST_ROWS = 50
 class Question:
     """What `nullbayes.Posterior.evaluate` was asked; see there."""
 
-    posterior: Posterior
+    posterior: Subject
     test: Any
     shifted: Mapping[str, Any] | None
     train: Any
     validation: Any
-    against: Sequence[Posterior] | Mapping[str, Posterior]
+    against: Sequence[Subject] | Mapping[str, Subject]
     slices: Mapping[str, Any] | None
     show: Show | None
     progress: bool
@@ -78,7 +78,6 @@ def measured(question: Question) -> Found:
         NotFittedError: no posterior yet. InputError: data, slices or posteriors that cannot be used.
     """
     posterior = question.posterior
-    posterior._fitted()
     posterior._check_model()
     data = _loaders(question)
     _check_first(posterior, data)
@@ -137,7 +136,7 @@ def _loaders(question: Question) -> dict[str, Any]:
     return out
 
 
-def _check_first(posterior: Posterior, data: Mapping[str, Any]) -> None:
+def _check_first(posterior: Subject, data: Mapping[str, Any]) -> None:
     """The first batch of each set goes through the network, so that hours of work are not lost to the last set."""
     functional = posterior.functional
     free = functional.layouts is not None
@@ -148,7 +147,7 @@ def _check_first(posterior: Posterior, data: Mapping[str, Any]) -> None:
         where = f"{name}, batch {first[0]}"
         outputs = functional.outputs(functional.keyed(first[1], [0]), where)
         if not shifted:
-            posterior.problem.checked_targets(outputs, first[2], where)
+            posterior.likelihood.checked_targets(outputs, first[2], where)
         shape = outputs.ndim if shape is None else shape
         if outputs.ndim != shape:
             raise InputError(
@@ -168,7 +167,7 @@ def _sources(question: Question, validation: Any) -> list[Source]:
         ):
             where = f"validation, batch {index}"
             point = functional.outputs(functional.keyed(inputs, [0]), where)
-            yield point, posterior.problem.checked_targets(point, targets, where)
+            yield point, posterior.likelihood.checked_targets(point, targets, where)
 
     others = other_sources(question.against)
     return [own_source(posterior, validation, outputs), *others]
@@ -251,7 +250,7 @@ def _tells(method: Method, score: str) -> bool:
     return score not in ("max_softmax", "energy")
 
 
-def _classes(test: Passed, posterior: Posterior) -> dict[str, dict[str, Any]]:
+def _classes(test: Passed, posterior: Subject) -> dict[str, dict[str, Any]]:
     records = test.records
     groups, counts = records[NETWORK].group.unique(return_counts=True)
     kind = kind_of(posterior.likelihood)
@@ -320,8 +319,8 @@ def _details(
     main = sources[0].methods[-1].key
     keepers = {f"test: {sort}": keeper for sort, keeper in test.keepers.items()}
     keepers |= {name: passed.keepers["novel"] for name, passed in shifts.items()}
-    certificate = posterior.certificate
-    audit, path = certificate.audit, sources[0].path
+    certificate, path = posterior.certificate, sources[0].path
+    audit = getattr(certificate, "audit", None)
     return {
         "task": kind_of(likelihood),
         "score_name": likelihood.score_name,
@@ -391,23 +390,23 @@ def _histograms(inside: Tensor, outside: Mapping[str, Tensor]) -> dict[str, Any]
 def _lasting(certificate: dict[str, Any]) -> dict[str, Any]:
     """Without what no second run would find again: one question, one file."""
     kept = {k: v for k, v in certificate.items() if k not in _OF_THE_RUN}
-    if kept["audit"] is not None:
+    if kept.get("audit") is not None:
         kept["audit"] = {k: v for k, v in kept["audit"].items() if k not in _OF_THE_RUN}
     return kept
 
 
-def _settings(posterior: Posterior) -> dict[str, Any]:
-    preserves = posterior._settings.target.preserves
+def _settings(posterior: Subject) -> dict[str, Any]:
+    about = posterior._described()
     return {
         "model": type(posterior.model).__name__,
         "weights": posterior.space.total,
         "posterior": type(posterior).__name__,
         "likelihood": repr(posterior.likelihood)[:200],
-        "preserves": posterior.preserve.describe() if preserves else "nothing",
+        "preserves": about["preserves"],
         "samples": posterior.num_samples,
-        "seed": posterior._fitted().seed,
+        "seed": about["seed"],
         "prior precision": posterior.prior_precision,
-        "predictive": "linearised",
+        "predictive": about["predictive"],
     }
 
 

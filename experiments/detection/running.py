@@ -1,0 +1,136 @@
+"""Measure every score on every problem; tables of the judging problems, settings chosen on the tuning ones."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.detection import posteriors, published, rivals
+from experiments.detection.base import SCORES
+from experiments.detection.families import FAMILIES, JUDGING, Problem, Size
+from experiments.measures import detection
+from experiments.networks import identity
+from experiments.runner import Job
+
+NAME = "detection"
+VERSION = 1
+#: Mean AUROC of the nearest input above which a set needs no network.
+SOLVED = 0.97
+MODULES = (published, rivals, posteriors)  # in whose order scores stand in the tables
+
+
+def jobs(
+    setting: str, seeds: Sequence[int] | None = None, methods: Sequence[str] | None = None
+) -> list[Job]:
+    """One piece for each problem and seed, with all scores."""
+    from experiments.store import Key
+
+    out = []
+    for family in FAMILIES.values():
+        size = family.sizes[setting]
+        for member, role in family.chosen(setting):
+            for seed in seeds or range(family.seeds[setting]):
+                if seed >= family.seeds[setting]:
+                    continue
+                key = Key(NAME, setting, seed, f"{family.name}, {member}")
+                config = {"size": asdict(size), "version": VERSION, "role": role}
+                out.append(Job(key, config, measure_job, (family.name, member, role, seed, size)))
+    return out
+
+
+def measure_job(family: str, member: str, role: str, seed: int, size: Size) -> dict[str, Any]:
+    """Every score that applies: AUROC and FPR95 of each set, seconds."""
+    problem = FAMILIES[family].make(member, seed, size)
+    out: dict[str, Any] = {
+        "family": family,
+        "member": member,
+        "role": role,
+        "network": identity(problem.given.network),
+        "accuracy": problem.accuracy,
+        "train": len(problem.given.train),
+        "parameters": sum(p.numel() for p in problem.given.network.parameters()),
+        "scores": {},
+    }
+    for name, cls in SCORES.items():
+        if cls.applies(problem.given.kind):
+            out["scores"][name] = measured(cls, problem)
+    return out
+
+
+def measured(cls: Any, problem: Problem) -> dict[str, Any]:
+    """One score on one problem. A method that fails on it has an error instead of figures, and ranks last."""
+    started = time.perf_counter()
+    made = cls()
+    try:
+        made.fit(problem.given)
+        fitted = time.perf_counter() - started
+        known = finite(made(problem.test.inputs))
+        seconds = time.perf_counter() - started - fitted
+        sets = {
+            distance: {name: detection(known, finite(made(x))) for name, x in found.items()}
+            for distance, found in (("near", problem.near), ("far", problem.far))
+        }
+    except (RuntimeError, ValueError, torch.linalg.LinAlgError) as error:
+        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+    return {
+        **sets, "fit_seconds": fitted, "seconds_per_1000": 1000 * seconds / len(problem.test)
+    }  # fmt: skip
+
+
+def finite(scores: Tensor) -> Tensor:
+    """float64; raises where a score is not a number."""
+    scores = scores.detach().double()
+    if not scores.isfinite().all():
+        raise ValueError("scores are not finite")
+    return scores
+
+
+# -- from runs to tables ---------------------------------------------------------------------------
+
+
+def mean_of(result: dict[str, Any], name: str, distance: str, measure: str = "auroc") -> float:
+    """Mean over the sets at one distance; one half, or 1 for FPR95, for a method that failed."""
+    found = result["scores"][name]
+    if "error" in found:
+        return 0.5 if measure == "auroc" else 1.0
+    return statistics.fmean(sets[measure] for sets in found[distance].values())
+
+
+def both(result: dict[str, Any], name: str) -> float:
+    """Near and far count alike."""
+    return 0.5 * (mean_of(result, name, "near") + mean_of(result, name, "far"))
+
+
+def representatives(results: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """``{score family: setting}`` with the best mean over the tuning problems, each family of problems alike."""
+    by_family: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        if result["role"] != JUDGING:
+            by_family.setdefault(result["family"], []).append(result)
+    out: dict[str, str] = {}
+    best: dict[str, float] = {}
+    for name, cls in SCORES.items():
+        means = [
+            statistics.fmean(both(r, name) for r in found)
+            for found in by_family.values()
+            if all(name in r["scores"] for r in found)
+        ]
+        value = statistics.fmean(means) if means else 0.0
+        if cls.family not in best or value > best[cls.family]:
+            out[cls.family], best[cls.family] = name, value
+    return out
+
+
+def report(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
+    """``detection.md`` and ``.json``; nothing where there are no runs."""
+    from experiments.detection.tables import write
+
+    if runs:
+        write(setting, runs, folder)

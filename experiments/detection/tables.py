@@ -1,0 +1,211 @@
+"""The tables: judging problems alone, one row a score family, its setting chosen on the tuning problems."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.detection.base import SCORES
+from experiments.detection.families import FAMILIES, JUDGING
+from experiments.detection.rivals import InputNeighbour
+from experiments.detection.running import NAME, SOLVED, both, representatives
+from experiments.tables import Column, Figures, Page, Row
+
+OURS = ("null space", "layer null space")
+
+
+def write(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
+    results = [run["result"] for run in runs]
+    chosen = representatives(results)
+    page = Page(NAME, f"Which score finds what ({setting})")
+    first = runs[0]["environment"]
+    page.say(
+        "AUROC of each set against test inputs; mean ± standard error over judging problems (and seeds). All scores "
+        "need one trained network and its training data. Each score family stands with the setting that was best on "
+        "the *tuning* problems, which appear in no table but the last. * marks a set that a nearest neighbour in the "
+        f"*inputs* solves (mean AUROC over {SOLVED}): it needs no network and counts for nothing; `counted` is the "
+        "mean of the sets that remain.",
+        f"torch {first['torch']}, {first['cores']} cores, commit {first['commit']}. "
+        f"`python -m experiments {NAME} --setting {setting}`",
+    )
+    judged = {
+        family: [r for r in results if r["family"] == family and r["role"] == JUDGING]
+        for family in FAMILIES
+    }
+    judged = {family: found for family, found in judged.items() if found}
+    page.table("Overview", *overview(judged, chosen), OVERVIEW, "score")
+    for family, found in judged.items():
+        page.table(
+            family.capitalize(),
+            rows_of(found, chosen),
+            columns_of(found),
+            words_of(family, found, results),
+            "score",
+        )
+    tuning = [r for r in results if r["role"] != JUDGING]
+    if tuning:
+        page.table("Every setting, on the tuning problems", *every_setting(tuning), TUNING, "score")
+    page.write(folder, runs)
+
+
+OVERVIEW = (
+    "Mean over the counted sets of a family; `rank`: mean rank among the scores that every family has figures for. A "
+    "dash: the score needs class probabilities, and the family is a regression."
+)
+TUNING = "Near and far sets count alike. Settings were chosen by the mean over families."
+
+
+def words_of(family: str, found: Sequence[dict[str, Any]], results: Sequence[Any]) -> str:
+    tuning = {r["member"] for r in results if r["family"] == family and r["role"] != JUDGING}
+    judging = {r["member"] for r in found}
+    quality = statistics.fmean(r["accuracy"] for r in found)
+    what = "R²" if family == "gaps" else "accuracy"
+    return (
+        f"{FAMILIES[family].words}. {len(judging)} problems judged, {len(tuning)} for tuning; mean test {what} "
+        f"{quality:.3f}."
+    )
+
+
+def auroc(distance: str, name: str) -> Callable[[Figures], float | None]:
+    def value(run: Figures) -> float | None:
+        sets = run.get(distance, {})
+        return float(sets[name]["auroc"]) if name in sets else None
+
+    return value
+
+
+def set_names(found: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """By distance, what any problem has."""
+    out: dict[str, list[str]] = {"near": [], "far": []}
+    for result in found:
+        sets = result["scores"][InputNeighbour.name]
+        for distance, names in out.items():
+            names += [n for n in sets[distance] if n not in names]
+    return out
+
+
+def solved(found: Sequence[dict[str, Any]]) -> set[tuple[str, str]]:
+    """Sets that the nearest input solves."""
+    out = set()
+    for distance, names in set_names(found).items():
+        for name in names:
+            values = [auroc(distance, name)(r["scores"][InputNeighbour.name]) for r in found]
+            if statistics.fmean(v for v in values if v is not None) > SOLVED:
+                out.add((distance, name))
+    return out
+
+
+def counted(found: Sequence[dict[str, Any]]) -> Callable[[Figures], float | None]:
+    """Mean AUROC of one score on one problem over the sets that count."""
+    left_out = solved(found)
+
+    def value(run: Figures) -> float | None:
+        values = [
+            sets["auroc"]
+            for distance in ("near", "far")
+            for name, sets in run.get(distance, {}).items()
+            if (distance, name) not in left_out
+        ]
+        return statistics.fmean(values) if values else None
+
+    return value
+
+
+def rows_of(found: Sequence[dict[str, Any]], chosen: dict[str, str]) -> list[Row]:
+    rows = []
+    for family, name in chosen.items():
+        runs = [r["scores"][name] for r in found if name in r["scores"]]
+        if runs and any("error" not in run for run in runs):
+            bold = "**" if family in OURS else ""
+            rows.append(Row(f"{bold}{family}{bold}", runs))
+    return rows
+
+
+def columns_of(found: Sequence[dict[str, Any]]) -> list[Column]:
+    left_out = solved(found)
+    columns = [
+        Column(f"{name}{' *' * ((distance, name) in left_out)}", auroc(distance, name), 1)
+        for distance, names in set_names(found).items()
+        for name in names
+    ]
+    return [
+        *columns,
+        Column("counted", counted(found), 1),
+        Column("fit s", lambda run: run.get("fit_seconds"), 0, 1),
+        Column("1000 inputs s", lambda run: run.get("seconds_per_1000"), 0, 2),
+    ]
+
+
+def overview(
+    judged: dict[str, list[dict[str, Any]]], chosen: dict[str, str]
+) -> tuple[list[Row], list[Column]]:
+    """One row a score family, one column a family of problems."""
+    rows = []
+    getters = {family: counted(found) for family, found in judged.items()}
+    means: dict[str, dict[str, float]] = {}
+    for family in chosen:
+        means[family] = {}
+        for problems, found in judged.items():
+            values = [
+                getters[problems](r["scores"][chosen[family]])
+                for r in found
+                if chosen[family] in r["scores"]
+            ]
+            known = [v for v in values if v is not None]
+            if known:
+                means[family][problems] = statistics.fmean(known)
+    ranks = ranked(means, list(judged))
+    for family, name in chosen.items():
+        bold = "**" if family in OURS else ""
+        runs = [
+            {"problems": problems, "value": getters[problems](r["scores"][name])}
+            for problems, found in judged.items()
+            for r in found
+            if name in r["scores"]
+        ]
+        runs.append({"problems": "rank", "value": ranks.get(family)})
+        rows.append(Row(f"{bold}{family}{bold}", runs))
+    columns = [
+        Column(
+            problems,
+            _only(problems),
+            1 if problems != "rank" else -1,
+            3 if problems != "rank" else 1,
+        )
+        for problems in (*judged, "rank")
+    ]
+    return rows, columns
+
+
+def _only(problems: str) -> Callable[[Figures], float | None]:
+    return lambda run: run["value"] if run["problems"] == problems else None
+
+
+def ranked(means: dict[str, dict[str, float]], problems: Sequence[str]) -> dict[str, float]:
+    """Mean rank over families of problems; a score is ranked where it has figures, by share of the scores there."""
+    out: dict[str, list[float]] = {}
+    for problem in problems:
+        present = {family: m[problem] for family, m in means.items() if problem in m}
+        order = sorted(present, key=lambda f: -present[f])
+        for position, family in enumerate(order):
+            out.setdefault(family, []).append(1 + position)
+    return {family: statistics.fmean(v) for family, v in out.items() if len(v) == len(problems)}
+
+
+def every_setting(tuning: Sequence[dict[str, Any]]) -> tuple[list[Row], list[Column]]:
+    families = list(dict.fromkeys(r["family"] for r in tuning))
+    rows = [
+        Row(
+            name,
+            [
+                {"problems": r["family"], "value": both(r, name)}
+                for r in tuning
+                if name in r["scores"]
+            ],
+        )
+        for name in SCORES
+    ]
+    rows = [row for row in rows if row.runs]
+    return rows, [Column(family, _only(family), 1) for family in families]

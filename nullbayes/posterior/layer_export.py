@@ -1,0 +1,276 @@
+"""A layer posterior as one plain module: outputs, predictions and leverages, for `torch.export` and ONNX."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from nullbayes.errors import InputError, ModelError, NullBayesError
+from nullbayes.likelihood import Likelihood
+from nullbayes.model.batch import Inputs, batch_size, flags_of, plain, take
+from nullbayes.model.functional import Forward, as_tensor_output
+from nullbayes.moments.factor import Edge
+from nullbayes.moments.traced import Tape, probes_of, scores, watched
+from nullbayes.posterior.layer_fit import LayerFit
+from nullbayes.posterior.layer_leverage import EXACT_EDGE, POSITIONS
+from nullbayes.posterior.prediction import make_prediction
+
+if TYPE_CHECKING:
+    from nullbayes.posterior.layers import LayerNullSpacePosterior
+
+#: leverages within this share of themselves
+TOLERANCE = 0.2
+# Examples on which it is found how leverages belong to examples.
+PROBE = 3
+# What rounding may do to outputs, relative, and to a log leverage, beside what was asked for.
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
+LOG_ROUNDING = {torch.float64: 1e-6, torch.float32: 0.02}
+
+NAMES = ("outputs", "novelty")
+# Not the fields' own names: a graph may have given those to something else.
+PREDICTED = {
+    "mean_prediction": "mean",
+    "total_uncertainty": "total",
+    "epistemic_uncertainty": "epistemic",
+}
+
+FLAT, MERGED, SECOND = "flat", "merged", "second"
+
+
+class Export(NamedTuple):
+    """What is asked for: networks in the average, and how far leverages may be off, as a share."""
+
+    samples: int
+    tolerance: float
+
+
+class LayerModule(nn.Module):
+    """The network with its novelty, in one forward pass and without hooks; a copy, which the posterior does not need.
+
+    ``module(x)`` gives the network's ``outputs`` and ``novelty (B,)``, the score ``"leverage"``. With samples there are
+    between them ``mean_prediction``, ``total_uncertainty`` and ``epistemic_uncertainty``, as in `nullbayes.Prediction`.
+
+    Attributes:
+        output_names: of what it returns, in order; for ``torch.onnx.export(output_names=...)``.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        members: list[nn.Module],
+        tape: Tape,
+        likelihood: Likelihood,
+        user_forward: Forward | None,
+    ) -> None:
+        super().__init__()
+        self.network, self.members = network, nn.ModuleList(members)
+        self.likelihood, self.user_forward = likelihood, user_forward
+        self.tape = tape
+        self.layout: tuple[str, ...] = ()
+        self.output_names = (NAMES[0], *PREDICTED, NAMES[1]) if members else NAMES
+
+    def arguments(self, x: Inputs) -> dict[str, Any]:
+        """``args``, ``kwargs`` and ``dynamic_shapes`` of `torch.export.export` and `torch.onnx.export`.
+
+        Args:
+            x: two inputs or more, so that no axis looks as if it were always one; the graph takes any number.
+
+        Raises:
+            InputError: one example alone.
+        """
+        size = batch_size(x)
+        if size < 2:
+            raise InputError("`x` holds one example; pass two or more to trace the graph with.")
+        axis = {0: torch.export.Dim("batch", min=1)}
+        flags = iter(flags_of(x, size))
+        shapes = tree_map(
+            lambda t: axis if next(flags) and isinstance(t, Tensor) else None, plain(x)
+        )
+        given = plain(x)
+        several = isinstance(given, tuple)
+        args = given if several else (given,)
+        return {"args": args, "kwargs": {}, "dynamic_shapes": (shapes if several else (shapes,),)}
+
+    def forward(self, *inputs: Any, **named: Any) -> tuple[Any, ...]:
+        """Called as the network is (a mapping may come as one argument); or with what ``forward=`` takes."""
+        given: Any = named or (inputs if len(inputs) != 1 else inputs[0])
+        self.tape.taken()  # of a pass that failed
+        outputs = self._called(self.network, given)
+        calls = self.tape.taken()
+        if len(calls) != len(self.layout):
+            raise ModelError(
+                f"{len(calls)} layers were called on these inputs, {len(self.layout)} on those that the module was "
+                "made with; a module that is exported has to call the same layers on all inputs."
+            )
+        size = _length(given)
+        novelty = scores(calls, lambda i, values: _split(values, self.layout[i], size))
+        if not self.members:
+            return outputs, novelty
+        draws = torch.stack([self._called(member, given) for member in self.members])
+        moments = self.likelihood.moments(draws, outputs, linearised=False)
+        return outputs, moments.mean, moments.total, moments.epistemic, novelty
+
+    def _called(self, model: nn.Module, given: Any) -> Any:
+        if self.user_forward is not None:
+            out = self.user_forward(model, given)
+        elif isinstance(given, Mapping):
+            out = model(**given)
+        else:
+            out = model(*given) if isinstance(given, tuple) else model(given)
+        return out if self.likelihood.layouts is not None else as_tensor_output(out)
+
+    def settle(self, few: Inputs) -> None:
+        """Find out on a few examples which axis of each call's leverages is theirs. Raises `ModelError`."""
+        size = batch_size(few)
+        together = self._raw(few)
+        alone = [self._raw(take(few, i, i + 1, size)) for i in range(size)]
+        layout = []
+        for call, values in enumerate(together):
+            if any(len(one) != len(together) for one in alone):
+                break
+            want = torch.stack([one[call].double().sum() for one in alone])
+            found = next((p for p in (FLAT, MERGED, SECOND) if _agrees(values, p, want)), None)
+            if found is None:
+                break
+            layout.append(found)
+        if not together:
+            raise ModelError(
+                "no layer is called by the module that stands for the network. Does `forward=` reach the model other "
+                "than by its argument? Then a copy cannot stand for it."
+            )
+        if len(layout) < len(together):
+            raise ModelError(
+                "no axis of what a layer receives belongs to the examples of a batch, so its leverages cannot be told "
+                "apart in an exported module. Score such a network with `posterior.novelty(x, 'leverage')`."
+            )
+        self.layout = tuple(layout)
+
+    def _raw(self, inputs: Inputs) -> list[Tensor]:
+        with torch.no_grad():
+            self.tape.taken()
+            self._called(self.network, plain(inputs))
+            return [call.values() for _, call in self.tape.taken()]
+
+
+def _split(values: Tensor, place: str, size: Any) -> Tensor:
+    """``(*lead)`` as ``(B, T)``."""
+    if place == SECOND:
+        values = values.movedim(1, 0)
+    if place == MERGED:
+        values = values.reshape(size, -1)
+    return values.flatten(1) if values.ndim > 1 else values.unsqueeze(1)
+
+
+def _length(given: Any) -> Any:
+    """Of the batch, which may be a symbol: no ``len``, which would make it a number."""
+    values = given.values() if isinstance(given, Mapping) else given
+    leaves = (
+        [values] if isinstance(values, Tensor) else [t for t in values if isinstance(t, Tensor)]
+    )
+    return leaves[0].shape[0]
+
+
+def _agrees(values: Tensor, place: str, want: Tensor) -> bool:
+    size = len(want)
+    if place == SECOND:
+        if values.ndim < 2 or values.shape[1] != size:
+            return False
+        rows = values.movedim(1, 0)
+    elif values.ndim == 0 or values.shape[0] % size or (place == FLAT and len(values) != size):
+        return False
+    else:
+        rows = values
+    found = rows.reshape(size, -1).double().sum(1)
+    return bool(torch.allclose(found, want, rtol=1e-2, atol=1e-12))
+
+
+def export_module(
+    posterior: LayerNullSpacePosterior, fit: LayerFit, x: Inputs, asked: Export
+) -> LayerModule:
+    """See `nullbayes.LayerNullSpacePosterior.export_module`."""
+    functional, state = posterior.functional, fit.state
+    if asked.samples and functional.layouts is not None:
+        raise InputError(
+            "`samples` needs outputs that are one tensor, and this likelihood takes whatever the model returns; export "
+            "with `samples=0`."
+        )
+    edges = [Edge.of(sums, state.delta or EXACT_EDGE) for sums in fit.gathered.sums]
+    dtype = functional.dtype
+    tape = Tape()
+    probes = probes_of(state.blocks, fit.gathered.sums, edges, dtype, asked.tolerance)
+    network = watched(_copied(posterior), state.blocks, probes, tape, POSITIONS)
+    members = []
+    for sample in state.state_dicts(fit.alpha**-0.5, asked.samples):
+        member = _copied(posterior)
+        member.load_state_dict(sample)
+        members.append(member)
+    module = LayerModule(network, members, tape, fit.likelihood, functional.user_forward)
+    module = module.to(functional.device).eval().requires_grad_(requires_grad=False)
+    size = batch_size(x)
+    module.settle(take(x, 0, min(PROBE, size), size))
+    _check(posterior, fit, module, x, asked)
+    return module
+
+
+def _copied(posterior: LayerNullSpacePosterior) -> nn.Module:
+    model = posterior.model
+    try:
+        out = copy.deepcopy(model)
+    except Exception as error:
+        raise ModelError(
+            f"the model cannot be copied ({type(error).__name__}: {error}), which an exported module is; drop tensors "
+            "that belong to a graph from its attributes."
+        ) from error
+    wide = posterior.functional.widened
+    return out if wide is None else out.to(wide)
+
+
+def _check(
+    posterior: LayerNullSpacePosterior, fit: LayerFit, module: LayerModule, x: Inputs, asked: Export
+) -> None:
+    """The module gives what the posterior gives. Raises `ModelError` where it does not."""
+    given = plain(x)
+    try:
+        with torch.no_grad():
+            if isinstance(given, Mapping):
+                found = module(**given)
+            else:
+                found = module(*given) if isinstance(given, tuple) else module(given)
+    except NullBayesError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"the exported module fails on `x`: {type(error).__name__}: {error}. Leave out the layers concerned "
+            "(`parameters=`), or use the posterior itself."
+        ) from error
+    dtype = posterior.functional.dtype
+    off = ROUNDING.get(dtype, ROUNDING[torch.float32])
+    room = len(fit.state.blocks.blocks) * (
+        math.log1p(asked.tolerance) + LOG_ROUNDING.get(dtype, 0.02)
+    )
+    wrong = []
+    if posterior.functional.layouts is None:
+        outputs = posterior.functional.outputs(x, "`x`")
+        if not (found[0] - outputs).norm() <= off * outputs.norm().clamp_min(1e-30):
+            wrong.append("outputs")
+    novelty = posterior.novelty(x, "leverage")
+    if not (found[-1] - novelty).abs().max() <= room:
+        wrong.append("novelty")
+    if asked.samples:
+        draws = fit.state.sampled(x, fit.alpha**-0.5, asked.samples)
+        want = make_prediction(fit.likelihood, outputs, draws, "sampled")
+        for name, value in zip(PREDICTED, found[1:-1], strict=True):
+            reference = getattr(want, PREDICTED[name])
+            if not (value - reference).norm() <= 10 * off * reference.norm() + off:
+                wrong.append(name)
+    if wrong:
+        raise ModelError(
+            f"the exported module gives other {' and '.join(wrong)} than the posterior on `x`. Does `forward=`, or a "
+            "layer, reach the model other than by its argument? Then a copy cannot stand for it."
+        )

@@ -1,0 +1,84 @@
+"""How a layer posterior scores inputs: which score, from which parts, against which references."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from nullbayes.common.arguments import check_choice
+from nullbayes.model.batch import Inputs
+from nullbayes.model.functional import undisturbed_method
+from nullbayes.moments.gather import draws_of
+from nullbayes.posterior.layer_combined import Combined, References, combined
+from nullbayes.posterior.layer_fit import leverages
+from nullbayes.posterior.layer_leverage import Leverages
+from nullbayes.posterior.layer_novelty import (
+    SCORES,
+    information_score,
+    leverage_score,
+    variance_score,
+)
+
+if TYPE_CHECKING:
+    from nullbayes.posterior.layers import LayerNullSpacePosterior
+
+
+class LayerScored:
+    """Mixin of `nullbayes.LayerNullSpacePosterior`."""
+
+    # Made when they are first asked for, of the fit that stands.
+    _leverages: Leverages | None = None
+    _combined: Combined | None = None
+
+    @undisturbed_method
+    def novelty(self, x: Inputs, score: str = "combined") -> Tensor:
+        """How much of each input the layers of the network have not seen, ``(B,)``; higher is less known. No samples.
+
+        Where the model draws random numbers: the mean over the draws that were fitted.
+
+        Args:
+            score: ``"combined"`` (default): by how much leverages, and the energy of logits, exceed those of training
+                examples, see :class:`.Combined`; ``"leverage"``: the sum over layers of the log leverage of what they
+                receive, relative to its size; each one forward pass. ``"information"``: ``½ log det(I + J Σ Jᵀ)`` in
+                nats, one backward pass an output; ``"variance"``: ``tr J Σ Jᵀ``.
+
+        Raises:
+            InputError: inputs that cannot be used; ``"combined"`` of a posterior from a file without references.
+        """
+        check_choice(score, SCORES, "score")
+        own = cast("LayerNullSpacePosterior", self)
+        draws = range(draws_of(own.functional))
+        values = [self._score(own._inputs(x, draw), score) for draw in draws]
+        return torch.stack(values).mean(0).to(own.functional.dtype)
+
+    def _score(self, x: Inputs, score: str) -> Tensor:
+        own = cast("LayerNullSpacePosterior", self)
+        fit = own._fitted()
+        if score == "combined":
+            return self._scorer().score(self._references(), x)
+        if score == "leverage":
+            if self._leverages is None:
+                self._leverages = leverages(fit.state)
+            return leverage_score(self._leverages, x)
+        plan = own._plan_of_rows(x)
+        if score == "information":
+            return information_score(fit.state, plan, own.likelihood, x)
+        return variance_score(fit.state, plan, own.likelihood, x, fit.alpha)
+
+    def _scorer(self) -> Combined:
+        if self._combined is None:
+            own = cast("LayerNullSpacePosterior", self)
+            self._combined = combined(own._fitted().state, own.likelihood)
+        return self._combined
+
+    def _references(self) -> References:
+        state = cast("LayerNullSpacePosterior", self)._fitted().state
+        if state.references is None:
+            state.references = self._scorer().references(state.gathered.kept)
+        found: References = state.references
+        return found
+
+    def _forget_scores(self) -> None:
+        self._leverages = self._combined = None

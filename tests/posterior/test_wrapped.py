@@ -1,0 +1,79 @@
+"""Data-parallel wrappers: posteriors of what they wrap, under its own names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import QUIET, TRAIN, X, network, says
+from torch import distributed, nn
+from torch.testing import assert_close
+
+import nullbayes as nb
+from nullbayes.model.parameters import ParameterSpace
+from nullbayes.posterior.storage import described, write_posterior
+
+NAMES = ("0.weight", "0.bias", "2.weight", "2.bias")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store = distributed.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+WRAPPERS: dict[str, Any] = {
+    "DataParallel": nn.DataParallel,
+    "DistributedDataParallel": nn.parallel.DistributedDataParallel,
+    "compiled inside": lambda m: nn.DataParallel(torch.compile(m, backend="eager")),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_names_samples_and_files_are_those_of_the_plain_network(
+    wrapper: str, tmp_path: Path
+) -> None:
+    plain = network()
+    wrapped = WRAPPERS[wrapper](network())
+    wanted = nb.NullSpacePosterior(plain).fit(TRAIN, 3, **QUIET)
+    found = nb.NullSpacePosterior(wrapped).fit(TRAIN, 3, **QUIET)
+    assert found.space.names == NAMES
+    assert torch.equal(found.predict(X + 1).outputs, wanted.predict(X + 1).outputs)
+    plain.load_state_dict(next(found.sample()))  # strictly
+    file = tmp_path / "p.safetensors"
+    found.save(file)
+    for model in (network(), wrapped, WRAPPERS[wrapper](network())):
+        loaded: Any = nb.load(file, model)
+        assert_close(loaded.predict(X).outputs, found.predict(X).outputs)
+    layers = nb.LayerNullSpacePosterior(wrapped).fit(TRAIN, **QUIET)
+    assert layers.space.names == NAMES
+
+
+def test_names_with_the_prefix_are_understood() -> None:
+    wrapped = nn.DataParallel(network())
+    posterior = nb.LaplacePosterior(wrapped, parameters=["module.2.weight", "2.bias"])
+    assert posterior.space.names == ("2.weight", "2.bias")
+    with says(nb.InputError, "3.weight", "2.weight"):
+        nb.LaplacePosterior(wrapped, parameters=["module.3.weight"])
+
+
+@pytest.mark.parametrize("prior", ["evidence", {f"module.{n}": 2.0 for n in NAMES}])
+def test_files_that_have_the_prefix(prior: Any, tmp_path: Path) -> None:
+    """As version 0.1 wrote them."""
+    given = prior if prior == "evidence" else dict.fromkeys(NAMES, 2.0)
+    posterior = nb.NullSpacePosterior(network(), prior_precision=given).fit(TRAIN, 3, **QUIET)
+    wrapped, file = nn.DataParallel(network()), tmp_path / "p.safetensors"
+    settings = described(posterior._fit, posterior._settings.target, None)
+    settings |= {"class": "NullSpacePosterior"} | ({} if prior == "evidence" else {"prior": prior})
+    space = ParameterSpace.from_model(wrapped)
+    assert space.names[0] == "module.0.weight"
+    write_posterior(file, wrapped, space, posterior._fit.unit, settings)
+    for model in (network(), wrapped):
+        loaded: Any = nb.load(file, model)
+        assert loaded.space.names == NAMES
+        assert_close(loaded.predict(X).outputs, posterior.predict(X).outputs)

@@ -88,13 +88,17 @@ class Rereading:
 def numbers_of(batch: Any) -> list[int]:
     """One 64-bit number for each example of a batch; none where no tensor has one entry for each."""
     batch = dict(batch) if isinstance(batch, Mapping) else batch
-    leaves = [t for t in tree_flatten(batch)[0] if isinstance(t, Tensor) and t.ndim]
+    leaves = [
+        t
+        for t in tree_flatten(batch)[0]
+        if isinstance(t, Tensor) and t.ndim and not t.is_nested and t.layout == torch.strided
+    ]
     if not leaves:
         return []
     size = len(leaves[0])
     total = torch.zeros(size, dtype=torch.int64)
     for place, leaf in enumerate(leaves, 1):
-        if len(leaf) != size or leaf.layout != torch.strided or not leaf.numel():
+        if len(leaf) != size or not leaf.numel():
             continue
         if place > 1 and leaf.shape == (size, size):
             continue  # perhaps a mask that all examples share

@@ -11,6 +11,8 @@ from nullbayes import jacobian as jacobian
 from nullbayes import moments as moments
 from nullbayes import solvers as solvers
 from nullbayes.certificate.certificate import Certificate as Certificate
+from nullbayes.constraints.fisher import EmpiricalFisher as EmpiricalFisher
+from nullbayes.constraints.fisher import SampledFisher as SampledFisher
 from nullbayes.constraints.preserve import Preserve as Preserve
 from nullbayes.constraints.preserve import register_preserve as register_preserve
 from nullbayes.errors import InputError as InputError
@@ -21,10 +23,12 @@ from nullbayes.errors import NonFiniteError as NonFiniteError
 from nullbayes.errors import NotFittedError as NotFittedError
 from nullbayes.errors import NullBayesError as NullBayesError
 from nullbayes.errors import NullBayesWarning as NullBayesWarning
+from nullbayes.errors import ProcessError as ProcessError
 from nullbayes.errors import SolverError as SolverError
 from nullbayes.errors import StorageError as StorageError
 from nullbayes.fit.plan import Plan as Plan
 from nullbayes.likelihood import Binary as Binary
+from nullbayes.likelihood import Choices as Choices
 from nullbayes.likelihood import Classification as Classification
 from nullbayes.likelihood import Likelihood as Likelihood
 from nullbayes.likelihood import Regression as Regression

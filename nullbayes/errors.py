@@ -39,5 +39,9 @@ class MissingExtraError(NullBayesError, ImportError):
     """An optional dependency that is not installed."""
 
 
+class ProcessError(NullBayesError, RuntimeError):
+    """Another process of a fit on several died, stalled, failed, or has something else than the rest."""
+
+
 class NullBayesWarning(UserWarning):
     """A result that stands, but that the user should look at."""

@@ -20,6 +20,7 @@ from nullbayes.audit.derivative import DIFFERENCES, FORWARD, Derivative
 from nullbayes.audit.network import NetworkCopy
 from nullbayes.audit.precision import FLOOR, eps, tolerance
 from nullbayes.audit.sampling import Drawn
+from nullbayes.common.processes import Processes
 from nullbayes.errors import ModelError
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.precision import ALIKE
@@ -37,8 +38,8 @@ FEWEST = 4
 # is wrong it knows no more than rows do.
 CONFIRMED = 2
 
-#: cotangents ``(C, 1, *out)`` of one example's rows, from its outputs ``(1, *out)`` and targets
-Rows = Callable[[Tensor, Any], Tensor]
+#: cotangents ``(C, 1, *out)`` of one example's rows, from its outputs ``(1, *out)``
+Rows = Callable[[Tensor, Drawn], Tensor]
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,31 @@ class Measured:
     deployed: float | None
 
 
+@dataclass(frozen=True)
+class Together:
+    """The processes among which audited examples are spread; None: this one has them all.
+
+    Attributes:
+        before: how many of the examples are those of earlier processes.
+    """
+
+    processes: Processes | None = None
+    before: int = 0
+
+    def gathered(self, found: list[Measured]) -> list[Measured]:
+        """What all processes have measured, in the order of the data."""
+        if self.processes is None:
+            return found
+        return [m for part in self.processes.gather(found) for m in part]
+
+    def total(self, count: int) -> int:
+        """Summed over the processes."""
+        return count if self.processes is None else round(self.processes.total(count)[0])
+
+
+ALONE = Together()
+
+
 def prior_vectors(samples: int, parameters: int, itemsize: int) -> int:
     """How many prior vectors, and at most as many samples at a time, examples are moved by."""
     return max(1, min(SAMPLES, samples, DIRECTION_BYTES // (2 * itemsize * parameters)))
@@ -105,27 +131,31 @@ def audit_examples(
     claims: Sequence[Claim],
     total: int,
     seconds: float = math.inf,
+    together: Together = ALONE,
 ) -> Audit:
     """Compare what samples do to each example with what the fit's rows claim.
 
     Args:
         drawn: examples; ``claims``: one for each.
         total: how many examples the data have.
+        together: who audits the other examples, where these are some of several processes'.
         seconds: stop early once so much time has passed, but not before :data:`FEWEST` examples.
 
     Raises:
         ModelError: no way leads to the network's derivative along a weight change.
     """
     started = time.perf_counter()
-    examiner, found = _Examiner(question), []
-    for place, (example, claim) in enumerate(zip(drawn, claims, strict=True)):
-        if place >= FEWEST and time.perf_counter() - started > seconds:
+    examiner = _Examiner(question)
+    found: list[Measured] = []
+    for place, (example, claim) in enumerate(zip(drawn, claims, strict=True), together.before):
+        if len(found) >= FEWEST and time.perf_counter() - started > seconds:
             break
         found.append(examiner.examine(example, place, claim))
+    found, wanted = together.gathered(found), together.total(len(drawn))
     clear = [m for m in found if m.doubt <= LARGEST * m.reach]
     reduced = []
-    if len(found) < len(drawn):
-        reduced.append(f"{len(found)} of {len(drawn)} drawn examples, to save time")
+    if len(found) < wanted:
+        reduced.append(f"{len(found)} of {wanted} drawn examples, to save time")
     if len(clear) < len(found):
         reduced.append(f"{len(found) - len(clear)} drawn examples are rounded too coarsely to tell")
     if examiner.no_copy is not None:
@@ -225,7 +255,7 @@ class _Examiner:
         question, functional = self.question, self.functional
         with torch.no_grad():
             outputs = functional(functional.weights(), example.inputs)
-        rows = question.rows(outputs, example.targets).detach()
+        rows = question.rows(outputs, example).detach()
         rows = rows.reshape(len(rows), -1).double()  # (C, out)
         which = question.which(place)
         both = torch.cat([question.samples[which], question.prior])

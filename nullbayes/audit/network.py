@@ -19,8 +19,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from nullbayes.model.batch import Inputs, batch_size, plain
-from nullbayes.model.functional import FunctionalModel, as_tensor_output
+from nullbayes.model.batch import Inputs, plain
+from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.ragged import restored
 
 
@@ -36,7 +36,11 @@ class NetworkCopy:
 
     def __init__(self, functional: FunctionalModel, dtype: torch.dtype | None = None) -> None:
         self.functional, self.dtype = functional, dtype
-        self.model = copy.deepcopy(functional.model)
+        chosen = set(functional.space.names)
+        # A frozen base is never written to, and may be most of the memory there is.
+        kept = {} if dtype else dict(functional.model.named_parameters())
+        shared: dict[int, Any] = {id(p): p for n, p in kept.items() if n not in chosen}
+        self.model = copy.deepcopy(functional.model, shared)
         if dtype is not None:
             keep_default_eps(self.model)
             self.model.to(dtype)
@@ -46,7 +50,7 @@ class NetworkCopy:
 
     def outputs(self, inputs: Inputs, delta: Tensor | None = None) -> Tensor:
         """``f(θ̂ + Δ, x) (B, *out)`` for ``delta (P,)``; at the trained weights without one."""
-        given = plain(inputs)
+        given = self.functional.taken(plain(inputs))
         if self.dtype is not None:
             given = tree_map(lambda t: as_floating(t, self.dtype), given)
         given = restored(given)
@@ -60,10 +64,7 @@ class NetworkCopy:
         finally:
             if delta is not None:
                 self._write(None)
-        layouts = self.functional.layouts
-        if layouts is None:
-            return as_tensor_output(out).detach()
-        return layouts.flatten(out, batch_size(inputs)).detach()
+        return self.functional.read(out, inputs).detach()
 
     def _called(self, given: Any) -> Any:
         forward = self.functional.user_forward

@@ -35,11 +35,12 @@ class Reservoir:
     Args:
         seed: another seed, other examples.
         nbytes: what their inputs may take; fewer examples stay where that is little.
+        first: the number of the first example that comes by.
     """
 
-    def __init__(self, count: int, seed: int, nbytes: int) -> None:
+    def __init__(self, count: int, seed: int, nbytes: int, first: int = 0) -> None:
         self.count, self._seed, self._nbytes = count, seed, nbytes
-        self._seen = 0
+        self._seen = first
         self._held: list[tuple[float, Drawn]] = []
 
     @property
@@ -51,6 +52,11 @@ class Reservoir:
     def drawn(self) -> list[Drawn]:
         """Those that stayed, in the order of the data."""
         return sorted((d for _, d in self._held), key=lambda d: d.number)
+
+    @property
+    def chances(self) -> list[float]:
+        """By which those of :attr:`drawn` stayed, in their order: the smallest of all do."""
+        return [c for c, _ in sorted(self._held, key=lambda h: h[1].number)]
 
     def offer(self, inputs: Inputs, targets: Any) -> None:
         """One batch of the stream."""

@@ -43,7 +43,8 @@ def held_out(problem: Problem, rows: TrainingRows, vectors: Tensor) -> list[Held
     Args:
         vectors: ``(S, P)``, what is projected.
     """
-    if not problem.likelihood.mean_moves or not rows.checked:
+    processes = rows.operator.processes
+    if not problem.likelihood.mean_moves or (not rows.checked and processes is None):
         return []
     wanted = max(FEWEST_HELD, round(HELD_SHARE * rows.examples))
     limit = min(wanted, MOST_EXAMPLES, rows.examples // 2)
@@ -53,7 +54,7 @@ def held_out(problem: Problem, rows: TrainingRows, vectors: Tensor) -> list[Held
         size = batch_size(inputs)
         assert size == len(numbers)
         some = index.to(vectors.device)
-        spans = [rows.spans[numbers[i]] for i in index.tolist()]
+        spans = [rows.span(numbers[i]) for i in index.tolist()]
         out.append(Held(select(inputs, some), select(targets, some), spans))
     return out
 
@@ -73,26 +74,29 @@ def left_out(
         Batches as ``check`` has them; empty where the solver cannot tell, or for a likelihood whose predictions
         keep their mean whatever the samples do.
     """
-    if not problem.likelihood.mean_moves or not check.batches:
+    if not problem.likelihood.mean_moves or not check.examples:
         return []
-    each = check.batches[0][1][:, :1].nbytes
+    each = max((unit[:, :1].nbytes for _, unit, _ in check.batches[:1]), default=1)
+    if check.processes is not None:
+        each = int(check.processes.largest(each))
     m = rows.operator.shape[0]
     limit = rows_left_out(m) // max(1, m // rows.examples)
     limit = min(limit, MOST_BYTES // max(1, each), MOST_EXAMPLES)
     chosen = _chosen(rows, max(1, limit))
-    spans = [rows.spans[numbers[i]] for _, numbers, index in chosen for i in index.tolist()]
+    spans = [rows.span(numbers[i]) for _, numbers, index in chosen for i in index.tolist()]
     found = state.left_out(prior, spans)
     if found is None:
         return []
     out, at = [], 0
-    for which, _, index in chosen:
+    for which, numbers, index in chosen:
+        which_examples = torch.tensor(numbers)[index]
         point, unit, targets = check.batches[which]
         index = index.to(point.device)
         point, unit = point[index], unit[:, index]
         targets = select(targets, index)
         values = found[at : at + len(index)]
         at += len(index)
-        cotangents = problem.cotangents(point, targets).values.double()
+        cotangents = problem.cotangents(point, targets, which_examples).values.double()
         changes = [_changed(unit[:, b], cotangents[:, b], values[b]) for b in range(len(index))]
         out.append((point, torch.stack(changes, 1), targets))
     return out
@@ -101,9 +105,12 @@ def left_out(
 def _chosen(rows: TrainingRows, limit: int) -> list[tuple[int, range, Tensor]]:
     """Evenly spaced examples, ``limit`` at most: which checked batch, its examples' numbers, and which of them."""
     total = sum(len(numbers) for numbers in rows.checked_numbers)
+    before, processes = 0, rows.operator.processes
+    if processes is not None:  # of those of all
+        before, total = processes.place(total)
     step = max(1.0, total / limit)
     wanted = torch.arange(0, total, step).long().unique()
-    out, before = [], 0
+    out = []
     for which, numbers in enumerate(rows.checked_numbers):
         index = wanted[(wanted >= before) & (wanted < before + len(numbers))] - before
         if len(index):

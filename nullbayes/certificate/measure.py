@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE, ALLOWED_LEFT_OUT
+from nullbayes.common.processes import Processes
 from nullbayes.constraints.problem import Problem
 from nullbayes.errors import NonFiniteError
 from nullbayes.jacobian.capture.plan import CapturePlan
@@ -37,18 +38,24 @@ class GuaranteeCheck:
         plan: CapturePlan,
         examples: Sequence[tuple[Inputs, Any]],
         samples: Tensor,
+        processes: Processes | None = None,
     ) -> None:
+        #: those that hold the other examples; what is said is of all of them
+        self.processes = processes
         self.problem, self.likelihood, self.samples = problem, problem.likelihood, samples
         functional, self.plan = problem.functional, plan
         self.inputs = [inputs for inputs, _ in examples]
         self.batches: list[Batch] = [
-            (*linearised_outputs(functional, plan, samples, inputs), targets)
+            (*linearised_outputs(functional, plan, samples.to(problem.dtype), inputs), targets)
             for inputs, targets in examples
         ]
         #: some of them, each as under a posterior that has not seen it (``leave_one_out.py``)
         self.left_out: list[Batch] = []
+        self.has_left_out = False
         self.few: list[tuple[Inputs, Any]] = []
-        room = SAMPLED_EXAMPLES
+        own = sum(len(point) for point, _, _ in self.batches)
+        before, self.examples = (0, own) if processes is None else processes.place(own)
+        room = max(0, SAMPLED_EXAMPLES - before)
         for inputs, targets in examples:
             whole = batch_size(inputs)
             size = min(room, whole)
@@ -61,7 +68,7 @@ class GuaranteeCheck:
         more = copy.copy(self)
         more.samples = torch.cat([self.samples, samples])
         more.batches = [
-            (point, torch.cat([unit, self._changes(inputs, samples)]), targets)
+            (point, torch.cat([unit, self._changes(inputs, samples.to(unit))]), targets)
             for (point, unit, targets), inputs in zip(self.batches, self.inputs, strict=True)
         ]
         return more
@@ -69,9 +76,14 @@ class GuaranteeCheck:
     def _changes(self, inputs: Inputs, samples: Tensor) -> Tensor:
         return linearised_outputs(self.problem.functional, self.plan, samples, inputs)[1]
 
-    @property
-    def examples(self) -> int:
-        return sum(len(point) for point, _, _ in self.batches)
+    def leave_out(self, batches: list[Batch]) -> None:
+        """Take over examples, each as under a posterior that has not seen it."""
+        self.left_out = batches
+        self.has_left_out = self._sum(len(batches))[0] > 0
+
+    def _sum(self, *values: float) -> list[float]:
+        """Each over all processes."""
+        return list(values) if self.processes is None else self.processes.total(*values)
 
     def divergence(self, scale: float, *, left_out: bool = False) -> float:
         """Mean divergence of a sample's training predictions, linearised, in nats per observation.
@@ -79,12 +91,13 @@ class GuaranteeCheck:
         Args:
             left_out: of the examples in ``left_out`` instead.
         """
-        total, count = 0.0, 0
+        total, count = 0.0, 0.0
         with torch.no_grad():
             for point, unit, targets in self.left_out if left_out else self.batches:
                 values = self.likelihood.divergence(point, point + scale * unit, targets)
                 total += float(values.double().sum())
                 count += values.numel()
+        total, count = self._sum(total, count)
         return total / max(count, 1)
 
     def bounded_precision(self, alpha: float, allowed: float = ALLOWED_DIVERGENCE) -> float:
@@ -114,7 +127,7 @@ class GuaranteeCheck:
 
     def _excess(self, scale: float, allowed: float) -> float:
         excess = self.divergence(scale) / allowed
-        if self.left_out and excess <= 1:  # no need to look further where it is above already
+        if self.has_left_out and excess <= 1:  # no need to look further where it is above already
             excess = max(excess, self.divergence(scale, left_out=True) / ALLOWED_LEFT_OUT)
         score = self.likelihood.score_kind
         if not score.bounds_prior:
@@ -126,7 +139,7 @@ class GuaranteeCheck:
     def _scores(self, scale: float) -> tuple[float, float]:
         """Training score of the trained network, and of the samples times ``scale``."""
         likelihood = self.likelihood
-        before, after = [0.0, 0], [0.0, 0]
+        before, after = [0.0, 0.0], [0.0, 0.0]
         with torch.no_grad():
             for point, unit, targets in self.batches:
                 for sums, values in ((before, point[None]), (after, point + scale * unit)):
@@ -136,6 +149,7 @@ class GuaranteeCheck:
                     )
                     sums[0] += total
                     sums[1] += count
+        before, after = self._sum(*before), self._sum(*after)
         return (
             likelihood.final_score(before[0], int(before[1])),
             likelihood.final_score(after[0], int(after[1])),
@@ -151,15 +165,18 @@ class GuaranteeCheck:
                 outputs.add(likelihood.centre(scale * unit))
             sampled = _Rms()
             for inputs, targets in self.few:
-                some = self.samples[:SAMPLED_DRAWS]
+                some = self.samples[:SAMPLED_DRAWS].to(self.problem.dtype)
                 point, moved = sampled_outputs(self.problem.functional, some, inputs, scale=scale)
                 sampled.add(self.problem.change(point, moved, targets, linear=False))
+        for rms in (change, outputs, sampled):
+            rms.total, rms.count = self._sum(rms.total, rms.count)
         before, after = self._scores(scale)
+        out = self.divergence(scale, left_out=True) if self.has_left_out else None
         return {
             "drift": change.value,
             "output_drift": outputs.value,
             "sampled_drift": sampled.value,
-            "left_out_divergence": self.divergence(scale, left_out=True) if self.left_out else None,
+            "left_out_divergence": out,
             "network_score": before,
             "posterior_score": after,
         }
@@ -167,7 +184,7 @@ class GuaranteeCheck:
 
 class _Rms:
     def __init__(self) -> None:
-        self.total, self.count = 0.0, 0
+        self.total, self.count = 0.0, 0.0
 
     def add(self, values: Tensor) -> None:
         self.total += float(values.double().square().sum())

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
+from typing import Any
+
+import torch
 
 from nullbayes.errors import InputError
 
@@ -12,18 +15,22 @@ PriorPrecision = str | float | Mapping[str, float]
 CheckedPrior = str | float | dict[str, float]
 
 
+#: one prior precision for each layer, found by the evidence
+BY_LAYER = "evidence-by-layer"
+
+
 def check_prior(value: PriorPrecision) -> CheckedPrior:
-    """``"evidence"``, a positive number, or one per parameter tensor."""
+    """``"evidence"``, ``"evidence-by-layer"``, a positive number, or one per parameter tensor."""
     if isinstance(value, Mapping):
         return {
             str(name): check_positive(number, f"prior_precision[{name!r}]")
             for name, number in value.items()
         }
     if isinstance(value, str):
-        if value == "evidence":
+        if value in ("evidence", BY_LAYER):
             return value
         raise InputError(
-            f"`prior_precision` is {value!r}; expected 'evidence', a positive number, or one per "
+            f"`prior_precision` is {value!r}; expected 'evidence', {BY_LAYER!r}, a positive number, or one per "
             "parameter tensor ({name: value})."
         )
     return check_positive(value, "prior_precision")
@@ -52,4 +59,16 @@ def check_choice(value: str, allowed: tuple[str, ...], name: str) -> str:
     """``value`` if it is one of ``allowed``."""
     if value not in allowed:
         raise InputError(f"`{name}` is {value!r}; expected one of {', '.join(map(repr, allowed))}.")
+    return value
+
+
+def check_sample_dtype(value: Any, working: torch.dtype) -> torch.dtype | None:
+    """None for the working precision itself. Raises `InputError` for a dtype that samples cannot be stored in."""
+    if value is None or value == working:
+        return None
+    if value is not torch.bfloat16:
+        raise InputError(
+            f"`sample_dtype` is {value!r}; expected None ({working}) or torch.bfloat16. Float16 has too small a range: "
+            "changes of weights are often below 6e-8."
+        )
     return value

@@ -17,6 +17,7 @@ Tick = Callable[[float], None]
 # Stages of a fit, in order: what `Plan.seconds` predicts and `Certificate.stages` says.
 ROWS, GRAM, FACTORISATION = "Jacobian rows", "Gram matrix, QR", "factorisation"
 PROJECTION, CERTIFICATE, AUDIT = "projection", "certificate", "audit"
+COMMUNICATION = "communication"  # of several processes
 PRIOR = "prior precision"  # a bar of its own within the factorisation
 
 

@@ -53,6 +53,10 @@ class Preserve(ABC):
     takes_directions: ClassVar[bool] = False
     #: whether a row times a weight change is in nats (loss) or their square roots (Fisher units)
     natural_units: ClassVar[bool] = False
+    #: whether the rows of an example depend on its number in the data, as those of sampled labels do
+    numbered: ClassVar[bool] = False
+    #: whether the rows of all directions add up to a curvature of the log likelihood, which an evidence needs
+    curvature: ClassVar[bool] = False
 
     @abstractmethod
     def num_rows(self, likelihood: Likelihood, output_shape: tuple[int, ...]) -> int:
@@ -133,6 +137,12 @@ class Preserve(ABC):
         """Leading directions without `build`, where there is a faster way; None: there is not."""
         return None
 
+    def numbered_cotangents(
+        self, likelihood: Likelihood, outputs: Tensor, targets: Tensor, numbers: Tensor
+    ) -> Cotangents:
+        """`cotangents` of the examples with these ``numbers (B,)`` in the training data, where that matters."""
+        return self.cotangents(likelihood, outputs, targets)
+
     def _check_directions(self, directions: Any) -> Directions:
         limit = resolve_directions(directions)
         if limit is not None and not self.takes_directions:
@@ -183,6 +193,7 @@ class Predictions(Preserve):
     name = "predictions"
     takes_directions = True
     natural_units = True
+    curvature = True
 
     def num_rows(self, likelihood: Likelihood, output_shape: tuple[int, ...]) -> int:
         return likelihood.hessian_rank(output_shape)
@@ -274,6 +285,43 @@ class Loss(Preserve):
 
     def describe(self) -> str:
         return "each training example's loss"
+
+
+@register_preserve
+class TokenLoss(Preserve):
+    """One row for each position of each example: each token's loss is kept to first order.
+
+    Positions that are ignored have none. For classification with outputs ``(B, T, O)``, images included.
+    """
+
+    name = "token-loss"
+    natural_units = True
+
+    def num_rows(self, likelihood: Likelihood, output_shape: tuple[int, ...]) -> int:
+        return likelihood.positions(output_shape)
+
+    def build(self, likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
+        return likelihood.position_gradients(outputs, targets)
+
+    def change(
+        self, likelihood: Likelihood, point: Tensor, draws: Tensor, targets: Tensor, *, linear: bool
+    ) -> Tensor:
+        """Change of the loss of each position that counts, in nats, ``(S, tokens)``."""
+        before = likelihood.position_losses(point, targets)
+        counted = before != 0
+        if linear:
+            after = [
+                torch.func.jvp(
+                    lambda f: likelihood.position_losses(f, targets), (point,), (draw - point,)
+                )[1]
+                for draw in draws
+            ]
+        else:
+            after = [likelihood.position_losses(draw, targets) - before for draw in draws]
+        return torch.stack([a[counted] for a in after])
+
+    def describe(self) -> str:
+        return "the loss of each token of the training data"
 
 
 # -- leading directions --------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from nullbayes.common.progress import ROWS, Stages
 from nullbayes.constraints.directions import Cotangents
 from nullbayes.constraints.memory_budget import FitMemory
 from nullbayes.constraints.problem import Problem
+from nullbayes.constraints.shared_rows import APART, everyones, is_probe, start_of, together
 from nullbayes.jacobian.block_storage import Keeper
 from nullbayes.jacobian.capture.batches import capture_batch, ready
 from nullbayes.jacobian.capture.plan import CapturePlan
@@ -23,7 +24,7 @@ from nullbayes.jacobian.operator import JacobianOperator, check_block
 from nullbayes.likelihood import Regression
 from nullbayes.model.batch import Inputs, batch_size, select, take, tensor_leaves
 from nullbayes.model.last_layer import check_last_layer
-from nullbayes.model.loader import limited
+from nullbayes.model.shares import share_of
 
 # Examples at most: predicting them linearised costs as much as capturing their rows.
 CHECK_EXAMPLES = 10_000
@@ -47,9 +48,15 @@ class TrainingRows:
     observed: int = 0  # numbers that the targets consist of
     trace: float = 0.0  # of all output Hessians
     problem: Problem | None = None
-    doubtful: str | None = (
-        None  # what to say of outputs that do not look like what the likelihood takes
-    )
+    start: int = 0  # the number of the first example that this process has, see ``shared_rows.py``
+    chances: list[float] = field(default_factory=list)  # by which those that are audited were drawn
+
+    # What to say of outputs that do not look like what the likelihood takes.
+    doubtful: str | None = None
+
+    def span(self, number: int) -> slice:
+        """The rows of an example that this process has."""
+        return self.spans[number - self.start]
 
     @property
     def asked(self) -> Problem:
@@ -83,7 +90,7 @@ class TrainingRows:
             self.observed + more.observed,
             trace,
             self.problem,
-            self.doubtful,
+            doubtful=self.doubtful,
         )
 
     def _drawn(self, more: TrainingRows, count: int) -> list[Drawn]:
@@ -119,14 +126,14 @@ def with_fitted_noise(
         return problem
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-        tracked = limited(functional, loader, "train_loader", limit)
+        tracked = share_of(functional, loader, "train_loader", limit)
         for index, inputs, targets in stage.track(tracked, "observation noise"):
             where = f"train_loader, batch {index}"
             outputs = functional.outputs(inputs, where)
             likelihood.validate(outputs, targets, where)
             yield outputs, targets
 
-    likelihood.fit_noise(pairs())
+    likelihood.fit_noise(everyones(pairs(), loader))
     return problem
 
 
@@ -154,9 +161,10 @@ def capture_training(
     """
     functional = problem.functional
     capturing: _Capturing | None = None
+    start = start_of(problem, loader)
     name = "train_loader" if plan is None else "more"
     track = stage.track(loader, ROWS)
-    for index, inputs, targets in limited(functional, track, name, limit):
+    for index, inputs, targets in share_of(functional, loader, name, limit, track, probe=True):
         where = f"{name}, batch {index}"
         outputs = functional.outputs(inputs, where)
         targets = problem.checked_targets(outputs, targets, where)
@@ -165,10 +173,12 @@ def capture_training(
             problem.likelihood.check_reach(outputs, targets)
             if functional.last_layer:
                 check_last_layer(functional, inputs)
-            capturing = _Capturing(problem, plan, memory, Reservoir(audited, 0, memory.check))
-        capturing.add(inputs, outputs, targets)
+            drawing = Reservoir(audited, 0, memory.check, start)
+            capturing = _Capturing(problem, plan, memory, drawing, start)
+        if not is_probe(loader):
+            capturing.add(inputs, outputs, targets)
     assert capturing is not None
-    return capturing.finish()
+    return together(capturing.finish, capturing.plan, loader, audited)
 
 
 class _Capturing:
@@ -179,9 +189,15 @@ class _Capturing:
     """
 
     def __init__(
-        self, problem: Problem, plan: CapturePlan, memory: FitMemory, audited: Reservoir
+        self,
+        problem: Problem,
+        plan: CapturePlan,
+        memory: FitMemory,
+        audited: Reservoir,
+        start: int,
     ) -> None:
         self.problem, self.plan, self.memory = problem, plan, memory
+        self.numbered = plan.numbered  # examples of earlier calls, whose rows these will join
         self.audited, self.batches = audited, 0
         self.keeper = Keeper(
             problem.functional,
@@ -195,13 +211,15 @@ class _Capturing:
         self.trace, self.discarded = 0.0, 0.0
         self.checked: list[tuple[Inputs, Any]] = []
         self.checked_numbers: list[range] = []
-        self.left, self.count = memory.check, 0
+        # The first of all examples, of which those before ``start`` are other processes'.
+        self.left, self.count = memory.check, min(start % APART, CHECK_EXAMPLES)
         self.loss, self.least_loss, self.observed = 0.0, 0.0, 0
         self.outputs = Probabilities(problem.likelihood)
 
     def add(self, inputs: Inputs, outputs: Tensor, targets: Any) -> None:
         """The rows of one batch, of which the examples are numbered on."""
-        for group in row_groups(self.problem, inputs, outputs, targets):
+        first = self.numbered + self.examples
+        for group in row_groups(self.problem, inputs, outputs, targets, first):
             self._add_group(group)
         self._check_later(inputs, outputs, targets)
         self.audited.offer(inputs, targets)
@@ -266,13 +284,15 @@ class _Capturing:
             self.observed,
             self.trace,
             self.problem,
-            self.outputs.note,
+            chances=self.audited.chances,
+            doubtful=self.outputs.note,
         )
 
 
 def _spans(operator: JacobianOperator, numbers: list[Tensor], examples: int) -> list[slice]:
     """The rows of each example: blocks hold them in the order in which they were captured."""
-    spans, order, at, done = [slice(0, 0)] * examples, torch.cat(numbers).tolist(), 0, 0
+    spans, at, done = [slice(0, 0)] * examples, 0, 0
+    order = torch.cat(numbers).tolist() if numbers else []
     for block in operator.blocks:
         for number in order[done : done + block.examples]:
             spans[number] = slice(at, at + block.cotangents)
@@ -300,14 +320,15 @@ class RowGroup:
 
 
 def row_groups(
-    problem: Problem, inputs: Inputs, outputs: Tensor, targets: Any
+    problem: Problem, inputs: Inputs, outputs: Tensor, targets: Any, first: int = 0
 ) -> Iterator[RowGroup]:
-    """The examples of a batch by how many rows they need."""
+    """The examples of a batch, numbered from ``first``, by how many rows they need."""
     if problem.directions != "auto":
 
         def computed(out: Tensor, piece: slice) -> Cotangents:
             some = take(targets, piece.start, piece.stop, len(outputs))
-            return problem.cotangents(out, some)
+            numbers = torch.arange(first + piece.start, first + piece.stop)
+            return problem.cotangents(out, some, numbers)
 
         count = problem.rows_per_example(outputs)
         yield RowGroup(inputs, computed, count, torch.arange(len(outputs)))

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from nullbayes.audit import Audit
-from nullbayes.audit.examples import Claim, Question, audit_examples, prior_vectors
-from nullbayes.audit.sampling import Drawn
+from nullbayes.audit.examples import (
+    Claim,
+    Question,
+    Together,
+    audit_examples,
+    prior_vectors,
+)
 from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import TrainingRows
 from nullbayes.fit.result import AUDITED, Auditing
@@ -16,22 +22,31 @@ from nullbayes.fit.result import AUDITED, Auditing
 
 def auditing_of(problem: Problem, rows: TrainingRows, asked: int) -> Auditing:
     """What it takes to audit samples of this fit, now and when more are drawn."""
-    spans = {d.number: rows.spans[d.number] for d in rows.audited}
+    first = getattr(rows.operator, "part", slice(0)).start or 0
+    spans = {}
+    for d in rows.audited:
+        span = rows.span(d.number)
+        spans[d.number] = slice(span.start - first, span.stop - first)
+    before, count = 0, len(rows.audited)
+    if rows.operator.processes is not None:
+        before, count = rows.operator.processes.place(count)
     less = asked < min(AUDITED, rows.examples)
     return Auditing(
         rows.audited,
         spans,
         rows.examples,
         rows.batches,
-        f"audit={asked} was asked for" if less else _cut(rows.audited, asked, rows.examples),
+        f"audit={asked} was asked for" if less else _cut(count, asked, rows.examples),
+        rows.operator.processes,
+        before,
     )
 
 
-def _cut(drawn: list[Drawn], asked: int, total: int) -> str | None:
+def _cut(drawn: int, asked: int, total: int) -> str | None:
     wanted = min(asked, total)
-    if len(drawn) == wanted:
+    if drawn == wanted:
         return None
-    return f"{len(drawn)} of {wanted} examples, which take the memory that is set aside for that"
+    return f"{drawn} of {wanted} examples, which take the memory that is set aside for that"
 
 
 def audited(
@@ -46,7 +61,7 @@ def audited(
 
     Args:
         prior: ``(k, P)``, what they were projected from, in the solver's coordinates.
-        effects: ``A Δ (S, M)``, as the rows have it.
+        effects: ``A Δ (S, M)``, as the rows have it: those of this process.
         seconds: that it may take, once the fewest examples are done.
     """
     few = prior_vectors(len(samples), samples.shape[1], samples.element_size())
@@ -54,11 +69,22 @@ def audited(
         problem.functional,
         samples,
         problem.weight_changes(prior[:few]),
-        lambda outputs, targets: problem.cotangents(outputs, targets).values,
+        lambda outputs, example: (
+            problem.cotangents(
+                outputs, example.targets, torch.full((len(outputs),), example.number)
+            ).values
+        ),
     )
     claims = [
         Claim(effects[:, auditing.spans[d.number]].double().norm(dim=1)) for d in auditing.drawn
     ]
-    found = audit_examples(question, auditing.drawn, claims, auditing.total, seconds)
+    found = audit_examples(
+        question,
+        auditing.drawn,
+        claims,
+        auditing.total,
+        seconds,
+        Together(auditing.processes, auditing.before),
+    )
     less = [text for text in (auditing.reduced, found.reduced) if text]
     return replace(found, batches=auditing.batches, reduced="; ".join(less) or None)

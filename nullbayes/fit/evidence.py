@@ -73,7 +73,7 @@ def _squared_norm(weights: Tensor) -> float:
     norm = float(weights.double().square().sum())
     if norm == 0:
         raise InputError(
-            "all chosen weights are zero, so the evidence has no maximum; is the model trained? "
-            "Otherwise pass `prior_precision=` as a number."
+            "all chosen weights are zero (or at `prior_mean`), so the evidence has no maximum; is the model "
+            "trained? Otherwise pass `prior_precision=` as a number."
         )
     return norm

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nullbayes.constraints.problem import check_curvature
 from nullbayes.constraints.training_rows import TrainingRows
 from nullbayes.errors import InputError, NotFittedError
+from nullbayes.fit.layer_evidence import grouped_evidence
 from nullbayes.fit.result import Fit
+from nullbayes.jacobian.columns import rescaled
 from nullbayes.likelihood import Regression
 
 
@@ -17,7 +21,7 @@ from nullbayes.likelihood import Regression
 class Evidence:
     """At which prior precision and noise the evidence is asked for: numbers, tensors, or None as they are."""
 
-    prior_precision: float | Tensor | None = None
+    prior_precision: float | Tensor | Mapping[str, float | Tensor] | None = None
     noise_factor: float | Tensor | None = None
 
 
@@ -31,18 +35,37 @@ def log_marginal_likelihood(fit: Fit, asked: Evidence) -> Tensor:
             "`solver=nb.solvers.DualCholesky()` or `PrimalQR()`."
         )
     problem = rows.asked
-    if problem.preserve.name != "predictions" or problem.directions is not None:
-        raise InputError(
-            f"the log marginal likelihood needs the whole Gauss-Newton matrix, not preserve={problem.preserve.name!r} "
-            f"with directions={problem.directions!r}; use preserve='predictions' and directions=None."
-        )
-    by_name = problem.precision_by_name is not None
-    alpha = _positive(asked.prior_precision, 1.0 if by_name else fit.alpha, "prior_precision")
+    check_curvature(problem.preserve, problem.directions, "the log marginal likelihood")
+    if isinstance(asked.prior_precision, Mapping):
+        return _by_name(rows, asked.prior_precision, asked.noise_factor)
+    alpha = _positive(asked.prior_precision, fit.alpha, "prior_precision")
     noise = _positive(asked.noise_factor, 1.0, "noise_factor")
     values = spectrum.values.cpu() / noise
-    theta = problem.isotropic(problem.trained_weights()).double().cpu()
+    theta = problem.isotropic(problem.departure()).double().cpu()
     likelihood = _log_likelihood(rows, noise, scaled=asked.noise_factor is not None)
     return likelihood - 0.5 * alpha * theta.square().sum() - 0.5 * torch.log1p(values / alpha).sum()
+
+
+def _by_name(
+    rows: TrainingRows, asked: Mapping[str, float | Tensor], factor: float | Tensor | None
+) -> Tensor:
+    """With one prior precision for each parameter tensor, whatever the fit's prior was."""
+    problem, space = rows.asked, rows.operator.space
+    if set(asked) != set(space.names):
+        raise InputError(
+            f"`prior_precision` names {sorted(asked)[:6]}; expected one value for each of {list(space.names)[:6]}."
+        )
+    noise = _positive(factor, 1.0, "noise_factor")
+    alphas = [_positive(asked[n], 1.0, f"prior_precision[{n!r}]") for n in space.names]
+    operator = rows.operator
+    scales = problem.scale_by_name
+    if scales is not None:  # the rows are in units of another prior
+        operator = rescaled(operator, {name: 1 / scale for name, scale in scales.items()})
+    groups = {name: [name] for name in space.names}
+    # Rows of a regression are over the root of its noise.
+    evidence = grouped_evidence(operator, groups, problem.departure()).cooled(noise)
+    likelihood = _log_likelihood(rows, noise, scaled=factor is not None)
+    return likelihood + evidence.penalty(torch.stack(alphas).to(evidence.squares)).cpu()
 
 
 def _positive(value: float | Tensor | None, default: float, name: str) -> Tensor:

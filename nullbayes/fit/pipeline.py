@@ -23,11 +23,11 @@ from nullbayes.certificate.certificate import Certificate
 from nullbayes.certificate.leave_one_out import held_out, left_out
 from nullbayes.certificate.measure import GuaranteeCheck
 from nullbayes.common.memory import (
-    available_bytes,
     explained_out_of_memory,
     format_bytes,
     peak_bytes,
 )
+from nullbayes.common.processes import Processes
 from nullbayes.common.progress import (
     AUDIT,
     CERTIFICATE,
@@ -40,22 +40,26 @@ from nullbayes.common.progress import (
     Stages,
     stages,
 )
-from nullbayes.constraints.memory_budget import FitMemory, default_budget
+from nullbayes.constraints.memory_budget import FitMemory
 from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import TrainingRows, capture_training, with_fitted_noise
 from nullbayes.errors import MemoryBudgetError, ModelError, NullBayesWarning
 from nullbayes.fit.auditing import audited, auditing_of
 from nullbayes.fit.evidence import fixed_point, null_space_precision
+from nullbayes.fit.layer_evidence import by_layer, layers_of
 from nullbayes.fit.prior_samples import standard_normal
 from nullbayes.fit.projection import Work, projected
 from nullbayes.fit.result import Fit, Run, Settings
 from nullbayes.fit.target import DELTA
+from nullbayes.fit.together import any_of, own_budget, processes_of
 from nullbayes.jacobian.block_storage import fits_on_disk
 from nullbayes.jacobian.linearise import linearised_outputs
-from nullbayes.jacobian.operator import JacobianOperator
+from nullbayes.jacobian.operator import JacobianOperator, RowOperator
+from nullbayes.model.adapters import remarks
 from nullbayes.model.fingerprint import fingerprint, quick_digest
 from nullbayes.model.parameters import padding_notes
 from nullbayes.solvers import Choice, Projection, Size, State, choose
+from nullbayes.solvers.agreement import Agreed
 from nullbayes.solvers.base import relative
 from nullbayes.solvers.block_cg import row_norms
 
@@ -70,14 +74,19 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
         MemoryBudgetError: the plan does not fit the budget, or the machine ran out of memory.
     """
     laps, before = Laps(), quick_digest(problem.functional.model)
-    budget = settings.memory or default_budget(available_bytes(problem.device))
+    budget = settings.memory or own_budget(problem.device, processes_of(loader))
     with explained_out_of_memory(budget), stages(show=run.progress) as stage:
-        given, loader = loader, Rereading(loader)
-        problem = with_fitted_noise(problem, loader, run.max_examples, stage)
+        # (Of several processes, each reads its own share.)
+        reading = Rereading(loader) if processes_of(loader) is None else None
+        watched = loader if reading is None else reading
+        problem = with_fitted_noise(problem, watched, run.max_examples, stage)
         memory = FitMemory.of(budget, run.num_samples, problem.space.total, problem.dtype)
-        rows = capture_training(problem, loader, run.max_examples, memory, stage, run.audit)
+        rows = capture_training(problem, watched, run.max_examples, memory, stage, run.audit)
         laps.lap(ROWS)
         laps.move(rows.plan.checking_seconds, ROWS, AUDIT)
+        if problem.by_layer:
+            room = budget - rows.operator.resident
+            problem, rows = by_layer(problem, rows, room, stage.fraction(PRIOR))
         choice = chosen_solver(settings, rows.operator, run.num_samples, budget)
         fitting = Fitting(problem, settings, run, rows, choice, stage, laps)
         fitting.factorise()
@@ -85,8 +94,9 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
         check, evidence = fitting.check()
         audit = fitting.audit()
         notes = [*fitting.notes, *where_kept(rows.operator)]
-        notes += _not_kept(given, rows, run.max_examples)
-        notes += _doubts(loader, rows, run.max_examples)
+        notes += remarks(problem.functional.model, problem.space)
+        notes += _not_kept(loader, rows, run.max_examples)
+        notes += _doubts(reading, rows, run.max_examples)
         notes += padding_notes(problem.functional.model, problem.space)
     check_undisturbed(problem, before)
     return fitting.finish(check, evidence, audit, notes)
@@ -117,13 +127,22 @@ class Fitting:
         self.problem, self.settings, self.run, self.rows = problem, settings, run, rows
         self.solver, self.why = choice.solver, choice.why
         self.stage, self.laps = stage, laps
-        self.theta = problem.trained_weights()
+        self.theta = problem.isotropic(problem.departure())
         self.by_evidence = settings.target.preserves and problem.by_evidence
         self.digest = fingerprint(problem.functional.model)
         #: the solver made ready for these rows, where that was done before
         self.prepared: State | None = None
         #: ``(S, P)``, where the search of a solver that iterates may begin
         self.begin: Tensor | None = None
+
+    @property
+    def processes(self) -> Processes | None:
+        """Those that hold the rows together."""
+        return self.rows.operator.processes
+
+    def _agreed(self, value: float) -> float:
+        """The first process's, to the last bit."""
+        return value if self.processes is None else self.processes.shared(lambda: value)
 
     @property
     def identity(self) -> str:
@@ -144,6 +163,7 @@ class Fitting:
             alpha = self.problem.within.precision
         elif self.problem.by_evidence and target.delta:
             alpha, notes = target.precision(state, self.theta, self.stage.towards(PRIOR))
+            alpha = self._agreed(alpha)
         enough = 0.0
         if settings.row_drift is not None:
             expected = alpha
@@ -162,7 +182,19 @@ class Fitting:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return (*self._precision_notes, *self.state.notes)
+        return (*self._precision_notes, *self._layer_notes(), *self.state.notes)
+
+    def _layer_notes(self) -> list[str]:
+        layers = self.problem.layers
+        if layers is None:
+            return []
+        groups = layers_of(self.problem.space)
+        each = [f"{path} {layers[names[0]]:.3g}" for path, names in groups.items()]
+        more = f", and {len(each) - 8} more" if len(each) > 8 else ""
+        return [
+            f"Prior precision of each layer by the evidence: {', '.join(each[:8])}{more}; `prior_precision` is a "
+            "factor on all of them."
+        ]
 
     def project(self) -> None:
         """Samples at prior precision one, and the evidence of what they have lost."""
@@ -183,7 +215,7 @@ class Fitting:
         early = self.by_evidence and self.solver.iterative
         held = held_out(problem, self.rows, v) if early else []
 
-        if self.begin is not None and not held:
+        if self.begin is not None and not any_of(self.processes, held):
             self.state.begin_at(self.begin)
 
         def changes(x: Tensor) -> list[Tensor]:
@@ -192,6 +224,8 @@ class Fitting:
             return [linearised_outputs(problem.functional, plan, moved, h.inputs)[1] for h in held]
 
         done, found = projected(work, noise if noise_rows else None, held, changes)
+        if self.processes is not None:  # the samples of one are everyone's, to the last bit
+            done = replace(done, value=self.processes.give_(done.value.contiguous()))
         self.laps.lap(PROJECTION)
         self.prior, self.done, self.held, self.held_changes = v, done, held, found
         gone = float(row_norms(v).square().sum() - row_norms(done.value).square().sum())
@@ -199,21 +233,25 @@ class Fitting:
         gamma = gone / self.run.num_samples if passed else float(self.state.rank or 0)
         if self.by_evidence:
             within = problem.within
-            self.alpha = (
-                null_space_precision(gamma, p, self.theta) if within is None else within.precision
-            )
+            alone = null_space_precision(gamma, p, self.theta)
+            self.alpha = self._agreed(alone if within is None else within.precision)
         self.rank = min(max(round(gamma), 0), m, p)
-        self.unit = problem.weight_changes(done.value)
+        self.stored = problem.weight_changes(done.value).to(self.run.stored or problem.dtype)
+        if self.run.stored is not None:  # what is measured is what is stored
+            self.done = replace(done, value=problem.isotropic(self.stored.to(problem.dtype)))
 
     def check(self) -> tuple[GuaranteeCheck, float | None]:
         """What samples do to training examples, and the evidence's precision before that bounded it."""
         problem, rows = self.problem, self.rows
-        check = GuaranteeCheck(problem, rows.plan, rows.checked, self.unit)
+        check = GuaranteeCheck(problem, rows.plan, rows.checked, self.stored, self.processes)
         if self.settings.target.preserves:
-            check.left_out = [
+            seen = [
                 (problem.functional.outputs(h.inputs), change, h.targets)
                 for h, change in zip(self.held, self.held_changes, strict=False)
-            ] or left_out(problem, self.state, self.prior, rows, check)
+            ]
+            if not any_of(self.processes, seen):
+                seen = left_out(problem, self.state, self.prior, rows, check)
+            check.leave_out(seen)
         evidence = self.alpha if self.by_evidence else None
         if evidence is not None:
             self.alpha = check.bounded_precision(evidence)
@@ -221,11 +259,12 @@ class Fitting:
 
     def audit(self) -> Audit:
         """What samples do to examples of all the data, by someone else than the rows."""
-        self.effects = self.rows.operator.matvec(self.done.value)
+        self.effects = self.rows.operator.mine.matvec(self.done.value)
         self.laps.lap(CERTIFICATE)
         self.auditing = auditing_of(self.problem, self.rows, self.run.audit)
         allowed = max(LEAST_AUDIT, AUDIT_SHARE * self.laps.total)
-        found = audited(self.problem, self.auditing, self.unit, self.prior, self.effects, allowed)
+        unit = self.stored.to(self.problem.dtype)
+        found = audited(self.problem, self.auditing, unit, self.prior, self.effects, allowed)
         self.laps.lap(AUDIT)
         return replace(found, seconds=self.laps.seconds[AUDIT])
 
@@ -265,7 +304,7 @@ class Fitting:
         )
         return Fit(
             problem,
-            self.unit,
+            self.stored,
             self.alpha,
             self.run.seed,
             certificate,
@@ -289,8 +328,11 @@ def chosen_solver(
     )
     resident = operator.resident
     movable = resident if fits_on_disk(resident, operator.device) else 0
-    choice = choose(settings.solver, size, budget - resident + movable, settings.tolerance)
-    if choice.nbytes > budget - resident + movable:
+    room = budget - resident + movable
+    if operator.processes is not None:
+        room = -round(operator.processes.largest(-room))
+    choice = choose(settings.solver, size, room, settings.tolerance)
+    if choice.nbytes > room:
         raise MemoryBudgetError(
             f"{choice.solver.name} needs {format_bytes(choice.nbytes)} for {m} rows, {p} weights and "
             f"{num_samples} samples, more than the {format_bytes(budget)} of `memory=`. Raise it, draw fewer "
@@ -312,9 +354,9 @@ def _not_kept(loader: Iterable[Any], rows: TrainingRows, limit: int | None) -> l
     ]
 
 
-def _doubts(loader: Rereading, rows: TrainingRows, limit: int | None) -> list[str]:
+def _doubts(reading: Rereading | None, rows: TrainingRows, limit: int | None) -> list[str]:
     """What to say, and mostly to warn of, where data or outputs are not what they seem."""
-    again = loader.note(limit)
+    again = None if reading is None else reading.note(limit)
     found = [] if again is None else [again]
     found += [] if rows.doubtful is None else [(rows.doubtful, True)]
     for text, loud in found:
@@ -338,12 +380,13 @@ def where_kept(operator: JacobianOperator) -> list[str]:
 def _measured_rows(
     rows: TrainingRows, done: Projection, prior: Tensor, after: Tensor, alpha: float
 ) -> dict[str, Any]:
-    """What the certificate says of the rows; ``after (S, M)``: samples by all rows, computed outside the solver."""
+    """What the certificate says of the rows; ``after (S, M)``: samples by own rows, computed outside the solver."""
     m, p = rows.operator.shape
     count = len(prior) * rows.examples
+    norms = _norms(rows.operator, after)
     return {
-        "residual": _residual(after, rows.operator.matvec(prior)),
-        "row_drift": (float(row_norms(after).square().sum()) / count / alpha) ** 0.5,
+        "residual": _residual(norms, _norms(rows.operator, rows.operator.mine.matvec(prior))),
+        "row_drift": (float(norms.square().sum()) / count / alpha) ** 0.5,
         "prior_share": float(
             row_norms(done.value).square().sum() / row_norms(prior).square().sum()
         ),
@@ -360,17 +403,22 @@ def _measured_rows(
 def extended(fit: Fit, settings: Settings, count: int) -> Fit:
     """``count`` samples more, continuing the stream of the fit's seed."""
     assert fit.state is not None
-    indices = range(len(fit.unit), len(fit.unit) + count)
+    indices = range(len(fit.stored), len(fit.stored) + count)
     operator = fit.state.operator
     m, p = operator.shape
     noise_rows = settings.target.noise_rows(m)
-    v, noise = standard_normal(fit.seed, indices, p, noise_rows, fit.unit)
+    v, noise = standard_normal(fit.seed, indices, p, noise_rows, fit.unit[:1])
     fit.problem.space.fix_(v)
     done = fit.state.project(v, noise if noise_rows else None)
-    more = fit.problem.weight_changes(done.value)
-    unit = torch.cat([fit.unit, more])
-    check = fit.check and fit.check.with_more(more)
-    effects = operator.matvec(done.value)
+    if operator.processes is not None:
+        done = replace(done, value=operator.processes.give_(done.value.contiguous()))
+    kept = fit.problem.weight_changes(done.value).to(fit.stored.dtype)
+    stored = torch.cat([fit.stored, kept])
+    check = fit.check and fit.check.with_more(kept)
+    more = kept.to(fit.problem.dtype)
+    if fit.stored.dtype != fit.problem.dtype:
+        done = replace(done, value=fit.problem.isotropic(more))
+    effects = operator.mine.matvec(done.value)
     certificate = fit.certificate.joined(
         _new_samples(fit, done, v, effects),
         None if check is None else check.measure(fit.alpha**-0.5),
@@ -378,16 +426,17 @@ def extended(fit: Fit, settings: Settings, count: int) -> Fit:
     if fit.auditing is not None and certificate.audit is not None:
         audit = audited(fit.problem, fit.auditing, more, v, effects, math.inf)
         certificate = replace(certificate, audit=certificate.audit.joined(audit))
-    return replace(fit, unit=unit, certificate=certificate, check=check)
+    return replace(fit, stored=stored, certificate=certificate, check=check)
 
 
 def _new_samples(fit: Fit, done: Projection, prior: Tensor, after: Tensor) -> dict[str, Any]:
     """What a certificate says of samples that were drawn later, by the fit's rows."""
     assert fit.state is not None
-    count = len(prior) * fit.certificate.examples
+    count, operator = len(prior) * fit.certificate.examples, fit.state.operator
+    norms = _norms(operator, after)
     return {
-        "residual": _residual(after, fit.state.operator.matvec(prior)),
-        "row_drift": (float(row_norms(after).square().sum()) / count / fit.alpha) ** 0.5,
+        "residual": _residual(norms, _norms(operator, operator.mine.matvec(prior))),
+        "row_drift": (float(norms.square().sum()) / count / fit.alpha) ** 0.5,
         "prior_share": float(
             row_norms(done.value).square().sum() / row_norms(prior).square().sum()
         ),
@@ -411,5 +460,10 @@ def rescaled(fit: Fit, alpha: float) -> Fit:
     return replace(fit, alpha=alpha, certificate=certificate)
 
 
+def _norms(operator: RowOperator, image: Tensor) -> Tensor:
+    """``‖A v‖ (S,)`` from the part of ``A v`` that this process has."""
+    return Agreed(operator.processes).norms(image)
+
+
 def _residual(after: Tensor, before: Tensor) -> float:
-    return float(relative(row_norms(after), row_norms(before)).max())
+    return float(relative(after, before).max())

@@ -9,14 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
-from nullbayes.common.memory import available_bytes, format_bytes
-from nullbayes.common.progress import AUDIT, ROWS
-from nullbayes.constraints.memory_budget import FitMemory, default_budget
+from nullbayes.common.memory import format_bytes
+from nullbayes.common.processes import Processes
+from nullbayes.common.progress import AUDIT, COMMUNICATION, FACTORISATION, ROWS
+from nullbayes.constraints.memory_budget import FitMemory
 from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import CHECK_EXAMPLES, row_groups
 from nullbayes.errors import MemoryBudgetError, NotFittedError
 from nullbayes.fit.result import Settings
 from nullbayes.fit.timing import Trial, settled
+from nullbayes.fit.together import own_budget
 from nullbayes.jacobian.block import Block
 from nullbayes.jacobian.block_storage import fits_on_disk, merge_blocks
 from nullbayes.jacobian.capture.batches import capture_batch, capture_bytes, examples_per_capture
@@ -43,6 +45,8 @@ class Plan:
         budget: bytes that the fit may take.
         unsupported: parameters without a layer rule, and why: they take the slower generic path.
         advice: the mend, where something does not fit or is slow.
+        processes: that share the work: bytes and seconds are those of one of them.
+        sent: bytes that one process sends; their seconds are the stage "communication".
     """
 
     examples: int
@@ -56,6 +60,8 @@ class Plan:
     budget: int
     unsupported: dict[str, str]
     advice: list[str]
+    processes: int = 1
+    sent: int = 0
 
     @property
     def fits(self) -> bool:
@@ -81,6 +87,8 @@ class Plan:
             f"  ({self.examples:,} examples, {self.rows_per_example} rows each)",
             f"  solver                 {self.solver or 'none fits'}: {self.reason}",
         ]
+        if self.processes > 1:
+            lines.append(f"  of each of             {self.processes} processes")
         for stage, size in self.bytes.items():
             lines.append(f"  {stage:<22} {format_bytes(size)}")
         total = sum(self.bytes.values())
@@ -91,6 +99,11 @@ class Plan:
             stages = ", ".join(f"{stage} {s:.1f}" for stage, s in self.seconds.items())
             total_seconds = sum(self.seconds.values())
             lines.append(f"  time                   about {total_seconds:.1f} s ({stages})")
+            if self.processes > 1:
+                share = 100 * self.seconds.get(COMMUNICATION, 0.0) / max(total_seconds, 1e-9)
+                lines.append(
+                    f"  communication          {format_bytes(self.sent)} sent, {share:.0f} % of the time"
+                )
         for name, why in self.unsupported.items():
             lines.append(f"  generic path           {name}: {why}")
         return "\n".join([*lines, *(f"  → {text}" for text in self.advice)])
@@ -102,9 +115,16 @@ def plan_fit(
     train_loader: Iterable[Any],
     num_samples: int,
     max_examples: int | None,
+    processes: Processes | None = None,
 ) -> Plan:
-    """Count the loader, and capture and solve a few of its examples."""
-    budget = settings.memory or default_budget(available_bytes(problem.device))
+    """Count the loader, and capture and solve a few of its examples.
+
+    Args:
+        processes: those that the rows are to be spread over; bytes and seconds are those of one of them, without what
+            they send (``plan_many.py``).
+    """
+    parts = 1 if processes is None else processes.size
+    budget = settings.memory or own_budget(problem.device, processes)
     memory = FitMemory.of(budget, num_samples, problem.space.total, problem.dtype)
     few = _counted(problem, train_loader, max_examples)
     problem, rows, outputs, targets = _tried(problem, few)
@@ -134,17 +154,17 @@ def plan_fit(
     trial = Trial(problem, proven, few.inputs, targets, operator, size, few.examples, m, memory)
     draft = _Draft(
         {
-            ROWS: min(trial.factor_bytes, memory.rows),
+            ROWS: min(trial.factor_bytes // parts, memory.rows),
             "temporaries": _temporaries(problem, proven, few.largest, rows, memory)
             + _checked(outputs, few, memory),
         },
         {
-            ROWS: proving + (capturing - checking) / size * few.examples,
-            AUDIT: checking / size * few.examples,
+            ROWS: proving + (capturing - checking) / size * few.examples / parts,
+            AUDIT: checking / size * few.examples / parts,
         },
         [],
     )
-    _solve(draft, trial, settings, budget)
+    _solve(draft, trial, settings, budget, parts)
     draft.advice += _on_generic(problem, proven)
     return Plan(
         few.examples,
@@ -158,6 +178,7 @@ def plan_fit(
         budget,
         {name: proven.reasons.get(name, "") for name in proven.generic},
         draft.advice,
+        parts,
     )
 
 
@@ -214,9 +235,9 @@ def _tried(problem: Problem, few: _Few) -> tuple[Problem, int, Tensor, Any]:
     return problem, rows, outputs, targets
 
 
-def _solve(draft: _Draft, trial: Trial, settings: Settings, budget: int) -> None:
+def _solve(draft: _Draft, trial: Trial, settings: Settings, budget: int, parts: int) -> None:
     """What the solver takes, or why none fits."""
-    factors, device = trial.factor_bytes, trial.problem.device
+    factors, device = trial.factor_bytes // parts, trial.problem.device
     try:
         resident = min(factors, trial.memory.rows)
         movable = resident if fits_on_disk(factors, device) else 0
@@ -232,6 +253,8 @@ def _solve(draft: _Draft, trial: Trial, settings: Settings, budget: int) -> None
     draft.bytes[ROWS] = max(0, min(resident, budget - needed))
     draft.bytes["solver"] = needed
     for stage, more in trial.seconds(choice.solver).items():
+        if stage != FACTORISATION:  # done once
+            more /= parts
         draft.seconds[stage] = draft.seconds.get(stage, 0.0) + more
     elsewhere = factors - draft.bytes[ROWS]
     if elsewhere > 0:

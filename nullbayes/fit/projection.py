@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from nullbayes.certificate.leave_one_out import Held
+from nullbayes.common.processes import Processes
 from nullbayes.constraints.training_rows import TrainingRows
 from nullbayes.fit.result import Checkpoint
+from nullbayes.fit.together import any_of, carried, gathered_spans, taken
 from nullbayes.solvers import Projection, State, Status
 from nullbayes.solvers.checkpoint import Report, Watch, describe_problem, probe_of
 
@@ -37,19 +39,24 @@ class Work:
     report: Report | None
     identity: str = ""
 
+    @property
+    def processes(self) -> Processes | None:
+        """Those that hold the rows together."""
+        return self.rows.operator.processes
+
     def watches(self) -> tuple[Watch, Watch]:
         """For the search without some examples and for that with all: their checkpoints fit only the same equations."""
         if self.checkpoint is None:
             return Watch(self.report), Watch(self.report)
         operator, v = self.rows.operator, self.vectors
-        probe = operator.matvec(probe_of(operator.shape[1], v)).double().norm()
+        probe = operator.image_norms(probe_of(operator.shape[1], v))[0]
         shift = f"{self.state.shift:.4e}"
         problem = describe_problem(self.problem, operator.shape, len(v), shift, probe)
         place = (self.report, self.checkpoint.path, self.checkpoint.every)
         before = f"{problem}|without some"
         both = Watch(*place, before), Watch(*place, problem, before)
         for watch in both:
-            watch.identity = self.identity
+            watch.identity, watch.processes = self.identity, operator.processes
         return both
 
 
@@ -67,7 +74,7 @@ def projected(
     found, spent = _before(work, held, changes, first, second)
     if isinstance(found, Projection):
         return found, []
-    second.carried = {f"unseen.{i}": c for i, c in enumerate(found)}
+    second.carried = carried(work.processes, found)
     done = work.state.project(work.vectors, noise, second)
     if done.status is not Status.INTERRUPTED:
         second.finish()
@@ -82,13 +89,13 @@ def _before(
     second: Watch,
 ) -> tuple[list[Tensor] | Projection, int]:
     """What samples that have not seen ``held`` do to it (or where the search was interrupted), and iterations."""
-    if not held:
+    if not any_of(work.processes, held):
         return [], 0
     there = second.resume()  # of an earlier run, which had come further than this
     if there is not None:
-        kept = [there.get(f"unseen.{i}") for i in range(len(held))]
-        return [c.to(work.vectors.device) for c in kept if c is not None], 0
-    spans = [span for h in held for span in h.spans]
+        sizes = [len(h.spans) for h in held]
+        return [c.to(work.vectors.device) for c in taken(work.processes, there, sizes)], 0
+    spans = gathered_spans(work.processes, [span for h in held for span in h.spans])
     done = work.state.project_without(work.vectors, spans, first)
     if done is None:
         return [], 0

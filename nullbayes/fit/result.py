@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from nullbayes.audit.sampling import Drawn
@@ -12,6 +13,7 @@ from nullbayes.certificate.certificate import Certificate
 from nullbayes.certificate.measure import GuaranteeCheck
 from nullbayes.common.arguments import check_positive
 from nullbayes.common.memory import parse_bytes
+from nullbayes.common.processes import Processes
 from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import TrainingRows
 from nullbayes.errors import InputError
@@ -84,6 +86,7 @@ class Run:
     progress: bool
     checkpoint: Checkpoint | None = None
     audit: int = AUDITED
+    stored: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,10 @@ class Auditing:
     """What it takes to audit samples of a fit.
 
     Attributes:
-        drawn: examples of all the data; ``spans``: by their numbers, the rows that each has.
+        drawn: examples of all the data; ``spans``: by their numbers, the rows that each has among this process's.
         total, batches: how many examples are constrained, and in how many batches their rows were proved.
         reduced: what is audited less than usual, and why.
+        processes, before: those that audit the other examples, and how many of these come first.
     """
 
     drawn: list[Drawn]
@@ -101,6 +105,8 @@ class Auditing:
     total: int
     batches: int
     reduced: str | None
+    processes: Processes | None = None
+    before: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,12 +117,13 @@ class Fit:
 
     Attributes:
         problem: the question, with observation noise as it was estimated.
-        unit: weight changes ``(S, P)`` at prior precision one; ``alpha``: the prior precision.
+        stored: weight changes ``(S, P)`` at prior precision one, in the dtype that was asked for; ``alpha``: the prior
+            precision.
         fingerprint: of the model that it was fitted around.
     """
 
     problem: Problem
-    unit: Tensor
+    stored: Tensor
     alpha: float
     seed: int
     certificate: Certificate
@@ -131,6 +138,11 @@ class Fit:
     def explained_by(self, likelihood: Likelihood) -> Fit:
         """The same samples, read with other observation noise."""
         return replace(self, problem=self.problem.explained_by(likelihood))
+
+    @property
+    def unit(self) -> Tensor:
+        """Weight changes ``(S, P)`` at prior precision one, in the working precision."""
+        return self.stored.to(self.problem.dtype)
 
     @property
     def samples(self) -> Tensor:

@@ -114,7 +114,7 @@ class Trial:
             problem.functional,
             v[:count],
             v[:count],
-            lambda outputs, targets: problem.cotangents(outputs, targets).values,
+            lambda outputs, example: problem.cotangents(outputs, example.targets).values,
         )
         nothing = [Claim(v.new_zeros(count).double())] * len(few.drawn)
         seconds, _ = settled(lambda: audit_examples(question, few.drawn, nothing, self.size))

@@ -55,6 +55,7 @@ def updated(fit: Fit, settings: Settings, loader: Iterable[Any], run: Run) -> Fi
     budget = settings.memory or default_budget(available_bytes(problem.device))
     with explained_out_of_memory(budget), stages(show=run.progress) as stage:
         memory = FitMemory.of(budget, run.num_samples, problem.space.total, problem.dtype)
+        earlier.rows.plan.numbered = earlier.rows.examples
         more = capture_training(
             problem, loader, run.max_examples, memory, stage, run.audit, earlier.rows.plan
         )

@@ -120,7 +120,7 @@ class OnDisk(Kept):
             flat = torch.frombuffer(self._map, dtype=value.dtype, count=value.numel(), offset=at)
             return flat.view(value.shape)
 
-        factors = {names: _replaced(factor, mapped) for names, factor in block.factors.items()}
+        factors = {names: replaced(factor, mapped) for names, factor in block.factors.items()}
         self._block = Block(factors, block.examples, block.cotangents)
 
     @contextmanager
@@ -157,6 +157,12 @@ class Recomputed(Kept):
         self.nbytes = nbytes
         self.layout: Layout | None = None
         self.resident = sum(t.nbytes for t in tensor_leaves(inputs)) + cotangents.nbytes
+
+    def scaled(self, scales: dict[str, float]) -> Recomputed:
+        """The same rows, captured with other ``scales`` from now on."""
+        new = copy.copy(self)
+        new._scales = scales
+        return new
 
     @contextmanager
     def opened(self) -> Iterator[Block]:
@@ -334,7 +340,7 @@ def _on_disk(block: Block) -> OnDisk:
 
 def _form(block: Block) -> Block:
     """The factors of a block without its examples."""
-    factors = {k: _replaced(f.narrow(0, 0), torch.clone) for k, f in block.factors.items()}
+    factors = {k: replaced(f.narrow(0, 0), torch.clone) for k, f in block.factors.items()}
     return Block(factors, 0, block.cotangents)
 
 
@@ -381,7 +387,7 @@ def _tensors(factor: Factor) -> dict[str, Tensor]:
     return {name: v for name, v in vars(factor).items() if isinstance(v, Tensor)}
 
 
-def _replaced(factor: Factor, make: Callable[[Tensor], Tensor]) -> Factor:
+def replaced(factor: Factor, make: Callable[[Tensor], Tensor]) -> Factor:
     """A copy of ``factor`` whose tensors are ``make(tensor)``, in the order of ``_tensors``."""
     new = copy.copy(factor)
     for name, value in _tensors(factor).items():

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from nullbayes.common.processes import Processes
 from nullbayes.errors import NonFiniteError
 from nullbayes.jacobian.block import Block
 from nullbayes.jacobian.block_storage import Openable, Part, moved_out
@@ -24,6 +25,13 @@ class RowOperator(ABC):
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
+    #: those that hold the rows together; None: this one has them all
+    processes: Processes | None = None
+
+    @property
+    def mine(self) -> RowOperator:
+        """The rows that this process holds: all of them, but for `SharedOperator`."""
+        return self
 
     @abstractmethod
     def matvec(self, vectors: Tensor) -> Tensor:
@@ -37,6 +45,11 @@ class RowOperator(ABC):
         """``AᵀA v (S, P)`` and ``‖A v‖² (S,)`` float64, in one pass over the rows."""
         image = self.matvec(vectors)
         return self.rmatvec(image), image.double().square().sum(1)
+
+    def image_norms(self, vectors: Tensor, row_scale: Tensor | None = None) -> Tensor:
+        """``‖A v‖ (S,)`` float64; ``row_scale (M,)`` multiplies the rows first."""
+        image = self.matvec(vectors)
+        return (image if row_scale is None else image * row_scale).double().norm(dim=1)
 
     def gram(self, tick: Tick | None = None) -> Tensor:
         """``A Aᵀ``: ``(M, M)`` float64, accumulated from products in the operator's dtype."""
@@ -79,6 +92,10 @@ class RowOperator(ABC):
         unit = torch.zeros(len(index), self.shape[0], dtype=self.dtype, device=self.device)
         unit[torch.arange(len(index)), index.to(self.device)] = 1
         return self.rmatvec(unit)
+
+    def own_rows(self, index: Tensor) -> Tensor:
+        """Those of ``rows`` that this process holds, without asking the others."""
+        return self.rows(index)
 
     @property
     def product_flops(self) -> float:
@@ -206,18 +223,11 @@ class JacobianOperator(RowOperator):
         """Whole examples, some consecutive ones from each of many blocks."""
         if rows >= self.shape[0]:
             return self
-        order = torch.randperm(len(self.blocks), generator=generator)
-        # A few neighbours from every block: views are slices, and data come shuffled or by class.
-        take = rows / self.shape[0]
-        parts, due = [], 0.0
-        for i in sorted(order.tolist()):
-            block = self.blocks[i]
-            due += take * block.examples
-            count = min(int(due), block.examples)
-            if count:
-                due -= count
-                start = int(torch.randint(block.examples - count + 1, (), generator=generator))
-                parts.append(Part(block, start, start + count))
+        sizes = [block.examples for block in self.blocks]
+        parts = [
+            Part(self.blocks[i], start, start + count)
+            for i, start, count in chosen_parts(sizes, rows / self.shape[0], generator)
+        ]
         return JacobianOperator(self.space, parts or [Part(self.blocks[0], 0, 1)])
 
     def cross_gram(self, other: RowOperator) -> Tensor:
@@ -290,6 +300,25 @@ class JacobianOperator(RowOperator):
         for i, kept in enumerate(self.blocks):
             with kept.opened() as block:
                 check_block(block, i)
+
+
+def chosen_parts(
+    sizes: Sequence[int], share: float, generator: torch.Generator
+) -> Iterator[tuple[int, int, int]]:
+    """A few neighbours from every block: of which, from which example on, how many.
+
+    Views are slices, and data come shuffled or by class.
+    """
+    torch.randperm(
+        len(sizes), generator=generator
+    )  # unused, as in version 0.1: the same seed, the same parts
+    due = 0.0
+    for i, size in enumerate(sizes):
+        due += share * size
+        count = min(int(due), size)
+        if count:
+            due -= count
+            yield i, int(torch.randint(size - count + 1, (), generator=generator)), count
 
 
 def check_block(block: Block, index: int) -> None:

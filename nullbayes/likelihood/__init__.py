@@ -13,6 +13,7 @@ from nullbayes.likelihood.binary import Binary as Binary
 from nullbayes.likelihood.callable import CallableLoss as CallableLoss
 from nullbayes.likelihood.callable import LossFunction as LossFunction
 from nullbayes.likelihood.callable import resolve_loss as resolve_loss
+from nullbayes.likelihood.choices import Choices as Choices
 from nullbayes.likelihood.classification import Classification as Classification
 from nullbayes.likelihood.helpers import epistemic_variance as epistemic_variance
 from nullbayes.likelihood.regression import Regression as Regression

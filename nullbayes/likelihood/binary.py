@@ -73,6 +73,12 @@ class Binary(Likelihood):
         # The root of each factor first: their product underflows float32 from |f| = 88 on.
         return diagonal_factor(outputs.sigmoid().sqrt() * (-outputs).sigmoid().sqrt())
 
+    def sampled_gradient(self, outputs: Tensor, targets: Tensor, uniform: Tensor) -> Tensor:
+        """``p - y`` at labels drawn with probability ``p``, detached."""
+        outputs = outputs.detach()
+        label = (uniform < outputs.double().sigmoid()).to(outputs)
+        return (1 - label) * outputs.sigmoid() - label * (-outputs).sigmoid()
+
     def inverse_link(self, outputs: Tensor) -> Tensor:
         """Probabilities, one per logit."""
         return outputs.sigmoid()

@@ -249,6 +249,31 @@ class Classification(Likelihood):
             gradient = gradient * scale.unsqueeze(-1)
         return _restore(gradient, outputs.shape, axis)
 
+    def position_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        logits, labels, _ = self._flatten(outputs, targets)
+        log_p = logits.log_softmax(-1)
+        if labels.is_floating_point():
+            return -(self._weights(logits) * labels * log_p).sum(2)
+        safe, scale = self._split(logits, labels)
+        return -log_p.gather(-1, safe.unsqueeze(-1)).squeeze(-1) * scale
+
+    def positions(self, output_shape: tuple[int, ...]) -> int:
+        return math.prod(_without((1, *output_shape), self._axis((1, *output_shape))))
+
+    def position_gradients(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Positions that are ignored have no row; an example with fewer than others has rows of zero."""
+        axis = self._axis(outputs.shape, targets)
+        gradient = self.loss_gradient(outputs, targets).movedim(axis, -1)
+        flat = gradient.reshape(len(outputs), -1, outputs.shape[axis])  # (B, T, O)
+        used = (flat != 0).any(2)
+        count = max(1, int(used.sum(1).max()))
+        order = (~used).int().argsort(dim=1, stable=True)[:, :count]  # (B, K)
+        values = flat.new_zeros(count, *flat.shape)
+        number, example = torch.arange(count).unsqueeze(0), torch.arange(len(flat)).unsqueeze(1)
+        values[number, example, order] = flat[example, order]
+        shape = (count * len(flat), *outputs.shape[1:])
+        return _restore(values.flatten(0, 1), shape, axis).reshape(count, *outputs.shape)
+
     def hessian_factor(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Closed-form factor of ``w (diag(p) - p pᵀ)``, O - 1 columns a position, detached.
 
@@ -270,6 +295,21 @@ class Classification(Likelihood):
         flat = columns.reshape(-1, positions, classes)  # the batch axis holds C · B for `_restore`
         stacked = (flat.shape[0], *outputs.shape[1:])
         return _restore(flat, stacked, axis).reshape(-1, *outputs.shape)
+
+    def sampled_gradient(self, outputs: Tensor, targets: Tensor, uniform: Tensor) -> Tensor:
+        """``√w (p - e_k)`` at labels ``k`` drawn from ``p``, one a position; ``w`` is the weight in the Hessian."""
+        logits, labels, axis = self._flatten(outputs.detach(), targets)
+        if labels.is_floating_point():
+            scale = (self._weights(logits) * labels).sum(-1)
+        else:
+            scale = self._split(logits, labels)[1]
+        p = to_float64(logits).softmax(-1)  # (B, T, O)
+        chance = uniform.movedim(axis, -1).reshape(p.shape)[..., :1] * p.sum(-1, keepdim=True)
+        drawn = (p.cumsum(-1) <= chance).sum(-1, keepdim=True).clamp_max(p.shape[-1] - 1)
+        others = p.scatter(-1, drawn, 0)
+        gradient = others.scatter(-1, drawn, -others.sum(-1, keepdim=True))
+        gradient = gradient * to_float64(scale).sqrt().unsqueeze(-1)
+        return _restore(gradient.to(logits), outputs.shape, axis)
 
     def hessian_rank(self, output_shape: tuple[int, ...]) -> int:
         axis = self._axis((1, *output_shape))

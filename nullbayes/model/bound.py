@@ -34,6 +34,7 @@ def bound(
                 hooks,
                 widened=functional.widened,
                 padded=functional.padded,
+                whole=functional.widened_whole,
             )
             forward = functional.user_forward and copier.rebound(functional.user_forward)
             made.append((private, forward, copier))

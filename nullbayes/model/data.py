@@ -201,8 +201,11 @@ def is_stream(x: Any) -> bool:
     return isinstance(x, (DataLoader, Dataset, Batches, Iterator)) or hasattr(x, "train_dataloader")
 
 
-def streamed(x: Any, dtype: torch.dtype) -> Iterator[Any]:
+def streamed(x: Any, dtype: torch.dtype, *, labelled: bool = False) -> Iterator[Any]:
     """The inputs of each batch of a stream; what it holds for targets is left out.
+
+    Args:
+        labelled: mappings stay as they are: the network's library makes inputs of targets, too.
 
     Raises:
         InputError: it holds no batches.
@@ -211,12 +214,13 @@ def streamed(x: Any, dtype: torch.dtype) -> Iterator[Any]:
     empty = True
     for batch in loader:
         empty = False
-        yield _inputs_of(batch)
+        yield batch if labelled and isinstance(batch, Mapping) else without_targets(batch)
     if empty:
         raise InputError("`x` yields no batches; a generator can be read only once.")
 
 
-def _inputs_of(batch: Any) -> Any:
+def without_targets(batch: Any) -> Any:
+    """The inputs of a batch."""
     if isinstance(batch, Mapping):
         return {k: v for k, v in batch.items() if k not in TARGET_KEYS}
     if isinstance(batch, (list, tuple)) and batch and not isinstance(batch, PackedSequence):
@@ -235,10 +239,10 @@ def _sliced(tensors: tuple[Tensor, ...], name: str, batch_size: int) -> Iterable
             if len(lengths) == 2
             else f"`{name}` holds arrays of the lengths {lengths}; expected one for each example."
         )
-    return _Slices(tensors, batch_size)
+    return Slices(tensors, batch_size)
 
 
-class _Slices:
+class Slices:
     """Consecutive parts of tensors, as views; ``sampler`` says how many examples there are."""
 
     def __init__(self, tensors: tuple[Tensor, ...], batch_size: int) -> None:

@@ -39,17 +39,23 @@ def quick_digest(model: nn.Module) -> int:
     cryptographic one; :func:`fingerprint` says which tensors differ.
     """
     total = 0
-    with torch.no_grad():
-        for place, tensor in enumerate((*model.parameters(), *model.buffers()), 1):
-            if tensor.device.type == "meta" or not tensor.numel():
-                continue
-            bits = bits_of(tensor)
-            for start in range(0, bits.numel(), _CHUNK):
-                part = bits[start : start + _CHUNK].to(torch.int64)
-                # Sums of integers wrap around and are the same in any order; the weights tell places apart.
-                at = torch.arange(start + 1, start + len(part) + 1, device=part.device)
-                total += place * int((part * (2 * at + 1)).sum())
+    for place, tensor in enumerate((*model.parameters(), *model.buffers()), 1):
+        if tensor.device.type != "meta":
+            total += place * digest(tensor)
     return total & ((1 << 64) - 1)
+
+
+def digest(tensor: Tensor) -> int:
+    """One number from every bit of a tensor."""
+    total = 0
+    with torch.no_grad():
+        words = bits_of(tensor)
+        for start in range(0, words.numel(), _CHUNK):
+            part = words[start : start + _CHUNK].to(torch.int64)
+            # Sums of integers wrap around and are the same in any order; the weights tell places apart.
+            at = torch.arange(start + 1, start + len(part) + 1, device=part.device)
+            total += int((part * (2 * at + 1)).sum())
+    return total
 
 
 class Watch:

@@ -31,19 +31,23 @@ from nullbayes.model.batch import (
 )
 from nullbayes.model.bound import bound
 from nullbayes.model.checks import check_kind, check_scripted
+from nullbayes.model.huggingface import HuggingFace
 from nullbayes.model.parameters import HALF, ParameterChoice, ParameterSpace
 from nullbayes.model.precision import Unrounded, Watch, tolerance, widening
 from nullbayes.model.private import Hooks, Modules
 from nullbayes.model.ragged import restored, unbatched
 from nullbayes.model.randomness import FrozenRandomness, Replay, keyed
+from nullbayes.model.reading import Reads
+from nullbayes.model.reading import as_tensor_output as as_tensor_output
 from nullbayes.model.settling import settle
 from nullbayes.model.structure import Layouts
 from nullbayes.model.transformer import has_nested
+from nullbayes.model.wrapped import check_whole, without_wrapper
 
 Forward = Callable[[nn.Module, Any], Any]
 
 
-class FunctionalModel:
+class FunctionalModel(Reads):
     """``f(weights, inputs) -> outputs`` of shape ``(B, *out)`` for a trained module.
 
     Args:
@@ -66,6 +70,7 @@ class FunctionalModel:
         self.model, self.space = model, space
         self.user_forward = forward
         self.layouts, self.randomness = layouts, randomness
+        self.conventions = HuggingFace.of(model, passive=forward is not None)
         self.modules = Modules(model)
         self.axes = Axes(self._evaluated)
         # What half-precision tensors are computed in, once that was found to work; None: they stay as they are.
@@ -74,6 +79,8 @@ class FunctionalModel:
         # the precision that the deployed network rounds to, None: the working one.
         self.unrounded = False
         self.rounds_to: torch.dtype | None = None
+        # Whether that takes a copy of frozen weights, because the network looks at their dtype.
+        self.widened_whole = False
         # Whether transformer encoders give zeros at padded positions, as they do without gradients.
         self.padded = False
         # Looks at the operations of forward passes, innermost, while that is asked for.
@@ -160,7 +167,11 @@ class FunctionalModel:
                 out = self._run(lent, self.user_forward, given)
         else:
             private, copier = self.modules.private(
-                tensors, hooks, widened=self.widened, padded=self.padded and not deployed
+                tensors,
+                hooks,
+                widened=self.widened,
+                padded=self.padded and not deployed,
+                whole=self.widened_whole,
             )
             forward = self.user_forward and copier.rebound(self.user_forward)
             out = self._run(private, forward, given)
@@ -177,24 +188,25 @@ class FunctionalModel:
             return _called(module, forward, given)
 
     def _given(self, inputs: Inputs) -> Any:
-        given = plain(inputs)
+        given = self.taken(plain(inputs))
         if self.widened is not None:
             given = tree_map(widening(self.widened), given)
         return restored(given)
 
     def _placed(self, weights: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """``weights`` by the identity of the parameter that each stands for, in the dtype that it computes in."""
-        wide = self.widened is not None
-        return {
-            id(p): weights[n] if wide else weights[n].to(p.dtype)
-            for n, p in self.model.named_parameters()
-            if n in weights
-        }
+        wide, masks = self.widened is not None, self.space.masks
+        placed = {}
+        for n, p in self.model.named_parameters():
+            if n in weights:
+                weight = weights[n]
+                if n in masks:  # no derivative, and no change, where a weight does not take part
+                    weight = torch.where(masks[n], weight, p.detach().to(weight.dtype))
+                placed[id(p)] = weight if wide else weight.to(p.dtype)
+        return placed
 
     def _flat(self, out: Any, inputs: Inputs) -> Tensor:
-        if self.layouts is not None:
-            return self._working(self.layouts.flatten(out, batch_size(inputs)))
-        return self._working(as_tensor_output(out))
+        return self._working(self.read(out, inputs))
 
     def _watched(self, inputs: Inputs, where: str) -> Tensor:
         """Outputs at the trained weights, from a network that has been called before as from a fresh one.
@@ -205,7 +217,10 @@ class FunctionalModel:
         if self.modules.shared:
             return self(self.weights(), inputs)
         private, copier = self.modules.private(
-            self._placed(self.weights()), widened=self.widened, padded=self.padded
+            self._placed(self.weights()),
+            widened=self.widened,
+            padded=self.padded,
+            whole=self.widened_whole,
         )
         forward = self.user_forward and copier.rebound(self.user_forward)
 
@@ -301,7 +316,7 @@ class FunctionalModel:
     def remember(self, inputs: Inputs, outputs: Tensor) -> None:
         """Take note of the outputs' shape at the fit, for :meth:`expect_shape`."""
         shapes = tuple(outputs.shape[1:])
-        lengths = _lengths(inputs)
+        lengths = self._lengths(inputs)
         if self._shape is None:
             self._shape = _OutputShape(shapes, lengths)
 
@@ -317,7 +332,7 @@ class FunctionalModel:
         known, shape = self._shape, tuple(shape)
         if known is None or self.layouts is not None:  # a callable loss tells structures apart
             return
-        lengths = _lengths(inputs)
+        lengths = self._lengths(inputs)
         same = len(shape) == len(known.shape) and all(
             now == then or (now in lengths and then in known.lengths)
             for now, then in zip(shape, known.shape, strict=True)
@@ -328,6 +343,10 @@ class FunctionalModel:
                 f"was fitted on outputs of shape (B, {', '.join(map(str, known.shape))}). Pass inputs like the "
                 "training data's, or fit a posterior of its own for this use of the model."
             )
+
+    def _lengths(self, inputs: Inputs) -> frozenset[int]:
+        before = 0 if self.conventions is None else self.conventions.before
+        return frozenset(n + before for t in tensor_leaves(plain(inputs)) for n in t.shape[1:])
 
     def _explain(self, inputs: Inputs, where: str, error: Exception) -> str:
         """Why the model's own forward pass may have failed, and the mend."""
@@ -361,10 +380,6 @@ class _OutputShape:
     lengths: frozenset[int]
 
 
-def _lengths(inputs: Inputs) -> frozenset[int]:
-    return frozenset(n for t in tensor_leaves(plain(inputs)) for n in t.shape[1:])
-
-
 def _called(model: nn.Module, forward: Forward | None, inputs: Any) -> Any:
     if forward is not None:
         return forward(model, inputs)
@@ -385,37 +400,17 @@ def functional_model(
     """From a user's arguments. Raises `InputError` or `ModelError` for what cannot be used."""
     model = unwrapped(model)
     space = ParameterSpace.from_model(model, parameters)
+    check_whole(model, space.names)
     return FunctionalModel(model, space, forward, layouts=layouts, randomness=randomness)
 
 
 def unwrapped(model: Any) -> nn.Module:
-    """The module itself, with its own names: ``torch.compile`` and data parallelism wrap it."""
+    """The module itself: ``torch.compile`` and training on several processes wrap it, and hooks need its layers."""
     if not isinstance(model, nn.Module):
         raise InputError(f"`model` is {type(model).__name__}, expected a torch.nn.Module.")
-    inner: nn.Module = model
-    while True:
-        if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = inner.module
-        elif "_orig_mod" in inner._modules:
-            inner = cast(nn.Module, inner._modules["_orig_mod"])
-        else:
-            break
+    inner = without_wrapper(model)
     check_kind(inner)
     return inner
-
-
-def as_tensor_output(value: Any) -> Tensor:
-    """The tensor in what a model returned: itself, or ``logits`` of a mapping or an object."""
-    if isinstance(value, Tensor):
-        return value
-    logits = value.get("logits") if isinstance(value, Mapping) else getattr(value, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    raise ModelError(
-        f"the model returned {type(value).__name__}, expected a tensor or an object with `.logits`."
-        " Pass `forward=lambda model, inputs: ...` that returns the tensor to be trusted, or `loss=`, a"
-        " callable that takes whatever the model returns."
-    )
 
 
 @contextmanager

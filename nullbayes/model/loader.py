@@ -42,7 +42,7 @@ def limited(
     """Batches on the model's device, cut off after ``limit`` examples; with all draws of each."""
     seen = 0
     free = functional.layouts is not None
-    for index, inputs, targets in batches(loader, functional.device, name, free=free):
+    for index, inputs, targets in batches(loader, functional, name, free=free):
         known = len(targets) if isinstance(targets, Tensor) and targets.ndim else None
         same = targets is inputs and not isinstance(targets, Tensor)
         inputs = functional.batch(inputs, known)
@@ -115,18 +115,29 @@ def split_batch(batch: Any, where: str, *, unlabelled: bool = False) -> tuple[In
     )
 
 
+def _split(
+    batch: Any, functional: FunctionalModel, where: str, *, free: bool
+) -> tuple[Inputs, Any]:
+    if functional.conventions is not None and isinstance(batch, Mapping):
+        found = functional.conventions.split(batch, free=free)
+        if found is not None:
+            return found
+    return split_batch(batch, where, unlabelled=free)
+
+
 def batches(
-    loader: Iterable[Any], device: torch.device, name: str, *, free: bool = False
+    loader: Iterable[Any], functional: FunctionalModel, name: str, *, free: bool = False
 ) -> Iterator[tuple[int, Inputs, Any]]:
-    """``(index, inputs, targets)`` on ``device``; an empty loader is an :class:`InputError`.
+    """``(index, inputs, targets)`` on the model's device; an empty loader is an :class:`InputError`.
 
     Args:
+        functional: the network; it knows what its library does with a batch.
         free: targets may be anything, or missing: then they are the inputs (``loss=`` as a callable).
     """
     index = -1
     for index, batch in enumerate(loader):
         where = f"{name}, batch {index}"
-        inputs, targets = split_batch(batch, where, unlabelled=free)
+        inputs, targets = _split(batch, functional, where, free=free)
         if free:
             targets = inputs if targets is None else targets
         elif not isinstance(targets, Tensor):
@@ -136,9 +147,12 @@ def batches(
                 raise InputError(
                     f"{where}: targets are {type(targets).__name__}, expected a tensor."
                 ) from error
-        inputs = to_device(inputs, device)
+        inputs, targets = (to_device(t, functional.device) for t in (inputs, targets))
+        inputs = functional.as_called(inputs, targets if isinstance(targets, Tensor) else None)
         check_inputs(inputs, where)
-        yield index, inputs, to_device(targets, device)
+        if not free:
+            inputs, targets = functional.targets_for(inputs, targets, where)
+        yield index, inputs, targets
     if index < 0:
         raise InputError(
             f"`{name}` yields no batches. A generator can be read only once: pass a DataLoader or "

@@ -16,7 +16,9 @@ HALF = (torch.float16, torch.bfloat16)
 # What data-parallel wrappers put before every name.
 WRAPPED = "module."
 ParameterFilter = Callable[[str, nn.Parameter], bool]
-ParameterChoice = None | Iterable[str] | ParameterFilter
+#: which entries of a tensor take part: a boolean tensor of its shape, or True for all of them
+Mask = Tensor | bool
+ParameterChoice = None | Iterable[str] | Mapping[str, Mask] | ParameterFilter
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class ParameterSpace:
         fixed: coordinates ``(k,)`` that no sample may move, such as the row of an embedding's ``padding_idx``. They
             count as constants: Jacobian rows are zero there, whatever else the network uses them for.
         fixed_rows: the same as rows of tables ``(V, ...)``, by name.
+        masks: by name, which entries of a tensor take part, where not all of them do.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -85,6 +88,7 @@ class ParameterSpace:
         self.total = start
         self.fixed = torch.empty(0, dtype=torch.int64, device=self.device)
         self.fixed_rows: dict[str, tuple[int, ...]] = {}
+        self.masks: dict[str, Tensor] = {}
 
     @property
     def free(self) -> int:
@@ -99,6 +103,22 @@ class ParameterSpace:
         self.fixed = torch.cat([self.fixed, *(e.to(self.fixed) for e in each)]).unique()
         self.fixed_rows[name] = tuple(rows)
 
+    def mask(self, name: str, mask: Tensor) -> None:
+        """Let samples move only those entries of a tensor where ``mask``, of its shape, is true."""
+        self.masks[name] = mask.detach().to(self.device)
+        self._fix_masked(name)
+
+    def _fix_masked(self, name: str) -> None:
+        away = (~self.masks[name]).flatten().nonzero()[:, 0] + self.by_name[name].start
+        self.fixed = torch.cat([self.fixed, away]).unique()
+
+    def masked_(self, vectors: Tensor) -> Tensor:
+        """``vectors (*lead, P)`` with zeros, in place, at the entries that masks leave out."""
+        for name, mask in self.masks.items():
+            slot = self.by_name[name]
+            vectors[..., slot.start : slot.stop] *= mask.flatten()
+        return vectors
+
     def fix_(self, vectors: Tensor) -> Tensor:
         """``vectors (*lead, P)`` with zeros, in place, at the coordinates that stay where they are."""
         if len(self.fixed):
@@ -107,8 +127,9 @@ class ParameterSpace:
 
     @classmethod
     def from_model(cls, model: nn.Module, choice: ParameterChoice = None) -> ParameterSpace:
-        """Select parameters: all that require a gradient, by names, or by a filter."""
+        """Select parameters: all that require a gradient, by names, by a mask for each name, or by a filter."""
         named = dict(model.named_parameters())
+        masks = dict(choice) if isinstance(choice, Mapping) else {}
         if choice is None:
             chosen = {n: p for n, p in named.items() if p.requires_grad}
         elif callable(choice):
@@ -120,7 +141,7 @@ class ParameterSpace:
             if len(wanted) < len(given):
                 raise InputError(
                     f"`parameters` is {choice!r}; expected None, names such as 'head.weight', or a "
-                    "filter `(name, parameter) -> bool`."
+                    "filter `(name, parameter) -> bool`, or masks `{name: boolean tensor}`."
                 )
             aliases = dict(model.named_parameters(remove_duplicate=False))
             canonical = {id(p): n for n, p in named.items()}
@@ -133,10 +154,14 @@ class ParameterSpace:
                     raise InputError(f"`parameters` names {name!r}, unknown to the model.{hint}")
             keep = {canonical[id(aliases[name])] for name in wanted}
             chosen = {n: p for n, p in named.items() if n in keep}
+            masks = {canonical[id(aliases[n])]: _mask(n, m, aliases[n]) for n, m in masks.items()}
         space = cls(chosen)
         for name, rows in padding_rows(model).items():
             if name in space.by_name:
                 space.fix(name, rows)
+        for name, mask in masks.items():
+            if not bool(mask.all()):
+                space.mask(name, mask)
         return space
 
     @property
@@ -212,6 +237,22 @@ class ParameterSpace:
                 )
             out[slot.start : slot.stop] = scale
         return out
+
+
+def _mask(name: str, mask: Any, parameter: Tensor) -> Tensor:
+    """Which entries of ``parameter`` take part. Raises `InputError` where that cannot be read off ``mask``."""
+    if mask is True:
+        return torch.ones_like(parameter, dtype=torch.bool)
+    right = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == parameter.shape
+    if not right:
+        found = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+        raise InputError(
+            f"`parameters[{name!r}]` is {found}; expected a boolean tensor of shape {tuple(parameter.shape)}, True "
+            "where a weight takes part, or True for all of them."
+        )
+    if not bool(mask.any()):
+        raise InputError(f"`parameters[{name!r}]` chooses no weight; leave the name out instead.")
+    return mask
 
 
 def _working(dtype: torch.dtype) -> torch.dtype:

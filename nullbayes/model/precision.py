@@ -20,6 +20,8 @@ ALIKE = 0.1
 # Relative difference that rounding explains in deep networks, in units of the working precision: sums in another
 # order, another kernel for another batch size.
 ROUNDING = 2e4
+# Operations that compute nothing: buffers are copied by them before they are widened.
+COPIES = ("detach", "clone")
 # Whatever the precision: a larger difference is never put down to rounding.
 LARGEST = 1e-2
 
@@ -68,6 +70,8 @@ class Watch(TorchFunctionMode):
         ):  # a look at a shape or dtype is none at the numbers
             self.used = self.used or any(map(self._is_original, (*args, *kwargs.values())))
         out = func(*args, **kwargs)
+        if getattr(func, "__name__", "") in COPIES:
+            return out
         for value in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(value, Tensor) and value.is_floating_point() and value.itemsize >= 2:
                 self.found = max(self.found, value.dtype, key=lambda dtype: torch.finfo(dtype).eps)

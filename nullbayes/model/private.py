@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nullbayes.model.frozen import stand_in
 from nullbayes.model.transformer import PaddedEncoder, is_nested
 
 Hook = Callable[..., Any]
@@ -69,8 +70,11 @@ class Copier:
         widened: torch.dtype | None,
         *,
         padded: bool,
+        whole: bool = False,
     ) -> None:
         self.tensors, self.hooks, self.widened, self.padded = tensors, hooks, widened, padded
+        # Whether frozen weights are widened as a whole, too: copied.
+        self.whole = whole
         self.made: dict[int, nn.Module] = {}
         # State of each private module as it was made: attributes, and versions of its buffers.
         self._states: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
@@ -80,17 +84,29 @@ class Copier:
         # All modules first: attributes of one may refer to any other.
         for module in modules:
             encoder = self.padded and is_nested(module)
-            self.made[id(module)] = _blank(module, PaddedEncoder if encoder else type(module))
+            kind = PaddedEncoder if encoder else self._frozen(module)
+            self.made[id(module)] = _blank(module, kind or type(module))
         for module in modules:
             self._fill(module, self.made[id(module)])
         return self.made[id(root)]
 
+    def _frozen(self, module: nn.Module) -> type[nn.Module] | None:
+        """What computes with the module's half-precision weight without a wide copy of it."""
+        weight = module._parameters.get("weight")
+        if self.widened is None or self.whole or weight is None or weight.dtype not in HALF:
+            return None
+        return None if id(weight) in self.tensors else stand_in(module)
+
     def _fill(self, module: nn.Module, new: nn.Module) -> None:
         state = dict(module.__dict__)
         parameters, tensors = state["_parameters"], self.tensors
+        frozen = hasattr(type(new), "widened")
         state["_parameters"] = {
-            k: p if p is None else self._wide(tensors.get(id(p), p)) for k, p in parameters.items()
+            k: p if p is None or (frozen and k == "weight") else self._wide(tensors.get(id(p), p))
+            for k, p in parameters.items()
         }
+        if frozen:
+            state["widened"] = self.widened
         state["_buffers"] = {
             k: b if b is None else self._wide(b.detach().clone())
             for k, b in state["_buffers"].items()
@@ -292,6 +308,7 @@ class Modules:
         widened: torch.dtype | None = None,
         *,
         padded: bool = False,
+        whole: bool = False,
     ) -> tuple[nn.Module, Copier]:
         """A copy of ``root`` (default: the whole model) with ``tensors`` by the identity of the parameter.
 
@@ -299,13 +316,14 @@ class Modules:
             hooks: forward hooks by the path of their module, called with keyword arguments before the user's.
             widened: what tensors in half precision become.
             padded: transformer encoders give zeros at padded positions, see ``transformer.py``.
+            whole: frozen weights in half precision are copied, too; otherwise see ``frozen.py``.
         """
         root = self.model if root is None else root
         by_path = dict(root.named_modules(remove_duplicate=False)) if hooks else {}
         hooked: dict[int, list[Hook]] = {}
         for path, hook in hooks:
             hooked.setdefault(id(by_path[path]), []).append(hook)
-        copier = Copier(tensors, hooked, widened, padded=padded)
+        copier = Copier(tensors, hooked, widened, padded=padded, whole=whole)
         return copier.tree(root), copier
 
     @contextmanager

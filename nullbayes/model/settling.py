@@ -28,6 +28,9 @@ def settle(functional: FunctionalModel, inputs: Inputs) -> None:
         if not alike(functional.model_output(inputs), deployed):
             functional.widened = None
     watch = _looked_at(functional, inputs)
+    if functional.widened is not None and watch.found in HALF:
+        functional.widened_whole = True
+        watch = _looked_at(functional, inputs)
     # The model reaches its modules in a way that a private copy cannot follow (an object, a global of a global).
     functional.modules.shared = watch.used
     functional.rounding = watch.found

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from nullbayes.certificate import Certificate
-from nullbayes.common.arguments import check_count, check_positive
+from nullbayes.common.arguments import check_count, check_positive, check_sample_dtype
+from nullbayes.common.processes import Processes, resolve
 from nullbayes.constraints.directions import Directions
 from nullbayes.constraints.preserve import Preserve
 from nullbayes.constraints.problem import Problem
 from nullbayes.errors import InputError, NotFittedError
 from nullbayes.fit.pipeline import build, extended, rescaled
 from nullbayes.fit.plan import Plan, plan_fit
+from nullbayes.fit.plan_many import with_communication
 from nullbayes.fit.result import AUDITED, Checkpoint, Fit, Run, Settings
+from nullbayes.fit.together import check_alike
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.capture.verify import prove
 from nullbayes.jacobian.linearise import linearised_outputs, state_dicts
+from nullbayes.jacobian.shared import serve
 from nullbayes.likelihood import Likelihood
+from nullbayes.model.adapters import beside_adapter, check_there, check_unmerged
 from nullbayes.model.batch import Inputs, batch_size, check_inputs, to_device
 from nullbayes.model.checks import check_mode
 from nullbayes.model.data import as_inputs, as_loader, is_array
@@ -28,6 +36,7 @@ from nullbayes.model.fingerprint import check_unchanged, quick_digest
 from nullbayes.model.functional import FunctionalModel, undisturbed_method
 from nullbayes.model.loader import first_inputs
 from nullbayes.model.parameters import ParameterSpace
+from nullbayes.model.shares import shared
 from nullbayes.posterior.calibration import (
     CalibrationPath,
     Search,
@@ -64,6 +73,8 @@ class Posterior(Judged, Predicts, Grows):
         self.problem, self._settings = problem, settings
         self.calibration: CalibrationPath | None = None
         self._fit: Fit | None = None
+        #: see `NullSpacePosterior`
+        self.process_group: Any = None
         # Of the model's tensors when they were last found unchanged.
         self._seen: int | None = None
         # A loaded posterior proves its rows on the first inputs that it sees.
@@ -112,11 +123,14 @@ class Posterior(Judged, Predicts, Grows):
     @property
     def num_samples(self) -> int:
         """Weight samples that are stored."""
-        return len(self._fitted().unit)
+        return len(self._fitted().stored)
 
     @property
     def prior_precision(self) -> float:
-        """``α``. Setting it rescales samples and certificate; the projection does not depend on it."""
+        """``α``; a factor on all where there is one for each tensor (`precision_by_name`).
+
+        Setting it rescales samples and certificate; the projection does not depend on it.
+        """
         return self._fitted().alpha
 
     @prior_precision.setter
@@ -125,8 +139,18 @@ class Posterior(Judged, Predicts, Grows):
 
     @undisturbed_method
     def _set_prior_precision(self, value: float) -> None:
-        fit = self._fitted()
-        self._take(rescaled(fit, check_positive(value, "prior_precision")))
+        fit, value = self._fitted(), check_positive(value, "prior_precision")
+        if fit.check is None or fit.check.processes is None:
+            self._take(rescaled(fit, value))
+            return
+        with self._together("prior_precision"):
+            self._take(rescaled(fit, value))
+
+    @property
+    def precision_by_name(self) -> dict[str, float]:
+        """The prior precision of each parameter tensor."""
+        alpha, each = self._fitted().alpha, self.problem.precision_by_name or {}
+        return {name: alpha * each.get(name, 1.0) for name in self.space.names}
 
     def __repr__(self) -> str:
         kept = self.preserve.describe() if self._settings.target.preserves else "nothing"
@@ -160,7 +184,21 @@ class Posterior(Judged, Predicts, Grows):
         num_samples = check_count(num_samples, "num_samples")
         max_examples = None if max_examples is None else check_count(max_examples, "max_examples")
         train_loader = self._data(train_loader, "train_loader")
-        return plan_fit(self.problem, self._settings, train_loader, num_samples, max_examples)
+        with self._together("plan") as processes:
+            made: Callable[[], Plan] = partial(
+                plan_fit,
+                self.problem,
+                self._settings,
+                train_loader,
+                num_samples,
+                max_examples,
+                processes,
+            )
+            if processes is None:
+                return made()
+            processes.neighbours  # noqa: B018  asked of all, before one of them works
+            plan = processes.shared(made)
+            return with_communication(plan, self.problem, self._settings, num_samples, processes)
 
     @undisturbed_method
     def fit(
@@ -174,6 +212,7 @@ class Posterior(Judged, Predicts, Grows):
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: float = 60.0,
         audit: int = AUDITED,
+        sample_dtype: torch.dtype | None = None,
     ) -> Self:
         """Build the posterior from the training data; nothing of an earlier fit is kept until it is done.
 
@@ -190,6 +229,9 @@ class Posterior(Judged, Predicts, Grows):
             audit: training examples, drawn from all the data, on which the guarantee is measured once more without
                 the fit's rows (``certificate.audit``); fewer than the default are noted there. At least 1: without
                 an audit no guarantee is said to have held.
+            sample_dtype: what samples are stored in, in memory and in files: None, the working precision; or
+                ``torch.bfloat16`` for half the room, which rounds each by up to 0.4 %. The certificate measures what is
+                stored.
 
         Ctrl-C while the solver iterates ends it early: the best samples so far are kept, with a
         certificate that says what they reached. At any other time it leaves the earlier fit as it was.
@@ -209,17 +251,35 @@ class Posterior(Judged, Predicts, Grows):
             progress,
             place,
             check_count(audit, "audit"),
+            check_sample_dtype(sample_dtype, self.functional.dtype),
         )
         train_loader = self._data(train_loader, "train_loader")
-        self._take(build(self.problem, self._settings, train_loader, run))
+        with self._together("fit") as processes:
+            if processes is not None:
+                check_alike(self.problem, self._settings, run, processes)
+                train_loader = shared(train_loader, processes, "train_loader", run.max_examples)
+            self._take(build(self.problem, self._settings, train_loader, run))
         self.calibration = None
         return self
+
+    @contextmanager
+    def _together(self, where: str) -> Iterator[Processes | None]:
+        """The length of a call that all processes make: these, or None for one alone."""
+        processes = resolve(self.process_group)
+        if processes is None:
+            yield None
+            return
+        with processes.call(where) as outermost:
+            yield processes
+            if outermost:  # others may still need products with the rows that are here
+                serve(processes)
 
     def _data(self, data: Any, name: str) -> Iterable[Any]:
         """``data`` as a loader; with what can be said of it and of the model before anything is computed."""
         free = self.functional.layouts is not None
         loader = as_loader(data, name, self.functional.dtype, labelled=not free, pieces=free)
         check_mode(self.model, frozen=self.problem.randomness is not None)
+        check_unmerged(self.model, self.space)
         self.space.check_finite(self.model)
         return loader
 
@@ -269,17 +329,22 @@ class Posterior(Judged, Predicts, Grows):
         self._check_model()
         free = self.functional.layouts is not None
         val_loader = as_loader(val_loader, "val_loader", dtype, labelled=not free, pieces=free)
-        plan = fit.plan or self._proven
-        if plan is None:
-            plan = self._capture_plan(first_inputs(self.functional, val_loader, "val_loader"))
-        search = Search(val_loader, ood_loader, metric, tune, progress)
-        path = calibration_path(fit, plan, search)
-        if path.noise_scale is None:
-            self.prior_precision = path.prior_precision[path.chosen]
-        else:
-            noised = self.likelihood.with_noise(path.noise_scale[path.chosen])
-            assert noised is not None
-            self._take(fit.explained_by(noised))
+        with self._together("calibrate") as processes:
+            plan = fit.plan or self._proven
+            if plan is None:
+                plan = self._capture_plan(first_inputs(self.functional, val_loader, "val_loader"))
+            if processes is not None:
+                val_loader = shared(val_loader, processes, "val_loader")
+                if ood_loader is not None:
+                    ood_loader = shared(ood_loader, processes, "ood_loader")
+            search = Search(val_loader, ood_loader, metric, tune, progress, processes)
+            path = calibration_path(fit, plan, search)
+            if path.noise_scale is None:
+                self.prior_precision = path.prior_precision[path.chosen]
+            else:
+                noised = self.likelihood.with_noise(path.noise_scale[path.chosen])
+                assert noised is not None
+                self._take(fit.explained_by(noised))
         self.calibration = path
         return path
 
@@ -298,12 +363,14 @@ class Posterior(Judged, Predicts, Grows):
         fit = self._fitted()
         digest = quick_digest(self.model)
         if digest != self._seen:
+            check_there(self.model, self.space)
             check_unchanged(self.model, fit.fingerprint)
             self._seen = digest
 
     def _inputs(self, x: Inputs, draws: list[int] | None) -> Inputs:
         """Checked, on the device, and keyed for ``draws`` of the frozen noise unless that is None."""
         x = to_device(as_inputs(x, self.functional.dtype), self.functional.device)
+        x = self.functional.as_called(x)
         self._check_model()
         if not batch_size(x, "`x`"):
             raise InputError(
@@ -355,13 +422,22 @@ class Posterior(Judged, Predicts, Grows):
         fit = self._fitted()
         if fit.state is None:
             raise NotFittedError(
-                f"this posterior was loaded from a file with {len(fit.unit)} samples; more need the "
+                f"this posterior was loaded from a file with {len(fit.stored)} samples; more need the "
                 "factorisation, so call `fit` again with a larger `num_samples`."
             )
-        self._take(extended(fit, self._settings, check_count(count, "count")))
+        count = check_count(count, "count")
+        if fit.state.operator.processes is None:
+            self._take(extended(fit, self._settings, count))
+            return
+        with self._together("draw"):
+            self._take(extended(fit, self._settings, count))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write samples, settings, certificate and a fingerprint of the model to one safetensors file.
+
+        Args:
+            path: of the file; or the folder of a saved adapter of peft, in which it is called
+                ``adapter_posterior.safetensors``.
 
         Raises:
             NotFittedError: not fitted. StorageError: the file cannot be written; an earlier one stays.
@@ -369,7 +445,7 @@ class Posterior(Judged, Predicts, Grows):
         fit = self._fitted()
         settings = described(fit, self._settings.target, self.calibration)
         settings["class"] = type(self).__name__
-        write_posterior(path, self.model, self.space, fit.unit, settings)
+        write_posterior(beside_adapter(path), self.model, self.problem, fit.stored, settings)
 
     def _restore(self, samples: Tensor, settings: dict[str, Any]) -> None:
         """Take over what a file holds, around this posterior's model."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.common.arguments import check_choice
+from nullbayes.common.processes import Processes
 from nullbayes.common.progress import stages
 from nullbayes.errors import InputError, NullBayesWarning
 from nullbayes.fit.result import Fit
@@ -29,7 +30,7 @@ from nullbayes.likelihood import Likelihood
 from nullbayes.likelihood.helpers import mirrored
 from nullbayes.metrics import ood_metrics
 from nullbayes.model.batch import Inputs
-from nullbayes.model.loader import limited
+from nullbayes.model.shares import share_of
 from nullbayes.posterior.prediction import per_example
 
 METRICS = ("nll", "ece")
@@ -100,6 +101,7 @@ class Search:
         loader, ood_loader, metric: see `nullbayes.Posterior.calibrate`.
         tune: one of `TUNED`; None: the noise where it was estimated from training data, else the prior.
         progress: whether to show it.
+        processes: those that read the other shares of the data.
     """
 
     loader: Iterable[Any]
@@ -107,6 +109,7 @@ class Search:
     metric: str = "nll"
     tune: str | None = None
     progress: bool = True
+    processes: Processes | None = None
 
 
 def calibration_path(fit: Fit, plan: CapturePlan, search: Search) -> CalibrationPath:
@@ -118,11 +121,11 @@ def calibration_path(fit: Fit, plan: CapturePlan, search: Search) -> Calibration
     walk = _Walk(fit, plan, search)
     with stages(show=search.progress) as stage:
         for index, inputs, targets in stage.track(
-            limited(fit.problem.functional, search.loader, "val_loader", None), "calibration"
+            share_of(fit.problem.functional, search.loader, "val_loader"), "calibration"
         ):
             walk.add(inputs, targets, f"val_loader, batch {index}")
         if search.ood_loader is not None:
-            loader = limited(fit.problem.functional, search.ood_loader, "ood_loader", None)
+            loader = share_of(fit.problem.functional, search.ood_loader, "ood_loader")
             for index, inputs, _ in stage.track(loader, "out of distribution"):
                 walk.add_out(inputs, f"ood_loader, batch {index}")
     path, values = walk.result()
@@ -171,8 +174,21 @@ class _Walk:
             moved = mirrored(point + unit / math.sqrt(precision), point)
             out.append(per_example(figure.likelihood.moments(moved, point, linearised=True).total))
 
+    def _join(self, processes: Processes) -> None:
+        """What all processes have seen, in the order of the data."""
+        self.examples = round(processes.total(self.examples)[0])
+        every = [*self.figures, *self.points]
+        found = processes.gather([figure.seen() for figure in every])
+        for figure, *parts in zip(every, *found, strict=True):
+            figure.take(parts)
+        for scores in (self.scores_in, self.scores_out):
+            for own, *lists in zip(scores, *processes.gather(scores), strict=True):
+                own[:] = [values for part in lists for values in part]
+
     def result(self) -> tuple[CalibrationPath, list[float]]:
         """The path with its best point chosen, and the values of the metric along it."""
+        if self.search.processes is not None:
+            self._join(self.search.processes)
         metric, likelihood = self.search.metric, self.fit.problem.likelihood
         rows = [figure.result(self.examples) for figure in self.figures]
         has_ece = rows[0]["ece"] is not None
@@ -299,6 +315,18 @@ class _Figures:
                 self.confidences.append(confidence.flatten())
                 self.hits.append(self.likelihood.correct(moments.mean, targets).flatten().long())
             return per_example(moments.total)
+
+    def seen(self) -> tuple[float, float, int, list[Tensor], list[Tensor]]:
+        """The sums so far."""
+        return self.nll, self.score, self.count, self.confidences, self.hits
+
+    def take(self, parts: Sequence[tuple[float, float, int, list[Tensor], list[Tensor]]]) -> None:
+        """Those of all processes."""
+        self.nll = math.fsum(part[0] for part in parts)
+        self.score = math.fsum(part[1] for part in parts)
+        self.count = sum(part[2] for part in parts)
+        self.confidences = [t for part in parts for t in part[3]]
+        self.hits = [t for part in parts for t in part[4]]
 
     def result(self, examples: int) -> dict[str, float | None]:
         ece = None

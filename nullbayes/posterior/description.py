@@ -51,6 +51,8 @@ def check_settings(settings: dict[str, Any]) -> None:
     _check(_likelihood, settings["likelihood"], "likelihood")
     if settings.get("randomness") is not None:
         _check(_randomness, settings["randomness"], "randomness")
+    if settings.get("layers") is not None:
+        _check(_prior, settings["layers"], "layers")
     check_fields(Certificate, settings["certificate"], "certificate")
     if settings["calibration"] is not None:
         check_fields(CalibrationPath, settings["calibration"], "calibration")

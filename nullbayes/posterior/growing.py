@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import Tensor
 
-from nullbayes.common.arguments import check_count
+from nullbayes.common.arguments import check_count, check_sample_dtype
 from nullbayes.fit.marginal import Evidence, log_marginal_likelihood
 from nullbayes.fit.result import AUDITED, Run
 from nullbayes.fit.update import updated
@@ -57,6 +58,7 @@ class Grows:
             progress,
             None,
             check_count(audit, "audit"),
+            check_sample_dtype(fit.stored.dtype, own.functional.dtype),
         )
         own._check_model()
         data = own._data(more, "more")
@@ -67,18 +69,19 @@ class Grows:
     @undisturbed_method
     def log_marginal_likelihood(
         self,
-        prior_precision: float | Tensor | None = None,
+        prior_precision: float | Tensor | Mapping[str, float | Tensor] | None = None,
         *,
         noise_factor: float | Tensor | None = None,
     ) -> Tensor:
         """Log evidence of the training data under the linearised Laplace approximation, in nats: a float64 scalar.
 
-        ``log p(D | θ̂) − ½ θ̂ᵀΛθ̂ − ½ log det(I + Λ⁻¹G)``, whichever posterior this is, with a prior about zero (MacKay
-        1992; Immer et al., *Scalable marginal likelihood estimation*, 2021, eq. 6).
+        ``log p(D | θ̂) − ½ (θ̂ − m)ᵀΛ(θ̂ − m) − ½ log det(I + Λ⁻¹G)``, whichever posterior this is, with a prior about
+        ``m = prior_mean`` (MacKay 1992; Immer et al., *Scalable marginal likelihood estimation*, 2021, eq. 6).
 
         Args:
             prior_precision: a number or a tensor; with one precision for each parameter tensor, a factor on all of
-                them. None: as it is (there: one). Gradients flow to a tensor.
+                them. ``{name: number or tensor}``: one for each parameter tensor, whatever the fit's were, at the cost
+                of one Gram matrix a tensor. None: as it is. Gradients flow to tensors.
             noise_factor: factor on the observation variance that a regression was fitted with; gradients flow to a
                 tensor.
 

@@ -44,7 +44,7 @@ def factorised(scorer: Scorer) -> bool:
     """Whether covariances come from a factorisation: as asked for, or where there is one."""
     if scorer.exact is None:
         state = scorer.fit.state
-        return state is not None and state.explained_flops(1) < float("inf")
+        return state is not None and state.alone and state.explained_flops(1) < float("inf")
     return scorer.is_exact(1)
 
 

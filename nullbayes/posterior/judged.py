@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from nullbayes.common.processes import Processes
 from nullbayes.model.functional import undisturbed_method
 
 if TYPE_CHECKING:
@@ -18,6 +20,11 @@ class Judged:
     """Mixin of all posteriors; what it asks of them is `nullbayes.posterior.measuring.subject.Subject`."""
 
     linearises = True
+
+    @contextmanager
+    def _together(self, where: str) -> Iterator[Processes | None]:
+        """The processes that make the call ``where`` together: this one alone, unless a posterior says otherwise."""
+        yield None
 
     @undisturbed_method
     def evaluate(
@@ -52,9 +59,21 @@ class Judged:
 
         posterior = cast("Subject", self)
         others = cast("Mapping[str, Subject]", against)
-        return evaluate(
-            Question(posterior, test, shifted, train, validation, others, slices, show, progress)
-        )
+        with self._together("evaluate") as processes:
+            return evaluate(
+                Question(
+                    posterior,
+                    test,
+                    shifted,
+                    train,
+                    validation,
+                    others,
+                    slices,
+                    show,
+                    progress,
+                    processes,
+                )
+            )
 
     def report(
         self,

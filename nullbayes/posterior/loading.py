@@ -8,6 +8,7 @@ from torch import nn
 
 from nullbayes.errors import InputError, StorageError
 from nullbayes.likelihood import Likelihood, LossFunction
+from nullbayes.model.adapters import beside_adapter
 from nullbayes.model.functional import Forward, unwrapped
 from nullbayes.model.randomness import FrozenRandomness
 from nullbayes.posterior.base import Posterior
@@ -28,6 +29,7 @@ def load(
     """A posterior from :meth:`Posterior.save`, around the same trained model.
 
     Args:
+        path: of the file, or the folder of an adapter that it was saved beside.
         model: the network that the posterior was fitted for; the file's fingerprint is checked.
             Another device or floating-point dtype is fine, other weights are not.
         likelihood, loss: needed for a callable loss, which no file holds, and for a likelihood class that this
@@ -37,6 +39,7 @@ def load(
     Raises:
         StorageError: the file is missing, truncated, not ours, or for another model.
     """
+    path = beside_adapter(path)
     if is_layer_file(path):
         return load_layers(path, model, likelihood or loss, forward)
     stored = read_posterior(path).plain(unwrapped(model))
@@ -53,8 +56,9 @@ def load(
             preserve=settings["preserve"],
             directions=settings["directions"],
             **settings["options"],
-            parameters=stored.names,
+            parameters=stored.parameters(),
             prior_precision=settings["prior"],
+            prior_mean=stored.prior_mean(),
             forward=forward,
             randomness=frozen and FrozenRandomness(**frozen),
         )

@@ -81,11 +81,17 @@ class Scorer:
                 "exact novelty needs the factorisation, which is not stored in files; fit here, or "
                 "use `exact=False`."
             )
+        searched = state is not None and state.explained_flops(outputs) == float("inf")
+        if self.exact and searched and state is not None and not state.alone:
+            raise InputError(
+                "exact novelty of a solver that iterates, on several processes: use `exact=False`, or fit with "
+                "`solver=nb.solvers.DualCholesky()` or `PrimalQR()`."
+            )
         return self.exact
 
     def too_many_rows(self, outputs: int) -> bool:
         """Whether one pass for each sample costs less than one row for each output."""
-        return outputs > REVERSE_OUTPUTS_PER_SAMPLE * len(self.fit.unit)
+        return outputs > REVERSE_OUTPUTS_PER_SAMPLE * len(self.fit.stored)
 
     def changes(self, x: Inputs) -> Tensor:
         """``J(x) Δ_s (S, B, *out)`` at prior precision one, sample by sample."""
@@ -121,7 +127,7 @@ class Scorer:
         """
         if self.problem.precision_by_name is not None:
             return 1.0
-        size = float(self.problem.trained_weights().double().square().sum())
+        size = float(self.problem.departure().double().square().sum())
         return max(1, self.fit.certificate.rank) / size if size else 1.0
 
 

@@ -11,8 +11,9 @@ from torch import nn
 from nullbayes.common.arguments import PriorPrecision
 from nullbayes.common.deprecation import warn_deprecated
 from nullbayes.constraints.directions import Directions
+from nullbayes.constraints.fisher import with_curvature
 from nullbayes.constraints.preserve import Preserve
-from nullbayes.constraints.problem import Problem
+from nullbayes.constraints.problem import PriorMean, Problem
 from nullbayes.errors import InputError
 from nullbayes.fit.plan import Plan
 from nullbayes.fit.result import Settings
@@ -46,9 +47,12 @@ class NullSpacePosterior(Posterior):
             ``loss(outputs, targets) -> (B,)`` of whatever the model returns; ``loss=`` is another name for it.
         preserve: ``"predictions"``, ``"outputs"``, ``"loss"``, or an object.
         parameters: which weights take part: all that require a gradient (None), names, a
-            filter ``(name, parameter) -> bool``, or ``"last-layer"``: the module that was registered last; ``fit``
-            makes sure that outputs are linear in it.
-        prior_precision: ``"evidence"``, a number, or one for each parameter tensor ``{name: value}``.
+            filter ``(name, parameter) -> bool``, ``"last-layer"``: the module that was registered last; ``fit``
+            makes sure that outputs are linear in it; or single weights, ``{name: boolean tensor of its shape}``
+            (True for a whole tensor).
+        prior_precision: ``"evidence"``, a number, one for each parameter tensor ``{name: value}``, or
+            ``"evidence-by-layer"``: one for each layer (a module's weight and bias), by the evidence; for problems
+            whose Gram matrix of each layer fits into memory.
         solver: ``"auto"``, the name of a registered solver, or an object from ``nb.solvers``.
         directions: None (all), a number or ``"auto"``: how many of the leading eigen-directions of
             each example's output Hessian are constrained.
@@ -67,6 +71,16 @@ class NullSpacePosterior(Posterior):
         drift: the former name of ``row_drift``.
         within: a fitted `LayerNullSpacePosterior` of the same network with ``delta`` above 0, whose covariance is the
             prior: all data through the moments of its layers, and those of ``fit`` through their rows.
+        curvature: which rows stand for the output Hessian of ``preserve="predictions"``: ``"gauss-newton"`` the
+            Hessian itself; ``"empirical-fisher"`` each example's gradient at its label; ``"sampled-fisher"`` (or
+            ``nb.SampledFisher(samples, seed)``) gradients at labels drawn from the prediction. The latter two take
+            fewer rows and preserve less; the certificate says what that costs.
+        prior_mean: the mean of the prior ``N(m, Λ⁻¹)``: ``"zero"``, a number, a vector ``(P,)``, or a tensor for each
+            name; the weights before fine-tuning, say. It enters the evidence alone, and with it the prior precision:
+            the posterior's own mean is the trained network, which stands for the maximum under that prior.
+        process_group: the processes that work together: None: all of `torch.distributed`'s default group, where one is
+            initialised; False: this one alone; a group, or a device mesh of one dimension. All of them make the same
+            calls.
 
     Raises:
         InputError: an argument that cannot be used.
@@ -93,6 +107,9 @@ class NullSpacePosterior(Posterior):
         delta: float = 1e-4,
         drift: float | None = None,
         within: LayerNullSpacePosterior | None = None,
+        curvature: str | Preserve = "gauss-newton",
+        prior_mean: PriorMean = "zero",
+        process_group: Any = None,
     ) -> None:
         number = isinstance(delta, (int, float)) and not isinstance(delta, bool)
         if not number or not 0 <= delta < math.inf:
@@ -103,10 +120,14 @@ class NullSpacePosterior(Posterior):
         functional = functional_model(model, chosen, forward, explained.layouts, frozen)
         functional.last_layer = chosen is not parameters
         prior = None if within is None else within.as_prior(functional)
-        problem = Problem.of(functional, explained, preserve, directions, prior_precision, prior)
+        rows = with_curvature(preserve, curvature, directions)
+        problem = Problem.of(
+            functional, explained, rows, directions, prior_precision, prior, prior_mean
+        )
         row_drift = _row_drift(row_drift, drift)
         target = NullSpace(float(delta))
         super().__init__(problem, Settings.of(target, solver, tolerance, row_drift, memory))
+        self.process_group = process_group
 
 
 class LaplacePosterior(Posterior):
@@ -118,7 +139,7 @@ class LaplacePosterior(Posterior):
     Args:
         tolerance: of an iterative solver: a bound on a sample's error beside the sample itself.
         model, likelihood, preserve, loss, parameters, prior_precision, solver, directions, forward, row_drift, memory,
-            randomness, draws, drift: as those of :class:`NullSpacePosterior`.
+            randomness, draws, drift, curvature, prior_mean, process_group: as those of :class:`NullSpacePosterior`.
 
     Raises:
         InputError: an argument that cannot be used.
@@ -143,16 +164,23 @@ class LaplacePosterior(Posterior):
         randomness: str | FrozenRandomness | None = None,
         draws: int | None = None,
         drift: float | None = None,
+        curvature: str | Preserve = "gauss-newton",
+        prior_mean: PriorMean = "zero",
+        process_group: Any = None,
     ) -> None:
         explained = resolve_loss(likelihood, loss, "classification")
         frozen = resolve_randomness(randomness, draws)
         chosen = resolved(unwrapped(model), parameters)
         functional = functional_model(model, chosen, forward, explained.layouts, frozen)
         functional.last_layer = chosen is not parameters
-        problem = Problem.of(functional, explained, preserve, directions, prior_precision)
+        rows = with_curvature(preserve, curvature, directions)
+        problem = Problem.of(
+            functional, explained, rows, directions, prior_precision, prior_mean=prior_mean
+        )
         row_drift = _row_drift(row_drift, drift)
         target = FullLaplace(1.0)
         super().__init__(problem, Settings.of(target, solver, tolerance, row_drift, memory))
+        self.process_group = process_group
 
 
 def _row_drift(row_drift: float | None, drift: float | None) -> float | None:
@@ -181,6 +209,8 @@ def plan(
     draws: int | None = None,
     delta: float = 1e-4,
     within: LayerNullSpacePosterior | None = None,
+    curvature: str | Preserve = "gauss-newton",
+    prior_mean: PriorMean = "zero",
     num_samples: int = 30,
     max_examples: int | None = None,
 ) -> Plan:
@@ -209,5 +239,7 @@ def plan(
         draws=draws,
         delta=delta,
         within=within,
+        curvature=curvature,
+        prior_mean=prior_mean,
     )
     return posterior.plan(train_loader, num_samples=num_samples, max_examples=max_examples)

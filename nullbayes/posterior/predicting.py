@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,14 +12,17 @@ from torch import Tensor
 
 from nullbayes.common.arguments import check_choice, check_count
 from nullbayes.common.deprecation import formerly_positional
+from nullbayes.common.processes import Processes
 from nullbayes.errors import InputError
 from nullbayes.fit.result import Fit
 from nullbayes.jacobian.linearise import linearised_outputs, sampled_outputs
+from nullbayes.jacobian.shared import serve
 from nullbayes.likelihood.links import LINKS, linked
 from nullbayes.model.batch import Inputs
-from nullbayes.model.data import is_stream, streamed
+from nullbayes.model.data import is_stream
 from nullbayes.model.fingerprint import check_unchanged
 from nullbayes.model.functional import undisturbed, undisturbed_method
+from nullbayes.model.shares import inputs_of_share
 from nullbayes.posterior.differentiable import (
     changes_with_graph,
     check_requires_grad,
@@ -32,6 +36,7 @@ from nullbayes.posterior.novelty import ENTROPIES, ROW_SCORES, SCORES, Scorer, c
 from nullbayes.posterior.prediction import (
     METHODS,
     Prediction,
+    everyones,
     gathered,
     make_prediction,
     of_samples,
@@ -98,13 +103,18 @@ class Predicts:
                 by its weights and inputs at once.
         """
         own, how = cast("Posterior", self), How(method, draw, link, differentiable)
+        own._fitted()
         if is_stream(x):
             if differentiable:
                 raise InputError(
                     "`differentiable=True` with a loader: pass one batch of inputs at a time, which require a gradient."
                 )
-            parts = [self._predict(part, how) for part in streamed(x, own.functional.dtype)]
-            return structured(gathered(parts), own.likelihood)
+            with own._together("predict") as processes:
+                stream = _streamed(own, x, processes)
+                parts = [self._predict(part, how) for part in stream]
+                if processes is not None:
+                    parts = everyones(parts, processes)
+                return structured(gathered(parts), own.likelihood)
         return structured(self._predict(x, how), own.likelihood)
 
     @undisturbed_method
@@ -191,7 +201,7 @@ class Predicts:
         own = cast("Posterior", self)
         check_choice(criterion, CRITERIA, "criterion")
         wanted, fit = check_count(k, "k"), own._fitted()
-        parts = streamed(pool, own.functional.dtype) if is_stream(pool) else iter([pool])
+        parts = _streamed(own, pool, None) if is_stream(pool) else iter([pool])
         checked = (own._inputs(part, [0]) for part in parts)
         first = next(checked, None)
         assert first is not None  # an empty stream is an error already
@@ -216,7 +226,9 @@ class Predicts:
         Where the model draws random numbers: the mean over the ``draws`` that were fitted.
 
         Args:
-            x: one batch of inputs; or a loader or data set, of which targets are left out.
+            x: one batch of inputs; or a loader or data set, of which targets are left out. After a fit on several
+                processes with `DualCholesky`, all of them call this, each with inputs of its own; of a loader each
+                takes a part, and all get the scores of the whole.
             score: ``"information"``: what an observation at ``x`` would tell of the weights, in nats:
                 ``½ log det(I + J(x) Σ J(x)ᵀ)`` (of logits without what is common to all, which no prediction
                 depends on), whatever `calibrate` made of the prior precision;
@@ -230,13 +242,22 @@ class Predicts:
         """
         check_choice(score, SCORES, "score")
         own = cast("Posterior", self)
-        own._fitted()
+        fit = own._fitted()
         if not is_stream(x):
-            return self._novelty(x, score, exact, targets)
+            state = fit.state
+            if state is None or state.alone or exact is False or score in ENTROPIES:
+                return self._novelty(x, score, exact, targets)
+            with own._together("novelty"):
+                return self._novelty(x, score, exact, targets)
         if targets is not None:
             raise InputError("`targets` of a loader: score one batch at a time with its targets.")
-        parts = streamed(x, own.functional.dtype)
-        return torch.cat([self._novelty(part, score, exact, None) for part in parts])
+        with own._together("novelty") as processes:
+            parts = _streamed(own, x, processes)
+            values = [self._novelty(part, score, exact, None) for part in parts]
+            if processes is not None:
+                serve(processes)
+                values = [v for part in processes.gather(values) for v in part]
+            return torch.cat(values)
 
     @undisturbed_method
     def _novelty(self, x: Inputs, score: str, exact: bool | None, targets: Any) -> Tensor:
@@ -298,3 +319,9 @@ class _Covariance:
             place = torch.arange(size, device=found.device)
             moved = moved.reshape(size, outputs, size, outputs)[place, :, place]
             return found + moved - moved.detach()
+
+
+def _streamed(own: Posterior, x: Any, processes: Processes | None) -> Iterator[Any]:
+    functional = own.functional
+    labelled = functional.conventions is not None
+    return inputs_of_share(x, functional.dtype, processes, labelled=labelled)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nullbayes.common.processes import Processes
 from nullbayes.errors import InputError, NonFiniteError
 from nullbayes.likelihood import Likelihood
 from nullbayes.likelihood.helpers import mirrored, require_draws
@@ -154,6 +155,15 @@ def gathered(parts: Sequence[Prediction]) -> Prediction:
         method=parts[0].method,
         _covariance=lambda: torch.cat([part.covariance for part in parts]),
     )
+
+
+def everyones(parts: Sequence[Prediction], processes: Processes) -> list[Prediction]:
+    """The predictions of all processes in the order of the data. Their covariances are those of the samples."""
+    return [
+        part
+        for each in processes.gather([replace(part, _covariance=None) for part in parts])
+        for part in each
+    ]
 
 
 def structured(prediction: Prediction, likelihood: Likelihood) -> Prediction:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +22,35 @@ from nullbayes.errors import NullBayesError, NullBayesWarning, StorageError
 from nullbayes.fit.result import Fit
 from nullbayes.fit.target import Target
 from nullbayes.likelihood import Likelihood, likelihood_from_config
+from nullbayes.model.adapters import MERGED
 from nullbayes.model.fingerprint import fingerprint
-from nullbayes.model.parameters import WRAPPED, ParameterSpace
+from nullbayes.model.parameters import HALF, WRAPPED, ParameterSpace
 from nullbayes.posterior.calibration import CalibrationPath
 from nullbayes.posterior.description import DescriptionError, check_settings, parsed
 
 FORMAT = "nullbayes-posterior"
-# 1: without a checksum.
-VERSION = 2
+# 1: without a checksum. 3: with a prior mean, masks or one prior precision a layer; what has none of these stays at 2.
+VERSION, PLAIN = 3, 2
+# What a file may hold beside the samples: vectors of P numbers.
+BESIDE = ("prior_mean", "mask")
 
 
 def write_posterior(
     path: str | os.PathLike[str],
     model: nn.Module,
-    space: ParameterSpace,
+    problem: Problem,
     samples: Tensor,
     settings: dict[str, Any],
 ) -> None:
     """Write under a temporary name in the same folder, then rename: never half a file."""
-    target = Path(path)
+    target, space = Path(path), problem.space
+    beside = _beside(problem)
     meta = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if beside or problem.layers else PLAIN,
         "names": list(space.names),
         "shapes": [list(slot.shape) for slot in space.slots],
-        "dtype": str(space.dtype),
+        "dtype": str(samples.dtype),
         "fingerprint": fingerprint(model),
         "settings": settings,
     }
@@ -60,10 +64,21 @@ def write_posterior(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(target) as part:
-            tensors = {"samples": samples.detach().cpu().contiguous()}
+            tensors = {"samples": samples.detach().cpu().contiguous(), **beside}
             save_file(tensors, part, metadata=signed(text, tensors))
     except (OSError, ValueError, SafetensorError) as error:  # a name with a NUL is a ValueError
         raise StorageError(f"could not write {target}: {error}.") from error
+
+
+def _beside(problem: Problem) -> dict[str, Tensor]:
+    """Vectors ``(P,)`` that say which weights take part, and what the prior is centred on, where that is special."""
+    out, space = {}, problem.space
+    if problem.prior_mean is not None:
+        out["prior_mean"] = problem.prior_mean.cpu().contiguous()
+    if space.masks:
+        ones = torch.ones(space.total, device=space.device)
+        out["mask"] = space.masked_(ones).bool().to(torch.uint8).cpu()
+    return out
 
 
 def signed(text: str, tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -74,17 +89,20 @@ def signed(text: str, tensors: dict[str, Tensor]) -> dict[str, str]:
 def described(fit: Fit, target: Target, calibration: CalibrationPath | None) -> dict[str, Any]:
     """The settings and figures of a fit that a file holds beside its samples; JSON-able."""
     problem, frozen = fit.problem, fit.problem.randomness
+    conventions = problem.functional.conventions
     return {
         "likelihood": problem.likelihood.config(),
         "preserve": problem.preserve.name,
         "directions": problem.directions,
         "options": target.options(),
         "prior": problem.prior,
+        **({} if problem.layers is None else {"layers": problem.layers}),
         "randomness": None if frozen is None else frozen.config(),
         "prior_precision": fit.alpha,
         "seed": fit.seed,
         "certificate": fit.certificate.as_dict(),
         "calibration": None if calibration is None else calibration.as_dict(),
+        "conventions": None if conventions is None else conventions.config(),
     }
 
 
@@ -93,6 +111,11 @@ def restored(
 ) -> tuple[Fit, CalibrationPath | None]:
     """The inverse of :func:`described`, around the problem's model. Raises KeyError, TypeError, ValueError."""
     path = settings["calibration"]
+    if settings.get("layers"):
+        problem = replace(problem, layers=dict(settings["layers"]))
+    conventions, found = problem.functional.conventions, settings.get("conventions")
+    if conventions is not None and found:  # files of earlier versions have none
+        conventions.restore(found)
     fit = Fit(
         problem,
         samples,
@@ -111,6 +134,7 @@ class Stored:
     path: Path
     meta: dict[str, Any]
     tensor: Tensor
+    beside: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -119,6 +143,21 @@ class Stored:
     @property
     def settings(self) -> dict[str, Any]:
         return dict(self.meta["settings"])
+
+    def parameters(self) -> list[str] | dict[str, Tensor]:
+        """Names of the tensors that take part, or which of their entries."""
+        mask = self.beside.get("mask")
+        return self.names if mask is None else self._by_name(mask.bool())
+
+    def prior_mean(self) -> dict[str, Tensor] | None:
+        """What the prior is centred on, by name; None: zero."""
+        mean = self.beside.get("prior_mean")
+        return None if mean is None else self._by_name(mean)
+
+    def _by_name(self, vector: Tensor) -> dict[str, Tensor]:
+        shapes = self.meta["shapes"]
+        parts = vector.split([math.prod(shape) for shape in shapes])
+        return {n: v.reshape(s) for n, v, s in zip(self.names, parts, shapes, strict=True)}
 
     def likelihood(self) -> Likelihood:
         """Rebuilt from its settings. Raises `StorageError` or, for a name that is not known here, `InputError`."""
@@ -155,7 +194,7 @@ class Stored:
         if missing:
             raise StorageError(
                 f"{self.path} belongs to a model with parameters {missing[:4]}, which this "
-                f"{type(model).__name__} does not have. Build the same architecture."
+                f"{type(model).__name__} does not have. Build the same architecture. {MERGED}"
             )
         shapes = [n for n, shape in wanted.items() if list(named[n].shape) != shape]
         if shapes:
@@ -175,7 +214,7 @@ class Stored:
 
     def samples(self, space: ParameterSpace) -> Tensor:
         """Samples ``(S, P)`` on the model's device and in its dtype."""
-        if str(space.dtype) != self.meta["dtype"]:
+        if self.tensor.dtype not in (space.dtype, *HALF):
             warnings.warn(
                 f"{self.path} holds {self.meta['dtype']} samples, the model is {space.dtype}: they are "
                 "converted, and the certificate speaks of the original.",
@@ -196,7 +235,9 @@ class Stored:
             sizes = [math.prod(shape) for shape in self.meta["shapes"]]
             parts = dict(zip(self.names, tensor.split(sizes, dim=1), strict=True))
             tensor = torch.cat([parts[name] for name in space.names], dim=1)
-        return tensor.to(device=space.device, dtype=space.dtype)
+        # Samples that were asked for in half precision stay so; any other dtype follows the model's.
+        dtype = tensor.dtype if tensor.dtype in HALF else space.dtype
+        return tensor.to(device=space.device, dtype=dtype)
 
 
 def read_posterior(path: str | os.PathLike[str]) -> Stored:
@@ -228,12 +269,18 @@ def read_posterior(path: str | os.PathLike[str]) -> Stored:
             f"{source} cannot be read: it is not what was written (its checksum differs). It was damaged or changed "
             "since; save it again."
         )
-    if set(tensors) != {"samples"} or str(tensors["samples"].dtype) != meta["dtype"]:
+    beside = {name: t for name, t in tensors.items() if name in BESIDE}
+    count = sum(math.prod(shape) for shape in meta["shapes"])
+    whole = all(t.shape == (count,) for t in beside.values()) and meta["version"] >= (
+        VERSION if beside else 0
+    )
+    expected = {"samples", *beside}
+    if set(tensors) != expected or not whole or str(tensors["samples"].dtype) != meta["dtype"]:
         raise StorageError(
             f"{source} holds {sorted(tensors)[:4]}, expected 'samples' of {meta['dtype']}. The file is damaged; "
             "save it again."
         )
-    return Stored(source, meta, tensors["samples"])
+    return Stored(source, meta, tensors["samples"], beside)
 
 
 def _contents(source: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

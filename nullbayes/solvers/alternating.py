@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.jacobian.operator import RowOperator, Tick
+from nullbayes.solvers.agreement import Agreed, together
 from nullbayes.solvers.base import Cost, Projection, Size, Solver, Status, relative, require_finite
 from nullbayes.solvers.block_cg import row_norms
 from nullbayes.solvers.checkpoint import QUIET, Watch
@@ -101,7 +102,10 @@ class AlternatingState(IterativeState):
         self.operator = operator
         self.batches: list[_Batch] = []
         start = 0
-        for piece in operator.pieces(solver.batch_rows):
+        #: the rows that this process holds; the batches, and all that is as long as rows, are of these
+        self.mine = operator.mine
+        self.agreed = Agreed(operator.processes)
+        for piece in self.mine.pieces(solver.batch_rows):
             gram = piece.gram()
             require_finite(gram, "the Gram matrix of a mini-batch")
             values, vectors = torch.linalg.eigh(gram)
@@ -109,7 +113,7 @@ class AlternatingState(IterativeState):
             self.batches.append(_Batch(piece, rows, values.clamp(min=0), vectors))
             start = rows.stop
             if tick:
-                tick(start / operator.shape[0])
+                tick(start / self.mine.shape[0])
 
     def factorise(
         self,
@@ -128,14 +132,14 @@ class AlternatingState(IterativeState):
         if not self.numerical:
             goal = Refinement(tolerance, self.solver.max_iterations)
             return self._solve(vectors, noise, goal, watch)
-        before = row_norms(self.operator.matvec(vectors))
+        before = self.agreed.norms(self.mine.matvec(vectors))
         x, after, done, cycles, status = vectors, before, 0, 0, Status.NUMERICAL
         while True:
             previous = after
             limit = max(1, self.solver.max_iterations - cycles)
             solved = self._solve(x, None, Refinement(0.1 * tolerance, limit), watch)
             x, done, cycles = solved.value, done + 1, cycles + solved.iterations
-            after = row_norms(self.operator.matvec(x))
+            after = self.agreed.norms(self.mine.matvec(x))
             if bool((after <= (tolerance * before).clamp(min=self.enough)).all()):
                 status = Status.CONVERGED
                 break
@@ -150,17 +154,30 @@ class AlternatingState(IterativeState):
         self.passes = done if self.passes is None else self.passes
         return Projection(x, relative(after, before), status, cycles)
 
+    def _sweep(self, x: Tensor, z: Tensor, extra: float | Tensor) -> None:
+        """One projection after the other onto the null spaces of the batches: changes ``x`` and ``z``."""
+        for batch in self.batches:
+            r = batch.operator.matvec(x).double()
+            if self.shift:
+                r = r - self.shift * z[:, batch.rows]
+                r = r + (extra if isinstance(extra, float) else extra[:, batch.rows])
+            y = batch.inverse(r, self.shift, self.solver.cutoff)
+            x -= batch.operator.rmatvec(y.to(x.dtype))
+            z[:, batch.rows] += y
+
     def _solve(
         self, vectors: Tensor, noise: Tensor | None, goal: Refinement, watch: Watch
     ) -> Projection:
         tolerance, limit = goal.tolerance, goal.max_iterations
-        x, dtype = vectors, vectors.dtype
-        z = torch.zeros(len(x), self.operator.shape[0], dtype=torch.float64, device=x.device)
-        extra = 0.0 if noise is None or not self.shift else self.shift**0.5 * noise.double()
+        x = vectors
+        z = torch.zeros(len(x), self.mine.shape[0], dtype=torch.float64, device=x.device)
+        extra: float | Tensor = 0.0
+        if noise is not None and self.shift:
+            extra = self.shift**0.5 * self.agreed.own(self.operator, noise).double()
 
         def residual() -> Tensor:
-            r: Tensor = self.operator.matvec(x).double() + extra - self.shift * z
-            return row_norms(r)
+            r: Tensor = self.mine.matvec(x).double() + extra - self.shift * z
+            return self.agreed.norms(r)
 
         before = residual()
         require_finite(before, "the product of the Jacobian rows with prior samples")
@@ -170,33 +187,33 @@ class AlternatingState(IterativeState):
         enough = (tolerance * scale).clamp(min=0.0 if self.shift else self.enough)
         reached, best, stalled, cycles = before, (before, x), 0, 0
         status = Status.MAX_ITERATIONS
-        try:
-            while True:
-                watch.report(cycles, float(relative(reached, enough).max()))
-                if bool((reached <= enough).all()):
-                    status = Status.CONVERGED
-                    break
-                if cycles >= limit or stalled >= STALLED_CYCLES:
-                    status = Status.STAGNATED if cycles < limit else status
-                    break
-                x, started, cycles = x.clone(), x, cycles + 1
-                for batch in self.batches:
-                    r = batch.operator.matvec(x).double()
-                    if self.shift:
-                        r = r - self.shift * z[:, batch.rows]
-                        r = r + (extra if isinstance(extra, float) else extra[:, batch.rows])
-                    y = batch.inverse(r, self.shift, self.solver.cutoff)
-                    x -= batch.operator.rmatvec(y.to(dtype))
-                    z[:, batch.rows] += y
-                if self.solver.accelerate and not self.shift:
-                    x = _line_search(started, x)
-                previous, reached = reached, residual()
-                require_finite(reached, "the residual of the projection")
-                slow = bool((reached > STALLED * previous).all())
-                stalled = stalled + 1 if slow else 0
-                if float(reached.max()) <= float(best[0].max()):
-                    best = (reached, x)
-        except KeyboardInterrupt:
-            status = Status.INTERRUPTED
+        with together(self.operator.processes) as self.agreed:
+            try:
+                while True:
+                    watch.report(cycles, float(relative(reached, enough).max()))
+                    found: Status | None = None
+                    if bool((reached <= enough).all()):
+                        found = Status.CONVERGED
+                    elif cycles >= limit or stalled >= STALLED_CYCLES:
+                        found = Status.STAGNATED if cycles < limit else Status.MAX_ITERATIONS
+                    found = self.agreed.status(found)
+                    if found is not None:
+                        status = found
+                        break
+                    x, started, cycles = x.clone(), x, cycles + 1
+                    # Processes take turns: each batch begins where the one before it has ended.
+                    for turn in self.agreed.turns(x):
+                        if turn:
+                            self._sweep(x, z, extra)
+                    if self.solver.accelerate and not self.shift:
+                        x = _line_search(started, x)
+                    previous, reached = reached, residual()
+                    require_finite(reached, "the residual of the projection")
+                    slow = bool((reached > STALLED * previous).all())
+                    stalled = stalled + 1 if slow else 0
+                    if float(reached.max()) <= float(best[0].max()):
+                        best = (reached, x)
+            except KeyboardInterrupt:
+                status = Status.INTERRUPTED
         reached, x = best
         return Projection(x, relative(reached, scale), status, cycles)

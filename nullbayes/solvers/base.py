@@ -187,6 +187,11 @@ class State(ABC):
     notes: tuple[str, ...] = ()
     enough: float = 0.0
 
+    @property
+    def alone(self) -> bool:
+        """Whether :meth:`explained` asks no other process for its rows."""
+        return self.operator.processes is None
+
     @abstractmethod
     def spectrum(self, settled: Settled | None = None) -> Spectrum:
         """Squared singular values; to be asked before ``factorise``. An estimate goes on until it is ``settled``."""

@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 from nullbayes.jacobian.operator import RowOperator
+from nullbayes.solvers.agreement import Agreed, together
 from nullbayes.solvers.base import Status, require_finite
 from nullbayes.solvers.checkpoint import QUIET, Watch
+from nullbayes.solvers.norms import blocks as blocks
+from nullbayes.solvers.norms import inner as inner
+from nullbayes.solvers.norms import row_norms as row_norms
 
 # Iterations between two measurements of the true residual; each costs as much as one iteration.
 CHECK_EVERY = 10
 # Given up when so many iterations have reduced the residual by less than the factor.
 PATIENCE = 40
 LEAST_GAIN = 0.9
-# Columns that a float64 product of two blocks of vectors holds at a time.
-_COLUMNS = 2**20
 
 Precondition = Callable[[Tensor], Tensor]
 #: ``(‖A x‖ (S,), ‖r‖ (S,)) -> (S,)``: at most one where a sample is good enough
@@ -116,13 +118,14 @@ def block_cg(
 
     An interrupt (Ctrl-C) ends the search; what was reached is returned, and measured, as always.
     """
-    run = _Run(objective, goal, precondition, watch, start or Start())
-    try:
-        while (status := run.ended(max_iterations)) is None:
-            run.step(max_iterations)
-    except KeyboardInterrupt:
-        status = Status.INTERRUPTED
-        run.interrupted()
+    with together(objective.operator.processes) as agreed:
+        run = _Run(objective, goal, precondition, watch, start or Start(), agreed)
+        try:
+            while (status := agreed.status(run.ended(max_iterations))) is None:
+                run.step(max_iterations)
+        except KeyboardInterrupt:
+            status = Status.INTERRUPTED
+            run.interrupted()
     reached, x = run.best
     return Solved(x.to(objective.anchor.dtype), reached, status, run.done)
 
@@ -137,7 +140,9 @@ class _Run:
         precondition: Precondition | None,
         watch: Watch,
         start: Start,
+        agreed: Agreed,
     ) -> None:
+        self.agreed = agreed
         self.objective, self.goal, self.precondition = objective, goal, precondition
         self.watch, self.carried = watch, {} if start.carried is None else start.carried
         anchor = objective.anchor
@@ -195,7 +200,8 @@ class _Run:
         hinted, little = self._hints(along)
         self.watch.report(self.done, float(hinted.max()))
         hoped, lost = bool((hinted <= 1).all()), bool(little.all())
-        if hoped or lost or self.unchecked >= CHECK_EVERY or self.done >= max_iterations:
+        due = self.unchecked >= CHECK_EVERY or self.done >= max_iterations
+        if self.agreed.whether(hoped or lost or due):
             self._look()
 
     def _hints(self, along: Tensor) -> tuple[Tensor, Tensor]:
@@ -324,29 +330,6 @@ def _true_to(search: _Search, r: Tensor) -> _Search | None:
     error = row_norms(search.coefficients.to(r.dtype) @ search.q - r)
     allowed = torch.finfo(r.dtype).eps ** 0.25
     return None if bool((error > allowed * row_norms(r)).any()) else search
-
-
-def inner(a: Tensor, b: Tensor) -> Tensor:
-    """``a bᵀ`` in float64 for ``(S, P)`` and ``(T, P)``, a piece of the columns at a time."""
-    out = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
-    for i in range(0, a.shape[1], _COLUMNS):
-        out += a[:, i : i + _COLUMNS].double() @ b[:, i : i + _COLUMNS].double().T
-    return out
-
-
-def blocks(a: Tensor, width: int, b: Tensor | None = None) -> Tensor:
-    """Diagonal blocks ``(R / width, width, width)`` of ``aᵀ b (R, R)`` for ``(K, R)``; ``b`` None: of ``aᵀ a``."""
-    first = a.T.reshape(-1, width, len(a))
-    second = first if b is None else b.T.reshape(-1, width, len(b))
-    return first @ second.mT
-
-
-def row_norms(a: Tensor) -> Tensor:
-    """``(S, P)`` -> ``(S,)`` float64, without a float64 copy of all of it."""
-    out = torch.zeros(len(a), dtype=torch.float64, device=a.device)
-    for part in a.split(_COLUMNS, dim=1):
-        out += part.double().square().sum(1)
-    return out.sqrt()
 
 
 def sample_size(vectors: Tensor, noise: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nullbayes.common.files import atomic_file, checksum, remove_leftovers
+from nullbayes.common.processes import Processes
 from nullbayes.errors import NullBayesWarning, StorageError
 
 #: ``(iterations done, residual over the tolerance)``
@@ -48,6 +49,8 @@ class Watch:
         self.carried: dict[str, Tensor] = {}
         #: digest of all that the problem was made from (weights, say): two that differ never fit; "": not told
         self.identity = ""
+        #: those that work on it; one writes, and what it reads all of them check
+        self.processes: Processes | None = None
         self._warned = False
         self._path = None if path is None else Path(path)
         self._last = time.monotonic()
@@ -64,6 +67,8 @@ class Watch:
             NullBayesWarning: once, where it cannot be written. The work goes on, and the last good one stands.
         """
         if self._path is None or not (now or time.monotonic() - self._last >= self._every):
+            return
+        if self.processes is not None and not self.processes.leads:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,16 +95,13 @@ class Watch:
         Raises:
             StorageError: the file is of another problem, damaged, or cannot be read.
         """
-        if self._path is None or not _exists(self._path):
+        if self._path is None:
             return None
-        try:
-            with safe_open(self._path, framework="pt") as file:
-                head = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError, KeyError, MemoryError) as error:
-            raise StorageError(
-                f"the checkpoint {self._path} cannot be read ({error}); remove it to start anew."
-            ) from error
+        processes = self.processes
+        found = self._read() if processes is None else processes.shared(self._read)
+        if found is None:
+            return None
+        head, tensors = found
         self._check_whole(head, tensors)
         if self._before is not None and head.get("problem") == self._before:
             return None
@@ -111,6 +113,20 @@ class Watch:
                 "settings); remove it, or name another file in `checkpoint=`."
             )
         return tensors
+
+    def _read(self) -> tuple[dict[str, str], dict[str, Tensor]] | None:
+        """What the file says of itself, and what it holds; None where there is no file."""
+        assert self._path is not None
+        if not _exists(self._path):
+            return None
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                head = file.metadata() or {}
+                return head, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError, KeyError, MemoryError) as error:
+            raise StorageError(
+                f"the checkpoint {self._path} cannot be read ({error}); remove it to start anew."
+            ) from error
 
     def _check_whole(self, head: dict[str, str], tensors: dict[str, Tensor]) -> None:
         if head.get("format") == FORMAT:
@@ -133,7 +149,7 @@ class Watch:
 
     def finish(self) -> None:
         """The work is done: its checkpoint has served."""
-        if self._path is not None:
+        if self._path is not None and (self.processes is None or self.processes.leads):
             with contextlib.suppress(OSError, ValueError):
                 self._path.unlink(missing_ok=True)
             remove_leftovers(self._path)

@@ -315,7 +315,7 @@ class ConjugateGradientState(IterativeState):
         return conjugate_gradients(equations, self._preconditioner.apply, refinement)
 
     def _image(self, x: Tensor) -> Tensor:
-        return self.operator.matvec(x).double().norm(dim=1)
+        return self.operator.image_norms(x)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from nullbayes.common.processes import once
 from nullbayes.common.progress import CERTIFICATE, FACTORISATION, GRAM, PROJECTION
 from nullbayes.errors import SolverError
 from nullbayes.jacobian.block_storage import BLOCK_ROWS
@@ -31,7 +33,7 @@ from nullbayes.solvers.refinement import (
     iterate,
 )
 from nullbayes.solvers.rehearsal import Rehearsal, timed
-from nullbayes.solvers.spectrum import EXACT_UP_TO, PROBES, STEPS, gram_spectrum
+from nullbayes.solvers.spectrum import EXACT_UP_TO, PROBES, STEPS, gram_spectrum, shared_spectrum
 
 TRACE_PROBES = 32
 # The side of dense trials: large enough for the speed that large matrices have.
@@ -130,7 +132,8 @@ class DualState(State):
     def spectrum(self, settled: Settled | None = None) -> Spectrum:
         if self._gram is None:
             raise SolverError("the spectrum must be asked for before `factorise`.")
-        return gram_spectrum(self._gram, settled)
+        gram = self._gram
+        return shared_spectrum(self.operator.processes, lambda: gram_spectrum(gram, settled))
 
     def factorise(
         self,
@@ -157,7 +160,9 @@ class DualState(State):
         while True:
             # An example without a row (ignored, or fully certain) gets a unit diagonal: it is inert.
             gram.diagonal().fill_(1.0 + jitter)
-            self.chol, info = torch.linalg.cholesky_ex(gram)
+            self.chol, info = once(
+                self.operator.processes, partial(torch.linalg.cholesky_ex, gram), gram
+            )
             if int(info) == 0:
                 break
             jitter *= 10
@@ -253,6 +258,8 @@ class DualState(State):
     def left_out(self, vectors: Tensor, spans: Sequence[slice]) -> list[Tensor] | None:
         # K⁻¹ A v of a row is the residual that it would have, times its entry of K⁻¹.
         image = self.operator.matvec(vectors).double()  # (S, M)
+        if not spans:
+            return []
         chosen = torch.cat([torch.arange(s.start, s.stop) for s in spans]).to(image.device)
         units = torch.zeros(len(chosen), len(self.chol), dtype=image.dtype, device=image.device)
         units[torch.arange(len(chosen), device=image.device), chosen] = 1.0

@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from nullbayes.common.processes import Processes
+from nullbayes.jacobian.block_storage import replaced
 from nullbayes.jacobian.factors.base import Factor
 from nullbayes.jacobian.factors.outer import OuterFactor
 from nullbayes.jacobian.factors.products import gather, scatter_add
@@ -26,6 +28,10 @@ class Curvature(ABC):
         """Take in the rows of one block."""
 
     @abstractmethod
+    def sum_over(self, processes: Processes) -> None:
+        """What has been taken in, summed over the processes."""
+
+    @abstractmethod
     def finish(self, examples: int) -> None:
         """All rows are in: decompose."""
 
@@ -37,6 +43,9 @@ class Curvature(ABC):
 def layer_curvatures(operator: JacobianOperator, tick: Tick | None = None) -> list[Curvature]:
     """One pass over the rows; a decomposition for each layer."""
     layers: dict[tuple[str, ...], Curvature] = {}
+    processes = operator.processes
+    if processes is not None:
+        layers = _empty(operator, processes)
     for i, kept in enumerate(operator.blocks):
         with kept.opened() as block:
             for key, factor in block.factors.items():
@@ -46,10 +55,29 @@ def layer_curvatures(operator: JacobianOperator, tick: Tick | None = None) -> li
         if tick:
             tick(0.8 * (i + 1) / len(operator.blocks))
     for layer in layers.values():
+        if processes is not None:
+            layer.sum_over(processes)
         layer.finish(operator.examples)
     if tick:
         tick(1.0)
     return list(layers.values())
+
+
+def _empty(operator: JacobianOperator, processes: Processes) -> dict[tuple[str, ...], Curvature]:
+    """Sums over no rows for each layer that any process has, in the same order everywhere."""
+    forms: dict[tuple[str, ...], Factor] = {}
+    for kept in operator.blocks:
+        with kept.opened() as block:
+            for key, factor in block.factors.items():
+                if key not in forms:
+                    forms[key] = replaced(factor.narrow(0, 0), torch.clone)
+    layers: dict[tuple[str, ...], Curvature] = {}
+    for found in processes.gather(forms):
+        for key, form in found.items():
+            if key not in layers:
+                layers[key] = _curvature(form)
+                layers[key].add(form)
+    return layers
 
 
 def _curvature(factor: Factor) -> Curvature:
@@ -66,6 +94,9 @@ class _Full(Curvature):
     def add(self, factor: Factor) -> None:
         rows = factor.rows()
         self.sum = self.sum.to(rows) + rows.T @ rows
+
+    def sum_over(self, processes: Processes) -> None:
+        processes.sum_(self.sum)
 
     def finish(self, examples: int) -> None:
         self.values, self.basis = _decomposed(self.sum)
@@ -88,6 +119,11 @@ class _Diagonal(Curvature):
         for start in range(0, factor.examples, step):
             part = factor.narrow(start, min(start + step, factor.examples))
             self.values = self.values.to(part.tensors()[-1]) + part.rows().square().sum(0)
+        if not factor.examples:
+            self.values = self.values + factor.tensors()[-1].new_zeros(factor.columns)
+
+    def sum_over(self, processes: Processes) -> None:
+        processes.sum_(self.values)
 
     def finish(self, examples: int) -> None:
         pass
@@ -113,6 +149,11 @@ class _Product(Curvature):
         self.inputs = self.inputs.to(outer.a) + _moment(outer.a.movedim(-2, 0))
         self.outputs = self.outputs.to(outer.g) + _moment(outer.g.movedim(-2, 0))
         self.tokens += outer.examples * outer.tokens
+
+    def sum_over(self, processes: Processes) -> None:
+        self.inputs = processes.sum_(self.inputs.contiguous())
+        self.outputs = processes.sum_(self.outputs.contiguous())
+        self.tokens = round(processes.total(self.tokens)[0])
 
     def finish(self, examples: int) -> None:
         # Tokens of one example add up in a row; their cross terms are what is left out.
@@ -148,7 +189,7 @@ def _gain(values: Tensor, mu: float) -> Tensor:
 
 def _moment(x: Tensor) -> Tensor:
     """``(G, ..., d)`` -> ``Σ x xᵀ (G, d, d)``, or its diagonal ``(G, d)`` where d is too wide."""
-    flat = x.reshape(x.shape[0], -1, x.shape[-1])
+    flat = x.flatten(1, -2)
     return flat.square().sum(1) if x.shape[-1] > WIDEST else flat.transpose(1, 2) @ flat
 
 

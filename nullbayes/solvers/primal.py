@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nullbayes.common.processes import Processes, once
 from nullbayes.common.progress import FACTORISATION, GRAM, PROJECTION
 from nullbayes.jacobian.operator import RowOperator, Tick
 from nullbayes.solvers.base import (
@@ -70,6 +71,7 @@ class PrimalQR(Solver):
         self, r: Tensor, added: RowOperator, operator: RowOperator, tick: Tick | None = None
     ) -> PrimalState:
         """A state for ``operator``, of whose rows all but those of ``added`` are in ``r (k, P)``: ``rᵀr``."""
+        added = added.mine
         m, p = added.shape
         chunk = max(1024, 3 * min(m, p))
         pending: list[Tensor] = []
@@ -83,11 +85,29 @@ class PrimalQR(Solver):
                 if tick:
                     tick(done / m)
         r = self._absorb(r, pending)
+        processes = operator.processes
+        if processes is not None:
+            r = self._of_all(r, processes)
         require_finite(r, "the triangular factor of the Jacobian rows")
-        _, sigma, basis = torch.linalg.svd(r, full_matrices=False)
+        sigma, basis = once(processes, lambda: torch.linalg.svd(r, full_matrices=False)[1:], r)
         if tick:
             tick(1.0)
         return PrimalState(self, operator, sigma, basis)
+
+    def _of_all(self, r: Tensor, processes: Processes) -> Tensor:
+        """The triangular factors of all processes joined in a tree; whole in the first, empty in the others."""
+        rank, step, p = processes.rank, 1, r.shape[1]
+        while step < processes.size:
+            counts = processes.gather(len(r))
+            other = r[:0]
+            for source in range(step, processes.size, 2 * step):
+                given = r if source == rank else r.new_empty(counts[source], p)
+                processes.give_(given.contiguous(), source)
+                if source == rank + step:
+                    other = given
+            r = r[:0] if rank % (2 * step) else self._absorb(r, [other])
+            step *= 2
+        return r
 
     @staticmethod
     def _absorb(r: Tensor, pending: list[Tensor]) -> Tensor:
@@ -146,13 +166,13 @@ class PrimalState(State):
             )
             self.passes = done.iterations
             return done
-        before = self.operator.matvec(vectors).double().norm(dim=1)
+        before = self.operator.image_norms(vectors)
         require_finite(before, "the product of the Jacobian rows with prior samples")
         x = self._remove(vectors.double())
         if self.shift > 0:
             return Projection(x.to(vectors.dtype), torch.zeros_like(before), Status.CONVERGED, 1)
         value = self._remove(x).to(vectors.dtype)
-        residual = relative(self.operator.matvec(value).double().norm(dim=1), before)
+        residual = relative(self.operator.image_norms(value), before)
         ok = bool((residual <= tolerance).all())
         return Projection(value, residual, Status.CONVERGED if ok else Status.STAGNATED, 1)
 
@@ -163,6 +183,10 @@ class PrimalState(State):
         x = vectors.double()
         gone = (x @ self.basis.T) * (1.0 - self.share**self._power)
         return (x - gone @ self.basis).to(vectors.dtype)
+
+    @property
+    def alone(self) -> bool:
+        return True
 
     def exact_spectrum(self) -> Spectrum:
         return self.spectrum()
@@ -180,7 +204,7 @@ class PrimalState(State):
             return None  # without a shift, what is left of a row is rounding
         out, x = [], vectors.double()
         for span in spans:
-            rows = self.operator.rows(torch.arange(span.start, span.stop)).double()
+            rows = self.operator.own_rows(torch.arange(span.start, span.stop)).double()
             seen = rows @ self.basis.T  # (k, r)
             kept = self.share  # of each direction: shift / (shift + σ²)
             beyond = rows @ x.T - seen @ ((1 - kept)[:, None] * (self.basis @ x.T))  # A_i Δ: (k, S)

@@ -22,12 +22,17 @@ class RowWeighted(RowOperator):
         self.operator: RowOperator = inner
         self.weights: Tensor = mine.to(inner.dtype)
         self.shape, self.dtype, self.device = inner.shape, inner.dtype, inner.device
+        self.processes = inner.processes
 
     def matvec(self, vectors: Tensor) -> Tensor:
         return self.operator.matvec(vectors) * self.weights
 
     def rmatvec(self, weights: Tensor) -> Tensor:
         return self.operator.rmatvec(weights * self.weights)
+
+    def image_norms(self, vectors: Tensor, row_scale: Tensor | None = None) -> Tensor:
+        weights = self.weights if row_scale is None else self.weights * row_scale
+        return self.operator.image_norms(vectors, weights)
 
     def normal(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(self.operator, JacobianOperator):

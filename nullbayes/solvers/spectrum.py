@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nullbayes.common.processes import Processes
 from nullbayes.jacobian.operator import RowOperator
 from nullbayes.solvers.base import Settled, Spectrum
 
@@ -19,6 +20,11 @@ OPERATOR_STEPS = 16
 # Steps at most, and bytes of the vectors that they leave behind. More are taken until the spectrum is settled.
 MOST_STEPS = 256
 BASIS_BYTES = 2**30
+
+
+def shared_spectrum(processes: Processes | None, find: Callable[[], Spectrum]) -> Spectrum:
+    """What ``find`` gives; of several processes, what it gives in the first, where alone it runs."""
+    return find() if processes is None else processes.shared(find)
 
 
 def gram_spectrum(gram: Tensor, settled: Settled | None = None) -> Spectrum:
@@ -40,7 +46,8 @@ def operator_spectrum(operator: RowOperator, settled: Settled | None = None) -> 
     """Spectrum of ``AᵀA`` from products alone: each step is one pass over the rows."""
     m, p = operator.shape
     if m <= EXACT_UP_TO:
-        return gram_spectrum(operator.gram(), settled)
+        gram = operator.gram()
+        return shared_spectrum(operator.processes, lambda: gram_spectrum(gram, settled))
     generator = torch.Generator().manual_seed(0)
     # Rows and columns have the same squared singular values: probe whichever are fewer.
     size = min(m, p)
@@ -52,7 +59,9 @@ def operator_spectrum(operator: RowOperator, settled: Settled | None = None) -> 
             return operator.matvec(operator.rmatvec(v)).double()
         return operator.normal(v)[0].double()
 
-    return _lanczos(product, probes.to(operator.device), OPERATOR_STEPS, settled)
+    found = _lanczos(product, probes.to(operator.device), OPERATOR_STEPS, settled)
+    # Each process took its steps; the numbers are those of one.
+    return shared_spectrum(operator.processes, lambda: found)
 
 
 def _lanczos(

@@ -1,4 +1,4 @@
-"""What the layer posterior saves must not change its answers: each short cut against plain sums in float64, and counts."""
+"""What the layer posterior saves must not change its answers: short cuts against plain sums in float64, and counts."""
 
 from __future__ import annotations
 

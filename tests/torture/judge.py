@@ -313,7 +313,7 @@ def _judge_predictions(
 
 
 def _rounding(problem: Problem, truth: Dense, deltas: Tensor, inputs: Any) -> float:
-    """What rounding in the model's precision does to ``J Δ`` by plain differentiation: much in ill-conditioned networks.
+    """What rounding in the model's precision does to ``J Δ`` by plain differentiation: much, where gradients cancel.
 
     In float64 it counts for nothing: the judge rounds as much.
     """

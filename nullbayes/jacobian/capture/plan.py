@@ -50,6 +50,8 @@ class CapturePlan:
     proved: SignatureSet = field(default_factory=SignatureSet)
     # Parameters that no example so far has a gradient path to.
     unreached: set[str] = field(default_factory=set)
+    # The number of the next example of the training data.
+    numbered: int = 0
     # What comparing captured rows with plain differentiation has taken.
     checking_seconds: float = 0.0
     # Batches of several examples that were proved, in reverse order as well for the first of them.
@@ -102,6 +104,7 @@ def make_plan(functional: FunctionalModel) -> CapturePlan:
             for local in rule.parameters
             if module._parameters.get(local) is not None
             and aliases[prefix + local] in space.by_name
+            and aliases[prefix + local] not in space.masks
         }
         if names:
             sites.append(Site(path, module, rule, names))
@@ -110,7 +113,9 @@ def make_plan(functional: FunctionalModel) -> CapturePlan:
     owned = _owner_descriptions(model)
     for name in space.names:
         if name not in covered:
-            plan.to_generic(name, f"no rule for {owned.get(name, 'its module')}")
+            masked = name in space.masks
+            why = f"no rule for {owned.get(name, 'its module')}"
+            plan.to_generic(name, "single weights of it take part" if masked else why)
     return plan
 
 

@@ -203,7 +203,9 @@ def _localise(
     """
     modules = dict(functional.model.named_modules())
     owners = _owners(functional)
-    line = {name: list(ancestors(owners[name])) for name in plan.generic}  # what is yet to be tried
+    # What is yet to be tried. Only the whole model leaves out single weights.
+    alone = [name for name in plan.generic if name not in functional.space.masks]
+    line = {name: list(ancestors(owners[name])) for name in alone}
     trying = _sites(line, modules, list(line))
     kept: list[LocalSite] = []
     while trying:

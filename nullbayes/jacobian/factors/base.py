@@ -9,7 +9,7 @@ convolution layers, sums of outer products over token axes (``outer.py``). A fou
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,6 +64,14 @@ class Factor(ABC):
     @abstractmethod
     def joined(self, parts: Sequence[Any]) -> Factor:
         """``parts``, of this kind and its slots, as one; token axes are padded with zero rows."""
+
+    @abstractmethod
+    def only(self, names: Collection[str]) -> Factor | None:
+        """The columns of the parameters that are among ``names``; None where none is."""
+
+    @abstractmethod
+    def scaled(self, scales: Mapping[str, float]) -> Factor:
+        """A copy with the columns of each parameter multiplied by its number."""
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from nullbayes.jacobian.factors.base import Factor
-from nullbayes.jacobian.factors.products import gather, product, scatter_add
+from nullbayes.jacobian.factors.products import flushed, gather, product, scatter_add
 from nullbayes.model.parameters import Slot
 
 
@@ -38,6 +38,19 @@ class DenseFactor(Factor):
 
     def gram(self, other: Factor) -> Tensor:
         return product(self.rows(), other.rows())
+
+    def only(self, names: Collection[str]) -> DenseFactor | None:
+        widths = [slot.numel for slot in self.slots]
+        parts = zip(self.slots, self.values.split(widths, 2), strict=True)
+        chosen = [(slot, values) for slot, values in parts if slot.name in names]
+        if not chosen:
+            return None
+        slots, values = zip(*chosen, strict=True)
+        return DenseFactor(slots, torch.cat(values, 2))
+
+    def scaled(self, scales: Mapping[str, float]) -> DenseFactor:
+        each = [self.values.new_full((s.numel,), scales[s.name]) for s in self.slots]
+        return DenseFactor(self.slots, flushed(self.values * torch.cat(each)))
 
     def narrow(self, start: int, stop: int) -> DenseFactor:
         return DenseFactor(self.slots, self.values[start:stop])

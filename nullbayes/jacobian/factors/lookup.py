@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +41,14 @@ class LookupFactor(Factor):
     @property
     def gram_flops_per_pair(self) -> float:
         return 2.0 * self.tokens**2 * self.dim
+
+    def only(self, names: Collection[str]) -> LookupFactor | None:
+        return self if self.slot.name in names else None
+
+    def scaled(self, scales: Mapping[str, float]) -> LookupFactor:
+        return LookupFactor(
+            self.slot, self.index, products.flushed(self.g * scales[self.slot.name])
+        )
 
     def narrow(self, start: int, stop: int) -> LookupFactor:
         return LookupFactor(self.slot, self.index[start:stop], self.g[start:stop])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -87,6 +87,29 @@ class OuterFactor(Factor):
         a = [pad(p.a, (0, 0, 0, 0, 0, tokens - p.tokens)) for p in parts]
         g = [pad(p.g, (0, 0, 0, 0, 0, tokens - p.tokens)) for p in parts]
         return self._like(torch.cat(a), torch.cat(g))
+
+    def only(self, names: Collection[str]) -> Factor | None:
+        weight = self.weight.name in names
+        if self.bias is None or self.bias.name in names:
+            if weight:
+                return self
+            if self.bias is None:
+                return None
+            rows = self._bias_rows().reshape(self.examples, self.cotangents, -1)
+            return DenseFactor([self.bias], rows)
+        if not weight:
+            return None
+        return OuterFactor(self.weight, None, self._inputs, self.g, transposed=self.transposed)
+
+    def scaled(self, scales: Mapping[str, float]) -> OuterFactor:
+        by_input = self.a.new_full((self.width_in,), scales[self.weight.name])
+        bias_scale = self.bias_scale
+        if self.bias is not None:
+            by_input[-1] = scales[self.bias.name]
+            bias_scale *= scales[self.bias.name]
+        new = self._like(sizes.flushed(self.a * by_input), self.g)
+        new.bias_scale = bias_scale
+        return new
 
     def chunks(self, per_example: int) -> list[OuterFactor]:
         step = max(1, sizes.CHUNK_ELEMENTS // max(1, per_example))

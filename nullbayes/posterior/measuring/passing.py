@@ -11,12 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nullbayes.common.processes import Processes
 from nullbayes.common.progress import Stages
 from nullbayes.errors import InputError
+from nullbayes.jacobian.shared import serve
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.loader import batches
+from nullbayes.model.shares import Share
 from nullbayes.posterior.measuring.methods import Method, Source
 from nullbayes.posterior.measuring.observing import (
     Observed,
@@ -64,6 +67,7 @@ class Pass:
         main: key of the method whose mistakes are shown.
         slices: see `nullbayes.Posterior.evaluate`.
         shown: how many inputs to keep of each sort; 0: none.
+        processes: those that read the other shares of the data; what is found is of all.
     """
 
     def __init__(
@@ -72,7 +76,10 @@ class Pass:
         main: str,
         slices: Mapping[str, Slice] | None = None,
         shown: int = 0,
+        processes: Processes | None = None,
     ) -> None:
+        self.processes = processes
+        self._raw: list[tuple[str, str, Observed, Tensor]] = []
         self.sources, self.main = sources, main
         self.slices, self.shown = dict(slices or {}), shown
         self.functional: FunctionalModel = sources[0].posterior.functional
@@ -85,11 +92,12 @@ class Pass:
         passed = self._passed(name, ("novel", "wrong"))
         free = self.functional.layouts is not None
         tracked = stage.track(loader, name)
-        for index, inputs, targets in batches(tracked, self.functional.device, name, free=free):
+        for index, inputs, targets in self._batches(loader, tracked, name, free=free):
             where = f"{name}, batch {index}"
             self._add_slices(inputs, targets)
             for piece, some in self._pieces(inputs, targets, where):
                 self._add(passed, piece, some, where)
+        self._join(passed)
         self._finish(passed)
         for key, recorder in self._recorders.items():
             passed.records[key] = recorder.records()
@@ -100,10 +108,11 @@ class Pass:
         """Scores of data whose targets, if there are any, do not matter."""
         passed = self._passed(name, ("novel",))
         tracked = stage.track(loader, name)
-        for index, inputs, _ in batches(tracked, self.functional.device, name, free=True):
+        for index, inputs, _ in self._batches(loader, tracked, name, free=True):
             where = f"{name}, batch {index}"
             for piece, _ in self._pieces(inputs, None, where):
                 self._add_scores(passed, piece, where)
+        self._join(passed)
         self._finish(passed)
         return passed
 
@@ -111,11 +120,12 @@ class Pass:
         """Figures alone, without scores: what is preserved can be looked up in them."""
         free = self.functional.layouts is not None
         tracked = stage.track(loader, name)
-        for index, inputs, targets in batches(tracked, self.functional.device, name, free=free):
+        for index, inputs, targets in self._batches(loader, tracked, name, free=free):
             where = f"{name}, batch {index}"
             for piece, some in self._pieces(inputs, targets, where):
                 for source, method, point, moved in self._outcomes(piece, where):
                     self._record(source, method, (point, moved), some, where)
+        self._join(None)
         self._nonempty(self._recorders, name)
         return {key: recorder.records() for key, recorder in self._recorders.items()}
 
@@ -162,7 +172,10 @@ class Pass:
             observed = observe(method.likelihood, moments, draws, point, checked)
             together = sample_log_likelihoods(method.likelihood, draws, checked)
         name = method.likelihood.score_name
-        self._recorders.setdefault(method.key, Recorder(name)).add(observed, together)
+        if self.processes is not None:  # counted once those of all are there
+            self._raw.append((method.key, name, observed, together))
+        else:
+            self._recorders.setdefault(method.key, Recorder(name)).add(observed, together)
         return observed, moments.mean
 
     def _add(self, passed: Passed, inputs: Inputs, targets: Any, where: str) -> None:
@@ -241,6 +254,37 @@ class Pass:
         if not bool(mask.any()):
             raise InputError(f"slices[{name!r}] holds none of the {examples} test examples.")
         return mask
+
+    def _batches(
+        self, loader: Iterable[Any], tracked: Iterable[Any], name: str, *, free: bool
+    ) -> Iterator[tuple[int, Inputs, Any]]:
+        if isinstance(loader, Share) and loader.empty:
+            return iter(())
+        return batches(tracked, self.functional, name, free=free)
+
+    def _join(self, passed: Passed | None) -> None:
+        """What all processes have found, in the order of the data."""
+        if self.processes is None:
+            return
+        serve(self.processes)
+        scores = {key: dict(found) for key, found in self._scores.items()}
+        kept = {} if passed is None else {k: v.kept for k, v in passed.keepers.items()}
+        own = (self._raw, scores, dict(self._masks), kept, 0 if passed is None else passed.examples)
+        everyone = self.processes.gather(own)
+        self._scores.clear()
+        self._masks.clear()
+        for raw, found, masks, _, _ in everyone:
+            for key, name, observed, together in raw:
+                self._recorders.setdefault(key, Recorder(name)).add(observed, together)
+            for key, by_name in found.items():
+                for name, values in by_name.items():
+                    self._scores[key][name] += values
+            for name, parts in masks.items():
+                self._masks[name] += parts
+        if passed is not None:
+            passed.examples = sum(each[-1] for each in everyone)
+            for sort, keeper in passed.keepers.items():
+                keeper.merge([each[3][sort] for each in everyone])
 
     # -- ends ------------------------------------------------------------------------------------
 

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nullbayes.common.processes import Processes
 from nullbayes.common.progress import Stages, stages
+from nullbayes.constraints.shared_rows import everyones
 from nullbayes.errors import InputError
 from nullbayes.metrics import roc_curve
 from nullbayes.model.loader import batches
+from nullbayes.model.shares import Share, shared
 from nullbayes.posterior.measuring.data import as_loader
 from nullbayes.posterior.measuring.estimates import Estimate, auroc, fpr95, mean, threshold, verdict
 from nullbayes.posterior.measuring.methods import (
@@ -55,6 +58,7 @@ class Question:
     slices: Mapping[str, Any] | None
     show: Show | None
     progress: bool
+    processes: Processes | None = None
 
 
 @dataclass
@@ -86,17 +90,22 @@ def measured(question: Question) -> Found:
         methods = [m for s in sources for m in s.methods]
         _check_keys(methods)
         main = sources[0].methods[-1].key
-        test = Pass(sources, main, question.slices, SHOWN).labelled(data["test"], "test", stage)
+        some = question.processes
+        test = Pass(sources, main, question.slices, SHOWN, some).labelled(
+            data["test"], "test", stage
+        )
         shifts = {
-            name: Pass(sources, main, None, SHOWN).unlabelled(
+            name: Pass(sources, main, None, SHOWN, some).unlabelled(
                 data[f"shifted[{name!r}]"], f"shifted[{name!r}]", stage
             )
             for name in question.shifted or {}
         }
-        train = _train(sources, main, data.get("train"), stage)
+        train = _train(Pass(sources, main, processes=some), data.get("train"), stage)
         ordinary = test
         if "validation" in data:
-            ordinary = Pass(sources[:1], main).unlabelled(data["validation"], "validation", stage)
+            ordinary = Pass(sources[:1], main, processes=some).unlabelled(
+                data["validation"], "validation", stage
+            )
     found = Found()
     _compare(found, test.records)
     found.train = {key: _trained(records) for key, records in train.items()}
@@ -133,6 +142,8 @@ def _loaders(question: Question) -> dict[str, Any]:
     for key, value in (question.shifted or {}).items():
         name = f"shifted[{key!r}]"
         out[name] = as_loader(value, name, dtype, labelled=False)
+    if question.processes is not None:
+        out = {name: shared(loader, question.processes, name) for name, loader in out.items()}
     return out
 
 
@@ -143,7 +154,8 @@ def _check_first(posterior: Subject, data: Mapping[str, Any]) -> None:
     shape = None
     for name, loader in data.items():
         shifted = name.startswith("shifted")
-        first = next(batches(loader, functional.device, name, free=free or shifted))
+        some = loader.probe if isinstance(loader, Share) else loader
+        first = next(batches(some, functional, name, free=free or shifted))
         where = f"{name}, batch {first[0]}"
         outputs = functional.outputs(functional.keyed(first[1], [0]), where)
         if not shifted:
@@ -161,10 +173,11 @@ def _sources(question: Question, validation: Any) -> list[Source]:
     functional = posterior.functional
 
     def outputs() -> Iterator[tuple[Tensor, Any]]:
+        return everyones(own_outputs(), validation)
+
+    def own_outputs() -> Iterator[tuple[Tensor, Any]]:
         free = functional.layouts is not None
-        for index, inputs, targets in batches(
-            validation, functional.device, "validation", free=free
-        ):
+        for index, inputs, targets in batches(validation, functional, "validation", free=free):
             where = f"validation, batch {index}"
             point = functional.outputs(functional.keyed(inputs, [0]), where)
             yield point, posterior.likelihood.checked_targets(point, targets, where)
@@ -180,8 +193,8 @@ def _check_keys(methods: Sequence[Method]) -> None:
         raise InputError(f"`against` names two posteriors {twice}; give each a name of its own.")
 
 
-def _train(sources: list[Source], main: str, loader: Any, stage: Stages) -> dict[str, Records]:
-    return {} if loader is None else Pass(sources, main).training(loader, "train", stage)
+def _train(walk: Pass, loader: Any, stage: Stages) -> dict[str, Records]:
+    return {} if loader is None else walk.training(loader, "train", stage)
 
 
 # -- figures ---------------------------------------------------------------------------------------

@@ -131,6 +131,11 @@ class Keeper:
         self.kept.sort(key=lambda entry: -entry[0])
         del self.kept[self.most :]
 
+    def merge(self, lists: list[list[tuple[float, Any, str]]]) -> None:
+        """Of those of several processes, in the order of the data."""
+        self.kept = sorted((e for part in lists for e in part), key=lambda entry: -entry[0])
+        del self.kept[self.most :]
+
     def shown(self, show: Show | None) -> list[dict[str, Any]]:
         """As entries of a results file."""
         return [

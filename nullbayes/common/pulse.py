@@ -1,0 +1,203 @@
+"""Whether the other processes are still there: each tells so every second, and who waits looks.
+
+A process that is killed falls silent. One that stalls (a deadlock, a data loader that never returns) still beats, but
+uses no processor time; one that computes for an hour while the others wait does. One that failed says what it was.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from nullbayes.errors import InputError, ProcessError
+
+BEAT = 1.0  # seconds between two beats
+# A process whose beats stop for so long has died, or its machine has.
+SILENT = 15.0
+# Seconds of a process that others wait for without processor time: it hangs. NULLBAYES_STALL sets another limit.
+STALLED = 45.0
+# Processor seconds within that time below which nothing was computed; beats alone take a hundredth of it.
+_IDLE = 0.25
+# Seconds that a process may take to come to a call that the others have made already.
+ABSENT = 300.0
+
+OUTSIDE = ""  # where a process is that is in no call of ours
+
+
+def stall_limit() -> float:
+    """Seconds, from the environment where it says so. Raises `InputError` for what is no positive number."""
+    text = os.environ.get("NULLBAYES_STALL", str(STALLED))
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = -1.0
+    if not limit > 0:
+        raise InputError(
+            f"the environment variable NULLBAYES_STALL is {text!r}; expected a positive number of seconds after "
+            "which a process that uses no processor time is taken for stalled."
+        )
+    return limit
+
+
+@dataclass
+class _Seen:
+    """What is known of another process: its last beat, and since when it has not changed."""
+
+    beat: dict[str, Any] = field(default_factory=dict)
+    heard: float = 0.0
+    processor: float = 0.0
+    worked: float = 0.0
+
+
+class Pulse:
+    """The beats of this process, and those of the others.
+
+    Args:
+        store: of `torch.distributed`, that all processes reach.
+        rank, size: this process's number in the group, and how many there are.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        self.rank, self.size, self._store = rank, size, store
+        self.stalled = stall_limit()
+        self.where, self.waiting, self.failed = OUTSIDE, False, ""
+        self.calls = 0
+        self._count, self._lock = 0, threading.Lock()
+        self._since = 0.0
+        self._seen: dict[int, _Seen] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="nullbayes-pulse", daemon=True)
+        self._thread.start()
+        atexit.register(self.stop)
+
+    def enter(self, where: str) -> None:
+        """This process is now in the call ``where``."""
+        self.where, self.calls, self.failed = where, self.calls + 1, ""
+        self.beat()
+
+    def leave(self) -> None:
+        """It is out of it again."""
+        self.where, self.waiting = OUTSIDE, False
+        self.beat()
+
+    def fail(self, why: str) -> None:
+        """Tell all others that this process has ended, and why."""
+        self.failed = why
+        self.beat()
+
+    def stop(self) -> None:
+        """No beats any more."""
+        self._over.set()
+        self._thread.join(timeout=2 * BEAT)
+
+    def beat(self) -> None:
+        """One beat; where the store cannot be reached, others notice the silence."""
+        with self._lock, contextlib.suppress(Exception):
+            self._count += 1
+            told = {
+                "count": self._count,
+                "processor": time.process_time(),
+                "where": self.where,
+                "calls": self.calls,
+                "waiting": self.waiting,
+                "failed": self.failed,
+                "who": f"{socket.gethostname()}, pid {os.getpid()}",
+            }
+            self._store.set(f"beat/{self.rank}", json.dumps(told))
+
+    def _run(self) -> None:
+        while not self._over.wait(BEAT):
+            self.beat()
+
+    # -- the others --------------------------------------------------------------------------------
+
+    def meet(self) -> None:
+        """Return once all processes have a pulse. Raises `ProcessError` naming those that do not come."""
+        self.beat()
+        until, missing = time.monotonic() + ABSENT, list(range(self.size))
+        while missing:
+            missing = [rank for rank in missing if not self._store.check([f"beat/{rank}"])]
+            if missing and time.monotonic() > until:
+                raise ProcessError(
+                    f"of the {self.size} processes of the group, number {', '.join(map(str, missing))} did not come "
+                    f"within {ABSENT:.0f} seconds. Every process makes the same call; for one alone pass "
+                    "`process_group=False`."
+                )
+            time.sleep(0.01)
+
+    def begin(self) -> None:
+        """This process waits for the others from now on."""
+        self._since, self._seen, self.waiting = time.monotonic(), {}, True
+
+    def end(self) -> None:
+        """It no longer does."""
+        self.waiting = False
+
+    def look(self) -> None:
+        """Raise `ProcessError` naming a process that is not worth waiting for."""
+        now = time.monotonic()
+        for rank in range(self.size):
+            if rank != self.rank:
+                self._judge(rank, self._hear(rank, now), now)
+
+    def _hear(self, rank: int, now: float) -> _Seen:
+        seen = self._seen.setdefault(rank, _Seen(heard=now, worked=now))
+        try:
+            if not self._store.check([f"beat/{rank}"]):
+                return seen
+            beat = json.loads(self._store.get(f"beat/{rank}"))
+        except Exception as error:  # whatever a store raises whose server has gone
+            raise ProcessError(
+                "the store of the process group cannot be reached, so the process that holds it (number 0, or the "
+                f"launcher) has ended: {type(error).__name__}. Look at its output, then start all anew."
+            ) from error
+        if beat["count"] != seen.beat.get("count"):
+            seen.beat, seen.heard = beat, now
+        if beat["waiting"] or beat["processor"] - seen.processor > _IDLE:
+            seen.worked, seen.processor = now, beat["processor"]
+        return seen
+
+    def _judge(self, rank: int, seen: _Seen, now: float) -> None:
+        who = f"process {rank}" + (f" ({seen.beat['who']})" if seen.beat else "")
+        rest = "All processes end; start them anew"
+        if seen.beat.get("failed"):
+            raise ProcessError(f"{who} ended with an error: {seen.beat['failed']} {rest}.")
+        if seen.beat and now - seen.heard > SILENT:
+            raise ProcessError(
+                f"{who} has not been heard of for {now - seen.heard:.0f} seconds: it was killed (out of memory?), or "
+                f"its machine cannot be reached. {rest}; a `checkpoint=` is gone on from."
+            )
+        inside = seen.beat and seen.beat["where"] == self.where and seen.beat["calls"] == self.calls
+        if inside and now - seen.worked > self.stalled:
+            raise ProcessError(
+                f"{who} stalls in `{self.where}`: it has used no processor time for {now - seen.worked:.0f} seconds "
+                "while the others wait for it. Look for a data set or loader that does not return; where that is "
+                f"only slow, set the environment variable NULLBAYES_STALL to more seconds. {rest}."
+            )
+        if not inside and now - self._since > ABSENT:
+            there = f"is in `{seen.beat['where']}`" if seen.beat.get("where") else "has not come"
+            raise ProcessError(
+                f"process {self.rank} waits in `{self.where}` for {who}, which {there} after {ABSENT:.0f} seconds. "
+                f"Every process of the group calls `{self.where}`; for one alone pass `process_group=False`."
+            )
+
+    def blame(self, error: BaseException) -> ProcessError:
+        """What to say after a collective operation has failed: who is gone, once that can be told."""
+        until = time.monotonic() + SILENT + 5 * BEAT
+        while time.monotonic() < until:
+            try:
+                self.look()
+            except ProcessError as found:
+                return found
+            time.sleep(BEAT / 2)
+        return ProcessError(
+            f"an exchange between the processes failed in `{self.where}`, and all of them still answer: {error}. Look "
+            "at the network, then start all anew."
+        )

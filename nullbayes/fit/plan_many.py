@@ -1,0 +1,54 @@
+"""What several processes tell each other during a fit: bytes by counting, seconds by trying."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import torch
+
+from nullbayes.common.processes import Processes
+from nullbayes.common.progress import COMMUNICATION
+from nullbayes.constraints.problem import Problem
+from nullbayes.fit.plan import Plan
+from nullbayes.fit.result import Settings
+from nullbayes.solvers.conjugate_gradient import EXPECTED_ITERATIONS
+from nullbayes.solvers.dual import DualCholesky
+from nullbayes.solvers.primal import PrimalQR
+from nullbayes.solvers.refinement import DIRECT_PASSES
+
+# Numbers of the sums that are tried, at most.
+_TRIED = 2**22
+
+
+def with_communication(
+    plan: Plan, problem: Problem, settings: Settings, samples: int, processes: Processes
+) -> Plan:
+    """The plan of one of ``processes``, with what it sends to the others."""
+    if plan.solver is None:
+        return plan
+    m, p = plan.rows, plan.parameters
+    itemsize = 4 if processes.size == 2 and problem.dtype == torch.float32 else 8
+    once = samples * p * itemsize  # the sum of (S, P) over the processes
+    sums, rest = 1.0 * EXPECTED_ITERATIONS, 0
+    if plan.solver == DualCholesky.name:
+        # The Gram matrix is summed, and its factor given out; the blocks of rows go round.
+        sums, rest = 1.0 + DIRECT_PASSES, 2 * 8 * m * m + plan.bytes.get("Jacobian rows", 0)
+    elif plan.solver == PrimalQR.name:
+        sums, rest = 0.0, 2 * 8 * min(m, p) * p
+    sent = round(sums * once + rest)
+    speed = _bytes_per_second(samples * p, problem, processes)
+    seconds = {**plan.seconds, COMMUNICATION: sent / speed}
+    return replace(plan, seconds=seconds, sent=sent)
+
+
+def _bytes_per_second(numbers: int, problem: Problem, processes: Processes) -> float:
+    """Of a sum over the processes; the better of two."""
+    values = torch.zeros(max(1, min(numbers, _TRIED)), dtype=torch.float64, device=problem.device)
+    took = []
+    for _ in range(2):
+        processes.barrier()
+        started = time.perf_counter()
+        processes.sum_(values)
+        took.append(time.perf_counter() - started)
+    return values.nbytes / processes.largest(max(1e-6, min(took)))

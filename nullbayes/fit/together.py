@@ -1,0 +1,109 @@
+"""What a fit on several processes needs beside one on one: the same question in each, and its part of the whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nullbayes.common.memory import available_bytes
+from nullbayes.common.processes import Processes
+from nullbayes.constraints.memory_budget import default_budget
+from nullbayes.constraints.problem import Problem
+from nullbayes.fit.result import Run, Settings
+from nullbayes.model.fingerprint import fingerprint
+from nullbayes.model.shares import Share
+
+
+def processes_of(loader: Iterable[Any]) -> Processes | None:
+    """Those that read the other shares of the data."""
+    return loader.processes if isinstance(loader, Share) else None
+
+
+def check_alike(
+    problem: Problem, settings: Settings, run: Run | None, processes: Processes
+) -> None:
+    """Raise `ProcessError` naming the processes whose versions, weights, seed or settings are not those of the rest."""
+    digest = json.dumps(fingerprint(problem.functional.model), sort_keys=True)
+    facts: dict[str, Any] = {
+        "versions": _versions(),
+        "weights": hashlib.sha256(digest.encode()).hexdigest()[:16],
+        "parameters": (problem.space.total, str(problem.dtype)),
+        "likelihood": repr(problem.likelihood),
+        "settings": (
+            problem.preserve.describe(),
+            problem.directions,
+            settings.target.name,
+            settings.target.delta,
+            str(settings.solver),
+            settings.tolerance,
+            settings.row_drift,
+        ),
+    }
+    if run is not None:
+        facts |= {"seed": run.seed, "num_samples": run.num_samples, "audit": run.audit}
+        facts["checkpoint"] = run.checkpoint is not None
+    processes.agree(facts)
+
+
+def _versions() -> str:
+    try:
+        ours = version("nullbayes")
+    except PackageNotFoundError:  # a source tree that is not installed
+        ours = "unknown"
+    return f"nullbayes {ours}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def own_budget(device: torch.device, processes: Processes | None) -> int:
+    """What a fit may take of the memory that is free: its part of it, where several processes share a machine."""
+    free = available_bytes(device)
+    if processes is not None and device.type == "cpu":
+        free //= processes.neighbours
+    return default_budget(free)
+
+
+def any_of(processes: Processes | None, own: Sized) -> bool:
+    """Whether any process has something."""
+    return bool(len(own) if processes is None else processes.total(len(own))[0])
+
+
+def gathered_spans(processes: Processes | None, spans: list[slice]) -> list[slice]:
+    """Those of all processes."""
+    if processes is None:
+        return spans
+    return [span for part in processes.gather(spans) for span in part]
+
+
+# -- what checkpoints hold of examples that are left out: those of all processes, in the order of the data -----------
+
+
+def carried(processes: Processes | None, found: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What samples do to examples that were left out, ``(S, k, *out)`` each, under the names in a checkpoint."""
+    if processes is not None:
+        everyone = processes.gather([c.cpu().clone() for c in found])
+        found = [c for part in everyone for c in part]
+    return {f"unseen.{i}": c for i, c in enumerate(found)}
+
+
+def taken(
+    processes: Processes | None, there: Mapping[str, Tensor], sizes: Sequence[int]
+) -> list[Tensor]:
+    """The same of this process's examples from a checkpoint, whoever wrote it and from how many processes.
+
+    Args:
+        sizes: of the batches in which this process has them.
+    """
+    names = sorted((n for n in there if n.startswith("unseen.")), key=lambda n: int(n[7:]))
+    before = 0
+    if processes is not None:
+        before, _ = processes.place(sum(sizes))
+    if not names or not sizes:
+        return []
+    whole = torch.cat([there[name] for name in names], 1)
+    return list(whole[:, before : before + sum(sizes)].split(list(sizes), 1))

@@ -1,0 +1,68 @@
+"""What a network's own loss may mean: the same figure computed from its outputs and labels, one way and another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.nn import functional as F
+
+# The label that losses ignore, unless they say otherwise.
+IGNORED = -100
+
+Kind = Literal["tokens", "sequence", "segmentation", "questions"]
+
+
+def entry(value: Any, name: str) -> Tensor | None:
+    """A tensor among what a network returned, by its name."""
+    found = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+    return found if isinstance(found, Tensor) else None
+
+
+def kind_of(value: Any, logits: Tensor, labels: Tensor) -> Kind | None:
+    """What a network predicts, by the shapes of its outputs and labels; None: not known here."""
+    if entry(value, "start_logits") is not None:
+        return "questions"
+    if logits.ndim == 3 and labels.ndim == 2:
+        return "tokens"
+    if logits.ndim == 4 and labels.ndim == 3:
+        return "segmentation"
+    return "sequence" if logits.ndim == 2 else None
+
+
+def candidates(
+    kind: Kind | None, logits: Tensor, labels: Tensor, problem: str | None, background: int
+) -> dict[str, float]:
+    """Mean losses by what distinguishes them; empty where shapes do not fit.
+
+    Args:
+        logits: in float64, as the network returned them (start and end of an answer: ``(B, 2, T)``).
+        problem: the kind of problem of a sequence, by the library's name.
+        background: the label that a segmenter ignores.
+    """
+    if kind == "tokens":
+        if labels.shape != logits.shape[:2]:
+            return {}
+        return {
+            "shifted": _entropy(logits[:, :-1].movedim(-1, 1), labels[:, 1:], IGNORED),
+            "unshifted": _entropy(logits.movedim(-1, 1), labels, IGNORED),
+        }
+    if kind == "questions":
+        limit = logits.shape[-1]
+        sides = zip(logits.unbind(1), labels.clamp(0, limit).unbind(1), strict=True)
+        return {"spans": sum(_entropy(f, y, limit) for f, y in sides) / 2}
+    if kind == "segmentation":
+        resized = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear")
+        return {"resized": _entropy(resized, labels, background)}
+    if problem == "regression":
+        return {"squares": float(F.mse_loss(logits.reshape(labels.shape), labels.double()))}
+    if problem == "multi_label_classification":
+        return {"labels": float(F.binary_cross_entropy_with_logits(logits, labels.double()))}
+    if labels.numel() != len(logits):
+        return {}
+    return {"classes": _entropy(logits, labels.reshape(-1), IGNORED)}
+
+
+def _entropy(logits: Tensor, labels: Tensor, ignored: int) -> float:
+    return float(F.cross_entropy(logits, labels.long(), ignore_index=ignored))

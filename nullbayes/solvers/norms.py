@@ -1,0 +1,32 @@
+"""Norms and inner products of samples in float64, a piece of the columns at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Columns that a float64 product of two blocks of vectors holds at a time.
+_COLUMNS = 2**20
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """``a bᵀ`` in float64 for ``(S, P)`` and ``(T, P)``, a piece of the columns at a time."""
+    out = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
+    for i in range(0, a.shape[1], _COLUMNS):
+        out += a[:, i : i + _COLUMNS].double() @ b[:, i : i + _COLUMNS].double().T
+    return out
+
+
+def blocks(a: Tensor, width: int, b: Tensor | None = None) -> Tensor:
+    """Diagonal blocks ``(R / width, width, width)`` of ``aᵀ b (R, R)`` for ``(K, R)``; ``b`` None: of ``aᵀ a``."""
+    first = a.T.reshape(-1, width, len(a))
+    second = first if b is None else b.T.reshape(-1, width, len(b))
+    return first @ second.mT
+
+
+def row_norms(a: Tensor) -> Tensor:
+    """``(S, P)`` -> ``(S,)`` float64, without a float64 copy of all of it."""
+    out = torch.zeros(len(a), dtype=torch.float64, device=a.device)
+    for part in a.split(_COLUMNS, dim=1):
+        out += part.double().square().sum(1)
+    return out.sqrt()

@@ -1,0 +1,107 @@
+"""``nullbayes evaluate`` on the demonstration's network, killed at five points of its way, ends as if it never was."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import nullbayes as nb
+from nullbayes import cli
+
+JOB = """
+import os
+import signal
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from nullbayes.demo import Settings
+from nullbayes.demo.tasks import make_task
+
+task = make_task(Settings(examples=40, test_images=60))
+model, data = task.model, task.data
+optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+for _ in range(10):
+    optimiser.zero_grad()
+    F.cross_entropy(model(data.train.inputs), data.train.targets).backward()
+    optimiser.step()
+model.eval()
+
+
+def reached(point):
+    if os.environ.get("KILL_AT") == point:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Batches:
+    def __init__(self, split, name):
+        self.split, self.name = split, name
+
+    def __iter__(self):
+        for start in range(0, len(self.split), 20):
+            if start:
+                reached(self.name)
+            yield self.split.inputs[start : start + 20], self.split.targets[start : start + 20]
+
+
+renamed = Path.replace
+
+
+def replace(self, target):
+    reached(Path(target).name)  # written under another name, not yet under its own
+    return renamed(self, target)
+
+
+Path.replace = replace
+train, validation = Batches(data.train, "train"), (data.validation.inputs, data.validation.targets)
+test = Batches(data.test, "test")
+shifted = {"noise": task.shifts["noise"].inputs}
+options = {"num_samples": 4, "seed": 0}
+"""
+POINTS = ["train", "posterior.safetensors", "test", "results.json", "report.html"]
+
+
+@pytest.mark.slow
+def test_killed_at_every_step_the_files_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KILL_AT", raising=False)
+    monkeypatch.setattr(Path, "replace", Path.replace)  # put back what the job changes
+    (tmp_path / "job.py").write_text(JOB)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(nb.__file__).parents[1]),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    killed = tmp_path / "killed"
+    for point in POINTS:
+        done = subprocess.run(
+            [sys.executable, "-m", "nullbayes", "evaluate", "job.py", "--out", "killed"],
+            env={**environment, "KILL_AT": point},
+            capture_output=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == -9, (point, done.stderr.decode()[-2000:])
+        there = {p.name for p in killed.iterdir() if not p.name.endswith(".part")}
+        whole = {n for n in POINTS[:0:-1] if "." in n and POINTS.index(n) < POINTS.index(point)}
+        assert there - {"log.txt", "fit.checkpoint"} == whole, point
+    with torch.random.fork_rng(devices=[]):
+        for out in ("killed", "whole"):
+            assert cli.main(["evaluate", "job.py", "--out", out]) in (0, 3)
+    names = ["log.txt", "posterior.safetensors", "report.html", "results.json"]
+    for folder in ("killed", "whole"):
+        assert sorted(p.name for p in (tmp_path / folder).iterdir()) == names, folder
+    for name in ("results.json", "report.html"):
+        ours, theirs = (
+            re.sub(r"\s+", " ", (tmp_path / f / name).read_text()) for f in ("killed", "whole")
+        )
+        assert ours == theirs, name

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.audit import Audit
+from nullbayes.audit.reading import Rereading
 from nullbayes.certificate.certificate import Certificate
 from nullbayes.certificate.leave_one_out import held_out, left_out
 from nullbayes.certificate.measure import GuaranteeCheck
@@ -47,8 +48,9 @@ from nullbayes.fit.evidence import fixed_point, null_space_precision
 from nullbayes.fit.layer_evidence import by_layer, layers_of
 from nullbayes.fit.prior_samples import standard_normal
 from nullbayes.fit.projection import Work, projected
+from nullbayes.fit.remarks import doubts, not_kept, where_kept
 from nullbayes.fit.result import Fit, Run, Settings
-from nullbayes.fit.room import chosen_solver, where_kept, within
+from nullbayes.fit.room import chosen_solver, within
 from nullbayes.fit.target import DELTA
 from nullbayes.fit.together import any_of, own_budget, processes_of
 from nullbayes.jacobian.linearise import linearised_outputs
@@ -75,8 +77,11 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
     budget = settings.memory or own_budget(problem.device, processes_of(loader))
     memory = FitMemory.of(budget, run.num_samples, problem.space.total, problem.dtype)
     with within(budget, memory), stages(show=run.progress) as stage:
-        problem = with_fitted_noise(problem, loader, run.max_examples, stage)
-        rows = capture_training(problem, loader, run.max_examples, memory, stage, run.audit)
+        # (Of several processes, each reads its own share.)
+        reading = Rereading(loader) if processes_of(loader) is None else None
+        watched = loader if reading is None else reading
+        problem = with_fitted_noise(problem, watched, run.max_examples, stage)
+        rows = capture_training(problem, watched, run.max_examples, memory, stage, run.audit)
         laps.lap(ROWS)
         laps.move(rows.plan.checking_seconds, ROWS, AUDIT)
         if problem.by_layer:
@@ -90,7 +95,8 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
         audit = fitting.audit()
         notes = [*fitting.notes, *where_kept(rows.operator)]
         notes += remarks(problem.functional.model, problem.space)
-        notes += _not_kept(loader, rows, run.max_examples)
+        notes += not_kept(loader, rows, run.max_examples)
+        notes += doubts(reading, rows, run.max_examples)
         notes += padding_notes(problem.functional.model, problem.space)
     check_undisturbed(problem, before)
     return fitting.finish(check, evidence, audit, notes)
@@ -324,18 +330,6 @@ class Fitting:
             self.rows,
             self.solver,
         )
-
-
-def _not_kept(loader: Iterable[Any], rows: TrainingRows, limit: int | None) -> list[str]:
-    """A word on examples that ``max_examples`` left out, where the loader can say how many it has."""
-    drawn = getattr(loader, "sampler", None)
-    if limit is None or not isinstance(drawn, Sized) or limit >= len(drawn):
-        return []
-    return [
-        f"{rows.examples:,} of {len(drawn):,} examples are constrained; the {len(drawn) - rows.examples:,} others get "
-        "inflated novelty scores, which lowers AUROC against out-of-distribution inputs. Constrain all that the "
-        "network learned from where that fits: `preserve='loss'` and `directions='auto'` take fewer rows."
-    ]
 
 
 def _measured_rows(

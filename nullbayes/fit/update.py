@@ -20,8 +20,9 @@ from nullbayes.constraints.memory_budget import FitMemory, default_budget
 from nullbayes.constraints.training_rows import TrainingRows, capture_training
 from nullbayes.errors import InputError, NotFittedError
 from nullbayes.fit.pipeline import Fitting, check_undisturbed
+from nullbayes.fit.remarks import where_kept
 from nullbayes.fit.result import Fit, Run, Settings
-from nullbayes.fit.room import chosen_solver, where_kept, within
+from nullbayes.fit.room import chosen_solver, within
 from nullbayes.model.fingerprint import quick_digest
 from nullbayes.solvers import Solver, State
 

@@ -69,12 +69,14 @@ def digests(inputs: Inputs) -> Tensor:
         flat = (torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf).detach()
         flat = flat.reshape(size, -1)
         keys = _keys(flat.shape[1], flat.device)
-        # The upper half of each product depends on all bits of the number; another tensor takes other bits.
         for start in range(0, size, step := max(1, _NUMBERS // max(1, flat.shape[1]))):
             part = flat[start : start + step]
             if part.is_floating_point():
                 part = (part.to(torch.float32) + 0.0).contiguous().view(torch.int32)
-            words = (part.to(torch.int64) @ keys).cpu()
+            wide = part.to(torch.int64)
+            # Products of integer matrices are the processor's alone.
+            words = wide @ keys if wide.device.type == "cpu" else (wide * keys).sum(1)
+            words = words.cpu()
             total[start : start + step] += _mixed(words + place * 0x632BE59BD9B4E019)
     return total
 

@@ -282,6 +282,10 @@ def test_examples_are_told_apart() -> None:
     images = (torch.rand(2000, 784, generator=torch.Generator().manual_seed(0)) * 16).round()
     images[1:, :100] = images[:1, :100]
     assert len(members.digests(images).unique()) == 2000
+    shared = torch.randn(1, 5)  # what all have in common is the same for a batch and for one alone
+    pair = members.digests((x, shared))
+    assert torch.equal(pair[7:8], members.digests((x[7:8], shared)))
+    assert not torch.equal(pair, words)
     one = torch.zeros(785, 784)
     one[range(784), range(784)] = 1.0  # a single small difference, at every place
     assert len(members.digests(one).unique()) == 785

@@ -243,7 +243,8 @@ def both_table(tasks: dict[str, list[dict[str, Any]]]) -> list[str]:
         "",
         "`NullSpacePosterior(model, within=layers)`: all data through the moments of their layers (edge 0.01), some of "
         "them through their Jacobian rows as well. Rows alone are of as many examples as take as many CPU seconds, or "
-        'a few more. AUROC is that of the score `"information"`; NLL and joint NLL (of ten inputs together) on test data, at the fit\'s own prior precision.',
+        "a few more. AUROC is that of the score information; NLL and joint NLL (of ten inputs together) are those of "
+        "test data, at the fit's own prior precision.",
     ]
     for name, rows in tasks.items():
         shifts = [k for k in rows[0] if k not in ("posterior", "seconds") and "nll" not in k]

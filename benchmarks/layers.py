@@ -324,6 +324,8 @@ def report(results: dict[str, Any], command: str) -> str:
         )
     lines += layer_exactness.table(results["kinds"])
     lines += ["", "## Cost", "", *layer_costs.table(results["cost"])]
+    if "novelty_note" in results:
+        lines += ["", results["novelty_note"]]
     for key, value in results["novelty"].items():
         lines += auroc_table(f"AUROC: {key}", value)
     lines += ["", "## Data come and go: relative difference from a refit, float64", ""]

@@ -282,6 +282,10 @@ def test_examples_are_told_apart() -> None:
     images = (torch.rand(2000, 784, generator=torch.Generator().manual_seed(0)) * 16).round()
     images[1:, :100] = images[:1, :100]
     assert len(members.digests(images).unique()) == 2000
+    shared = torch.randn(1, 5)  # what all have in common is the same for a batch and for one alone
+    pair = members.digests((x, shared))
+    assert torch.equal(pair[7:8], members.digests((x[7:8], shared)))
+    assert not torch.equal(pair, words)
     one = torch.zeros(785, 784)
     one[range(784), range(784)] = 1.0  # a single small difference, at every place
     assert len(members.digests(one).unique()) == 785
@@ -389,3 +393,27 @@ def test_float32_data_come_and_go() -> None:
     small._fit.gathered.members.counts += 1
     with pytest.raises(InputError, match="would not be positive"):
         small.remove(never[:2], progress=False)
+
+
+def test_kept_examples_come_together_where_they_have_one_shape() -> None:
+    model, _, _ = network("encoder", torch.float32)
+    data = [torch.randn(40, length, 96) for length in (5, 5, 5, 4)]
+    labels = [torch.arange(40) % 4 for _ in data]
+    posterior = quiet(model, list(zip(data, labels, strict=True)))
+    kept = posterior._fit.gathered.kept
+    assert sum(len(x) for x, _ in kept) == 128
+    assert len(kept) < 8
+    assert all(len(x) == len(y) <= 40 for x, y in kept)  # no larger than the batches were
+    known = {
+        tuple(x.flatten().tolist()[:8]): int(y)
+        for d, t in zip(data, labels, strict=True)
+        for x, y in zip(d, t, strict=True)
+    }
+    for inputs, targets in kept:
+        for x, y in zip(inputs, targets, strict=True):
+            assert known[tuple(x.flatten().tolist()[:8])] == int(y)
+    checked = posterior._fit.state.checked
+    assert sum(len(point) for _, _, point in checked) == 32
+    with torch.no_grad():
+        for x, _, point in checked:
+            torch.testing.assert_close(point, model(x))

@@ -103,8 +103,8 @@ def table(runs: list[dict[str, Any]], load: float) -> str:
         f"of the machine when this began: {load:.1f} on {os.cpu_count()} cores; above the number of cores, seconds are "
         "those of a shared machine, and processor seconds, bytes and ratios are what to read.",
         "",
-        "| solver | scaling | processes | images | seconds | processor s | communication | pass, s | of it communication "
-        "| rows, MB each | peak growth, MB | sent, MB | residual |",
+        "| solver | scaling | processes | images | seconds | processor s | communication | pass, s | of it "
+        "communication | rows, MB each | peak growth, MB | sent, MB | residual |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for run in runs:

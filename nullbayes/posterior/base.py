@@ -183,8 +183,8 @@ class Posterior(Judged, Predicts, Grows):
         """
         num_samples = check_count(num_samples, "num_samples")
         max_examples = None if max_examples is None else check_count(max_examples, "max_examples")
-        train_loader = self._data(train_loader, "train_loader")
         with self._together("plan") as processes:
+            train_loader = self._data(train_loader, "train_loader")
             made: Callable[[], Plan] = partial(
                 plan_fit,
                 self.problem,
@@ -253,8 +253,8 @@ class Posterior(Judged, Predicts, Grows):
             check_count(audit, "audit"),
             check_sample_dtype(sample_dtype, self.functional.dtype),
         )
-        train_loader = self._data(train_loader, "train_loader")
         with self._together("fit") as processes:
+            train_loader = self._data(train_loader, "train_loader")
             if processes is not None:
                 check_alike(self.problem, self._settings, run, processes)
                 train_loader = shared(train_loader, processes, "train_loader", run.max_examples)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -46,6 +46,7 @@ from nullbayes.errors import MemoryBudgetError, ModelError
 from nullbayes.fit.auditing import audited, auditing_of
 from nullbayes.fit.evidence import fixed_point, null_space_precision
 from nullbayes.fit.layer_evidence import by_layer, layers_of
+from nullbayes.fit.notes import not_kept, where_kept
 from nullbayes.fit.prior_samples import standard_normal
 from nullbayes.fit.projection import Work, projected
 from nullbayes.fit.result import Fit, Run, Settings
@@ -91,7 +92,7 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
         audit = fitting.audit()
         notes = [*fitting.notes, *where_kept(rows.operator)]
         notes += remarks(problem.functional.model, problem.space)
-        notes += _not_kept(loader, rows, run.max_examples)
+        notes += not_kept(loader, rows, run.max_examples)
         notes += padding_notes(problem.functional.model, problem.space)
     check_undisturbed(problem, before)
     return fitting.finish(check, evidence, audit, notes)
@@ -346,30 +347,6 @@ def chosen_solver(
         )
     operator.move_out(budget - choice.nbytes)
     return choice
-
-
-def _not_kept(loader: Iterable[Any], rows: TrainingRows, limit: int | None) -> list[str]:
-    """A word on examples that ``max_examples`` left out, where the loader can say how many it has."""
-    drawn = getattr(loader, "sampler", None)
-    if limit is None or not isinstance(drawn, Sized) or limit >= len(drawn):
-        return []
-    return [
-        f"{rows.examples:,} of {len(drawn):,} examples are constrained; the {len(drawn) - rows.examples:,} others get "
-        "inflated novelty scores, which lowers AUROC against out-of-distribution inputs. Constrain all that the "
-        "network learned from where that fits: `preserve='loss'` and `directions='auto'` take fewer rows."
-    ]
-
-
-def where_kept(operator: JacobianOperator) -> list[str]:
-    """A word on rows that are not in memory."""
-    places = operator.kept()
-    if set(places) <= {"memory"}:
-        return []
-    text = ", ".join(
-        f"{format_bytes(n)} {'in memory' if w == 'memory' else 'on disk' if w == 'disk' else w}"
-        for w, n in places.items()
-    )
-    return [f"Rows: {text}."]
 
 
 def _measured_rows(

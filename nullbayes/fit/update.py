@@ -19,7 +19,8 @@ from nullbayes.common.progress import AUDIT, ROWS, Laps, stages
 from nullbayes.constraints.memory_budget import FitMemory, default_budget
 from nullbayes.constraints.training_rows import TrainingRows, capture_training
 from nullbayes.errors import InputError, NotFittedError
-from nullbayes.fit.pipeline import Fitting, check_undisturbed, chosen_solver, where_kept
+from nullbayes.fit.notes import where_kept
+from nullbayes.fit.pipeline import Fitting, check_undisturbed, chosen_solver
 from nullbayes.fit.result import Fit, Run, Settings
 from nullbayes.model.fingerprint import quick_digest
 from nullbayes.solvers import Solver, State

@@ -97,14 +97,14 @@ def table(runs: list[dict[str, Any]], load: float) -> str:
     head = [
         "# Several processes",
         "",
-        "LeNet (61,706 weights, untrained), Fashion-MNIST, every softmax "
-        "direction, one thread a process, all processes on one machine (`make bench-many`). `pass`: one product with "
+        "LeNet (61,706 weights, untrained), Fashion-MNIST, every softmax direction, one thread a process, all "
+        "processes on one machine (`python -m benchmarks.many`). `pass`: one product with "
         "all rows and their transpose, for all samples. Communication includes the wait for the slower process. Load "
         f"of the machine when this began: {load:.1f} on {os.cpu_count()} cores; above the number of cores, seconds are "
         "those of a shared machine, and processor seconds, bytes and ratios are what to read.",
         "",
-        "| solver | scaling | processes | images | seconds | processor s | communication | pass, s "
-        "| of it communication | rows, MB each | peak growth, MB | sent, MB | residual |",
+        "| solver | scaling | processes | images | seconds | processor s | communication | pass, s | of it "
+        "communication | rows, MB each | peak growth, MB | sent, MB | residual |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for run in runs:

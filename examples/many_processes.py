@@ -57,7 +57,7 @@ def trained(data: datasets.Split, sizes: Sizes) -> nn.Module:
 def fit(sizes: Sizes) -> dict[str, Any]:
     """What each process does; it is what one would do without the others."""
     data = datasets.digits(train=sizes.images, validation=200)
-    solver = nb.solvers.ConjugateGradient(tolerance=5e-2, equilibrate=0.5)
+    solver = nb.solvers.ConjugateGradient(tolerance=1e-2, equilibrate=0.5)
     posterior = nb.NullSpacePosterior(trained(data.train, sizes), solver=solver)
     posterior.fit(data.train.loader(100), num_samples=sizes.samples, progress=False)
     novelty = posterior.novelty(data.validation.loader(100))

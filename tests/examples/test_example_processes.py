@@ -12,7 +12,7 @@ def test_processes_find_what_one_finds() -> None:
     alone, first, second = found
     assert [one["processes"] for one in found] == [1, 2, 2]
     assert torch.equal(first["samples"], second["samples"])
-    # Searches that end at a residual of 5e-2 end at different points within it.
+    # Searches that end at a residual of 1e-2 end at different points within it.
     apart = (first["samples"] - alone["samples"]).norm() / alone["samples"].norm()
     assert apart < 0.1
     assert abs(first["novelty"] / alone["novelty"] - 1) < 0.05

@@ -180,6 +180,15 @@ def test_what_differs_or_fails_ends_all_and_is_named(
         assert "communication" in stages
 
 
+@pytest.mark.parametrize("size", [3, 2])
+def test_rows_are_spread_evenly(size: int, several: list[dict[str, Any]]) -> None:
+    held = [process["split"]["rows"] for process in several]
+    whole = [process["split"]["rows whole"] for process in several]
+    assert sum(held) == whole[0]
+    examples = [len(part) for part in spread(20, size)]
+    assert held == [whole[0] * count // 20 for count in examples]
+
+
 def test_parameters_cut_into_shards_are_refused(two: list[dict[str, Any]]) -> None:
     for process in two:
         kind, text = process["sharded"]["refused"]

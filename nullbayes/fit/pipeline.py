@@ -247,7 +247,10 @@ class Fitting:
         gamma = gone / self.run.num_samples if passed else float(self.state.rank or 0)
         if self.by_evidence:
             self.alpha = self._agreed(null_space_precision(gamma, p, self.theta))
-        self.rank = min(max(round(gamma), 0), m, p)
+        known = self.state.determined()
+        self.gamma = min(max(round(gamma), 0), m, p)
+        self.rank = self.gamma if known is None else min(max(round(known), 0), m, p)
+        self.rank_estimated = known is None
         self.stored = problem.weight_changes(done.value).to(self.run.stored or problem.dtype)
         if self.run.stored is not None:  # what is measured is what is stored
             self.done = replace(done, value=problem.isotropic(self.stored.to(problem.dtype)))
@@ -303,6 +306,8 @@ class Fitting:
             tolerance=self.solver.tolerance_for(self.theta.dtype),
             rank=self.rank,
             null_dim=problem.space.free - self.rank,
+            rank_estimated=self.rank_estimated,
+            gamma=self.gamma,
             prior_precision=self.alpha,
             evidence=evidence,
             **measured,

@@ -129,7 +129,9 @@ class Scorer:
         if self.problem.precision_by_name is not None:
             return 1.0
         size = float(self.problem.departure().double().square().sum())
-        return max(1, self.fit.certificate.rank) / size if size else 1.0
+        certificate = self.fit.certificate
+        gamma = certificate.rank if certificate.gamma is None else certificate.gamma
+        return max(1, gamma) / size if size else 1.0
 
 
 # -- the scores ------------------------------------------------------------------------------------

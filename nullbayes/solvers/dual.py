@@ -130,12 +130,16 @@ class DualState(State):
         self._gram: Tensor | None = gram
         self.chol = gram.new_zeros(0, 0)
         self.scale = gram.new_zeros(0)
+        #: of ``K``, where it was asked for and is exact
+        self._spectrum: Spectrum | None = None
 
     def spectrum(self, settled: Settled | None = None) -> Spectrum:
         if self._gram is None:
             raise SolverError("the spectrum must be asked for before `factorise`.")
         gram = self._gram
-        return shared_spectrum(self.operator.processes, lambda: gram_spectrum(gram, settled))
+        found = shared_spectrum(self.operator.processes, lambda: gram_spectrum(gram, settled))
+        self._spectrum = found if found.exact else None
+        return found
 
     def factorise(
         self,
@@ -245,6 +249,39 @@ class DualState(State):
     def exact_spectrum(self) -> Spectrum:
         values = eigvalsh(self.recovered_gram()).clamp(min=0)
         return Spectrum(values, torch.ones_like(values), exact=True)
+
+    def determined(self) -> float | None:
+        """From the eigenvalues of ``K``; None where there are too many rows, or no memory, to have them."""
+        m = len(self.chol)
+        if m > EXACT_UP_TO:
+            return None
+        if self.shift > 0 and not self.numerical:
+            return None if self.rank is None else float(self.rank)
+        live = self.scale > 0
+        # Rounding moves eigenvalues either way.
+        noise = self.solver.jitter or 10 * self.jitter
+        if not self.shift > 0 and bool((self.chol.diagonal()[live].square() > 1e3 * noise).all()):
+            return float(live.sum())  # each row lies far off those before it
+        known = self._spectrum if self.shift > 0 else None
+        if known is None:
+            if 24 * m**2 > self.room:
+                return None
+            known = shared_spectrum(self.operator.processes, self._spectrum_again)
+        values = known.values
+        if not self.shift > 0:
+            found = int((values > max(4 * known.rounding, noise)).sum())
+            return float(found - int((~live).sum()))  # a row of zeros has a unit diagonal
+        noise = max(4 * known.rounding, torch.finfo(self.operator.dtype).eps * float(values.max()))
+        left = (self.shift / (values + self.shift)) ** (2 * (self.passes or 1))
+        return float((1 - left)[values > noise].sum())
+
+    def _spectrum_again(self) -> Spectrum:
+        """Of ``K``, from its factorisation; without a shift, of ``K`` with rows of unit length."""
+        if self.shift > 0:
+            return gram_spectrum(self.recovered_gram())
+        gram = self.chol @ self.chol.T
+        gram.diagonal().sub_(self.jitter)
+        return gram_spectrum(gram)
 
     def extended(self, operator: RowOperator, added: RowOperator) -> DualState:
         """The Gram matrix grows by a block: no product of two earlier rows is computed again."""

@@ -206,6 +206,9 @@ class PrimalState(State):
         """The new rows join the triangular factor."""
         return self.solver.absorbed(self.sigma[:, None] * self.basis, added, operator)
 
+    def determined(self) -> float:
+        return float((1.0 - self.share**self._power).sum())
+
     @property
     def _power(self) -> int:
         return 2 * self.passes if self.numerical and self.passes else 1

@@ -32,8 +32,9 @@ def gram_spectrum(gram: Tensor, settled: Settled | None = None) -> Spectrum:
     """Spectrum of a symmetric positive semi-definite ``(M, M)`` float64 matrix."""
     m = len(gram)
     if m <= EXACT_UP_TO:
-        values = eigvalsh(gram).clamp(min=0)
-        return Spectrum(values, torch.ones_like(values), exact=True)
+        found = eigvalsh(gram)
+        values, below = found.clamp(min=0), max(0.0, -float(found.min())) if m else 0.0
+        return Spectrum(values, torch.ones_like(values), exact=True, rounding=below)
     generator = torch.Generator().manual_seed(0)
     probes = torch.randint(0, 2, (m, PROBES), generator=generator).double().mul_(2).sub_(1)
     # The products run in float32, half the reading, since a quadrature of a few dozen nodes is

@@ -90,7 +90,7 @@ def left_out(
         return []
     out, at = [], 0
     for which, numbers, index in chosen:
-        which_examples = torch.tensor(numbers)[index]
+        which_examples = torch.tensor(numbers)[index] + rows.relabelled
         point, unit, targets = check.batches[which]
         index = index.to(point.device)
         point, unit = point[index], unit[:, index]

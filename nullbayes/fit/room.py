@@ -51,15 +51,3 @@ def chosen_solver(
     if operator.processes is not None:
         left = -round(operator.processes.largest(-left))
     return replace(choice, room=max(choice.nbytes, left))
-
-
-def where_kept(operator: JacobianOperator) -> list[str]:
-    """A word on rows that are not in memory."""
-    places = operator.kept()
-    if set(places) <= {"memory"}:
-        return []
-    text = ", ".join(
-        f"{format_bytes(n)} {'in memory' if w == 'memory' else 'on disk' if w == 'disk' else w}"
-        for w, n in places.items()
-    )
-    return [f"Rows: {text}."]

@@ -18,10 +18,11 @@ from nullbayes.common.memory import available_bytes
 from nullbayes.common.progress import AUDIT, ROWS, Laps, stages
 from nullbayes.constraints.memory_budget import FitMemory, default_budget
 from nullbayes.constraints.training_rows import TrainingRows, capture_training
-from nullbayes.errors import NotFittedError
+from nullbayes.errors import InputError, NotFittedError
 from nullbayes.fit.pipeline import Fitting, check_undisturbed
+from nullbayes.fit.remarks import where_kept
 from nullbayes.fit.result import Fit, Run, Settings
-from nullbayes.fit.room import chosen_solver, where_kept, within
+from nullbayes.fit.room import chosen_solver, within
 from nullbayes.model.fingerprint import quick_digest
 from nullbayes.solvers import Solver, State
 
@@ -51,6 +52,10 @@ def updated(fit: Fit, settings: Settings, loader: Iterable[Any], run: Run) -> Fi
         MemoryBudgetError: the rows and the solver do not fit the budget.
     """
     earlier = _earlier(fit)
+    if earlier.rows.operator.processes is not None:
+        raise InputError(
+            "`update` after a fit on several processes is not supported: call `fit` on all of the data."
+        )
     problem = earlier.rows.asked
     laps, before = Laps(), quick_digest(problem.functional.model)
     budget = settings.memory or default_budget(available_bytes(problem.device))

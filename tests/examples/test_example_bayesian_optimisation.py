@@ -7,6 +7,8 @@ import torch
 
 pytest.importorskip("botorch")
 
+import itertools
+
 from examples import bayesian_optimisation as example
 
 
@@ -18,7 +20,7 @@ def test_a_search_by_each_method() -> None:
     assert len(first) == 1  # the same points at first
     for (curve,) in found.values():
         assert len(curve) == example.SMALL.points
-        assert all(a >= b >= -1e-6 for a, b in zip(curve, curve[1:], strict=False))
+        assert all(a >= b >= -1e-6 for a, b in itertools.pairwise(curve))
     text = example.summary(figures)
     assert "Branin (2)" in text and "of 1" in text
 

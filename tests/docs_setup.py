@@ -137,7 +137,32 @@ def foreign() -> Names:
         return docs_foreign.names()
 
 
+def language() -> Names:
+    """A tiny BERT with three classes, from its configuration, and twelve texts; peft is needed, too."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=3,
+    )
+    texts = {
+        "input_ids": torch.randint(2, 50, (12, 8)),
+        "attention_mask": torch.ones(12, 8, dtype=torch.long),
+        "labels": torch.arange(12) % 3,
+    }
+    return {
+        "model": transformers.BertForSequenceClassification(config).eval(),
+        "texts": texts,
+    }
+
+
 SETUPS: dict[str, Callable[[], Names]] = {
     function.__name__: function
-    for function in (classifier, regressor, segmenter, surrogate, foreign)
+    for function in (classifier, regressor, segmenter, surrogate, foreign, language)
 }

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,6 +143,22 @@ def test_labels_elsewhere(tmp_path: Path) -> None:
         wanted = nb.NullSpacePosterior(module).fit([(X, Y)], 3, **QUIET)
         found = callback.posterior.predict(X).outputs
         assert_close(found, wanted.predict(X).outputs, rtol=1e-3, atol=1e-4)
+
+
+def test_a_module_that_was_moved_after_training(tmp_path: Path) -> None:
+    """As Lightning moves it off an accelerator: the posterior is read from its file, around where the module is now."""
+    model = Classifier().eval()
+    posterior = nb.NullSpacePosterior(model).fit([(X, Y)], 3, **QUIET)
+    callback = NullSpaceCallback()
+    callback.posterior, callback._file = posterior, tmp_path / "p.safetensors"
+    posterior.save(callback._file)
+    callback.on_fit_end(SimpleNamespace(is_global_zero=True), model)
+    assert callback.posterior is posterior
+    wanted, callback._file = posterior.predict(X).outputs, tmp_path / "p.safetensors"
+    posterior.space.device = torch.device("meta")  # where the fit was
+    callback.on_fit_end(SimpleNamespace(is_global_zero=True), model)
+    assert callback.posterior is not posterior
+    assert_close(callback.posterior.predict(X).outputs, wanted)
 
 
 PARALLEL = """

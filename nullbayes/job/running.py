@@ -30,6 +30,7 @@ from nullbayes.posterior.loading import load
 from nullbayes.posterior.measuring.data import as_loader
 from nullbayes.posterior.measuring.methods import NETWORK, own_source
 from nullbayes.posterior.measuring.passing import Pass
+from nullbayes.posterior.measuring.running import Question, check_first
 from nullbayes.report import render_report
 
 POSTERIOR, RESULTS, REPORT, LOG = "posterior.safetensors", "results.json", "report.html", "log.txt"
@@ -193,6 +194,12 @@ def run_check(job: Job, folder: RunFolder, *, progress: bool) -> Check:
 def run_evaluate(job: Job, folder: RunFolder, *, progress: bool) -> Evaluation:
     """Fit where need be, evaluate, write ``results.json`` and ``report.html``."""
     test = job.need("test", "evaluate")
+    if job.kind in ("null-space", "laplace"):  # hours of fitting are not to be lost to a wrong set
+        asked = Question(
+            job.posterior(), test, job.shifted, None, None, (), None, None, progress=False
+        )
+        with job.blamed("the data"):
+            check_first(asked)
     posterior = fitted(job, folder, progress=progress)
     with folder.noting_warnings(), job.blamed("the data"):
         found = posterior.evaluate(

@@ -112,6 +112,31 @@ def segmenter() -> Names:
     }
 
 
+def surrogate() -> Names:
+    """A network of twelve values of a function on the unit square, in double precision."""
+    pytest.importorskip("botorch")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(12, 2, generator=generator, dtype=torch.float64)
+    y = (torch.sin(5 * x[:, :1]) + x[:, 1:].square()) / 0.7
+    layers = (functools.partial(nn.Linear, 2, 16), nn.Tanh, functools.partial(nn.Linear, 16, 1))
+    model = trained(seeded(*layers).double(), datasets.Split(x, y), F.mse_loss, 200)
+    return {"model": model, "x": x, "y": y}
+
+
+def foreign() -> Names:
+    """Networks of other libraries, trained for a moment: skorch, Lightning, Hugging Face, PyTorch Geometric, arrays."""
+    for name in ("skorch", "lightning.pytorch", "transformers", "torch_geometric"):
+        pytest.importorskip(name)
+    # Of the libraries: few workers, few steps, what they use of a newer torch.
+    for kind in (UserWarning, DeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=kind)
+    import docs_foreign
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return docs_foreign.names()
+
+
 def language() -> Names:
     """A tiny BERT with three classes, from its configuration, and twelve texts; peft is needed, too."""
     transformers = pytest.importorskip("transformers")
@@ -138,5 +163,6 @@ def language() -> Names:
 
 
 SETUPS: dict[str, Callable[[], Names]] = {
-    function.__name__: function for function in (classifier, regressor, segmenter, language)
+    function.__name__: function
+    for function in (classifier, regressor, segmenter, surrogate, foreign, language)
 }

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nullbayes.common.decompositions import eigh
 from nullbayes.errors import ModelError
 from nullbayes.moments.blocks import Block, Blocks
 from nullbayes.moments.factor import Edge
@@ -56,7 +57,7 @@ class Form:
             narrow = bool((delta < SMALLEST_EDGE * scale).any())
             if narrow or not tolerance or columns > WHOLE:
                 return whole
-            values, directions = torch.linalg.eigh(moments.inputs.values)
+            values, directions = eigh(moments.inputs.values)
             values, directions = values.flip(1).clamp_min(0), directions.flip(2)
             kept = int((values > tolerance * delta[:, None]).sum(1).amax())
             if kept >= MOST * columns:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from nullbayes.common.processes import Processes
+from nullbayes.common.processes import Processes, resolve
 from nullbayes.jacobian.linearise import linearised_outputs
+from nullbayes.jacobian.shared import serve
 from nullbayes.model.batch import Inputs
 from nullbayes.model.functional import undisturbed_method
 from nullbayes.posterior.measuring.methods import EVIDENCE, GIVEN
@@ -27,11 +28,20 @@ class Judged:
     """Mixin of all posteriors; what it asks of them is `nullbayes.posterior.measuring.subject.Subject`."""
 
     linearises = True
+    #: those that work on it together, see `NullSpacePosterior`; False: this process alone
+    process_group: Any = False
 
     @contextmanager
     def _together(self, where: str) -> Iterator[Processes | None]:
-        """The processes that make the call ``where`` together: this one alone, unless a posterior says otherwise."""
-        yield None
+        """The length of a call that all processes make: these, or None for one alone."""
+        processes = resolve(self.process_group)
+        if processes is None:
+            yield None
+            return
+        with processes.call(where) as outermost:
+            yield processes
+            if outermost:  # others may still need products with the rows that are here
+                serve(processes)
 
     @undisturbed_method
     def evaluate(
@@ -77,7 +87,7 @@ class Judged:
                     others,
                     slices,
                     show,
-                    progress,
+                    progress and (processes is None or processes.leads),
                     processes,
                 )
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.parameters import ParameterSpace
 from nullbayes.moments import members, products
 from nullbayes.moments.blocks import find_blocks
-from nullbayes.moments.convolution import ConvSummer
+from nullbayes.moments.convolution import ConvInputs, ConvSummer
 from nullbayes.moments.factor import Edge
 from nullbayes.moments.leverage import DIRECTIONS, Leverage
 from nullbayes.moments.second import BlockMoments, DenseMoments
@@ -65,6 +66,19 @@ def test_sums_of_patches_by_every_way(name: str, dtype: torch.dtype) -> None:
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6
     assert (gram - want).abs().max() <= tolerance * want.abs().max()
     assert list(summer.flush()) == []
+
+
+@pytest.mark.parametrize("size", [(40, 33), (9, 24), (7, 5)], ids=str)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_patches_at_some_positions_are_those_of_all(name: str, size: tuple[int, int]) -> None:
+    conv, x = CONVOLUTIONS[name], torch.randn(2, CONVOLUTIONS[name].in_channels, *size)
+    out, rule = conv(x), ConvInputs()
+    (some,) = rule.thinned(conv, (x,), {}, out, 16)
+    (every,) = rule.inputs(conv, (x,), {}, out)
+    grid = every.a.unflatten(1, out.shape[2:])
+    step = math.ceil((out[0, 0].numel() / 16) ** 0.5)
+    rows, columns = (slice(min(step, n) // 2, None, step) for n in out.shape[2:])
+    assert torch.equal(some.a, grid[:, rows, columns].flatten(1, 2))
 
 
 def test_many_maps_go_to_float64_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:

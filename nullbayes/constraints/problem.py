@@ -150,7 +150,7 @@ class Problem:
     def weight_changes(self, isotropic: Tensor) -> Tensor:
         """``(S, P)`` from the solver's coordinates, in which the prior is isotropic, to weights."""
         if self.within is not None:
-            return self.within.spread(isotropic)
+            return self.space.fix_(self.within.spread(isotropic))
         scales = self.space.scales(self.precision_by_name)
         # Exactly, and not but for rounding: a solver's products leave something at coordinates that are fixed.
         return self.space.fix_(isotropic if scales is None else isotropic * scales)

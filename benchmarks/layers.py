@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import nullbayes as nb
-from benchmarks import common, layer_costs, layer_exactness
+from benchmarks import common, layer_costs, layer_exactness, layer_more
 from nullbayes import datasets
 from nullbayes.demo.models import digits_net
 from nullbayes.metrics import ood_metrics
@@ -330,6 +330,7 @@ def report(results: dict[str, Any], command: str) -> str:
         lines += auroc_table(f"AUROC: {key}", value)
     lines += ["", "## Data come and go: relative difference from a refit, float64", ""]
     lines += [f"- {name}: {value:.1e}" for name, value in results["data"].items()]
+    lines += layer_more.sections(results)
     return "\n".join(lines) + "\n"
 
 
@@ -355,6 +356,7 @@ def main() -> None:
             novelty[f"{title}, digits, {kind}, mean of {len(runs)} networks"] = runs
     novelty["judging, Fashion-MNIST, LeNet, sums from 5,000 images"] = [clothes(5000)]
     results["novelty"] = novelty
+    results |= layer_more.earlier()
     command = f"python -m benchmarks.layers --images {options.images} --seeds {options.seeds}"
     print(common.write_results("layers", results, report(results, command)))
 

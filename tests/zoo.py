@@ -355,7 +355,15 @@ def _() -> tuple[nn.Module, Any]:
 
 
 def dense_jacobian(model: nn.Module, inputs: Any) -> Tensor:
-    """``J (N*O, P)`` by plain reverse mode over the whole model: code that shares nothing with ours."""
+    """``J (N*O, P)`` by plain reverse mode over the whole model: code that shares nothing with ours.
+
+    Rows of padding are constants, whatever a table is tied to.
+    """
+    constant = {
+        id(m.weight): m.padding_idx
+        for m in model.modules()
+        if isinstance(m, nn.Embedding) and m.padding_idx is not None
+    }
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     weights = [p for _, p in model.named_parameters() if p.requires_grad]
     assert names
@@ -366,5 +374,8 @@ def dense_jacobian(model: nn.Module, inputs: Any) -> Tensor:
     rows = []
     for value in out.reshape(-1):
         grads = torch.autograd.grad(value, weights, retain_graph=True, materialize_grads=True)
+        for weight, g in zip(weights, grads, strict=True):
+            if id(weight) in constant:
+                g[constant[id(weight)]] = 0
         rows.append(torch.cat([g.reshape(-1) for g in grads]))
     return torch.stack(rows).detach()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nullbayes.audit.outputs import Probabilities
 from nullbayes.audit.sampling import Drawn, Reservoir
 from nullbayes.common.progress import ROWS, Stages
 from nullbayes.constraints.directions import Cotangents
@@ -48,7 +49,11 @@ class TrainingRows:
     trace: float = 0.0  # of all output Hessians
     problem: Problem | None = None
     start: int = 0  # the number of the first example that this process has, see ``shared_rows.py``
+    relabelled: int = 0  # what to add to a number for the one that its rows were made under
     chances: list[float] = field(default_factory=list)  # by which those that are audited were drawn
+
+    # What to say of outputs that do not look like what the likelihood takes.
+    doubtful: str | None = None
 
     def span(self, number: int) -> slice:
         """The rows of an example that this process has."""
@@ -86,6 +91,7 @@ class TrainingRows:
             self.observed + more.observed,
             trace,
             self.problem,
+            doubtful=self.doubtful,
         )
 
     def _drawn(self, more: TrainingRows, count: int) -> list[Drawn]:
@@ -192,7 +198,8 @@ class _Capturing:
         start: int,
     ) -> None:
         self.problem, self.plan, self.memory = problem, plan, memory
-        self.numbered = plan.numbered  # examples of earlier calls, whose rows these will join
+        # Behind the examples of earlier calls, whose rows these will join, and of other processes.
+        self.numbered = plan.numbered + start
         self.audited, self.batches = audited, 0
         self.keeper = Keeper(
             problem.functional,
@@ -209,6 +216,7 @@ class _Capturing:
         # The first of all examples, of which those before ``start`` are other processes'.
         self.left, self.count = memory.check, min(start % APART, CHECK_EXAMPLES)
         self.loss, self.least_loss, self.observed = 0.0, 0.0, 0
+        self.outputs = Probabilities(problem.likelihood)
 
     def add(self, inputs: Inputs, outputs: Tensor, targets: Any) -> None:
         """The rows of one batch, of which the examples are numbered on."""
@@ -217,6 +225,7 @@ class _Capturing:
             self._add_group(group)
         self._check_later(inputs, outputs, targets)
         self.audited.offer(inputs, targets)
+        self.outputs.look(self.problem.functional, inputs, outputs)
         likelihood = self.problem.likelihood
         with torch.no_grad():
             self.loss += float(likelihood.loss(outputs, targets).double().sum())
@@ -278,6 +287,7 @@ class _Capturing:
             self.trace,
             self.problem,
             chances=self.audited.chances,
+            doubtful=self.outputs.note,
         )
 
 

@@ -49,7 +49,7 @@ def digest(tensor: Tensor) -> int:
     """One number from every bit of a tensor."""
     total = 0
     with torch.no_grad():
-        words = _words(tensor)
+        words = bits_of(tensor)
         for start in range(0, words.numel(), _CHUNK):
             part = words[start : start + _CHUNK].to(torch.int64)
             # Sums of integers wrap around and are the same in any order; the weights tell places apart.
@@ -74,7 +74,7 @@ class Watch:
         self.pieces: list[tuple[Tensor, Tensor | None, int, int]] = []
         with torch.no_grad():
             for tensor in self.tensors:
-                words = _words(tensor)
+                words = bits_of(tensor)
                 for start in range(0, len(words), _PIECE):
                     stop = min(len(words), start + _PIECE)
                     view = words[start:stop] if words.data_ptr() == tensor.data_ptr() else None
@@ -107,15 +107,15 @@ class Watch:
 
     @staticmethod
     def _sum(tensor: Tensor, view: Tensor | None, start: int, stop: int) -> Tensor:
-        return (_words(tensor)[start:stop] if view is None else view).sum()
+        return (bits_of(tensor)[start:stop] if view is None else view).sum()
 
 
 # Numbers of a piece of a :class:`Watch`, and how many are looked at each time.
 _PIECE, _ALWAYS = 2**16, 2**16
 
 
-def _words(tensor: Tensor) -> Tensor:
-    """The bits of a tensor as integers, flat."""
+def bits_of(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as integers, flat: one for each number, two for a complex one."""
     flat = tensor.detach().reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat.resolve_conj()).reshape(-1)

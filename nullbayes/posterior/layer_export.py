@@ -16,10 +16,10 @@ from nullbayes.likelihood import Likelihood
 from nullbayes.model.batch import Inputs, batch_size, flags_of, plain, take
 from nullbayes.model.functional import Forward, as_tensor_output
 from nullbayes.moments.factor import Edge
-from nullbayes.moments.traced import Tape, probes_of, scores, watched
-from nullbayes.posterior.layer_fit import LayerFit
-from nullbayes.posterior.layer_leverage import EXACT_EDGE, POSITIONS, Leverages
-from nullbayes.posterior.layer_novelty import leverage_score
+from nullbayes.moments.traced import Tape, probes_of, scores
+from nullbayes.moments.watched import watched
+from nullbayes.posterior.layer_fit import LayerFit, leverages
+from nullbayes.posterior.layer_leverage import EXACT_EDGE, POSITIONS
 from nullbayes.posterior.prediction import make_prediction
 
 if TYPE_CHECKING:
@@ -202,9 +202,8 @@ def export_module(
             "with `samples=0`."
         )
     edges = [Edge.of(sums, state.delta or EXACT_EDGE) for sums in fit.gathered.sums]
-    dtype = functional.dtype
-    tape = Tape()
-    probes = probes_of(state.blocks, fit.gathered.sums, edges, dtype, asked.tolerance)
+    tape, scorers = Tape(), leverages(state).layers
+    probes = probes_of(state.blocks, fit.gathered.sums, edges, scorers, asked.tolerance)
     network = watched(_copied(posterior), state.blocks, probes, tape, POSITIONS)
     members = []
     for sample in state.state_dicts(fit.alpha**-0.5, asked.samples):
@@ -260,12 +259,7 @@ def _check(
         outputs = posterior.functional.outputs(x, "`x`")
         if not (found[0] - outputs).norm() <= off * outputs.norm().clamp_min(1e-30):
             wrong.append("outputs")
-    state = fit.state  # with whole roots: the posterior's own score estimates those of wide layers
-    whole = Leverages(
-        state.functional, state.blocks, fit.gathered, state.delta,
-        factors=state.factors, directions=None,
-    )  # fmt: skip
-    novelty = leverage_score(whole, x).to(dtype)
+    novelty = posterior.novelty(x, "leverage")
     if not (found[-1] - novelty).abs().max() <= room:
         wrong.append("novelty")
     if asked.samples:

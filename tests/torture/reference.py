@@ -21,23 +21,29 @@ Inputs = tuple[Tensor, ...]
 
 
 class Alone:
-    """The network as a function of one example, in float64; ``weights`` are the ones that take part."""
+    """The network as a function of one example, in float64; ``weights`` are the ones that take part.
 
-    def __init__(self, problem: Problem, names: list[str]) -> None:
-        self.problem, self.names = problem, names
+    Args:
+        dtype: another precision, to see what rounding does to plain derivatives.
+    """
+
+    def __init__(
+        self, problem: Problem, names: list[str], dtype: torch.dtype = torch.float64
+    ) -> None:
+        self.problem, self.names, self.dtype = problem, names, dtype
         self.model = copy.deepcopy(problem.model)
         for module in self.model.modules():
             # `eps=None` is a number of the precision that the layer runs in (float32 for half precision).
             if isinstance(module, nn.RMSNorm) and module.eps is None:
                 single = problem.dtype != torch.float64
                 module.eps = torch.finfo(torch.float32 if single else torch.float64).eps
-        self.model = self.model.double()
+        self.model = self.model.to(dtype)
         self.weights = {n: self.model.get_parameter(n).detach().clone() for n in names}
 
     def example(self, inputs: Inputs, n: int) -> Inputs:
         """Example ``n`` of a batch, alone; what is shared stays whole."""
         parts = [t if i in self.problem.shared else t[n : n + 1] for i, t in enumerate(inputs)]
-        return tuple(t.double() if t.is_floating_point() else t for t in parts)
+        return tuple(t.to(self.dtype) if t.is_floating_point() else t for t in parts)
 
     def output(self, one: Inputs, weights: dict[str, Tensor]) -> Tensor:
         """The raw output of one example, ``(*out,)``; a dictionary's entries one after the other."""

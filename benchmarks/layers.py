@@ -1,6 +1,6 @@
 """The layer null space: exactness, cost, novelty beside its rivals, and data that come and go.
 
-    python -m benchmarks.layers [--images 60000] [--seeds 2]
+    python -m benchmarks.layers [--images 60000] [--seeds 2] [--before CHECKOUT]
 
 Which edge and which weighting of leverages are the default was chosen on the tuning tasks (digits without 8 and 9, on
 three architectures); the judging tasks (digits without other pairs, Fashion-MNIST) had no part in it.
@@ -9,15 +9,15 @@ three architectures); the judging tasks (digits without other pairs, Fashion-MNI
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import nullbayes as nb
-from benchmarks import common
+from benchmarks import common, layer_costs, layer_exactness, layer_more
 from nullbayes import datasets
 from nullbayes.demo.models import digits_net
 from nullbayes.metrics import ood_metrics
@@ -93,6 +93,10 @@ def conv_net() -> nn.Module:
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "perceptron, 64-128-128-10": (perceptron, lambda: torch.randn(24, 64)),
+    "perceptron, 64-1024-1024-10": (
+        lambda: perceptron(width=1024),
+        lambda: torch.randn(48, 64),
+    ),
     "convolutions, batch norm": (conv_net, lambda: torch.randn(5, 3, 8, 8)),
     "transformer encoder": (Encoder, lambda: torch.randn(6, 8, 128)),
     "decoder, tied embedding": (Decoder, lambda: torch.randint(0, 40, (6, 8))),
@@ -125,39 +129,6 @@ def exactness(name: str, dtype: torch.dtype) -> dict[str, Any]:
         "other outputs": float(off),
         "held": certificate.held,
     }
-
-
-def cost(images: int) -> dict[str, Any]:
-    """CPU seconds of a fit beside a plain pass over the same data, and of scores beside one over the same batch."""
-    torch.set_num_threads(1)
-    model, x, y = common.trained_lenet(images, epochs=1)
-    loader = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
-    with torch.no_grad():
-        model(x[:BATCH])
-        start = time.process_time()
-        for some, _ in loader:
-            model(some)
-        plain = time.process_time() - start
-    posterior = nb.LayerNullSpacePosterior(model)
-    start = time.process_time()
-    posterior.fit(loader, progress=False)
-    fit = time.process_time() - start
-    out: dict[str, Any] = {"images": images, "forward": plain, "fit": fit}
-    for size in (1, BATCH):
-        posterior.novelty(x[:size], "leverage")
-        for what, run in (
-            ("forward", lambda s=size: posterior.functional.outputs(x[:s])),
-            ("leverage", lambda s=size: posterior.novelty(x[:s], "leverage")),
-            ("information", lambda s=size: posterior.novelty(x[:s])),
-        ):
-            run()
-            start, times = time.process_time(), 5
-            for _ in range(times):
-                run()
-            out[f"{what} {size}"] = (time.process_time() - start) / times
-    certificate = posterior.certificate
-    out |= {"divergence": certificate.divergence, "left out": certificate.left_out_divergence}
-    return out | {"held": certificate.held, "free": certificate.free_share}
 
 
 # -- novelty -------------------------------------------------------------------------------------
@@ -351,30 +322,15 @@ def report(results: dict[str, Any], command: str) -> str:
             f"| {r['network']} | {r['dtype']} | {100 * r['free']:.0f} % | {100 * r['weights']:.0f} % | "
             f"{r['training outputs']:.1e} | {r['other outputs']:.2g} | {'yes' if r['held'] else 'no'} |"
         )
-    c = results["cost"]
-    lines += [
-        "",
-        f"## Cost: LeNet, {c['images']:,} images of Fashion-MNIST, float32, one thread",
-        "",
-    ]
-    lines += [
-        f"CPU seconds: plain forward passes {c['forward']:.1f}, fit {c['fit']:.1f}, so {c['fit'] / c['forward']:.1f} "
-        f"passes. Peak memory of the process, data included, {c['peak_bytes'] / 2**30:.1f} GB. Divergence "
-        f"{c['divergence']:.2g} nats on training examples, {c['left out']:.2g} on those left out; "
-        f"{100 * c['free']:.0f} % of the prior's variance left.",
-        "",
-        "| examples | forward, ms | leverage, ms | information, ms |",
-        "|---|---|---|---|",
-    ]
-    for size in (1, BATCH):
-        cells = [
-            f"{1e3 * c[f'{what} {size}']:.2f}" for what in ("forward", "leverage", "information")
-        ]
-        lines.append(f"| {size} | {' | '.join(cells)} |")
+    lines += layer_exactness.table(results["kinds"])
+    lines += ["", "## Cost", "", *layer_costs.table(results["cost"])]
+    if "novelty_note" in results:
+        lines += ["", results["novelty_note"]]
     for key, value in results["novelty"].items():
         lines += auroc_table(f"AUROC: {key}", value)
     lines += ["", "## Data come and go: relative difference from a refit, float64", ""]
     lines += [f"- {name}: {value:.1e}" for name, value in results["data"].items()]
+    lines += layer_more.sections(results)
     return "\n".join(lines) + "\n"
 
 
@@ -382,14 +338,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=60_000)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--before", type=Path, help="checkout of an earlier version")
     options = parser.parse_args()
     torch.set_num_threads(1)
     results: dict[str, Any] = {"environment": common.environment()}
     dtypes = (torch.float64, torch.float32)
     results["exactness"] = [exactness(name, dtype) for name in NETWORKS for dtype in dtypes]
     results["data"] = come_and_go()
-    results["cost"] = common.fresh_process(cost, options.images)
-    print(results["cost"], flush=True)
+    results["kinds"] = layer_exactness.by_kind()
+    counts = layer_costs.DEFAULT | {"lenet": options.images}
+    results["cost"] = layer_costs.all_costs(counts, options.before)
     novelty: dict[str, list[dict[str, Any]]] = {}
     for kind in ("convolutions", "perceptron", "LayerNorm"):
         for title, pairs in (("tuning", TUNING), ("judging", JUDGING)):
@@ -398,6 +356,7 @@ def main() -> None:
             novelty[f"{title}, digits, {kind}, mean of {len(runs)} networks"] = runs
     novelty["judging, Fashion-MNIST, LeNet, sums from 5,000 images"] = [clothes(5000)]
     results["novelty"] = novelty
+    results |= layer_more.earlier()
     command = f"python -m benchmarks.layers --images {options.images} --seeds {options.seeds}"
     print(common.write_results("layers", results, report(results, command)))
 

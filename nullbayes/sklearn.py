@@ -28,6 +28,7 @@ from nullbayes.posterior.posterior import LaplacePosterior, NullSpacePosterior
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, clone
+    from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_array, check_is_fitted, check_X_y
 except ImportError as error:
     raise MissingExtraError(
@@ -94,6 +95,8 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
             raise InputError(f"`calibration_share` is {share!r}; expected a number from 0 up to 1.")
         X, y = self._read(X, y)
+        self._tokens = _takes_tokens(self.module)
+        X = self._features(X)
         held = round(share * len(X))
         order = np.random.default_rng(self.random_state).permutation(len(X))
         rest, held_out = np.sort(order[held:]), order[:held]
@@ -117,6 +120,10 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         self.posterior_: Posterior = made
         self.n_features_in_ = X.shape[1] if X.ndim > 1 else 1
         return self
+
+    def _features(self, X: Array) -> Array:
+        """Whole numbers are features like others, but where the network looks them up."""
+        return X if X.dtype.kind == "f" or self._tokens else X.astype(np.float64)
 
     def _trained(self, X: Array, y: Array) -> nn.Module:
         """The module itself; that of a skorch net after it was trained, on a clone."""
@@ -177,7 +184,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
                 f"X has {X.shape[1]} features, but {type(self).__name__} is expecting {self.n_features_in_} features "
                 "as input."
             )
-        return X
+        return self._features(X)
 
     def score_samples(self, X: Any) -> Array:
         """How much each input is like the training data ``(N,)``: minus its novelty in nats, as scikit-learn has it."""
@@ -210,6 +217,7 @@ class NullSpaceClassifier(ClassifierMixin, _Estimator):  # type: ignore[misc]
 
     def _read(self, X: Any, y: Any) -> tuple[Array, Array]:
         X, y = check_X_y(X, y, allow_nd=True, dtype="numeric")
+        check_classification_targets(y)
         self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise InputError(
@@ -285,6 +293,11 @@ class NullSpaceRegressor(RegressorMixin, _Estimator):  # type: ignore[misc]
         self._flat = y.ndim == 1
         return X, y.astype(np.float64)
 
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
     def _likelihood(self, outputs: int) -> Likelihood | str:
         return Regression(self.noise_variance)
 
@@ -302,6 +315,17 @@ class NullSpaceRegressor(RegressorMixin, _Estimator):  # type: ignore[misc]
         out = [t.double().cpu().numpy() for t in (mean, std)]
         out = [t.reshape(len(t)) if self._flat else t for t in out]
         return tuple(out) if return_std else out[0]
+
+
+def _takes_tokens(net: Any) -> bool:
+    """Whether whole numbers are looked up in a table by the network, or by that of a skorch net."""
+    if not isinstance(net, nn.Module):
+        try:
+            with torch.random.fork_rng(devices=[]):
+                net = clone(net).initialize().module_
+        except Exception:  # a net whose sizes follow from the data cannot be made before
+            return False
+    return any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in net.modules())
 
 
 def _numbers(X: Any) -> Array:

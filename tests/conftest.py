@@ -9,7 +9,16 @@ torch.set_num_threads(1)
 
 # Measured with `make test ARGS=--durations=80`: what takes more than a few seconds, or trains networks, or starts
 # processes of its own.
-SLOW_ROOMS = ("audit", "cases", "docs", "examples", "experiments", "project", "torture")
+SLOW_ROOMS = (
+    "audit",
+    "cases",
+    "docs",
+    "examples",
+    "experiments",
+    "processes",
+    "project",
+    "torture",
+)
 SLOW_TESTS = (
     "test_an_interrupt_in_any_forward_pass",
     "test_as_a_module",
@@ -28,6 +37,10 @@ SLOW_TESTS = (
     "test_generative.py",
     "test_scale.py",
     "test_layer_posterior.py",
+    "test_scikit_learns_checks_of_estimators",
+    "test_lightning.py",
+    "test_botorch.py",
+    "test_graphs.py",
 )
 
 

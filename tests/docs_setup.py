@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -110,6 +112,57 @@ def segmenter() -> Names:
     }
 
 
+def surrogate() -> Names:
+    """A network of twelve values of a function on the unit square, in double precision."""
+    pytest.importorskip("botorch")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(12, 2, generator=generator, dtype=torch.float64)
+    y = (torch.sin(5 * x[:, :1]) + x[:, 1:].square()) / 0.7
+    layers = (functools.partial(nn.Linear, 2, 16), nn.Tanh, functools.partial(nn.Linear, 16, 1))
+    model = trained(seeded(*layers).double(), datasets.Split(x, y), F.mse_loss, 200)
+    return {"model": model, "x": x, "y": y}
+
+
+def foreign() -> Names:
+    """Networks of other libraries, trained for a moment: skorch, Lightning, Hugging Face, PyTorch Geometric, arrays."""
+    for name in ("skorch", "lightning.pytorch", "transformers", "torch_geometric"):
+        pytest.importorskip(name)
+    # Of the libraries: few workers, few steps, what they use of a newer torch.
+    for kind in (UserWarning, DeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=kind)
+    import docs_foreign
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return docs_foreign.names()
+
+
+def language() -> Names:
+    """A tiny BERT with three classes, from its configuration, and twelve texts; peft is needed, too."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=3,
+    )
+    texts = {
+        "input_ids": torch.randint(2, 50, (12, 8)),
+        "attention_mask": torch.ones(12, 8, dtype=torch.long),
+        "labels": torch.arange(12) % 3,
+    }
+    return {
+        "model": transformers.BertForSequenceClassification(config).eval(),
+        "texts": texts,
+    }
+
+
 SETUPS: dict[str, Callable[[], Names]] = {
-    function.__name__: function for function in (classifier, regressor, segmenter)
+    function.__name__: function
+    for function in (classifier, regressor, segmenter, surrogate, foreign, language)
 }

@@ -214,6 +214,9 @@ def tensors_of(posterior: Any, new: Tensor, targets: Tensor | None) -> dict[str,
 
 def figure(figures: dict[str, Any], name: str) -> float:
     value = figures[name] if name in figures else figures[RENAMED[name]]
+    # The rank was that of the samples, which is called `gamma` now and still sets the prior precision.
+    if name in ("rank", "null_dim") and figures["gamma"] is not None:
+        value = value + (figures["gamma"] - figures["rank"]) * (1 if name == "rank" else -1)
     return -1.0 if value is None else float(value)
 
 

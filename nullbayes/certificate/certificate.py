@@ -45,8 +45,12 @@ class Certificate:
             prediction on the checked training examples; RMSE for regression; for a callable loss its mean at
             the trained network's outputs, and at those of the samples (``score_name``).
         constraints, parameters: the shape ``(M, P)`` of the constraint matrix.
-        rank, null_dim: how many directions the data determine (the numerical rank; for Laplace the
-            effective number of parameters ``γ``), and ``P - rank``.
+        rank, null_dim: how many directions the data determine (the numerical rank; with an edge of the null space or
+            for Laplace the effective number ``γ = Σ (1 - f)``, with the share ``f`` of each direction's variance that
+            is left), and how many others there are.
+        rank_estimated: whether these come from the samples or from random probes, and not from a factorisation.
+        gamma: ``γ`` as the samples have it, which the prior precision by the evidence and `novelty` count with; None
+            in files of version 0.1, where it is ``rank``.
         prior_share: mean ``‖Δ‖² / ‖ε‖²``: what share of the prior's variance survived.
         delta: where the null space ends, relative to the prior precision (0: exact; 1: Laplace).
         discarded_trace: share of the output Hessians' trace that ``directions`` left out.
@@ -95,6 +99,8 @@ class Certificate:
     left_out_divergence: float | None = None
     evidence: float | None = None
     audit: Audit | None = None
+    rank_estimated: bool = True
+    gamma: int | None = None
 
     def joined(self, new: dict[str, Any], measured: dict[str, Any] | None) -> Certificate:
         """The certificate of these samples and ``new["num_samples"]`` more.
@@ -136,15 +142,19 @@ class Certificate:
 
     @property
     def held(self) -> bool:
-        """The audit passed, residual within tolerance (or only below ``delta``), a null space, no training score lost.
+        """An audit was made and passed, residual within tolerance (or only below ``delta``), a null space, no score lost.
 
         Regression: RMSE grown by less than 1e-3 of itself; classification: no accuracy lost; a callable loss:
         its mean over the samples, which is second order, grown by less than 1e-2 of itself.
         """
+        return self.audit is not None and self.audit.passed and self.sound
+
+    @property
+    def sound(self) -> bool:
+        """What `held` asks for beside the audit: what the fit's own rows and scores say."""
         allowed = score_named(self.score_name).allowed_growth * abs(self.network_score)
         kept = not math.isnan(self.score_loss) and self.score_loss <= allowed + 1e-12
-        true = self.audit is None or self.audit.passed
-        return self.promises and true and self.small_residual and self.null_dim > 0 and kept
+        return self.promises and self.small_residual and self.null_dim > 0 and kept
 
     @property
     def small_residual(self) -> bool:
@@ -205,7 +215,7 @@ class Certificate:
             *self._left_out(),
             *self._audited(),
             ("constraints × weights", f"{self.constraints:,} × {self.parameters:,}"),
-            ("rank, null space", f"{self.rank:,}, {self.null_dim:,}"),
+            ("rank, null space", self._directions()),
             ("prior variance left", f"{100 * self.prior_share:.1f} %"),
             ("prior precision", f"{self.prior_precision:.4g}"),
             ("solver", f"{self.solver}, {self.iterations} iterations, {self.num_samples} samples"),
@@ -219,6 +229,11 @@ class Certificate:
             out.append(("generic path", f"{len(self.generic)} tensors: {names}"))
         return out
 
+    def _directions(self) -> str:
+        if self.rank_estimated:
+            return f"about {self.rank:,}, about {self.null_dim:,}  (estimates)"
+        return f"{self.rank:,}, {self.null_dim:,}"
+
     def _left_out(self) -> list[tuple[str, str]]:
         if self.left_out_divergence is None:
             return []
@@ -227,7 +242,7 @@ class Certificate:
     def _audited(self) -> list[tuple[str, str]]:
         a = self.audit
         if a is None:
-            return []
+            return [("audit", "none was made")] if self.promises else []
         state = "passed" if a.passed else "FAILED"
         told = f"{state}: {a.examples} examples, {a.batches} batches, worst {a.worst:.1e}"
         return [("audit", told)]

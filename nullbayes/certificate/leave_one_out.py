@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.certificate.measure import Batch, GuaranteeCheck
+from nullbayes.common.decompositions import pinv
 from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import TrainingRows
 from nullbayes.model.batch import Inputs, batch_size, select
@@ -89,7 +90,7 @@ def left_out(
         return []
     out, at = [], 0
     for which, numbers, index in chosen:
-        which_examples = torch.tensor(numbers)[index]
+        which_examples = torch.tensor(numbers)[index] + rows.relabelled
         point, unit, targets = check.batches[which]
         index = index.to(point.device)
         point, unit = point[index], unit[:, index]
@@ -130,4 +131,4 @@ def _changed(unit: Tensor, cotangents: Tensor, values: Tensor) -> Tensor:
     live = scale > 0
     b = b[live] / scale[live, None]
     missing = values[:, live] / scale[live] - flat @ b.T
-    return (flat + missing @ torch.linalg.pinv(b, rtol=1e-6).T).to(unit.dtype).reshape(unit.shape)
+    return (flat + missing @ pinv(b, rtol=1e-6).T).to(unit.dtype).reshape(unit.shape)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE, ALLOWED_LEFT_OUT
+from nullbayes.common.memory import working_bytes
 from nullbayes.common.processes import Processes
 from nullbayes.constraints.problem import Problem
 from nullbayes.errors import NonFiniteError
@@ -20,6 +21,8 @@ from nullbayes.likelihood.helpers import mirrored
 from nullbayes.model.batch import Inputs, batch_size, take
 
 SAMPLED_EXAMPLES = 128
+# Temporaries of the size of the sampled outputs that a look at them takes, in float64.
+LOOKED_AT = 8
 SAMPLED_DRAWS = 10
 
 # Outputs ``(B, *out)``, what samples at prior precision one do to them ``(S, B, *out)``, and targets.
@@ -93,7 +96,7 @@ class GuaranteeCheck:
         """
         total, count = 0.0, 0.0
         with torch.no_grad():
-            for point, unit, targets in self.left_out if left_out else self.batches:
+            for point, unit, targets in _pieces(self.left_out if left_out else self.batches):
                 values = self.likelihood.divergence(point, point + scale * unit, targets)
                 total += float(values.double().sum())
                 count += values.numel()
@@ -141,7 +144,7 @@ class GuaranteeCheck:
         likelihood = self.likelihood
         before, after = [0.0, 0.0], [0.0, 0.0]
         with torch.no_grad():
-            for point, unit, targets in self.batches:
+            for point, unit, targets in _pieces(self.batches):
                 for sums, values in ((before, point[None]), (after, point + scale * unit)):
                     both = mirrored(values, point)
                     total, count = likelihood.score_draws(
@@ -159,7 +162,7 @@ class GuaranteeCheck:
         """Drifts and training scores when the unit samples are multiplied by ``scale``."""
         change, outputs, likelihood = _Rms(), _Rms(), self.likelihood
         with torch.no_grad():
-            for point, unit, targets in self.batches:
+            for point, unit, targets in _pieces(self.batches):
                 moved = point + scale * unit
                 change.add(self.problem.change(point, moved, targets, linear=True))
                 outputs.add(likelihood.centre(scale * unit))
@@ -180,6 +183,20 @@ class GuaranteeCheck:
             "network_score": before,
             "posterior_score": after,
         }
+
+
+def _pieces(batches: Sequence[Batch]) -> Iterator[Batch]:
+    """The same examples, as many at a time as can be looked at in float64, and by way of a few temporaries."""
+    for point, unit, targets in batches:
+        size = len(point)
+        each = 8 * unit[:, :1].numel() * LOOKED_AT
+        step = max(1, working_bytes() // max(1, each))
+        if step >= size:
+            yield point, unit, targets
+            continue
+        for i in range(0, size, step):
+            stop = min(i + step, size)
+            yield point[i:stop], unit[:, i:stop], take(targets, i, stop, size)
 
 
 class _Rms:

@@ -41,6 +41,10 @@ def verdict_of(c: Certificate) -> str:
     if c.held:
         text = f"The guarantee held: {scores}. Samples move {c.preserve} by "
         text += f"{c.drift:.2g} (RMS), {_left(c)} of what the prior would."
+    elif c.audit is None and c.sound:
+        text = "Whether the guarantee held is not known: this fit was never audited (version 0.1 had no audit). By its "
+        text += f"own rows, which nobody checked, {scores}, and samples move {c.preserve} by {c.drift:.2g} (RMS), "
+        text += f"{_left(c)} of what the prior would. Call `fit` again to have it checked."
     else:
         text = " ".join(_weaknesses(c, scores, name))
     audited = [c.audit.verdict] if c.audit is not None and c.audit.passed else []
@@ -49,7 +53,9 @@ def verdict_of(c: Certificate) -> str:
 
 def _weaknesses(c: Certificate, scores: str, name: str) -> list[str]:
     out = ["The guarantee is weak:"]
-    if c.audit is not None and not c.audit.passed:
+    if c.audit is None:
+        out.append("it was never audited (version 0.1 had no audit; call `fit` again).")
+    elif not c.audit.passed:
         out.append(c.audit.verdict)
     if c.null_dim == 0:
         out.append(
@@ -73,8 +79,8 @@ def _advice(c: Certificate) -> list[str]:
     if 0 < c.null_dim < 0.05 * c.parameters:
         share = 100 * c.null_dim / c.parameters
         out.append(
-            f"Only {share:.1f} % of the weight directions are free, so uncertainty off the data "
-            "will be small; constrain less (`directions='auto'`, `preserve='loss'`)."
+            f"Only {'about ' if c.rank_estimated else ''}{share:.1f} % of the weight directions are free, so uncertainty "
+            "off the data will be small; constrain less (`directions='auto'`, `preserve='loss'`)."
         )
     if c.promises and c.constraints > c.parameters:
         survived = 100 * c.prior_share

@@ -44,10 +44,12 @@ class Processes:
 
     Attributes:
         rank, size: its number, and how many there are.
+        default: whether this is the default group.
         seconds, sent: spent in exchanges so far, and bytes that this process put into them.
     """
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, *, default: bool = False) -> None:
+        self.default = default
         self._ranks = dist.get_process_group_ranks(group)
         self.rank, self.size = dist.get_rank(group), len(self._ranks)
         self.seconds, self.sent = 0.0, 0
@@ -326,7 +328,10 @@ def resolve(asked: Any) -> Processes | None:
         return None
     known = _made.get(id(group))
     if known is None or known[0] is not group:
-        known = _made[id(group)] = group, Processes(group)
+        if asked is None:  # the default group is another one than before
+            for old in [key for key, (_, made) in _made.items() if made.default]:
+                _made.pop(old)[1].pulse.stop()
+        known = _made[id(group)] = group, Processes(group, default=asked is None)
     return known[1]
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nullbayes.common.decompositions import eigh
 from nullbayes.errors import InputError
 from nullbayes.likelihood.helpers import to_float64
 
@@ -100,10 +101,10 @@ def _eigen(factor: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     _, count, width = factor.shape
     if count <= width:
         gram = factor @ factor.mT
-        eigenvalues, vectors = torch.linalg.eigh(gram)
+        eigenvalues, vectors = eigh(gram)
         scaled = vectors.mT.flip(-2)[:, :keep] @ factor
     else:
-        eigenvalues, vectors = torch.linalg.eigh(factor.mT @ factor)
+        eigenvalues, vectors = eigh(factor.mT @ factor)
         eigenvalues = eigenvalues.clamp_min(0)
         scaled = (vectors * eigenvalues.sqrt().unsqueeze(-2)).mT.flip(-2)[:, :keep]
     return scaled, eigenvalues.clamp_min(0).flip(-1)

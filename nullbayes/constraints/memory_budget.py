@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from nullbayes.common.memory import WORKING_BYTES
 from nullbayes.jacobian.block_storage import BLOCK_BYTES
-from nullbayes.jacobian.capture.batches import CAPTURE_BYTES
 
 # Vectors of P numbers that the most demanding solver holds for a sample, and the share of what is left
 # beside them that rows may take.
@@ -15,6 +15,9 @@ SOLVER_VECTORS = 9
 ROWS_SHARE = 0.6
 # Bytes of inputs and sampled outputs that the certificate may hold on to.
 CHECK_BYTES = 2**29
+# What a process grows by beside its tensors: buffers of the linear algebra libraries, code that is read for the first
+# time, holes between allocations (measured: 12 to 20 MB). Of small budgets a third.
+LIBRARY_BYTES = 20 * 2**20
 
 
 @dataclass(frozen=True)
@@ -23,27 +26,41 @@ class FitMemory:
 
     Attributes:
         rows: rows in memory; ``block``: one block of them.
-        temporaries: of the capture of one piece of a batch.
+        temporaries: of the capture of one piece of a batch, or of one product.
         check: examples with their sampled outputs, for the certificate.
         samples: how many sampled outputs an example has.
+        beside: what is held beside rows and solver: temporaries, one block, examples for the certificate and the
+            audit, and ``libraries``, what the process grows by beside its tensors.
     """
 
     rows: int
     block: int = BLOCK_BYTES
-    temporaries: int = CAPTURE_BYTES
+    temporaries: int = WORKING_BYTES
     check: int = CHECK_BYTES
     samples: int = 1
+    beside: int = 0
+    libraries: int = 0
 
     @staticmethod
     def of(budget: int, samples: int, columns: int, dtype: torch.dtype) -> FitMemory:
         """Rows take most of it at first; a solver that needs more sends some of them to disk later."""
         vectors = SOLVER_VECTORS * samples * columns * dtype.itemsize
+        block = min(BLOCK_BYTES, budget // 16)
+        temporaries = min(WORKING_BYTES, budget // 8)
+        check = min(CHECK_BYTES, budget // 16)
+        libraries = min(LIBRARY_BYTES, budget // 3)
+        # A block that is not in memory is there while it is read.
+        beside = libraries + temporaries + 2 * check + block
+        # Captured pieces lie beside the block that they are merged to, before there is a solver.
+        room = budget - beside - max(vectors, block)
         return FitMemory(
-            rows=max(budget // 8, int(ROWS_SHARE * (budget - vectors))),
-            block=min(BLOCK_BYTES, budget // 16),
-            temporaries=min(CAPTURE_BYTES, budget // 8),
-            check=min(CHECK_BYTES, budget // 16),
+            rows=max(budget // 8, min(room, int(ROWS_SHARE * (budget - vectors)))),
+            block=block,
+            temporaries=temporaries,
+            check=check,
             samples=samples,
+            beside=beside,
+            libraries=libraries,
         )
 
 

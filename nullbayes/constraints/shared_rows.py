@@ -97,6 +97,7 @@ def _joined(rows: TrainingRows, processes: Processes, loader: Share, audited: in
         rows,
         operator=operator,
         start=start,
+        relabelled=-known,
         examples=round(examples),
         batches=round(batches),
         loss=loss,

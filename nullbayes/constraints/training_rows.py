@@ -49,6 +49,7 @@ class TrainingRows:
     trace: float = 0.0  # of all output Hessians
     problem: Problem | None = None
     start: int = 0  # the number of the first example that this process has, see ``shared_rows.py``
+    relabelled: int = 0  # what to add to a number for the one that its rows were made under
     chances: list[float] = field(default_factory=list)  # by which those that are audited were drawn
 
     # What to say of outputs that do not look like what the likelihood takes.
@@ -197,7 +198,8 @@ class _Capturing:
         start: int,
     ) -> None:
         self.problem, self.plan, self.memory = problem, plan, memory
-        self.numbered = plan.numbered  # examples of earlier calls, whose rows these will join
+        # Behind the examples of earlier calls, whose rows these will join, and of other processes.
+        self.numbered = plan.numbered + start
         self.audited, self.batches = audited, 0
         self.keeper = Keeper(
             problem.functional,

@@ -58,17 +58,11 @@ class Root:
 
 @dataclass(frozen=True)
 class LayerPrior:
-    """The covariance of a layer posterior as a prior.
-
-    Attributes:
-        precision: ``α`` at which weights from an isotropic prior are as large as the trained ones; no evidence is
-            asked, since this prior has seen the data.
-    """
+    """The covariance of a layer posterior, at prior precision one, as a prior."""
 
     space: ParameterSpace
     blocks: Sequence[LayerBlock]
     roots: Sequence[Root]
-    precision: float
 
     def spread(self, vectors: Tensor) -> Tensor:
         """Coordinates ``(n, P)`` as weight changes; zero where a parameter stays fixed."""

@@ -39,6 +39,7 @@ def auditing_of(problem: Problem, rows: TrainingRows, asked: int) -> Auditing:
         f"audit={asked} was asked for" if less else _cut(count, asked, rows.examples),
         rows.operator.processes,
         before,
+        rows.relabelled,
     )
 
 
@@ -71,7 +72,9 @@ def audited(
         problem.weight_changes(prior[:few]),
         lambda outputs, example: (
             problem.cotangents(
-                outputs, example.targets, torch.full((len(outputs),), example.number)
+                outputs,
+                example.targets,
+                torch.full((len(outputs),), example.number + auditing.relabelled),
             ).values
         ),
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 from nullbayes.common.memory import format_bytes
 from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import TrainingRows
-from nullbayes.errors import MemoryBudgetError
+from nullbayes.errors import MemoryBudgetError, SolverError
 from nullbayes.jacobian.columns import rescaled, restricted
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.model.parameters import ParameterSpace
@@ -66,7 +66,12 @@ class GroupedEvidence:
             scale = alphas.rsqrt()[self.member]
             matrix = scale[:, None] * self.primal * scale
         matrix = matrix + torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-        factor = torch.linalg.cholesky(matrix)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if int(failed):
+            raise SolverError(
+                "the evidence of one prior precision for each layer could not be factorised: these differ by too many "
+                "orders of magnitude. Pass `prior_precision=` as numbers, or 'auto' for one of all layers."
+            )
         return -0.5 * (alphas * self.squares).sum() - factor.diagonal().log().sum()
 
 

@@ -22,14 +22,14 @@ from nullbayes.certificate.certificate import Certificate
 from nullbayes.certificate.leave_one_out import held_out, left_out
 from nullbayes.certificate.measure import GuaranteeCheck
 from nullbayes.common.memory import (
-    explained_out_of_memory,
-    format_bytes,
+    give_back,
     peak_bytes,
 )
 from nullbayes.common.processes import Processes
 from nullbayes.common.progress import (
     AUDIT,
     CERTIFICATE,
+    COMMUNICATION,
     FACTORISATION,
     GRAM,
     PRIOR,
@@ -42,7 +42,7 @@ from nullbayes.common.progress import (
 from nullbayes.constraints.memory_budget import FitMemory
 from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import TrainingRows, capture_training, with_fitted_noise
-from nullbayes.errors import MemoryBudgetError, ModelError
+from nullbayes.errors import ModelError
 from nullbayes.fit.auditing import audited, auditing_of
 from nullbayes.fit.evidence import fixed_point, null_space_precision
 from nullbayes.fit.layer_evidence import by_layer, layers_of
@@ -50,15 +50,15 @@ from nullbayes.fit.prior_samples import standard_normal
 from nullbayes.fit.projection import Work, projected
 from nullbayes.fit.remarks import doubts, not_kept, where_kept
 from nullbayes.fit.result import Fit, Run, Settings
+from nullbayes.fit.room import chosen_solver, within
 from nullbayes.fit.target import DELTA
 from nullbayes.fit.together import any_of, own_budget, processes_of
-from nullbayes.jacobian.block_storage import fits_on_disk
 from nullbayes.jacobian.linearise import linearised_outputs
-from nullbayes.jacobian.operator import JacobianOperator, RowOperator
+from nullbayes.jacobian.operator import RowOperator
 from nullbayes.model.adapters import remarks
 from nullbayes.model.fingerprint import fingerprint, quick_digest
 from nullbayes.model.parameters import padding_notes
-from nullbayes.solvers import Choice, Projection, Size, State, choose
+from nullbayes.solvers import Choice, Projection, State
 from nullbayes.solvers.agreement import Agreed
 from nullbayes.solvers.base import relative
 from nullbayes.solvers.block_cg import row_norms
@@ -75,19 +75,19 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
     """
     laps, before = Laps(), quick_digest(problem.functional.model)
     budget = settings.memory or own_budget(problem.device, processes_of(loader))
-    with explained_out_of_memory(budget), stages(show=run.progress) as stage:
+    memory = FitMemory.of(budget, run.num_samples, problem.space.total, problem.dtype)
+    with within(budget, memory), stages(show=run.progress) as stage:
         # (Of several processes, each reads its own share.)
         reading = Rereading(loader) if processes_of(loader) is None else None
         watched = loader if reading is None else reading
         problem = with_fitted_noise(problem, watched, run.max_examples, stage)
-        memory = FitMemory.of(budget, run.num_samples, problem.space.total, problem.dtype)
         rows = capture_training(problem, watched, run.max_examples, memory, stage, run.audit)
         laps.lap(ROWS)
         laps.move(rows.plan.checking_seconds, ROWS, AUDIT)
         if problem.by_layer:
-            room = budget - rows.operator.resident
+            room = budget - memory.beside - rows.operator.resident
             problem, rows = by_layer(problem, rows, room, stage.fraction(PRIOR))
-        choice = chosen_solver(settings, rows.operator, run.num_samples, budget)
+        choice = chosen_solver(settings, rows.operator, run.num_samples, budget - memory.beside)
         fitting = Fitting(problem, settings, run, rows, choice, stage, laps)
         fitting.factorise()
         fitting.project()
@@ -125,8 +125,9 @@ class Fitting:
         laps: Laps,
     ) -> None:
         self.problem, self.settings, self.run, self.rows = problem, settings, run, rows
-        self.solver, self.why = choice.solver, choice.why
+        self.solver, self.why, self.room = choice.solver, choice.why, choice.room
         self.stage, self.laps = stage, laps
+        self._exchanged = 0.0 if self.processes is None else self.processes.seconds
         self.theta = problem.isotropic(problem.departure())
         self.by_evidence = settings.target.preserves and problem.by_evidence
         self.digest = fingerprint(problem.functional.model)
@@ -144,6 +145,18 @@ class Fitting:
         """The first process's, to the last bit."""
         return value if self.processes is None else self.processes.shared(lambda: value)
 
+    def _lap(self, stage: str) -> None:
+        """What passed since the last lap was ``stage``, but for what went by in exchanges with other processes."""
+        self.laps.lap(stage)
+        if self.settings.memory is not None:
+            give_back()
+        if self.processes is not None:
+            spent, self._exchanged = (
+                self.processes.seconds - self._exchanged,
+                self.processes.seconds,
+            )
+            self.laps.move(spent, stage, COMMUNICATION)
+
     @property
     def identity(self) -> str:
         """Of the network that is fitted around, for checkpoints."""
@@ -155,12 +168,11 @@ class Fitting:
         state = self.prepared
         if state is None:
             state = self.solver.prepare(self.rows.operator, self.stage.fraction(GRAM))
-        self.laps.lap(GRAM)
+        state.room = self.room
+        self._lap(GRAM)
         alpha, notes = 1.0, tuple[str, ...]()
         if self.problem.given_precision is not None:
             alpha = self.problem.given_precision
-        elif self.problem.within is not None:
-            alpha = self.problem.within.precision
         elif self.problem.by_evidence and target.delta:
             alpha, notes = target.precision(state, self.theta, self.stage.towards(PRIOR))
             alpha = self._agreed(alpha)
@@ -178,7 +190,7 @@ class Fitting:
             tick=self.stage.fraction(FACTORISATION),
         )
         self.state, self.alpha, self._precision_notes = state, alpha, notes
-        self.laps.lap(FACTORISATION)
+        self._lap(FACTORISATION)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -226,19 +238,23 @@ class Fitting:
         done, found = projected(work, noise if noise_rows else None, held, changes)
         if self.processes is not None:  # the samples of one are everyone's, to the last bit
             done = replace(done, value=self.processes.give_(done.value.contiguous()))
-        self.laps.lap(PROJECTION)
+        self._lap(PROJECTION)
         self.prior, self.done, self.held, self.held_changes = v, done, held, found
-        gone = float(row_norms(v).square().sum() - row_norms(done.value).square().sum())
+        #: squared, of all samples and of what they were projected from
+        self.sizes = _squared(done.value), _squared(v)
+        gone = self.sizes[1] - self.sizes[0]
         passed = target.numerical or self.state.rank is None
         gamma = gone / self.run.num_samples if passed else float(self.state.rank or 0)
         if self.by_evidence:
-            within = problem.within
-            alone = null_space_precision(gamma, p, self.theta)
-            self.alpha = self._agreed(alone if within is None else within.precision)
-        self.rank = min(max(round(gamma), 0), m, p)
+            self.alpha = self._agreed(null_space_precision(gamma, p, self.theta))
+        known = self.state.determined()
+        self.gamma = min(max(round(gamma), 0), m, p)
+        self.rank = self.gamma if known is None else min(max(round(known), 0), m, p)
+        self.rank_estimated = known is None
         self.stored = problem.weight_changes(done.value).to(self.run.stored or problem.dtype)
         if self.run.stored is not None:  # what is measured is what is stored
             self.done = replace(done, value=problem.isotropic(self.stored.to(problem.dtype)))
+            self.sizes = _squared(self.done.value), self.sizes[1]
 
     def check(self) -> tuple[GuaranteeCheck, float | None]:
         """What samples do to training examples, and the evidence's precision before that bounded it."""
@@ -260,12 +276,12 @@ class Fitting:
     def audit(self) -> Audit:
         """What samples do to examples of all the data, by someone else than the rows."""
         self.effects = self.rows.operator.mine.matvec(self.done.value)
-        self.laps.lap(CERTIFICATE)
+        self._lap(CERTIFICATE)
         self.auditing = auditing_of(self.problem, self.rows, self.run.audit)
         allowed = max(LEAST_AUDIT, AUDIT_SHARE * self.laps.total)
         unit = self.stored.to(self.problem.dtype)
         found = audited(self.problem, self.auditing, unit, self.prior, self.effects, allowed)
-        self.laps.lap(AUDIT)
+        self._lap(AUDIT)
         return replace(found, seconds=self.laps.seconds[AUDIT])
 
     def finish(
@@ -278,8 +294,9 @@ class Fitting:
         """The certificate, and all that a posterior holds from now on."""
         problem, target = self.problem, self.settings.target
         measured = _measured_rows(self.rows, self.done, self.prior, self.effects, self.alpha)
+        measured["prior_share"] = self.sizes[0] / self.sizes[1]
         measured |= check.measure(self.alpha**-0.5)
-        self.laps.lap(CERTIFICATE)
+        self._lap(CERTIFICATE)
         certificate = Certificate(
             method=target.name,
             preserve=problem.preserve.describe(),
@@ -289,6 +306,8 @@ class Fitting:
             tolerance=self.solver.tolerance_for(self.theta.dtype),
             rank=self.rank,
             null_dim=problem.space.free - self.rank,
+            rank_estimated=self.rank_estimated,
+            gamma=self.gamma,
             prior_precision=self.alpha,
             evidence=evidence,
             **measured,
@@ -318,30 +337,6 @@ class Fitting:
         )
 
 
-def chosen_solver(
-    settings: Settings, operator: JacobianOperator, num_samples: int, budget: int
-) -> Choice:
-    """A solver that fits beside the rows; rows go to disk where that makes room for it."""
-    m, p = operator.shape
-    size = Size(
-        m, p, num_samples, operator.product_flops, operator.gram_flops, operator.dtype.itemsize
-    )
-    resident = operator.resident
-    movable = resident if fits_on_disk(resident, operator.device) else 0
-    room = budget - resident + movable
-    if operator.processes is not None:
-        room = -round(operator.processes.largest(-room))
-    choice = choose(settings.solver, size, room, settings.tolerance)
-    if choice.nbytes > room:
-        raise MemoryBudgetError(
-            f"{choice.solver.name} needs {format_bytes(choice.nbytes)} for {m} rows, {p} weights and "
-            f"{num_samples} samples, more than the {format_bytes(budget)} of `memory=`. Raise it, draw fewer "
-            "samples at a time, or leave the choice to solver='auto'."
-        )
-    operator.move_out(budget - choice.nbytes)
-    return choice
-
-
 def _measured_rows(
     rows: TrainingRows, done: Projection, prior: Tensor, after: Tensor, alpha: float
 ) -> dict[str, Any]:
@@ -352,9 +347,6 @@ def _measured_rows(
     return {
         "residual": _residual(norms, _norms(rows.operator, rows.operator.mine.matvec(prior))),
         "row_drift": (float(norms.square().sum()) / count / alpha) ** 0.5,
-        "prior_share": float(
-            row_norms(done.value).square().sum() / row_norms(prior).square().sum()
-        ),
         "constraints": m,
         "parameters": p,
         "discarded_trace": rows.discarded_trace,
@@ -423,6 +415,10 @@ def rescaled(fit: Fit, alpha: float) -> Fit:
             **fit.check.measure(alpha**-0.5),
         )
     return replace(fit, alpha=alpha, certificate=certificate)
+
+
+def _squared(vectors: Tensor) -> float:
+    return float(row_norms(vectors).square().sum())
 
 
 def _norms(operator: RowOperator, image: Tensor) -> Tensor:

@@ -157,6 +157,7 @@ def plan_fit(
             ROWS: min(trial.factor_bytes // parts, memory.rows),
             "temporaries": _temporaries(problem, proven, few.largest, rows, memory)
             + _checked(outputs, few, memory),
+            "libraries": memory.libraries,
         },
         {
             ROWS: proving + (capturing - checking) / size * few.examples / parts,
@@ -164,7 +165,7 @@ def plan_fit(
         },
         [],
     )
-    _solve(draft, trial, settings, budget, parts)
+    _solve(draft, trial, settings, budget - memory.beside, parts)
     draft.advice += _on_generic(problem, proven)
     return Plan(
         few.examples,

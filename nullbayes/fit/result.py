@@ -98,6 +98,7 @@ class Auditing:
         total, batches: how many examples are constrained, and in how many batches their rows were proved.
         reduced: what is audited less than usual, and why.
         processes, before: those that audit the other examples, and how many of these come first.
+        relabelled: what to add to an example's number for the one that its rows were made under.
     """
 
     drawn: list[Drawn]
@@ -107,6 +108,7 @@ class Auditing:
     reduced: str | None
     processes: Processes | None = None
     before: int = 0
+    relabelled: int = 0
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -35,13 +36,13 @@ def check_alike(
         "versions": _versions(),
         "weights": hashlib.sha256(digest.encode()).hexdigest()[:16],
         "parameters": (problem.space.total, str(problem.dtype)),
-        "likelihood": repr(problem.likelihood),
+        "likelihood": _named(problem.likelihood),
         "settings": (
             problem.preserve.describe(),
             problem.directions,
             settings.target.name,
             settings.target.delta,
-            str(settings.solver),
+            _named(settings.solver),
             settings.tolerance,
             settings.row_drift,
         ),
@@ -50,6 +51,11 @@ def check_alike(
         facts |= {"seed": run.seed, "num_samples": run.num_samples, "audit": run.audit}
         facts["checkpoint"] = run.checkpoint is not None
     processes.agree(facts)
+
+
+def _named(value: Any) -> str:
+    """As it shows itself, without where in memory it is."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 def _versions() -> str:

@@ -14,14 +14,15 @@ from typing import Any
 
 from torch import Tensor
 
-from nullbayes.common.memory import available_bytes, explained_out_of_memory
+from nullbayes.common.memory import available_bytes
 from nullbayes.common.progress import AUDIT, ROWS, Laps, stages
 from nullbayes.constraints.memory_budget import FitMemory, default_budget
 from nullbayes.constraints.training_rows import TrainingRows, capture_training
-from nullbayes.errors import NotFittedError
-from nullbayes.fit.pipeline import Fitting, check_undisturbed, chosen_solver
+from nullbayes.errors import InputError, NotFittedError
+from nullbayes.fit.pipeline import Fitting, check_undisturbed
 from nullbayes.fit.remarks import where_kept
 from nullbayes.fit.result import Fit, Run, Settings
+from nullbayes.fit.room import chosen_solver, within
 from nullbayes.model.fingerprint import quick_digest
 from nullbayes.solvers import Solver, State
 
@@ -51,11 +52,15 @@ def updated(fit: Fit, settings: Settings, loader: Iterable[Any], run: Run) -> Fi
         MemoryBudgetError: the rows and the solver do not fit the budget.
     """
     earlier = _earlier(fit)
+    if earlier.rows.operator.processes is not None:
+        raise InputError(
+            "`update` after a fit on several processes is not supported: call `fit` on all of the data."
+        )
     problem = earlier.rows.asked
     laps, before = Laps(), quick_digest(problem.functional.model)
     budget = settings.memory or default_budget(available_bytes(problem.device))
-    with explained_out_of_memory(budget), stages(show=run.progress) as stage:
-        memory = FitMemory.of(budget, run.num_samples, problem.space.total, problem.dtype)
+    memory = FitMemory.of(budget, run.num_samples, problem.space.total, problem.dtype)
+    with within(budget, memory), stages(show=run.progress) as stage:
         earlier.rows.plan.numbered = earlier.rows.examples
         more = capture_training(
             problem, loader, run.max_examples, memory, stage, run.audit, earlier.rows.plan
@@ -64,7 +69,7 @@ def updated(fit: Fit, settings: Settings, loader: Iterable[Any], run: Run) -> Fi
         laps.lap(ROWS)
         laps.move(rows.plan.checking_seconds, ROWS, AUDIT)
         asked = replace(settings, solver=earlier.solver, tolerance=None)
-        choice = chosen_solver(asked, rows.operator, run.num_samples, budget)
+        choice = chosen_solver(asked, rows.operator, run.num_samples, budget - memory.beside)
         choice = replace(choice, why="that of the fit")
         fitting = Fitting(problem, settings, run, rows, choice, stage, laps)
         fitting.prepared = earlier.state.extended(rows.operator, more.operator)

@@ -13,6 +13,7 @@ from nullbayes.jacobian.factors.base import Factor, concatenate
 from nullbayes.jacobian.factors.dense import DenseFactor
 from nullbayes.jacobian.factors.lookup import LookupFactor
 from nullbayes.jacobian.factors.outer import OuterFactor
+from nullbayes.jacobian.factors.products import add_into
 from nullbayes.model.parameters import Slot
 
 Key = tuple[str, ...]
@@ -76,7 +77,7 @@ class Block:
         layout = common_layout([self, other])
         mine, theirs = self.arranged(layout), other.arranged(layout)
         for key, factor in mine.factors.items():
-            out += factor.gram(theirs.factors[key])
+            add_into(out, factor.gram(theirs.factors[key]))
 
     def arranged(self, layout: Layout) -> Block:
         """The same rows in the factors of ``layout``; itself where it has them already."""

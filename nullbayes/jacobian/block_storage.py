@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nullbayes.common.memory import format_bytes
+from nullbayes.common.memory import WORKING_BYTES, format_bytes, give_back, working_bytes
 from nullbayes.errors import MemoryBudgetError
 from nullbayes.jacobian.block import Block, Layout, common_layout, kinds
 from nullbayes.jacobian.capture.checking import captured
@@ -133,6 +133,7 @@ class OnDisk(Kept):
         finally:
             if hasattr(mmap, "MADV_DONTNEED"):
                 self._map.madvise(mmap.MADV_DONTNEED)
+            give_back()
 
 
 class Recomputed(Kept):
@@ -301,6 +302,10 @@ class Keeper:
                 )
                 for b, inputs, values in group
             ]
+        if working_bytes() < WORKING_BYTES:
+            # The pieces lay between temporaries that are gone by now, and leave holes.
+            del group
+            give_back()
         self._resident = sum(kept.resident for kept in self.kept)
         if self._resident > max(self._room, 1):
             examples = sum(kept.examples for kept in self.kept)

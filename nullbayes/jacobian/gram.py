@@ -8,14 +8,18 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
+from nullbayes.common.memory import working_bytes
 from nullbayes.jacobian.block import Block
 from nullbayes.jacobian.block_storage import Openable
 from nullbayes.jacobian.factors.base import Factor
+from nullbayes.jacobian.factors.products import add_into
 
 # Bytes of written-out rows that a Gram build may hold for one layer.
 GRAM_ROWS_BYTES = 2**30
 # Bytes of recomputed rows held at a time, while the others are captured anew beside them.
 PANEL_BYTES = 2**30
+# Rows of the lower triangle that are mirrored at a time.
+MIRRORED = 512
 
 Tick = Callable[[float], None]
 
@@ -42,11 +46,11 @@ def _by_layers(
     for k, key in enumerate(keys):
         with ExitStack() as stack:
             opened = [stack.enter_context(block.opened()) for block in blocks]
-            factors = _ready([block.factors[key] for block in opened])
+            factors = _ready([block.factors[key] for block in opened], _room(out))
             for i, left in enumerate(factors):
                 rows = slice(starts[i], starts[i + 1])
                 for j, right in enumerate(factors[: i + 1]):
-                    out[rows, starts[j] : starts[j + 1]] += _product(left, right)
+                    add_into(out[rows, starts[j] : starts[j + 1]], _product(left, right))
                 if tick:
                     tick((k + ((i + 1) / len(factors)) ** 2) / len(keys))
 
@@ -55,12 +59,12 @@ def _by_panels(
     blocks: Sequence[Openable], starts: Sequence[int], out: Tensor, tick: Tick | None
 ) -> None:
     """Some blocks held, all earlier ones opened beside them: each is captured once a panel."""
-    first = 0
+    first, room = 0, min(PANEL_BYTES, _room(out))
     while first < len(blocks):
         last, held = first, 0
         with ExitStack() as stack:
             panel: list[Block] = []
-            while last < len(blocks) and (not panel or held + blocks[last].nbytes <= PANEL_BYTES):
+            while last < len(blocks) and (not panel or held + blocks[last].nbytes <= room):
                 panel.append(stack.enter_context(blocks[last].opened()))
                 held, last = held + blocks[last].nbytes, last + 1
             for j in range(last):
@@ -82,10 +86,15 @@ def _add_pairs(
         left.gram(right, part)
 
 
-def _ready(factors: list[Factor]) -> list[Factor | Tensor]:
+def _room(out: Tensor) -> int:
+    """Bytes for rows beside ``out``: solvers hold a second matrix of that size later, products half of one now."""
+    return 2 * working_bytes() + out.nbytes // 2
+
+
+def _ready(factors: list[Factor], room: int) -> list[Factor | Tensor]:
     """Factors whose Gram blocks want written-out rows, written out once if they fit."""
     sizes = [f.written_rows_bytes for f in factors] if factors[0].written_rows_bytes else [None]
-    if None in sizes or sum(n or 0 for n in sizes) > GRAM_ROWS_BYTES:
+    if None in sizes or sum(n or 0 for n in sizes) > min(GRAM_ROWS_BYTES, room):
         return list(factors)
     return [f.matrices() for f in factors]
 
@@ -98,7 +107,7 @@ def _product(left: Factor | Tensor, right: Factor | Tensor) -> Tensor:
     return left.gram(right)
 
 
-def _mirror(matrix: Tensor, step: int = 2048) -> None:
+def _mirror(matrix: Tensor, step: int = MIRRORED) -> None:
     """Copy the lower triangle of blocks to the upper one, without a second full matrix."""
     m = len(matrix)
     for i in range(0, m, step):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from nullbayes.audit.batches import counter_generator, plain_gradient
-from nullbayes.jacobian.capture.batches import CAPTURE_BYTES, examples_per_capture
+from nullbayes.common.memory import WORKING_BYTES, working_bytes
+from nullbayes.jacobian.capture.batches import examples_per_capture
 from nullbayes.jacobian.capture.checking import captured_at_use, separate_at_use
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.operator import JacobianOperator
@@ -77,7 +78,9 @@ def output_rows(
         return SimpleNamespace(values=values.expand(count, *point.shape), point=point)
 
     inputs = functional.batch(inputs)
-    room = max(CAPTURE_BYTES, vectors.nbytes)
+    room = working_bytes()
+    if room == WORKING_BYTES:  # no budget says less
+        room = max(room, vectors.nbytes)
     size, step = batch_size(inputs), examples_per_capture(functional, plan, outputs, room)
     for start in range(0, size, step):
         piece = take(inputs, start, min(start + step, size))

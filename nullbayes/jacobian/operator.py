@@ -14,6 +14,7 @@ from nullbayes.errors import NonFiniteError
 from nullbayes.jacobian.block import Block
 from nullbayes.jacobian.block_storage import Openable, Part, moved_out
 from nullbayes.jacobian.gram import gram_matrix
+from nullbayes.jacobian.images import Images
 from nullbayes.model.parameters import ParameterSpace
 
 Tick = Callable[[float], None]
@@ -146,6 +147,7 @@ class JacobianOperator(RowOperator):
             self.starts.append(self.starts[-1] + block.num_rows)
         self.shape = (self.starts[-1], space.total)
         self.dtype, self.device = space.dtype, space.device
+        self._images = Images()
 
     @property
     def examples(self) -> int:
@@ -173,12 +175,16 @@ class JacobianOperator(RowOperator):
         self.blocks = moved_out(self.blocks, room)
 
     def matvec(self, vectors: Tensor) -> Tensor:
+        known = self._images.of(vectors)
+        if known is not None:
+            return known
         out = vectors.new_zeros(len(vectors), self.shape[0])
         for kept, start in zip(self.blocks, self.starts, strict=False):
             part = out[:, start : start + kept.num_rows]
             with kept.opened() as block:
                 for factor in block.factors.values():
                     part += factor.matvec(vectors)
+        self._images.keep(vectors, out)
         return out
 
     def rmatvec(self, weights: Tensor) -> Tensor:

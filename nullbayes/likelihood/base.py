@@ -11,8 +11,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from nullbayes.common.decompositions import eigh
 from nullbayes.errors import InputError, NullBayesError, StorageError
-from nullbayes.likelihood.helpers import check_batch, log_mean_exp, require_draws, to_float64
+from nullbayes.likelihood.helpers import (
+    check_batch,
+    log_mean_exp,
+    require_draws,
+    to_float64,
+    without_rounding,
+)
 from nullbayes.likelihood.output_hessian import detached
 from nullbayes.likelihood.score import Score, score_named
 from nullbayes.model.structure import Layouts
@@ -154,7 +161,8 @@ class Likelihood(ABC):
         Default: D double-backward passes over the whole batch (no ``vmap``, so a loss may use any
         differentiable operation), then an eigendecomposition of each (D, D) Hessian in float64.
         Negative eigenvalues, where the loss is not convex in the outputs, are set to zero: a
-        Gauss-Newton factor has to be positive semi-definite. ``C = D``.
+        Gauss-Newton factor has to be positive semi-definite. So are those of the size of rounding, whose
+        roots would be directions that the loss does not have. ``C = D``.
         """
         with torch.inference_mode(False), torch.enable_grad():
             point = outputs.detach().clone().requires_grad_()
@@ -172,8 +180,9 @@ class Likelihood(ABC):
                 )
                 rows.append(row.detach().reshape(point.shape[0], -1))
         hessian = to_float64(torch.stack(rows, dim=1))  # (B, D, D)
-        values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
-        columns = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)  # (B, D, C)
+        values, vectors = eigh((hessian + hessian.mT) / 2)
+        values = without_rounding(values, vectors, hessian, outputs.dtype)
+        columns = vectors * values.sqrt().unsqueeze(-2)  # (B, D, C)
         return columns.movedim(-1, 0).to(outputs).reshape(-1, *outputs.shape)
 
     def hessian_rank(self, output_shape: tuple[int, ...]) -> int:

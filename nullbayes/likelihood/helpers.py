@@ -148,3 +148,20 @@ def check_same_shape(
             f"{where}: outputs of shape {tuple(outputs.shape)} but targets of shape "
             f"{tuple(targets.shape)}; expected the same shape. {advice()}"
         )
+
+
+def without_rounding(values: Tensor, vectors: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Eigenvalues ``(B, D)`` of ``matrix (B, D, D)``, those zero that are negative or may be nothing but rounding.
+
+    An entry that was computed in ``dtype`` is off by eps of its size, so ``vᵀ H v`` by eps of ``|v|ᵀ |H| |v|``: for an
+    eigenvector that lies in a few outputs, of the size of their entries alone, however large others are.
+
+    Args:
+        vectors: ``(B, D, D)``, an eigenvector a column.
+    """
+    size = vectors.abs()
+    reach = (size * (matrix.abs() @ size)).sum(-2)
+    width = matrix.shape[-1]
+    noise = width * torch.finfo(dtype).eps * reach
+    noise = noise + torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
+    return torch.where(values > noise, values, torch.zeros_like(values))

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from nullbayes.common.decompositions import eigh
+
 # Vectors beyond those asked for in a block of the Krylov space, and vectors that estimate the trace of the rest.
 OVERSAMPLING, PROBES = 4, 16
 
@@ -89,7 +91,7 @@ class OutputHessian:
             basis = torch.cat([basis, fresh], dim=2)
             images = torch.cat([images, self._products(fresh, like)], dim=2)
             small = basis.mT @ images
-            ritz, inner = torch.linalg.eigh((small + small.mT) / 2)
+            ritz, inner = eigh((small + small.mT) / 2)
             values, inner = ritz.flip(1)[:, :directions], inner.flip(2)[:, :, :directions]
             vectors = basis @ inner
             residual = torch.linalg.vector_norm(images @ inner - vectors * values[:, None], dim=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nullbayes.common.decompositions import eigh
 from nullbayes.likelihood.helpers import to_float64
 
 # Elements of the float64 blocks held at a time (32 MB each).
@@ -130,7 +131,7 @@ def position_directions(
         diagonal = p * others.squeeze(-1) * weight.unsqueeze(-1)
         hessian = -p.unsqueeze(-1) * p.unsqueeze(-2) * weight[..., None, None]
         hessian.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
-        found, vectors = torch.linalg.eigh(hessian)  # (b, T, O), (b, T, O, O)
+        found, vectors = eigh(hessian)  # (b, T, O), (b, T, O, O)
         found = found.clamp_min(0)
         top, index = found.flatten(1).topk(keep, dim=1)
         position, which = index // classes, index % classes

@@ -42,7 +42,7 @@ from nullbayes.model.reading import as_tensor_output as as_tensor_output
 from nullbayes.model.settling import settle
 from nullbayes.model.structure import Layouts
 from nullbayes.model.transformer import has_nested
-from nullbayes.model.wrapped import check_whole, without_wrapper
+from nullbayes.model.wrapped import without_wrapper
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -400,7 +400,6 @@ def functional_model(
     """From a user's arguments. Raises `InputError` or `ModelError` for what cannot be used."""
     model = unwrapped(model)
     space = ParameterSpace.from_model(model, parameters)
-    check_whole(model, space.names)
     return FunctionalModel(model, space, forward, layouts=layouts, randomness=randomness)
 
 

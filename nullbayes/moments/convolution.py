@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -73,6 +74,32 @@ def middles(positions: Sequence[int], at_most: int) -> list[tuple[int, int, int]
         (start, step, math.ceil((n - start) / step))
         for start, n in zip(starts, positions, strict=True)
     ]
+
+
+def _picked(module: Any, x: Tensor, places: Sequence[tuple[int, int, int]]) -> Tensor | None:
+    """Patches at some positions as :func:`patches` gives them; None where they reach into the padding, or are most."""
+    sides = list(module._reversed_padding_repeated_twice)[::-2]
+    chosen = []
+    for axis, (start, step, count) in enumerate(places):
+        size, k, far = x.shape[2 + axis], module.kernel_size[axis], module.dilation[axis]
+        first = start * module.stride[axis] - sides[axis]
+        stride = step * module.stride[axis]
+        last = first + (count - 1) * stride + (k - 1) * far
+        if first < 0 or last >= size or count * k > size:
+            return None
+        chosen.append((first, stride, count, k, far))
+    for axis, one in enumerate(chosen):
+        x = x.index_select(2 + axis, _indices(*one).to(x.device))
+    spatial = len(chosen)
+    sizes = [n for _, _, count, k, _ in chosen for n in (count, k)]
+    x = x.reshape(*x.shape[:2], *sizes)
+    return x.permute(0, 1, *range(2, 2 + 2 * spatial, 2), *range(3, 3 + 2 * spatial, 2))
+
+
+@functools.lru_cache(1024)
+def _indices(first: int, stride: int, count: int, taps: int, apart: int) -> Tensor:
+    starts = first + stride * torch.arange(count)
+    return (starts[:, None] + apart * torch.arange(taps)).flatten()
 
 
 def sliding_sums(module: Any, x: Tensor, positions: Sequence[int], dtype: torch.dtype) -> Summed:
@@ -233,7 +260,12 @@ class ConvInputs(InputRule):
         at_most: int,
     ) -> Iterator[Seen]:
         positions = output.shape[-len(module.kernel_size) :]
-        cuts = [slice(start, None, step) for start, step, _ in middles(positions, at_most)]
+        places = middles(positions, at_most)
+        x = _batched(argument(args, kwargs, 0, "input"), len(positions))
+        picked = None if torch.compiler.is_compiling() else _picked(module, x, places)
+        if picked is not None:
+            return iter((Seen("weight", _inputs(picked, module.groups)),))
+        cuts = [slice(start, None, step) for start, step, _ in places]
         return self._inputs(module, args, kwargs, output, cuts)
 
     def inputs(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nullbayes.common.decompositions import eigh, eigvalsh
 from nullbayes.moments.second import BlockMoments, DenseMoments
 from nullbayes.moments.sketch import Sketch
 
@@ -179,7 +180,7 @@ def factorise(moments: BlockMoments, edge: Edge, columns: int) -> Factor:
         return TiedFactor(directions, _tied(gains[0], rows, edge))
     if rows is None and not edge.exact:
         return _soft(inputs, edge.inputs)
-    values, directions = torch.linalg.eigh(inputs.values)
+    values, directions = eigh(inputs.values)
     gains = eigen_gains(values, edge.inputs, values.shape[1])
     if rows is not None:
         return TiedFactor(directions, _tied(gains[0], rows, edge))
@@ -201,7 +202,7 @@ def _soft(inputs: DenseMoments, edge: Tensor) -> DenseFactor:
     values.diagonal(dim1=1, dim2=2).add_(edge[:, None])
     lower, failed = torch.linalg.cholesky_ex(values)
     if bool((failed != 0).any()):
-        found, directions = torch.linalg.eigh(inputs.values)
+        found, directions = eigh(inputs.values)
         gains = eigen_gains(found, edge, found.shape[1])
         return DenseFactor((directions * gains[:, None]) @ directions.mT)
     eye = torch.eye(values.shape[1], dtype=values.dtype, device=values.device).expand_as(values)
@@ -247,7 +248,7 @@ def nearly_positive(moments: BlockMoments, share: float) -> bool:
         x = c @ (x / x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(c.dtype).tiny))
     largest = torch.maximum(x.norm(dim=(1, 2)), c.diagonal(dim1=1, dim2=2).amax(1))
     if not bool((largest > 0).all()):  # groups that received nothing, or less than that
-        values = torch.linalg.eigvalsh(c)
+        values = eigvalsh(c)
         return bool((-values.amin(1) <= share * values.amax(1).clamp_min(0)).all())
     shifted = c.clone()
     shifted.diagonal(dim1=1, dim2=2).add_(share * largest[:, None])

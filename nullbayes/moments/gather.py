@@ -16,6 +16,7 @@ from nullbayes.model.batch import (
     Inputs,
     batch_size,
     check_inputs,
+    flags_of,
     select,
     tensor_leaves,
     to_device,
@@ -166,7 +167,7 @@ def _both(
     leaves = [tensor_leaves(inputs) for inputs, _ in (one, two)]
     if len(leaves[0]) != len(leaves[1]) or any(
         flags != (True,) * len(leaves[0])
-        for flags in (functional.batch(inputs).flags for inputs, _ in (one, two))
+        for flags in (flags_of(functional.batch(inputs)) for inputs, _ in (one, two))
     ):
         return None
     inputs = _concatenated(one[0], two[0], *(batch_size(group[0]) for group in (one, two)))

@@ -60,21 +60,25 @@ def digests(inputs: Inputs) -> Tensor:
     """One int64 ``(B,)`` of each example: its numbers times random ones, summed in a ring (Dietzfelbinger 1996).
 
     One product a number, so that telling examples apart costs little beside the network. Floating-point numbers count
-    in float32, zeros not at all, as in ``model/randomness.py``; what all examples share does not count.
+    in float32, zeros not at all, as in ``model/randomness.py``.
     """
     size = batch_size(inputs)
     total = torch.zeros(size, dtype=torch.int64)
     pairs = zip(tree_flatten(plain(inputs))[0], flags_of(inputs, size), strict=True)
-    for place, leaf in enumerate(t for t, has in pairs if has):
+    # What has length one counts for every example: alone, an example cannot say whether that is its own.
+    leaves = [t for t, has in pairs if has or (isinstance(t, Tensor) and t.ndim and len(t) == 1)]
+    for place, leaf in enumerate(leaves):
         flat = (torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf).detach()
-        flat = flat.reshape(size, -1)
+        flat = flat.reshape(len(flat), -1).expand(size, -1)
         keys = _keys(flat.shape[1], flat.device)
-        # The upper half of each product depends on all bits of the number; another tensor takes other bits.
         for start in range(0, size, step := max(1, _NUMBERS // max(1, flat.shape[1]))):
             part = flat[start : start + step]
             if part.is_floating_point():
                 part = (part.to(torch.float32) + 0.0).contiguous().view(torch.int32)
-            words = (part.to(torch.int64) @ keys).cpu()
+            wide = part.to(torch.int64)
+            # Products of integer matrices are the processor's alone.
+            words = wide @ keys if wide.device.type == "cpu" else (wide * keys).sum(1)
+            words = words.cpu()
             total[start : start + step] += _mixed(words + place * 0x632BE59BD9B4E019)
     return total
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nullbayes.common.decompositions import svd
+
 
 class Sketch:
     """``G`` sketches of rank at most ``rank`` over ``I`` columns, float64."""
@@ -43,7 +45,7 @@ class Sketch:
         if self.rank >= self.rows.shape[2]:  # nothing has to go
             self.rows = torch.linalg.qr(self.rows, mode="r").R
             return
-        _, sizes, directions = torch.linalg.svd(self.rows, full_matrices=False)
+        _, sizes, directions = svd(self.rows)
         squares = sizes.square()
         off = (
             squares[:, self.rank]
@@ -80,5 +82,5 @@ class Sketch:
         if not self.rows.shape[1]:
             groups, _, columns = self.rows.shape
             return self.rows.new_zeros(groups, columns, 0), self.rows.new_zeros(groups, 0), self.cut
-        _, sizes, directions = torch.linalg.svd(self.rows, full_matrices=False)
+        _, sizes, directions = svd(self.rows)
         return directions.mT, sizes.square() + self.cut[:, None], self.cut

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from nullbayes.certificate import Certificate
 from nullbayes.common.arguments import check_count, check_positive, check_sample_dtype
-from nullbayes.common.processes import Processes, resolve
 from nullbayes.constraints.directions import Directions
 from nullbayes.constraints.preserve import Preserve
 from nullbayes.constraints.problem import Problem
@@ -25,8 +24,7 @@ from nullbayes.fit.result import AUDITED, Checkpoint, Fit, Run, Settings
 from nullbayes.fit.together import check_alike
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.capture.verify import prove
-from nullbayes.jacobian.linearise import linearised_outputs, state_dicts
-from nullbayes.jacobian.shared import serve
+from nullbayes.jacobian.linearise import state_dicts
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.adapters import beside_adapter, check_there, check_unmerged
 from nullbayes.model.batch import Inputs, batch_size, check_inputs, to_device
@@ -44,16 +42,14 @@ from nullbayes.posterior.calibration import (
     check_arguments,
 )
 from nullbayes.posterior.growing import Grows
-from nullbayes.posterior.judged import Judged
-from nullbayes.posterior.measuring.methods import EVIDENCE, GIVEN
-from nullbayes.posterior.measuring.subject import Moved
+from nullbayes.posterior.judged import RowJudged
 from nullbayes.posterior.predicting import Predicts
 from nullbayes.posterior.storage import described, restored, write_posterior
 
 Self = TypeVar("Self", bound="Posterior")
 
 
-class Posterior(Judged, Predicts, Grows):
+class Posterior(RowJudged, Predicts, Grows):
     """What :class:`NullSpacePosterior` and :class:`LaplacePosterior` share. Use one of those two.
 
     Attributes:
@@ -183,8 +179,8 @@ class Posterior(Judged, Predicts, Grows):
         """
         num_samples = check_count(num_samples, "num_samples")
         max_examples = None if max_examples is None else check_count(max_examples, "max_examples")
-        train_loader = self._data(train_loader, "train_loader")
         with self._together("plan") as processes:
+            train_loader = self._data(train_loader, "train_loader")
             made: Callable[[], Plan] = partial(
                 plan_fit,
                 self.problem,
@@ -253,26 +249,15 @@ class Posterior(Judged, Predicts, Grows):
             check_count(audit, "audit"),
             check_sample_dtype(sample_dtype, self.functional.dtype),
         )
-        train_loader = self._data(train_loader, "train_loader")
         with self._together("fit") as processes:
+            train_loader = self._data(train_loader, "train_loader")
             if processes is not None:
                 check_alike(self.problem, self._settings, run, processes)
+                run = replace(run, progress=run.progress and processes.leads)
                 train_loader = shared(train_loader, processes, "train_loader", run.max_examples)
             self._take(build(self.problem, self._settings, train_loader, run))
         self.calibration = None
         return self
-
-    @contextmanager
-    def _together(self, where: str) -> Iterator[Processes | None]:
-        """The length of a call that all processes make: these, or None for one alone."""
-        processes = resolve(self.process_group)
-        if processes is None:
-            yield None
-            return
-        with processes.call(where) as outermost:
-            yield processes
-            if outermost:  # others may still need products with the rows that are here
-                serve(processes)
 
     def _data(self, data: Any, name: str) -> Iterable[Any]:
         """``data`` as a loader; with what can be said of it and of the model before anything is computed."""
@@ -337,7 +322,8 @@ class Posterior(Judged, Predicts, Grows):
                 val_loader = shared(val_loader, processes, "val_loader")
                 if ood_loader is not None:
                     ood_loader = shared(ood_loader, processes, "ood_loader")
-            search = Search(val_loader, ood_loader, metric, tune, progress, processes)
+            shows = progress and (processes is None or processes.leads)
+            search = Search(val_loader, ood_loader, metric, tune, shows, processes)
             path = calibration_path(fit, plan, search)
             if path.noise_scale is None:
                 self.prior_precision = path.prior_precision[path.chosen]
@@ -378,23 +364,6 @@ class Posterior(Judged, Predicts, Grows):
             )
         check_inputs(x, "`x`")
         return x if draws is None else self.functional.keyed(x, draws)
-
-    # -- being judged, see `nullbayes.posterior.measuring.subject` ----------------------------------
-
-    def _moved(self, inputs: Inputs, where: str) -> tuple[Tensor, Moved]:
-        plan, unit = self._capture_plan(inputs), self._fitted().unit
-        point, change = linearised_outputs(self.functional, plan, unit, inputs, where)
-        return point, lambda scale: point + scale * change
-
-    def _prior_chosen_by(self) -> tuple[str, str]:
-        chosen = self.problem.by_evidence
-        if self.calibration is None and self.certificate.promises:
-            chosen = chosen and self.certificate.evidence is not None
-        return (EVIDENCE, "by evidence") if chosen else (GIVEN, "prior as given")
-
-    def _described(self) -> dict[str, Any]:
-        preserves = self.preserve.describe() if self._settings.target.preserves else "nothing"
-        return {"preserves": preserves, "seed": self._fitted().seed, "predictive": "linearised"}
 
     # -- samples and files -------------------------------------------------------------------------
 

@@ -8,10 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from nullbayes.common.processes import Processes
+from torch import Tensor
+
+from nullbayes.common.processes import Processes, resolve
+from nullbayes.jacobian.linearise import linearised_outputs
+from nullbayes.jacobian.shared import serve
+from nullbayes.model.batch import Inputs
 from nullbayes.model.functional import undisturbed_method
+from nullbayes.posterior.measuring.methods import EVIDENCE, GIVEN
+from nullbayes.posterior.measuring.subject import Moved
 
 if TYPE_CHECKING:
+    from nullbayes.posterior.base import Posterior
     from nullbayes.posterior.evaluation import Evaluation
     from nullbayes.posterior.measuring.subject import Subject
 
@@ -20,11 +28,20 @@ class Judged:
     """Mixin of all posteriors; what it asks of them is `nullbayes.posterior.measuring.subject.Subject`."""
 
     linearises = True
+    #: those that work on it together, see `NullSpacePosterior`; False: this process alone
+    process_group: Any = False
 
     @contextmanager
     def _together(self, where: str) -> Iterator[Processes | None]:
-        """The processes that make the call ``where`` together: this one alone, unless a posterior says otherwise."""
-        yield None
+        """The length of a call that all processes make: these, or None for one alone."""
+        processes = resolve(self.process_group)
+        if processes is None:
+            yield None
+            return
+        with processes.call(where) as outermost:
+            yield processes
+            if outermost:  # others may still need products with the rows that are here
+                serve(processes)
 
     @undisturbed_method
     def evaluate(
@@ -70,7 +87,7 @@ class Judged:
                     others,
                     slices,
                     show,
-                    progress,
+                    progress and (processes is None or processes.leads),
                     processes,
                 )
             )
@@ -119,3 +136,25 @@ class Judged:
             results["title"] = title
         results["settings"]["made by"] = f"posterior.report({Path(path).name!r}, ...)"
         return write_report(results, Path(path))
+
+
+class RowJudged(Judged):
+    """Mixin of `nullbayes.Posterior`, which has rows and stored samples."""
+
+    def _moved(self, inputs: Inputs, where: str) -> tuple[Tensor, Moved]:
+        own = cast("Posterior", self)
+        plan, unit = own._capture_plan(inputs), own._fitted().unit
+        point, change = linearised_outputs(own.functional, plan, unit, inputs, where)
+        return point, lambda scale: point + scale * change
+
+    def _prior_chosen_by(self) -> tuple[str, str]:
+        own = cast("Posterior", self)
+        chosen = own.problem.by_evidence
+        if own.calibration is None and own.certificate.promises:
+            chosen = chosen and own.certificate.evidence is not None
+        return (EVIDENCE, "by evidence") if chosen else (GIVEN, "prior as given")
+
+    def _described(self) -> dict[str, Any]:
+        own = cast("Posterior", self)
+        preserves = own.preserve.describe() if own._settings.target.preserves else "nothing"
+        return {"preserves": preserves, "seed": own._fitted().seed, "predictive": "linearised"}

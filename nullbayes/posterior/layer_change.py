@@ -114,13 +114,13 @@ def merged(fit: LayerFit, other: LayerFit, prior: float | None) -> LayerFit:
 def followed(fit: LayerFit, prior: float | None) -> LayerFit:
     """The same sums around the model's present weights. Raises `ModelError` where training outputs did not stand."""
     state, likelihood = fit.state, fit.likelihood
-    if not fit.points:
+    if not state.checked:
         raise InputError(
             "this posterior was loaded from a file, which holds no training examples to check the moved network on; "
             "fit it here, and train inside its null space after that."
         )
     moved, divergence, count = 0.0, 0.0, 0
-    for (inputs, targets), before in zip(fit.gathered.kept, fit.points, strict=True):
+    for inputs, targets, before in state.checked:
         now = state.functional.outputs(inputs)
         moved = max(moved, float((now - before).norm() / before.norm().clamp_min(1e-30)))
         labels = targets_for(likelihood, before, targets, inputs)

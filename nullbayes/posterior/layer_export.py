@@ -16,8 +16,9 @@ from nullbayes.likelihood import Likelihood
 from nullbayes.model.batch import Inputs, batch_size, flags_of, plain, take
 from nullbayes.model.functional import Forward, as_tensor_output
 from nullbayes.moments.factor import Edge
-from nullbayes.moments.traced import Tape, probes_of, scores, watched
-from nullbayes.posterior.layer_fit import LayerFit
+from nullbayes.moments.traced import Tape, probes_of, scores
+from nullbayes.moments.watched import watched
+from nullbayes.posterior.layer_fit import LayerFit, leverages
 from nullbayes.posterior.layer_leverage import EXACT_EDGE, POSITIONS
 from nullbayes.posterior.prediction import make_prediction
 
@@ -201,9 +202,8 @@ def export_module(
             "with `samples=0`."
         )
     edges = [Edge.of(sums, state.delta or EXACT_EDGE) for sums in fit.gathered.sums]
-    dtype = functional.dtype
-    tape = Tape()
-    probes = probes_of(state.blocks, fit.gathered.sums, edges, dtype, asked.tolerance)
+    tape, scorers = Tape(), leverages(state).layers
+    probes = probes_of(state.blocks, fit.gathered.sums, edges, scorers, asked.tolerance)
     network = watched(_copied(posterior), state.blocks, probes, tape, POSITIONS)
     members = []
     for sample in state.state_dicts(fit.alpha**-0.5, asked.samples):

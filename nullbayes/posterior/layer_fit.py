@@ -42,7 +42,7 @@ COPIES = 3
 class LayerFit:
     """What a fit left: the sums and what follows from them.
 
-    ``left_out``: divergence of examples left out, at prior precision one; ``points``: outputs of the kept examples.
+    ``left_out``: divergence of examples left out, at prior precision one.
     """
 
     state: LayerState
@@ -51,7 +51,6 @@ class LayerFit:
     left_out: float | None
     certificate: LayerCertificate
     fingerprint: dict[str, str]
-    points: tuple[Tensor, ...] = ()
 
     @property
     def gathered(self) -> Gathered:
@@ -167,10 +166,8 @@ def concluded(
     certificate = replace(
         certificate, seconds=laps.total, peak_memory=peak_bytes(state.functional.device)
     )
-    functional = state.functional
-    points = tuple(functional.outputs(inputs) for inputs, _ in state.gathered.kept)
-    digest = fingerprint(functional.model)
-    return LayerFit(state, likelihood, alpha, left_out, certificate, digest, points)
+    digest = fingerprint(state.functional.model)
+    return LayerFit(state, likelihood, alpha, left_out, certificate, digest)
 
 
 def certify(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE, ALLOWED_LEFT_OUT
+from nullbayes.common.decompositions import solve
 from nullbayes.errors import InputError, NonFiniteError
 from nullbayes.likelihood import Binary, Classification, Likelihood, Regression
 from nullbayes.model.batch import Inputs, batch_size, take
@@ -329,13 +330,11 @@ def _left(factor: Factor, a: Tensor, edge: Tensor) -> tuple[Tensor, Tensor]:
         seen = a @ directions / edge.sqrt()[:, None, None]
         along = seen @ inner
         eye = torch.eye(tokens, dtype=a.dtype, device=a.device)
-        return directions, inner + along.mT @ torch.linalg.solve(
-            _safe(eye - along @ seen.mT), along
-        )
+        return directions, inner + along.mT @ solve(_safe(eye - along @ seen.mT), along)
     directions = torch.eye(columns, dtype=a.dtype, device=a.device).expand(len(a), -1, -1)
     root = factor.whiten(directions).mT
     s = factor.whiten(a).mT / edge.sqrt()[:, None, None]  # (G, I, T)
-    return directions, root.mT @ torch.linalg.solve(_safe(directions - s @ s.mT), root)
+    return directions, root.mT @ solve(_safe(directions - s @ s.mT), root)
 
 
 def _safe(matrix: Tensor) -> Tensor:

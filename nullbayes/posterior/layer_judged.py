@@ -92,7 +92,7 @@ class LayerJudged(Judged):
             )
         roots = [Root.of(factor) for factor in fit.state.factors]
         blocks = fit.state.blocks.blocks
-        return LayerPrior(functional.space, blocks, roots, fit.state.natural_precision)
+        return LayerPrior(functional.space, blocks, roots)
 
     @undisturbed_method
     def export_module(

@@ -109,29 +109,29 @@ class Leverages:
     def _receive(self, site: int, number: int, column: int | None, seen: Seen) -> None:
         if number not in self.counted:
             return
-        if self.relative is not None:
-            self._take(number, number, column, seen, relative=self.relative)
-            return
-        self._take(number, number, column, seen, relative=False)
-        self._take(number + len(self.layers), number, column, seen, relative=True)
+        sizes, directions = self._values(number, column, seen)
+        if self.relative is None:
+            self._put(number, sizes, follows=seen.follows)
+            self._put(number + len(self.layers), directions, follows=seen.follows)
+        else:
+            self._put(number, directions if self.relative else sizes, follows=seen.follows)
 
-    def _take(
-        self, key: int, number: int, column: int | None, seen: Seen, *, relative: bool
-    ) -> None:
+    def _values(self, number: int, column: int | None, seen: Seen) -> tuple[Tensor, Tensor]:
+        """Leverages of one call, and the same over squared sizes; of a tensor that was just seen, those found then."""
         layer, block = self.layers[number], self.blocks.blocks[number]
         if seen.index is not None:
             values = layer.of_rows(seen.index)
-        else:
-            a = seen.a
-            assert a is not None
-            same = (id(layer), column, relative, a.data_ptr(), a.shape, a.stride(), a._version)
-            if self._last is not None and self._last[0] == same:
-                values = self._last[2]
-            else:
-                of = layer.relative if relative else layer.of
-                values = of(a, block.own, column)
-                self._last = (same, a, values)
-        if seen.follows:
+            return values, values
+        a = seen.a
+        assert a is not None
+        same = (id(layer), column, a.data_ptr(), a.shape, a.stride(), a._version)
+        if self._last is None or self._last[0] != same:
+            self._last = (same, a, layer.both(a, block.own, column))
+        found: tuple[Tensor, Tensor] = self._last[2]
+        return found
+
+    def _put(self, key: int, values: Tensor, *, follows: bool) -> None:
+        if follows:
             at = max(i for i, (n, _) in enumerate(self._found) if n == key)
             self._found[at] = (key, torch.cat([self._found[at][1], values]))
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nullbayes.common.decompositions import eigvalsh
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.batch import Inputs
@@ -34,7 +35,7 @@ def information_score(
     was set to since: calibration shall not change what is new.
     """
     covariance = output_covariance(state, plan, inputs, likelihood.observed)
-    values = torch.linalg.eigvalsh((covariance + covariance.mT) / 2).clamp(min=0)
+    values = eigvalsh((covariance + covariance.mT) / 2).clamp(min=0)
     return 0.5 * torch.log1p(values / state.natural_precision).sum(1)
 
 

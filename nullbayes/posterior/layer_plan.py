@@ -6,6 +6,8 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from nullbayes.common.memory import format_bytes
 from nullbayes.model.batch import batch_size
 from nullbayes.model.functional import FunctionalModel
@@ -57,15 +59,17 @@ class LayerPlan:
         return "\n".join(lines + [f"{name}: fixed, {why}" for name, why in self.fixed.items()])
 
 
-def plan_layers(functional: FunctionalModel, train: Any, budget: int) -> LayerPlan:
-    """Prove the rules on the first batch of ``train`` and time a pass over it."""
+def plan_layers(
+    functional: FunctionalModel, train: Any, budget: int, products: torch.dtype
+) -> LayerPlan:
+    """Prove the rules on the first batch of ``train`` and time a pass over it, with products of that dtype."""
     inputs, _ = first_batch(drawn(functional, unlabelled(train, functional.device, "train")))
     functional.outputs(inputs, "train, batch 0")
     found = verified_blocks(functional, inputs)
     start = time.perf_counter()
     functional.outputs(inputs)
     middle = time.perf_counter()
-    sums, _ = seen_by(functional, found, inputs)
+    sums, _ = seen_by(functional, found, inputs, dtype=products)
     end = time.perf_counter()
     size = batch_size(inputs)
     ranks = sketch_ranks(found.blocks, budget)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.certificate.certificate import Certificate
+from nullbayes.common.decompositions import eigh
 from nullbayes.constraints.problem import Problem
 from nullbayes.fit.result import Fit
 from nullbayes.likelihood import Likelihood
@@ -31,7 +32,7 @@ def closed_prediction(
     Variances are exact; means and entropies are averages over 128 draws and their mirror images, those of each input by
     itself (no draw is one function across inputs).
     """
-    values, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
+    values, vectors = eigh((covariance + covariance.mT) / 2)
     root = vectors * values.clamp_min(0).sqrt()[:, None]
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(DRAWS, *root.shape[:2], generator=generator, dtype=torch.float64).to(root)

@@ -183,7 +183,11 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
         """What a fit would cost: seconds, memory, and which layers take part; from the first batch of ``train``."""
         self._check_mode()
         budget = self._memory or default_budget(available_bytes(self.functional.device))
-        return plan_layers(self.functional, self._data(train, "train"), budget)
+        data, products = (
+            self._data(train, "train"),
+            working_dtype(self.functional.dtype, self.delta),
+        )
+        return plan_layers(self.functional, data, budget, products)
 
     # -- data come and go ------------------------------------------------------------------------
 

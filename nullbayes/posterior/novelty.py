@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nullbayes.common.decompositions import eigvalsh
 from nullbayes.constraints.problem import Problem
 from nullbayes.errors import InputError, NotFittedError
 from nullbayes.fit.result import Fit
@@ -128,7 +129,9 @@ class Scorer:
         if self.problem.precision_by_name is not None:
             return 1.0
         size = float(self.problem.departure().double().square().sum())
-        return max(1, self.fit.certificate.rank) / size if size else 1.0
+        certificate = self.fit.certificate
+        gamma = certificate.rank if certificate.gamma is None else certificate.gamma
+        return max(1, gamma) / size if size else 1.0
 
 
 # -- the scores ------------------------------------------------------------------------------------
@@ -278,5 +281,5 @@ def _sampled(part: Tensor) -> Tensor:
 
 def _log_det(covariance: Tensor, precision: float) -> Tensor:
     """``½ log det(I + C / precision) (b,)`` float64."""
-    values = torch.linalg.eigvalsh(covariance).clamp(min=0)
+    values = eigvalsh(covariance).clamp(min=0)
     return 0.5 * torch.log1p(values / precision).sum(-1)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nullbayes.common.decompositions import solve
 from nullbayes.errors import InputError
 from nullbayes.fit.result import Fit
 from nullbayes.jacobian.capture.plan import CapturePlan
@@ -82,13 +83,13 @@ def select(features: Features, k: int, criterion: str) -> tuple[Tensor, Tensor]:
         if criterion == "weights":
             gain = 0.5 * torch.linalg.slogdet(own)[1]
         else:
-            gain = torch.linalg.solve(own, left @ asked @ left.mT).diagonal(dim1=1, dim2=2).sum(1)
+            gain = solve(own, left @ asked @ left.mT).diagonal(dim1=1, dim2=2).sum(1)
         gain = torch.where(free, gain, torch.full_like(gain, -torch.inf))
         best = int(gain.argmax())
         indices.append(best)
         gains.append(gain[best])
         free[best] = False
         row = left[best]
-        inner = inner - row.mT @ torch.linalg.solve(own[best], row)
+        inner = inner - row.mT @ solve(own[best], row)
         inner = (inner + inner.mT) / 2
     return torch.tensor(indices), torch.stack(gains)

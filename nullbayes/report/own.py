@@ -53,7 +53,8 @@ def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _examples(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Groups of inputs that are worth a look, those that hold any."""
-    wrong = results["task"] == "classification"
+    by = "confidence" if results["task"] == "classification" else "NLL"
+    wrong = results.get("units", {}).get("test: wrong", by) == "confidence"
     known = {
         "test: novel": ("Most novel test inputs", "novelty"),
         "test: wrong": ("Most confidently wrong", "confidence")

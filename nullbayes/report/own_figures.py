@@ -77,7 +77,8 @@ def _novelty(results: Results, name: str) -> Draw:
         for entry in results["thresholds"]["rates"]:
             if entry["value"] and entry["rate"] == 0.05:
                 axes.axvline(np.log10(max(entry["value"], 1e-9)), color=MUTED, lw=1, ls=(0, (4, 3)))
-        axes.set(xlabel="novelty, nats", title=label(name))
+        layers = results["settings"]["posterior"] == "LayerNullSpacePosterior"  # a score of no unit
+        axes.set(xlabel="novelty" if layers else "novelty, nats", title=label(name))
         axes.spines["left"].set_visible(False)
         axes.grid(False)
         axes.set_ylim(0, 1.05 * top)

@@ -43,7 +43,13 @@ def text_of(figure: Mapping[str, Any] | None, digits: int) -> tuple[str, str]:
     if figure is None or figure["value"] is None:
         return "–", ""
     error = "" if figure["error"] is None else f"± {figure['error']:.{digits}f}"
-    return f"{figure['value']:.{digits}f}", error
+    return signed(f"{figure['value']:.{digits}f}"), error
+
+
+def signed(text: str) -> str:
+    """A number with the minus sign that people write, and none before a zero."""
+    text = text if text.strip("-0.") else text.lstrip("-")
+    return text.replace("-", "\N{MINUS SIGN}", 1) if text.startswith("-") else text
 
 
 def headline(results: Results) -> str:
@@ -98,7 +104,7 @@ def _novelty_tile(results: Results) -> list[dict[str, str]]:
     names = list(ours)
     worst = min(names, key=lambda n: ours[n]["auroc"]["value"])
     new = text_of(ours[worst]["auroc"], 3)[0]
-    old = text_of(theirs[worst]["auroc"], 3)[0] if theirs else "–"
+    old = text_of(theirs[worst]["auroc"], 3)[0] if theirs else ""
     word = ours[worst].get("verdict", SAME) if theirs else ""
     title = "AUROC of novelty" + (", its hardest set" if len(names) > 1 else "")
     return [{"name": title, "before": old, "after": new, "verdict": word}]
@@ -215,12 +221,25 @@ def parts(results: Results, which: str) -> dict[str, Any] | None:
             cells.append({"text": text, "error": error, "verdict": "" if word == SAME else word})
         rows.append({"name": name, "examples": f"{part['examples']:,}", "cells": cells})
     heads = [METRICS[n].label[:1].upper() + METRICS[n].label[1:] for n in columns]
-    return {"columns": heads, "rows": rows, "worst": worst(results, which)}
+    tested = results["data"]["test"]["examples"]
+    several = which == "classes" and sum(p["examples"] for p in found.values()) > tested
+    counted = "Positions" if several and results["task"] == "classification" else "Examples"
+    first = "Slice" if which == "slices" else str(next(iter(found))).partition(" ")[0].capitalize()
+    return {
+        "head": first,
+        "counted": counted,
+        "columns": heads,
+        "rows": rows,
+        "worst": worst(results, which),
+    }
 
 
 def worst(results: Results, which: str) -> str:
     """A sentence that names the part whose probabilities are furthest off, by more than two standard errors."""
-    main, one = results["main"], {"classes": "class", "slices": "slice"}[which]
+    one = (
+        "slice" if which == "slices" else str(next(iter(results[which]), "class")).partition(" ")[0]
+    )
+    main = results["main"]
     if results["task"] == "regression":
         return _worst_interval(results, which)
     gaps = _gaps(results[which], main, "gap", 0.0)
@@ -242,7 +261,8 @@ def _worst_interval(results: Results, which: str) -> str:
         return ""
     excess, name, figure = max(gaps)
     if excess <= 0:
-        return "In none does the 90 % interval cover more or less than 90 % by more than two standard errors."
+        one = {"classes": "output", "slices": "slice"}[which]
+        return f"In no {one} does the 90 % interval cover more or less than 90 % by more than two standard errors."
     value, error = 100 * figure["value"], 100 * figure["error"]
     return f"Furthest off: {name}, whose 90 % interval covers {value:.1f} ± {error:.1f} %."
 

@@ -15,10 +15,10 @@ CERTIFICATE_FIELDS = {
     "residual": ("Residual", "what is left of the samples along the constraints, as a share"),
     "network_score": (
         "Training accuracy, point estimate",
-        "on the images whose predictions are kept",
+        "on the images whose predictions are preserved",
     ),
     "posterior_score": ("Training accuracy, posterior", "on the same images"),
-    "drift": ("Drift, linearised", "RMS change of the kept quantity over the training data"),
+    "drift": ("Drift, linearised", "RMS change of the preserved quantity over the training data"),
     "sampled_drift": (
         "Drift, sampled network",
         "the same for the network run with sampled weights: second order",
@@ -30,7 +30,7 @@ CERTIFICATE_FIELDS = {
         "the same measured without these constraints, on single examples of all the data",
     ),
     "null_dim": ("Null space", "directions of weight space that stay free"),
-    "prior_share": ("Prior variance kept", "what the constraints leave of it"),
+    "prior_share": ("Prior variance left", "what the constraints leave of it"),
     # of a posterior in the layer null space
     "divergence": ("Divergence", "nats that sampled networks move training predictions by, mean"),
     "change": ("Change of the outputs", "of sampled networks on training data, relative, RMS"),
@@ -41,10 +41,10 @@ CERTIFICATE_FIELDS = {
 CERTIFICATE_DETAILS = {
     "tolerance": ("Tolerance", "what the residual was asked to stay below"),
     "output_drift": ("Drift of the raw outputs", "RMS, linearised"),
-    "examples": ("Examples kept", "training examples whose predictions are kept"),
+    "examples": ("Examples preserved", "training examples whose predictions are preserved"),
     "checked_examples": ("Examples checked", "how many of them the drift was measured on"),
     "rank": ("Rank", "independent constraints that the solver found"),
-    "discarded_trace": ("Discarded", "share of the output Hessian's trace that was not kept"),
+    "discarded_trace": ("Discarded", "share of the output Hessian's trace that is not constrained"),
     "prior_precision": ("Prior precision", "at which drift and accuracy were measured"),
     "num_samples": ("Samples", "drawn together"),
     "solver": ("Solver", ""),
@@ -177,7 +177,8 @@ def certificate_value(key: str, value: Any) -> str:
     """One value as people write it."""
     if key == "audit":
         state = "agrees" if value["passed"] else "contradicts them"
-        return f"{state}: {value['examples']:,} of {value['total']:,} examples, {value['batches']:,} batches"
+        batches = f"{value['batches']:,} batch{'' if value['batches'] == 1 else 'es'}"
+        return f"{state}: {value['examples']:,} of {value['total']:,} examples, {batches}"
     if key == "peak_memory":
         return f"{value / 2**20:,.0f} MiB"
     if key == "seconds":

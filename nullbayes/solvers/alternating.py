@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nullbayes.common.decompositions import eigh
 from nullbayes.jacobian.operator import RowOperator, Tick
 from nullbayes.solvers.agreement import Agreed, together
 from nullbayes.solvers.base import Cost, Projection, Size, Solver, Status, relative, require_finite
@@ -108,7 +109,7 @@ class AlternatingState(IterativeState):
         for piece in self.mine.pieces(solver.batch_rows):
             gram = piece.gram()
             require_finite(gram, "the Gram matrix of a mini-batch")
-            values, vectors = torch.linalg.eigh(gram)
+            values, vectors = eigh(gram)
             rows = slice(start, start + piece.shape[0])
             self.batches.append(_Batch(piece, rows, values.clamp(min=0), vectors))
             start = rows.stop

@@ -61,6 +61,7 @@ class Spectrum:
     1994; Ubaru, Chen & Saad 2017) otherwise: the mean of two rules, which are its ``bounds``.
 
     Attributes:
+        rounding: how far below zero the least of the computed values was, where all are known.
         bounds: whose effective rank is at most, and at least, that of the probes, at every shift.
     """
 
@@ -68,6 +69,7 @@ class Spectrum:
     weights: Tensor
     exact: bool
     bounds: tuple[Spectrum, Spectrum] | None = None
+    rounding: float = 0.0
 
     @property
     def upper(self) -> Spectrum:
@@ -186,6 +188,8 @@ class State(ABC):
     rank: int | None = None
     notes: tuple[str, ...] = ()
     enough: float = 0.0
+    #: bytes that its work may take beside the rows, in all
+    room: int = 2**30
 
     @property
     def alone(self) -> bool:
@@ -279,6 +283,12 @@ class State(ABC):
         A solver that has no use for it does nothing.
         """
         return
+
+    def determined(self) -> float | None:
+        """How many directions the data determine, after a projection: ``Σ (1 - f)``, ``f`` the share of each one's
+        variance that is left. None where the solver has no factorisation that tells: samples then give an estimate.
+        """
+        return None
 
     def exact_spectrum(self) -> Spectrum | None:
         """The spectrum from the factorisation, at any time; None where there is none."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nullbayes.common.decompositions import eigh
 from nullbayes.jacobian.operator import RowOperator
 from nullbayes.solvers.agreement import Agreed, together
 from nullbayes.solvers.base import Status, require_finite
@@ -284,11 +285,13 @@ def _inverse_curvature(search: _Search, curvature: Tensor, lengths: Tensor) -> T
 
     Those would be followed without end. Curvature is compared with the largest seen, per unit length.
     """
-    values, vectors = torch.linalg.eigh((lengths + lengths.T) / 2)
-    keep = values > 1e-13 * values[-1]
+    values, vectors = eigh((lengths + lengths.T) / 2)
+    keep = values > 1e-13 * values.amax().clamp(min=0)
+    if not bool(keep.any()):  # directions without length lead nowhere
+        return torch.zeros_like(curvature)
     to = vectors[:, keep] / values[keep].sqrt()  # p rows combined to unit length: toᵀ p
     reduced = to.T @ ((curvature + curvature.T) / 2) @ to
-    values, vectors = torch.linalg.eigh(reduced)
+    values, vectors = eigh(reduced)
     search.largest = max(search.largest, float(values[-1]))
     live = values > 10 * torch.finfo(search.p.dtype).eps * search.largest
     inverse = torch.where(live, 1 / torch.where(live, values, torch.ones_like(values)), 0.0)
@@ -312,8 +315,10 @@ def _orthonormal(
         return None
     unit = torch.where(live, length, torch.ones_like(length))
     weights = live / unit
-    values, vectors = torch.linalg.eigh(gram * weights[:, None] * weights)
+    values, vectors = eigh(gram * weights[:, None] * weights)
     keep = values > max(torch.finfo(r.dtype).eps, 1e-10) * values[-1]
+    if not bool(keep.any()):
+        return None
     root, vectors = values[keep].sqrt(), vectors[:, keep]
     to = (vectors / root).T * weights  # (k, S)
     change = (vectors * root) * (live * unit)[:, None]

@@ -44,6 +44,7 @@ from nullbayes.solvers.spectrum import (
     OPERATOR_PROBES,
     OPERATOR_STEPS,
     operator_spectrum,
+    spectrum_bytes,
 )
 
 # How exactly one pass of the numerical null space solves its equations, relative to the tolerance. The
@@ -87,7 +88,10 @@ class ConjugateGradient(Solver):
 
     def cost(self, size: Size) -> Cost:
         flops = EXPECTED_ITERATIONS * 2.2 * size.samples * size.product_flops
-        return Cost(flops, 9 * size.samples * size.columns * size.itemsize)
+        chosen = resolve(self.preconditioner)
+        more = 0 if chosen is None else chosen.nbytes(size.rows, size.columns)
+        vectors = 9 * size.samples * size.columns * size.itemsize
+        return Cost(flops, max(vectors, spectrum_bytes(size.rows, size.columns)) + more)
 
     def forecast(self, rehearsal: Rehearsal) -> dict[str, float]:
         return iterative_forecast(rehearsal)
@@ -116,7 +120,7 @@ class IterativeState(State):
     solver: Solver
 
     def spectrum(self, settled: Settled | None = None) -> Spectrum:
-        return operator_spectrum(self.operator, settled)
+        return operator_spectrum(self.operator, settled, self.room)
 
     def explained(self, rows: RowOperator, width: int = 1) -> Tensor:
         """By projecting the rows themselves: as exact as the solver is."""

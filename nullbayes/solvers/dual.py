@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from nullbayes.common.decompositions import eigvalsh, pinv
+from nullbayes.common.memory import working_bytes
 from nullbayes.common.processes import once
 from nullbayes.common.progress import CERTIFICATE, FACTORISATION, GRAM, PROJECTION
 from nullbayes.errors import SolverError
@@ -128,12 +130,16 @@ class DualState(State):
         self._gram: Tensor | None = gram
         self.chol = gram.new_zeros(0, 0)
         self.scale = gram.new_zeros(0)
+        #: of ``K``, where it was asked for and is exact
+        self._spectrum: Spectrum | None = None
 
     def spectrum(self, settled: Settled | None = None) -> Spectrum:
         if self._gram is None:
             raise SolverError("the spectrum must be asked for before `factorise`.")
         gram = self._gram
-        return shared_spectrum(self.operator.processes, lambda: gram_spectrum(gram, settled))
+        found = shared_spectrum(self.operator.processes, lambda: gram_spectrum(gram, settled))
+        self._spectrum = found if found.exact else None
+        return found
 
     def factorise(
         self,
@@ -241,8 +247,41 @@ class DualState(State):
         return gram
 
     def exact_spectrum(self) -> Spectrum:
-        values = torch.linalg.eigvalsh(self.recovered_gram()).clamp(min=0)
+        values = eigvalsh(self.recovered_gram()).clamp(min=0)
         return Spectrum(values, torch.ones_like(values), exact=True)
+
+    def determined(self) -> float | None:
+        """From the eigenvalues of ``K``; None where there are too many rows, or no memory, to have them."""
+        m = len(self.chol)
+        if m > EXACT_UP_TO:
+            return None
+        if self.shift > 0 and not self.numerical:
+            return None if self.rank is None else float(self.rank)
+        live = self.scale > 0
+        # Rounding moves eigenvalues either way.
+        noise = self.solver.jitter or 10 * self.jitter
+        if not self.shift > 0 and bool((self.chol.diagonal()[live].square() > 1e3 * noise).all()):
+            return float(live.sum())  # each row lies far off those before it
+        known = self._spectrum if self.shift > 0 else None
+        if known is None:
+            if 24 * m**2 > self.room:
+                return None
+            known = shared_spectrum(self.operator.processes, self._spectrum_again)
+        values = known.values
+        if not self.shift > 0:
+            found = int((values > max(4 * known.rounding, noise)).sum())
+            return float(found - int((~live).sum()))  # a row of zeros has a unit diagonal
+        noise = max(4 * known.rounding, torch.finfo(self.operator.dtype).eps * float(values.max()))
+        left = (self.shift / (values + self.shift)) ** (2 * (self.passes or 1))
+        return float((1 - left)[values > noise].sum())
+
+    def _spectrum_again(self) -> Spectrum:
+        """Of ``K``, from its factorisation; without a shift, of ``K`` with rows of unit length."""
+        if self.shift > 0:
+            return gram_spectrum(self.recovered_gram())
+        gram = self.chol @ self.chol.T
+        gram.diagonal().sub_(self.jitter)
+        return gram_spectrum(gram)
 
     def extended(self, operator: RowOperator, added: RowOperator) -> DualState:
         """The Gram matrix grows by a block: no product of two earlier rows is computed again."""
@@ -258,8 +297,14 @@ class DualState(State):
     def left_out(self, vectors: Tensor, spans: Sequence[slice]) -> list[Tensor] | None:
         # K⁻¹ A v of a row is the residual that it would have, times its entry of K⁻¹.
         image = self.operator.matvec(vectors).double()  # (S, M)
-        if not spans:
-            return []
+        out: list[Tensor] = []
+        # A solve holds the right sides, scaled and transposed, and the solutions, likewise.
+        for some in _grouped(spans, max(1, working_bytes() // (6 * 8 * len(self.chol)))):
+            out += self._left_out(image, some)
+        return out
+
+    def _left_out(self, image: Tensor, spans: Sequence[slice]) -> list[Tensor]:
+        """As `left_out`, for as many rows as can be solved for at once; ``image (S, M)``."""
         chosen = torch.cat([torch.arange(s.start, s.stop) for s in spans]).to(image.device)
         units = torch.zeros(len(chosen), len(self.chol), dtype=image.dtype, device=image.device)
         units[torch.arange(len(chosen), device=image.device), chosen] = 1.0
@@ -274,7 +319,7 @@ class DualState(State):
             diagonal = block.diagonal()
             scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).rsqrt()
             scale = scale * (diagonal > 0)
-            inner = torch.linalg.pinv(scale[:, None] * block * scale, hermitian=True)
+            inner = pinv(scale[:, None] * block * scale, hermitian=True)
             out.append(weights[:, at : at + size] * scale @ inner * scale)
             at += size
         return out
@@ -296,3 +341,18 @@ class DualState(State):
                 total += self.shift**j * blocks(half, width)
                 half = half.mul_(self.scale[:, None])
         return total
+
+
+def _grouped(spans: Sequence[slice], rows: int) -> Iterator[list[slice]]:
+    """Consecutive ``spans`` with at most so many ``rows`` together, one of them at least."""
+    group: list[slice] = []
+    held = 0
+    for span in spans:
+        size = span.stop - span.start
+        if group and held + size > rows:
+            yield group
+            group, held = [], 0
+        group.append(span)
+        held += size
+    if group:
+        yield group

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from nullbayes.common.decompositions import eigh
 from nullbayes.common.processes import Processes
 from nullbayes.jacobian.block_storage import replaced
 from nullbayes.jacobian.factors.base import Factor
@@ -202,7 +203,7 @@ def _side(moment: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _decomposed(moment: Tensor) -> tuple[Tensor, Tensor]:
     # In float64: float32 fails to converge on moments of nearly equal inputs, and bfloat16 has no decomposition.
-    values, basis = (t.to(moment.dtype) for t in torch.linalg.eigh(moment.double()))
+    values, basis = (t.to(moment.dtype) for t in eigh(moment.double()))
     return values.clamp(min=0), basis
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # Columns that a float64 product of two blocks of vectors holds at a time.
-_COLUMNS = 2**20
+_COLUMNS = 2**16
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ SKETCH_COLUMNS = 32768
 # Rows that randomly pivoted Cholesky picks at most, and at a time.
 PIVOTS = 2048
 PIVOT_BLOCK = 128
+# Added to a unit diagonal at most, for a matrix that rounding has made indefinite.
+MOST_JITTER = 1e-2
 
 
 class Preconditioner(ABC):
@@ -42,6 +44,10 @@ class Preconditioner(ABC):
     @abstractmethod
     def prepare(self, operator: RowOperator, shift: float, tick: Tick | None = None) -> None:
         """What needs ``A`` and the shift alone."""
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Bytes that it takes for ``A (rows, columns)``, as far as that can be told beforehand."""
+        return 0
 
     @abstractmethod
     def apply(self, r: Tensor) -> Tensor:
@@ -91,9 +97,8 @@ class Subset(Preconditioner):
 
     def prepare(self, operator: RowOperator, shift: float, tick: Tick | None = None) -> None:
         m = operator.shape[0]
-        rows = self.rows or min(int((GRAM_BYTES / 8) ** 0.5), max(256, m // 10))
         generator = torch.Generator().manual_seed(self.seed)
-        self._some = operator.subset(min(rows, m), generator)
+        self._some = operator.subset(self._wanted(m), generator)
         gram = self._some.gram(tick)
         require_finite(gram, "the Gram matrix of the preconditioner's subset")
         share = self._some.shape[0] / m
@@ -104,17 +109,22 @@ class Subset(Preconditioner):
         self._factorise(gram, self.mu * share)
         self.notes = (f"subset of {self._some.shape[0]} rows, tail curvature {self.mu:.2g}",)
 
+    def _wanted(self, m: int) -> int:
+        return min(m, self.rows or min(int((GRAM_BYTES / 8) ** 0.5), max(256, m // 10)))
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """The Gram matrix, its scaled copy and the factor of that."""
+        return 3 * 8 * self._wanted(rows) ** 2
+
     def _factorise(self, gram: Tensor, shift: float) -> None:
         shifted = gram.clone()
         shifted.diagonal().add_(max(shift, 1e-300))
         diagonal = shifted.diagonal().clone()
         self._scale = diagonal.clamp(min=1e-300).rsqrt()
         shifted.mul_(self._scale[:, None]).mul_(self._scale)
-        shifted.diagonal().fill_(1 + 1e-7)
-        factor, info = torch.linalg.cholesky_ex(shifted)
-        if int(info):
-            raise SolverError("the Gram matrix of the preconditioner's subset is not positive.")
-        self._factor = factor
+        self._factor = positive_factor(
+            shifted, 1e-7, "the Gram matrix of the preconditioner's subset"
+        )
 
     def apply(self, r: Tensor) -> Tensor:
         image = self._some.matvec(r).double() * self._scale
@@ -163,7 +173,7 @@ class Kronecker(Preconditioner):
         self.notes = (f"Kronecker factors, tail curvature {self.mu:.2g}",)
 
     def apply(self, r: Tensor) -> Tensor:
-        out = torch.empty_like(r)
+        out = r.clone()  # parameters that no row has are as they were
         for layer in self._layers:
             layer.damp(r, out, self.mu)
         return out
@@ -196,6 +206,10 @@ class Sketch(Preconditioner):
     def __init__(self, columns: int | None = None, seed: int = 0) -> None:
         self.columns, self.seed = columns, seed
 
+    def nbytes(self, rows: int, columns: int) -> int:
+        """The Gram matrix, one product to add to it, and the factor; or the last two and a copy to solve with."""
+        return 3 * 8 * rows**2
+
     def prepare(self, operator: RowOperator, shift: float, tick: Tick | None = None) -> None:
         m, p = operator.shape
         if 16 * m**2 > 4 * GRAM_BYTES:
@@ -219,12 +233,7 @@ class Sketch(Preconditioner):
         require_finite(gram, "the Gram matrix of the sketched rows")
         self._scale = (gram.diagonal() + shift).clamp(min=1e-300).rsqrt()
         gram.mul_(self._scale[:, None]).mul_(self._scale)
-        gram.diagonal().fill_(1 + 1e-6)
-        self._factor, info = torch.linalg.cholesky_ex(gram)
-        if int(info):
-            raise SolverError(
-                "the sketched Gram matrix is not positive; raise the sketch's `columns`."
-            )
+        self._factor = positive_factor(gram, 1e-6, "the sketched Gram matrix")
         self.notes = (f"Gram matrix of {columns} random projections of the rows",)
 
     def apply(self, r: Tensor) -> Tensor:
@@ -243,9 +252,16 @@ class Pivoted(Preconditioner):
     def __init__(self, rank: int | None = None, seed: int = 0) -> None:
         self.rank, self.seed = rank, seed
 
+    def _wanted(self, m: int) -> int:
+        return self.rank or min(PIVOTS, m, max(1, GRAM_BYTES // (8 * m)))
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """The factor, and a copy of it while it grows."""
+        return 2 * 8 * rows * self._wanted(rows)
+
     def prepare(self, operator: RowOperator, shift: float, tick: Tick | None = None) -> None:
         m = operator.shape[0]
-        rank = self.rank or min(PIVOTS, m, max(1, GRAM_BYTES // (8 * m)))
+        rank = self._wanted(m)
         generator = torch.Generator().manual_seed(self.seed)
         diagonal = row_square_norms(operator)
         require_finite(diagonal, "the diagonal of the Gram matrix")
@@ -275,12 +291,33 @@ class Pivoted(Preconditioner):
         self._factor = factor
         small = factor.T @ factor
         small.diagonal().add_(self.mu)
-        self._small = torch.linalg.cholesky(small)
+        scale = small.diagonal().rsqrt()
+        small.mul_(scale[:, None]).mul_(scale)
+        self._root = positive_factor(small, 0.0, "the Gram matrix of the pivots")
+        self._root.div_(scale[:, None])
         self.notes = (f"{factor.shape[1]} random pivots, tail curvature {self.mu:.2g}",)
 
     def apply(self, r: Tensor) -> Tensor:
-        inner = torch.cholesky_solve((r @ self._factor).T, self._small).T
+        inner = torch.cholesky_solve((r @ self._factor).T, self._root).T
         return (r - inner @ self._factor.T) / self.mu
+
+
+def positive_factor(matrix: Tensor, jitter: float, what: str) -> Tensor:
+    """``L`` with ``L Lᵀ`` the ``matrix`` of unit diagonal and ``jitter``, or more of it where rounding asks for that.
+
+    Raises:
+        SolverError: a hundredth of the diagonal is not enough.
+    """
+    while jitter <= MOST_JITTER:
+        matrix.diagonal().fill_(1 + jitter)
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if not int(info):
+            return factor
+        jitter = max(10 * jitter, 1e-15)
+    raise SolverError(
+        f"{what} could not be factorised even with jitter {MOST_JITTER:.0e} of its diagonal; use a float64 model "
+        "(`model.double()`), or another preconditioner."
+    )
 
 
 def row_square_norms(operator: RowOperator) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nullbayes.common.decompositions import solve, svd
 from nullbayes.common.processes import Processes, once
 from nullbayes.common.progress import FACTORISATION, GRAM, PROJECTION
 from nullbayes.jacobian.operator import RowOperator, Tick
@@ -51,7 +52,8 @@ class PrimalQR(Solver):
         small = min(size.rows, size.columns)
         flops = 2 * (2.5 * size.rows * size.columns * small + 20 * size.columns * small**2)
         vectors = 6 * size.samples * size.columns * 8
-        return Cost(flops, 8 * size.columns * (6 * small + 1024) + vectors)
+        # Three times as many rows, to be copied beside the factor; later a decomposition of that, six matrices.
+        return Cost(flops, 8 * size.columns * (7 * small + 1024) + vectors)
 
     def forecast(self, rehearsal: Rehearsal) -> dict[str, float]:
         p, device = rehearsal.operator.shape[1], rehearsal.operator.device
@@ -77,7 +79,7 @@ class PrimalQR(Solver):
         pending: list[Tensor] = []
         held = done = 0
         for rows in added.iter_rows(1024):
-            pending.append(rows.double())
+            pending.append(rows)
             held += len(rows)
             if held >= chunk:
                 r = self._absorb(r, pending)
@@ -89,7 +91,7 @@ class PrimalQR(Solver):
         if processes is not None:
             r = self._of_all(r, processes)
         require_finite(r, "the triangular factor of the Jacobian rows")
-        sigma, basis = once(processes, lambda: torch.linalg.svd(r, full_matrices=False)[1:], r)
+        sigma, basis = once(processes, lambda: svd(r)[1:], r)
         if tick:
             tick(1.0)
         return PrimalState(self, operator, sigma, basis)
@@ -111,11 +113,20 @@ class PrimalQR(Solver):
 
     @staticmethod
     def _absorb(r: Tensor, pending: list[Tensor]) -> Tensor:
-        stacked = torch.cat([r, *pending])
+        n, p = len(r) + sum(map(len, pending)), r.shape[1]
+        # Columns one after the other, as the factorisation wants them: it then needs no copy.
+        stacked = r.new_empty(p, n).mT if n > p else r.new_empty(n, p)
+        at = len(r)
+        stacked[:at] = r
+        for rows in pending:
+            stacked[at : at + len(rows)] = rows
+            at += len(rows)
         pending.clear()
-        if len(stacked) <= stacked.shape[1]:
+        if n <= p:
             return stacked
-        return torch.linalg.qr(stacked, mode="r").R
+        if r.device.type != "cpu":
+            return torch.linalg.qr(stacked, mode="r").R
+        return torch.geqrf(stacked, out=(stacked, r.new_empty(p)))[0][:p].triu()
 
 
 class PrimalState(State):
@@ -195,6 +206,9 @@ class PrimalState(State):
         """The new rows join the triangular factor."""
         return self.solver.absorbed(self.sigma[:, None] * self.basis, added, operator)
 
+    def determined(self) -> float:
+        return float((1.0 - self.share**self._power).sum())
+
     @property
     def _power(self) -> int:
         return 2 * self.passes if self.numerical and self.passes else 1
@@ -211,7 +225,7 @@ class PrimalState(State):
             # One minus the leverage: the row space holds these rows, so nothing else remains.
             free = torch.eye(len(rows), dtype=x.dtype, device=x.device)
             free -= (seen * ((1 - kept) / self.sigma.square())) @ seen.T
-            out.append(torch.linalg.solve(free, beyond).T)
+            out.append(solve(free, beyond).T)
         return out
 
     def explained(self, rows: RowOperator, width: int = 1) -> Tensor:

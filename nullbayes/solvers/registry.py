@@ -28,11 +28,12 @@ EQUILIBRATE = 0.5
 
 @dataclass(frozen=True)
 class Choice:
-    """A solver, the reason for it, and the bytes that it needs."""
+    """A solver, the reason for it, the bytes that it needs, and those that it may take."""
 
     solver: Solver
     why: str
     nbytes: int = 0
+    room: int = 2**30
 
 
 _REGISTRY: dict[str, type[Solver]] = {}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nullbayes.common.decompositions import eigh, eigvalsh, solve
 from nullbayes.common.processes import Processes
 from nullbayes.jacobian.operator import RowOperator
 from nullbayes.solvers.base import Settled, Spectrum
@@ -31,21 +32,30 @@ def gram_spectrum(gram: Tensor, settled: Settled | None = None) -> Spectrum:
     """Spectrum of a symmetric positive semi-definite ``(M, M)`` float64 matrix."""
     m = len(gram)
     if m <= EXACT_UP_TO:
-        values = torch.linalg.eigvalsh(gram).clamp(min=0)
-        return Spectrum(values, torch.ones_like(values), exact=True)
+        found = eigvalsh(gram)
+        values, below = found.clamp(min=0), max(0.0, -float(found.min())) if m else 0.0
+        return Spectrum(values, torch.ones_like(values), exact=True, rounding=below)
     generator = torch.Generator().manual_seed(0)
     probes = torch.randint(0, 2, (m, PROBES), generator=generator).double().mul_(2).sub_(1)
     # The products run in float32, half the reading, since a quadrature of a few dozen nodes is
     # coarser than that.
     single = gram.float()
     starts = probes.T.to(gram.device)
-    return _lanczos(lambda v: (single @ v.T.float()).T.double(), starts, STEPS, settled)
+    return _lanczos(
+        lambda v: (single @ v.T.float()).T.double(), starts, STEPS, settled, BASIS_BYTES
+    )
 
 
-def operator_spectrum(operator: RowOperator, settled: Settled | None = None) -> Spectrum:
-    """Spectrum of ``AᵀA`` from products alone: each step is one pass over the rows."""
+def operator_spectrum(
+    operator: RowOperator, settled: Settled | None = None, room: int = BASIS_BYTES
+) -> Spectrum:
+    """Spectrum of ``AᵀA`` from products alone: each step is one pass over the rows.
+
+    Args:
+        room: bytes that it may take. With less than two Gram matrices, a small problem is estimated too.
+    """
     m, p = operator.shape
-    if m <= EXACT_UP_TO:
+    if m <= EXACT_UP_TO and 16 * m**2 <= room:
         gram = operator.gram()
         return shared_spectrum(operator.processes, lambda: gram_spectrum(gram, settled))
     generator = torch.Generator().manual_seed(0)
@@ -59,25 +69,40 @@ def operator_spectrum(operator: RowOperator, settled: Settled | None = None) -> 
             return operator.matvec(operator.rmatvec(v)).double()
         return operator.normal(v)[0].double()
 
-    found = _lanczos(product, probes.to(operator.device), OPERATOR_STEPS, settled)
+    starts = probes.to(operator.device)
+    # Beside the basis, products hold a few vectors of both lengths.
+    room -= 8 * OPERATOR_PROBES * 6 * p
+    found = _lanczos(product, starts, OPERATOR_STEPS, settled, min(room, BASIS_BYTES))
     # Each process took its steps; the numbers are those of one.
     return shared_spectrum(operator.processes, lambda: found)
 
 
+def spectrum_bytes(rows: int, columns: int) -> int:
+    """What the least of :func:`operator_spectrum` takes."""
+    return 8 * OPERATOR_PROBES * (OPERATOR_STEPS * min(rows, columns) + 6 * columns)
+
+
 def _lanczos(
-    product: Callable[[Tensor], Tensor], starts: Tensor, steps: int, settled: Settled | None
+    product: Callable[[Tensor], Tensor],
+    starts: Tensor,
+    steps: int,
+    settled: Settled | None,
+    room: int,
 ) -> Spectrum:
     """``steps`` of Lanczos for each of the probes ``(probes, n)``, and more until the spectrum is settled.
 
     All probes go through one product: the matrix is read from memory once a step.
+
+    Args:
+        room: bytes of the vectors that all steps leave behind, unless ``steps`` of them take more.
     """
     size = starts.shape[1]
-    room = BASIS_BYTES // (8 * starts.numel())
-    most = min(size, max(steps, min(MOST_STEPS, room)))
+    most = min(size, max(steps, min(MOST_STEPS, room // (8 * starts.numel()))))
     steps = min(steps, size)
-    basis = (starts / starts.norm(dim=1, keepdim=True))[:, None]  # (probes, k, n)
+    space = _Basis(starts / starts.norm(dim=1, keepdim=True), most)
     alpha, beta = [], []
     while True:
+        basis = space.vectors  # (probes, k, n)
         last = basis[:, -1]
         w = product(last)
         alpha.append((last * w).sum(1))
@@ -91,7 +116,30 @@ def _lanczos(
             found = _quadrature(torch.stack(alpha, 1), torch.stack(beta, 1), size)
             if over or settled is None or settled(found):
                 return found
-        basis = torch.cat([basis, (w / norm.clamp(min=1e-300)[:, None])[:, None]], dim=1)
+        space.add(w / norm.clamp(min=1e-300)[:, None])
+
+
+class _Basis:
+    """Vectors ``(probes, k, n)`` that are added one at a time, without a copy of all earlier ones.
+
+    Memory of the CPU is only taken once it is written to.
+    """
+
+    def __init__(self, first: Tensor, most: int) -> None:
+        room = most if first.device.type == "cpu" else 1
+        self._held = first.new_empty(len(first), room, first.shape[1])
+        self._count = 0
+        self.add(first)
+
+    @property
+    def vectors(self) -> Tensor:
+        return self._held[:, : self._count]
+
+    def add(self, vector: Tensor) -> None:
+        if self._count == self._held.shape[1]:
+            self._held = torch.cat([self._held, torch.empty_like(vector)[:, None]], dim=1)
+        self._held[:, self._count] = vector
+        self._count += 1
 
 
 def _quadrature(alpha: Tensor, beta: Tensor, size: int) -> Spectrum:
@@ -112,7 +160,7 @@ def _quadrature(alpha: Tensor, beta: Tensor, size: int) -> Spectrum:
     last = alpha.new_zeros(probes, k, 1)
     last[:, -1, 0] = beta[:, -1].square()
     eye = torch.eye(k, dtype=alpha.dtype, device=alpha.device)
-    corner = end + torch.linalg.solve(tridiagonal - end * eye, last)[:, -1, 0]
+    corner = end + solve(tridiagonal - end * eye, last)[:, -1, 0]
     longer = alpha.new_zeros(probes, k + 1, k + 1)
     longer[:, :k, :k] = tridiagonal
     longer[:, k, k] = corner
@@ -123,6 +171,6 @@ def _quadrature(alpha: Tensor, beta: Tensor, size: int) -> Spectrum:
 
 
 def _rule(tridiagonal: Tensor, size: int) -> Spectrum:
-    values, vectors = torch.linalg.eigh(tridiagonal)
+    values, vectors = eigh(tridiagonal)
     weights = vectors[:, 0].square() * (size / len(values))
     return Spectrum(values.clamp(min=0).flatten(), weights.flatten(), exact=False)

@@ -331,7 +331,7 @@ def test_what_cannot_be_used_is_said(single: PosteriorModel, double: PosteriorMo
     with says(nb.InputError, "batch axes", "(3,)", "(2,)"):
         told = single.condition_on_observations(X.expand(2, 9, 2), targets(X, 1).expand(2, 9, 1))
         told.posterior(X.expand(3, 9, 2))
-    with says(nb.InputError, "subset", "whole model"):
+    with says(nb.InputError, "subset", "whole one"):
         double.subset_output([0]).condition_on_observations(X, targets(X, 1))
     labels = (targets(X, 1)[:, 0] > 0).long()
     classifier = nb.LaplacePosterior(trained(2), prior_precision=1.0).fit((X, labels), 3, **QUIET)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.parameters import ParameterSpace
 from nullbayes.moments import members, products
 from nullbayes.moments.blocks import find_blocks
-from nullbayes.moments.convolution import ConvSummer
+from nullbayes.moments.convolution import ConvInputs, ConvSummer
 from nullbayes.moments.factor import Edge
 from nullbayes.moments.leverage import DIRECTIONS, Leverage
 from nullbayes.moments.second import BlockMoments, DenseMoments
@@ -65,6 +66,19 @@ def test_sums_of_patches_by_every_way(name: str, dtype: torch.dtype) -> None:
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6
     assert (gram - want).abs().max() <= tolerance * want.abs().max()
     assert list(summer.flush()) == []
+
+
+@pytest.mark.parametrize("size", [(40, 33), (9, 24), (7, 5)], ids=str)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_patches_at_some_positions_are_those_of_all(name: str, size: tuple[int, int]) -> None:
+    conv, x = CONVOLUTIONS[name], torch.randn(2, CONVOLUTIONS[name].in_channels, *size)
+    out, rule = conv(x), ConvInputs()
+    (some,) = rule.thinned(conv, (x,), {}, out, 16)
+    (every,) = rule.inputs(conv, (x,), {}, out)
+    grid = every.a.unflatten(1, out.shape[2:])
+    step = math.ceil((out[0, 0].numel() / 16) ** 0.5)
+    rows, columns = (slice(min(step, n) // 2, None, step) for n in out.shape[2:])
+    assert torch.equal(some.a, grid[:, rows, columns].flatten(1, 2))
 
 
 def test_many_maps_go_to_float64_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,6 +296,10 @@ def test_examples_are_told_apart() -> None:
     images = (torch.rand(2000, 784, generator=torch.Generator().manual_seed(0)) * 16).round()
     images[1:, :100] = images[:1, :100]
     assert len(members.digests(images).unique()) == 2000
+    shared = torch.randn(1, 5)  # what all have in common is the same for a batch and for one alone
+    pair = members.digests((x, shared))
+    assert torch.equal(pair[7:8], members.digests((x[7:8], shared)))
+    assert not torch.equal(pair, words)
     one = torch.zeros(785, 784)
     one[range(784), range(784)] = 1.0  # a single small difference, at every place
     assert len(members.digests(one).unique()) == 785
@@ -369,9 +387,8 @@ def test_a_layer_that_receives_infinity_is_named_with_its_batch(delta: float) ->
     assert posterior.predict(x).outputs.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["convnet", "encoder"])
-def test_float32_data_come_and_go(name: str) -> None:
-    model, x, likelihood = network(name, torch.float32)
+def test_float32_data_come_and_go() -> None:
+    model, x, likelihood = network("convnet", torch.float32)
     torch.manual_seed(3)
     more = torch.randn_like(x)
     both = torch.cat([x, more])
@@ -390,3 +407,27 @@ def test_float32_data_come_and_go(name: str) -> None:
     small._fit.gathered.members.counts += 1
     with pytest.raises(InputError, match="would not be positive"):
         small.remove(never[:2], progress=False)
+
+
+def test_kept_examples_come_together_where_they_have_one_shape() -> None:
+    model, _, _ = network("encoder", torch.float32)
+    data = [torch.randn(40, length, 96) for length in (5, 5, 5, 4)]
+    labels = [torch.arange(40) % 4 for _ in data]
+    posterior = quiet(model, list(zip(data, labels, strict=True)))
+    kept = posterior._fit.gathered.kept
+    assert sum(len(x) for x, _ in kept) == 128
+    assert len(kept) < 8
+    assert all(len(x) == len(y) <= 40 for x, y in kept)  # no larger than the batches were
+    known = {
+        tuple(x.flatten().tolist()[:8]): int(y)
+        for d, t in zip(data, labels, strict=True)
+        for x, y in zip(d, t, strict=True)
+    }
+    for inputs, targets in kept:
+        for x, y in zip(inputs, targets, strict=True):
+            assert known[tuple(x.flatten().tolist()[:8])] == int(y)
+    checked = posterior._fit.state.checked
+    assert sum(len(point) for _, _, point in checked) == 32
+    with torch.no_grad():
+        for x, _, point in checked:
+            torch.testing.assert_close(point, model(x))

@@ -160,6 +160,22 @@ class Hidden(nn.Module):
         return self.head(F.linear(torch.tanh(self.b(h)), self.a.weight))
 
 
+def test_the_layer_of_gpt2_is_a_linear_one_the_other_way_round() -> None:
+    layers = pytest.importorskip("transformers.pytorch_utils")
+    torch.manual_seed(0)
+    model = nn.Sequential(layers.Conv1D(20, 12), nn.Tanh(), layers.Conv1D(3, 20)).double()
+    x = torch.randn(2, 3, 12, dtype=torch.float64)
+    functional, blocks = prepared(model, x)
+    assert not blocks.fixed
+    sums, point = seen_by(functional, blocks, x)
+    weights = moved(functional, blocks, sums)
+    change = (weights["0.weight"] - model[0].weight).norm() / model[0].weight.norm()
+    with torch.no_grad():
+        out = torch.func.functional_call(model, weights, x)
+    assert change > 0.1
+    assert (out - point).abs().max() <= 1e-9 * point.abs().max()
+
+
 def test_a_use_outside_of_modules_is_found_and_fixed() -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 12, dtype=torch.float64)

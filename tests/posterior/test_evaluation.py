@@ -304,8 +304,8 @@ def test_training_figures_are_preserved():
         (1.0, math.nan, True, "same"),
         (0.0, 0.0, True, "same"),
         (0.1, 0.0, False, "worse"),
-        (4e-5, 1e-9, True, "same"),  # rounding: not seen in four digits
-        (6e-5, 1e-9, True, "better"),
+        (9e-5, 1e-9, True, "same"),  # four digits may read alike
+        (1.1e-4, 1e-9, True, "better"),
     ],
 )
 def test_better_only_beyond_two_standard_errors(difference, error, higher, words):
@@ -318,7 +318,7 @@ def test_verdicts_follow_the_differences():
         for name, word in verdicts.items():
             d = found.differences[key][name]
             sure = abs(d.value) > 2 * d.error
-            seen = abs(d.value) > 0.5 * 10.0 ** -METRICS[name].digits
+            seen = abs(d.value) > 10.0 ** -METRICS[name].digits
             assert (word != "same") == (sure and seen), (key, name)
     assert "gap" not in found.verdicts["evidence"]
 
@@ -368,7 +368,12 @@ def test_regression(outputs):
     assert (len(found.classes) == 2) == (outputs == 2)
     if outputs == 2:
         rmse = math.sqrt(((target - mean)[:, 1] ** 2).mean())
-        assert found.classes["output 1"]["methods"]["evidence"]["rmse"].value == pytest.approx(rmse)
+        second = found.classes["output 1"]["methods"]["evidence"]
+        assert second["rmse"].value == pytest.approx(rmse)
+        inside = abs(z[:, 1]) <= normal.ppf(0.95)
+        assert second["coverage_90"].value == pytest.approx(inside.mean(), rel=1e-9)
+        assert second["coverage_90"].error == pytest.approx(scipy.stats.sem(inside), rel=1e-9)
+        assert second["z_squared"].value == pytest.approx((z[:, 1] ** 2).mean(), rel=1e-9)
     curve = found.details["curves"]["coverage"]["evidence"]
     assert curve["found"][8] == pytest.approx(wanted["coverage_90"])
 
@@ -453,6 +458,12 @@ def test_masks_and_tokens_with_ignored_positions(positions, monkeypatch):
         taken[n, here[steps]] = True
     wanted = dense_ece(mean.max(1)[taken], hit[taken].astype(float))
     assert figures["ece"].value == pytest.approx(wanted)
+    worst = int((-np.log(picked) * kept).sum(1).argmax())
+    shown = found.details["examples"]["test: wrong"][0]
+    wrong = int((~hit[worst])[kept[worst]].sum())
+    assert shown["caption"].startswith(f"{wrong} of {kept[worst].sum()} positions wrong, mean")
+    assert f"{mean[worst].max(0).mean():.3f}" in shown["caption"]
+    assert found.details["units"]["test: wrong"] == "NLL"
     assert found.details["data"]["test"]["examples"] == 9
 
 
@@ -532,6 +543,15 @@ def test_examples_are_the_most_novel_and_the_most_confidently_wrong():
     )
     pictures = posterior.evaluate((x, y), show=lambda v: v.reshape(1, 3), **QUIET)
     assert "png" in pictures.details["examples"]["test: novel"][0]
+    assert found.details["units"]["test: wrong"] == "confidence"
+    # Examples whose label is ignored are neither right nor wrong, and the others count as ever.
+    _, y = make(1, N)
+    y[::2] = -100
+    half = posterior.evaluate((x, y), **QUIET).details["examples"]["test: wrong"]
+    p = posterior.predict(x).mean
+    right = (p.argmax(1) == y) | (y < 0)
+    expected = p.max(1).values.masked_fill(right, 0).sort(descending=True).values[: len(half)]
+    assert [e["value"] for e in half] == pytest.approx(expected.tolist(), rel=1e-6)
 
 
 @pytest.mark.parametrize(

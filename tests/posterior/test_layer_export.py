@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import nullbayes as nb
 from nullbayes.moments.blocks import Block
 from nullbayes.moments.factor import Edge
+from nullbayes.moments.leverage import Leverage
 from nullbayes.moments.rule import Layout, Summed
 from nullbayes.moments.second import BlockMoments
 from nullbayes.moments.traced import Form, Probe
@@ -202,7 +203,8 @@ def test_forms_against_dense(rank, tolerance):
     else:
         moments.add(a, 30, 0)
     edge = Edge.of(moments, 0.01)
-    form = Form.of(moments, edge, 31, tolerance)
+    scorer = Leverage(moments, edge, 31, torch.float64)
+    form = Form.of(moments, edge, 31, tolerance, scorer)
     ones = torch.ones(60, 2, 1, dtype=torch.float64)
     whole = torch.cat([a, ones], -1).transpose(0, 1)
     c = whole.mT @ whole

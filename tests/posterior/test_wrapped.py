@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from support import QUIET, TRAIN, X, network, says
 from torch import distributed, nn
 from torch.testing import assert_close
 
 import nullbayes as nb
-from nullbayes.model.parameters import ParameterSpace
-from nullbayes.posterior.storage import described, write_posterior
+from nullbayes.posterior.storage import signed
 
 NAMES = ("0.weight", "0.bias", "2.weight", "2.bias")
 
@@ -62,18 +64,22 @@ def test_names_with_the_prefix_are_understood() -> None:
         nb.LaplacePosterior(wrapped, parameters=["module.3.weight"])
 
 
-@pytest.mark.parametrize("prior", ["evidence", {f"module.{n}": 2.0 for n in NAMES}])
+@pytest.mark.parametrize("prior", ["evidence", dict.fromkeys(NAMES, 2.0)])
 def test_files_that_have_the_prefix(prior: Any, tmp_path: Path) -> None:
-    """As version 0.1 wrote them."""
-    given = prior if prior == "evidence" else dict.fromkeys(NAMES, 2.0)
-    posterior = nb.NullSpacePosterior(network(), prior_precision=given).fit(TRAIN, 3, **QUIET)
-    wrapped, file = nn.DataParallel(network()), tmp_path / "p.safetensors"
-    settings = described(posterior._fit, posterior._settings.target, None)
-    settings |= {"class": "NullSpacePosterior"} | ({} if prior == "evidence" else {"prior": prior})
-    space = ParameterSpace.from_model(wrapped)
-    assert space.names[0] == "module.0.weight"
-    write_posterior(file, wrapped, space, posterior._fit.unit, settings)
-    for model in (network(), wrapped):
+    """As version 0.1 wrote them, around a wrapper."""
+    posterior = nb.NullSpacePosterior(network(), prior_precision=prior).fit(TRAIN, 3, **QUIET)
+    file = tmp_path / "p.safetensors"
+    posterior.save(file)
+    with safe_open(file, "pt") as opened:
+        meta = json.loads(opened.metadata()["nullbayes"])
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    meta["names"] = [f"module.{n}" for n in meta["names"]]
+    meta["fingerprint"] = {f"module.{n}": v for n, v in meta["fingerprint"].items()}
+    if prior != "evidence":
+        named = meta["settings"]["prior"]
+        meta["settings"]["prior"] = {f"module.{n}": v for n, v in named.items()}
+    save_file(tensors, file, metadata=signed(json.dumps(meta), tensors))
+    for model in (network(), nn.DataParallel(network())):
         loaded: Any = nb.load(file, model)
         assert loaded.space.names == NAMES
         assert_close(loaded.predict(X).outputs, posterior.predict(X).outputs)

@@ -321,6 +321,7 @@ def test_an_import_takes_no_extra_and_few_modules(tmp_path: Path) -> None:
     extras = {"typer", "matplotlib", "jinja2", "sklearn", "scipy", "pandas", "torchmetrics"}
     later = {
         "transformers",
+        "peft",
         "lightning",
         "pytorch_lightning",
         "skorch",

@@ -29,11 +29,12 @@ BUDGETS: dict[str, tuple[str, tuple[int, ...], int, int, dict[str, Any]]] = {
     "convolutions, loss": ("conv", (1, 14, 14), 1500, 200, {"preserve": "loss"}),
     "tokens": ("tokens", (12, 32), 300, 200, {}),
     "tokens, conjugate gradients": ("tokens", (12, 32), 600, 150, {"solver": "cg"}),
+    "few weights": ("narrow", (20,), 1000, 200, {"solver": "primal QR"}),
 }
 
 
 def network(kind: str) -> nn.Module:
-    """Between ten and sixty thousand weights, ten outputs."""
+    """Between eight and twenty-two thousand weights (``narrow``: a thousand), ten outputs."""
     if kind == "mlp":
         layers: list[nn.Module] = [
             nn.Linear(64, 128),
@@ -42,6 +43,8 @@ def network(kind: str) -> nn.Module:
             nn.Tanh(),
             nn.Linear(96, 10),
         ]
+    elif kind == "narrow":
+        layers = [nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 10)]
     elif kind == "conv":
         layers = [
             nn.Conv2d(1, 8, 3),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nullbayes.common.memory import working_bytes
 from nullbayes.jacobian.block import Block
 from nullbayes.jacobian.capture.checking import captured_at_use, checked, separate
 from nullbayes.jacobian.capture.plan import CapturePlan
@@ -18,8 +19,6 @@ from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.model.functional import FunctionalModel
 
-# Bytes of temporaries that one capture may take.
-CAPTURE_BYTES = 2**29
 # Rows of one capture.
 CAPTURE_ROWS = 1024
 
@@ -32,8 +31,8 @@ def examples_per_capture(
     cotangents: int,
     temporaries: int | None = None,
 ) -> int:
-    """How many examples one backward pass may carry, with so many bytes of ``temporaries``."""
-    fits = (temporaries or CAPTURE_BYTES) // capture_bytes(functional, plan, cotangents)
+    """How many examples one backward pass may carry, with so many bytes of ``temporaries`` (None: what work may)."""
+    fits = (temporaries or working_bytes()) // capture_bytes(functional, plan, cotangents)
     return max(1, min(fits, CAPTURE_ROWS // max(1, cotangents)))
 
 

@@ -105,7 +105,7 @@ class Factor(ABC):
 
     def squared_norms(self) -> Tensor:
         """Squared length of each of the ``B*C`` rows, float64."""
-        step = max(1, products.CHUNK_ELEMENTS // (4 * max(1, self.columns * self.cotangents)))
+        step = max(1, products.chunk_elements() // (4 * max(1, self.columns * self.cotangents)))
         starts = range(0, self.examples, step)
         pieces = (self.narrow(i, min(i + step, self.examples)).rows() for i in starts)
         return torch.cat(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from nullbayes.jacobian.factors.products import product
@@ -60,13 +59,18 @@ def single(left: OuterFactor, right: OuterFactor) -> Tensor:
 def by_rows(left: OuterFactor, right: OuterFactor) -> Tensor:
     """Rows written out, as many at a time as fit."""
     width = left.cotangents * left.groups * left.width_out * left.width_in
-    parts = right.chunks(width)
-    return torch.cat(
-        [
-            torch.cat([product(rows, part.matrices()) for part in parts], dim=1)
-            for rows in (part.matrices() for part in left.chunks(width))
-        ]
-    )
+    lefts, rights = left.chunks(width), right.chunks(width)
+    if len(lefts) == len(rights) == 1:
+        return product(left.matrices(), right.matrices())
+    out, start = left.g.new_empty(left.num_rows, right.num_rows), 0
+    for part in lefts:
+        rows, at = part.matrices(), 0
+        for other in rights:
+            columns = slice(at, at + other.num_rows)
+            out[start : start + len(rows), columns] = product(rows, other.matrices())
+            at = columns.stop
+        start += len(rows)
+    return out
 
 
 def by_pairs(left: OuterFactor, right: OuterFactor) -> Tensor:

@@ -71,8 +71,14 @@ class LookupFactor(Factor):
 
     def matvec(self, vectors: Tensor) -> Tensor:
         table = vectors[:, self.slot.start : self.slot.stop].reshape(len(vectors), -1, self.dim)
-        looked = table[:, self.index.clamp(min=0)] * (self.index >= 0)[None, :, :, None]
-        return torch.einsum("bctd,sbtd->sbc", self.g, looked).reshape(len(vectors), -1)
+        index, here = self.index.clamp(min=0), (self.index >= 0)[None, :, :, None]
+        step = max(1, products.chunk_elements() // max(1, index.numel() * self.dim))
+        return torch.cat(
+            [
+                torch.einsum("bctd,sbtd->sbc", self.g, some[:, index] * here)
+                for some in table.split(step)
+            ]
+        ).reshape(len(vectors), -1)
 
     def rmatvec(self, weights: Tensor, out: Tensor) -> None:
         s = len(weights)
@@ -90,7 +96,7 @@ class LookupFactor(Factor):
         shared = mine[torch.isin(mine, theirs) & (mine >= 0)]
         out = self.g.new_zeros(self.num_rows, other.num_rows)
         rows = max(self.num_rows, other.num_rows)
-        step = max(1, products.CHUNK_ELEMENTS // max(1, rows * self.dim))
+        step = max(1, products.chunk_elements() // max(1, rows * self.dim))
         for i in range(0, len(shared), step):
             part = shared[i : i + step]
             left = self._compact(renumber(self.index, part), len(part))

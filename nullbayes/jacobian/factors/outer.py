@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from nullbayes.common.memory import working_bytes
 from nullbayes.jacobian.factors import contraction
 from nullbayes.jacobian.factors import products as sizes
 from nullbayes.jacobian.factors.base import Factor
@@ -25,6 +26,11 @@ COPIED_PRODUCT = 4 * 2**20
 # What a multiplication by way of written-out rows costs in those of a large product: they are
 # shaped less well, and every row is written and read once (measured 1.2 to 2).
 ROWS_PENALTY = 1.4
+
+
+def near_elements() -> int:
+    """``NEAR_ELEMENTS``, or fewer where a budget asks for it."""
+    return min(NEAR_ELEMENTS, max(1, working_bytes() // 32))
 
 
 class OuterFactor(Factor):
@@ -112,7 +118,7 @@ class OuterFactor(Factor):
         return new
 
     def chunks(self, per_example: int) -> list[OuterFactor]:
-        step = max(1, sizes.CHUNK_ELEMENTS // max(1, per_example))
+        step = max(1, sizes.chunk_elements() // max(1, per_example))
         if step >= self.examples:
             return [self]
         return [self.narrow(i, min(i + step, self.examples)) for i in range(0, self.examples, step)]
@@ -177,14 +183,15 @@ class OuterFactor(Factor):
         c, t, o, i = self.cotangents, self.tokens, self.width_out, self._inputs.shape[3]
         lead, trail = (i, o) if self.transposed else (o, i)
         wide = -(-64 // c)  # rows of the products that write them: fewer would be slow
-        at_once = NEAR_ELEMENTS // max(1, self.num_rows * trail)
+        near = near_elements()
+        at_once = near // max(1, self.num_rows * trail)
         if self.groups == 1:
             groups, span = 1, min(lead, max(wide, at_once))
         else:
             groups, span = min(self.groups, max(1, at_once // lead)), lead
         large = self.groups == 1 and c * span * t * i >= sizes.ONEDNN_PRODUCT
         single = single and large
-        step = 1 if single else max(1, NEAR_ELEMENTS // (c * groups * span * trail))
+        step = 1 if single else max(1, near // (c * groups * span * trail))
         inputs = self._inputs.transpose(1, 2)  # (B, G, T, I)
         if large and not (inputs.is_contiguous() or inputs.mT.is_contiguous()):
             inputs = inputs.contiguous()
@@ -295,7 +302,7 @@ class OuterFactor(Factor):
         for part in self.chunks(self.tokens * o):
             b = part.examples
             a, g = part._inputs.flatten(0, 2).contiguous(), part.g.reshape(b, c, -1)
-            step = max(1, NEAR_ELEMENTS // (len(a) * o))
+            step = max(1, near_elements() // (len(a) * o))
             for k, some in zip(range(0, len(w), step), w.split(step), strict=True):
                 u = torch.stack([product(a, one) for one in some])  # (s, B*T, O)
                 y = torch.bmm(g, u.view(len(some), b, -1).permute(1, 2, 0))  # (B, C, s)
@@ -312,7 +319,7 @@ class OuterFactor(Factor):
             b = part.examples
             a, g = part._inputs.flatten(0, 2).contiguous(), part.g.reshape(b, c, -1)
             w = weights[:, start : start + b * c].unflatten(1, (b, c)).transpose(0, 1)  # (B, S, C)
-            step = max(1, NEAR_ELEMENTS // (len(a) * o))
+            step = max(1, near_elements() // (len(a) * o))
             for k in range(0, len(weights), step):
                 h = torch.bmm(w[:, k : k + step], g).transpose(0, 1)  # (s, B, T*O)
                 h = h.reshape(len(h), -1, o).contiguous()

@@ -9,14 +9,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nullbayes.common.memory import WORKING_BYTES, working_bytes
 from nullbayes.model.parameters import Slot
 
 # Elements of the largest temporary that one product may create (256 MB of float32).
 CHUNK_ELEMENTS = 64 * 2**20
+# Rows of a matrix that are added to another of a wider dtype at a time: adding them at once would make a copy in it.
+ADDED_ROWS = 256
 # Multiplications from which a matrix product is given to oneDNN, see `product`.
 ONEDNN_PRODUCT = 2**20
 # Examples of a batch that are looked at for subnormal numbers.
 SEEN_FIRST = 4
+
+
+def chunk_elements() -> int:
+    """Elements of the largest temporary that one product may create now; up to four of them are held at a time."""
+    room = working_bytes()
+    return CHUNK_ELEMENTS if room == WORKING_BYTES else min(CHUNK_ELEMENTS, max(1, room // 16))
+
+
+def add_into(out: Tensor, values: Tensor) -> None:
+    """``out += values`` for matrices, without a copy of ``values`` in the dtype of ``out``."""
+    for into, some in zip(out.split(ADDED_ROWS), values.split(ADDED_ROWS), strict=True):
+        into += some
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:

@@ -58,12 +58,13 @@ class Estimate:
 def verdict(difference: float, error: float, *, higher_is_better: bool, digits: int) -> str:
     """``"better"`` or ``"worse"`` where a paired difference exceeds two of its standard errors, else ``"same"``.
 
-    The same, too, where it is less than half of the last of the ``digits`` that are shown: rounding in the network's
+    The same, too, where it is not more than one in the last of the ``digits`` that are shown: two figures that read
+    alike are not called different, and rounding in the network's
     own precision can be many standard errors.
     """
     if not math.isfinite(difference) or not math.isfinite(error):
         return SAME
-    if abs(difference) <= max(SIGNIFICANT * error, 0.5 * 10.0**-digits):
+    if abs(difference) <= max(SIGNIFICANT * error, 10.0**-digits):
         return SAME
     return BETTER if (difference > 0) == higher_is_better else WORSE
 

@@ -40,6 +40,7 @@ class Observed:
         example, group: ``(K,)``: of each observation the number of its example in the batch, and the class, label or
             output that it belongs to.
         confidence, hit: ``(K,)`` of each answer; without classes, None and squared errors.
+        z: ``(K,)`` of a regression: errors in units of the predicted standard deviation.
         classwise: probabilities ``(K, O)`` and what happened ``(K, O)``, for class-wise calibration.
         scores: ``(B,)`` each, by name: what might tell out-of-distribution inputs.
     """
@@ -54,6 +55,7 @@ class Observed:
     sums: dict[str, Tensor] = field(default_factory=dict)
     classwise: tuple[Tensor, Tensor] | None = None
     scores: dict[str, Tensor] = field(default_factory=dict)
+    z: Tensor | None = None
 
 
 def kind_of(likelihood: Likelihood) -> str:
@@ -179,7 +181,7 @@ def _regressed(
     z = error / deviation
     sums = {"crps": (deviation * _standard_crps(z)).sum(1)}
     for level in CURVE_LEVELS:
-        reach = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
+        reach = half_width(level)
         sums[f"coverage_{100 * level:g}"] = (z.abs() <= reach).double().sum(1)
         sums[f"width_{100 * level:g}"] = (2 * reach * deviation).sum(1)
     sums["z_squared"] = z.square().sum(1)
@@ -195,6 +197,7 @@ def _regressed(
         None,
         error[example, position].square(),
         sums,
+        z=z[example, position],
     )
 
 
@@ -221,6 +224,11 @@ _KINDS = {
     "regression": _regressed,
     "other": _other,
 }
+
+
+def half_width(level: float) -> float:
+    """Of the central interval of a standard normal that holds a share ``level``."""
+    return math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
 
 
 def _standard_crps(z: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from nullbayes.common.processes import Processes
 from nullbayes.common.progress import Stages
 from nullbayes.errors import InputError
 from nullbayes.jacobian.shared import serve
-from nullbayes.likelihood import Likelihood
+from nullbayes.likelihood import Classification, Likelihood
 from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.loader import batches
@@ -180,16 +180,18 @@ class Pass:
 
     def _add(self, passed: Passed, inputs: Inputs, targets: Any, where: str) -> None:
         shown: Callable[[int], str] | None = None
-        wrong = torch.empty(0)
+        wrong, unit = torch.empty(0), ""
         for source, method, point, moved in self._outcomes(inputs, where):
             observed, mean = self._record(source, method, (point, moved), targets, where)
             self._score(method.key, observed.scores)
             if method.key == self.main:
-                wrong = _mistakes(method.likelihood, observed)
+                wrong = _mistakes(method.likelihood, observed, mean)
+                unit = _unit(method.likelihood, mean)
                 shown = _captions(method.likelihood, mean, targets)
         novelty = self._add_novelty(passed, inputs)
         if self.shown and shown is not None:
             passed.keepers["novel"].offer(novelty, inputs, shown)
+            passed.keepers["wrong"].unit = unit
             passed.keepers["wrong"].offer(wrong, inputs, shown)
         passed.examples += len(novelty)
 
@@ -303,13 +305,20 @@ class Pass:
             raise InputError(f"`{name}` holds no examples: every batch is empty.")
 
 
-def _mistakes(likelihood: Likelihood, observed: Observed) -> Tensor:
+def _unit(likelihood: Likelihood, mean: Tensor) -> str:
+    """What :func:`_mistakes` counts in: confidence where each example has one class, else its NLL."""
+    return "confidence" if kind_of(likelihood) == "classification" and mean.ndim == 2 else "NLL"
+
+
+def _mistakes(likelihood: Likelihood, observed: Observed, mean: Tensor) -> Tensor:
     """How confidently wrong each example is ``(B,)``: confidence in a wrong class, or the NLL; -inf where right."""
-    if kind_of(likelihood) == "classification" and observed.confidence is not None:
-        single = len(observed.confidence) == len(observed.nll)
-        if single and observed.hit is not None:
-            return torch.where(observed.hit > 0, -torch.inf, observed.confidence)
-    return observed.nll
+    if _unit(likelihood, mean) == "NLL" or observed.confidence is None or observed.hit is None:
+        return observed.nll
+    out = torch.full_like(
+        observed.nll, -torch.inf
+    )  # examples whose label is ignored have no answer
+    out[observed.example] = torch.where(observed.hit > 0, -torch.inf, observed.confidence)
+    return out
 
 
 def _captions(likelihood: Likelihood, mean: Tensor, targets: Any) -> Callable[[int], str]:
@@ -318,6 +327,10 @@ def _captions(likelihood: Likelihood, mean: Tensor, targets: Any) -> Callable[[i
 
     def caption(n: int) -> str:
         values = mean[n].flatten()
+        if isinstance(likelihood, Classification) and mean.ndim > 2:
+            return _of_positions(
+                likelihood, mean[n : n + 1], None if targets is None else take(targets, n, n + 1)
+            )
         if kind == "classification" and mean.ndim == 2:
             text = f"predicted {int(values.argmax())} ({float(values.max()):.3f})"
             if targets is not None:
@@ -332,3 +345,19 @@ def _captions(likelihood: Likelihood, mean: Tensor, targets: Any) -> Callable[[i
         return text
 
     return caption
+
+
+def _of_positions(likelihood: Classification, mean: Tensor, targets: Any) -> str:
+    """What is predicted at the positions of one example ``mean (1, *out)``, and how many are wrong."""
+    axis = likelihood._axis(tuple(mean.shape))
+    top, predicted = mean.movedim(axis, -1).flatten(0, -2).max(-1)
+    said = f"mean confidence {float(top.mean()):.3f}"
+    if targets is None:
+        return f"{len(top)} positions, {said}"
+    _, labels, _ = likelihood._flatten(mean, targets)
+    if labels.is_floating_point():
+        label, kept = labels[0].argmax(-1), torch.ones(len(top), dtype=torch.bool)
+    else:
+        label, kept = labels[0], likelihood._kept(labels[0]).cpu()
+    wrong = (predicted.cpu() != label.cpu())[kept]
+    return f"{int(wrong.sum())} of {len(wrong)} positions wrong, {said}"

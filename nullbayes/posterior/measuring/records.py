@@ -18,7 +18,7 @@ from nullbayes.posterior.measuring.estimates import (
     root,
     verdict,
 )
-from nullbayes.posterior.measuring.observing import LEVELS, Observed
+from nullbayes.posterior.measuring.observing import LEVELS, Observed, half_width
 
 #: inputs in a group of the joint log-likelihood
 JOINT = 10
@@ -84,6 +84,7 @@ class Records:
         log_likelihoods: ``(S, N)`` of each sample by itself; None where there is no likelihood to join.
         answers: confidences and hits; None without classes.
         error, group, example: ``(K,)`` squared errors where there are no classes, and what they belong to.
+        z: ``(K,)`` errors of a regression in units of the predicted standard deviation; None otherwise.
         classwise: ``(G, O, bins, 3)`` sums of class-wise calibration by jackknife group; None: too many classes.
     """
 
@@ -98,6 +99,7 @@ class Records:
     example: Tensor
     error: Tensor | None
     classwise: Tensor | None
+    z: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.nll)
@@ -136,6 +138,7 @@ class Records:
             group=self.group[inside],
             example=self.example[inside],
             error=None if self.error is None else self.error[inside],
+            z=None if self.z is None else self.z[inside],
             classwise=None,
         )
 
@@ -158,7 +161,13 @@ class Records:
             if self.error is None:
                 return {}
             error, example = self.error[inside], self.example[inside]
-            return {"rmse": root(_by_example(error, example, len(self)))}
+            out = {"rmse": root(_by_example(error, example, len(self)))}
+            if self.z is not None:
+                z = self.z[inside]
+                within = (z.abs() <= half_width(0.9)).double()
+                out["coverage_90"] = _by_example(within, example, len(self))
+                out["z_squared"] = _by_example(z.square(), example, len(self))
+            return out
         answers = self.answers.where(inside)
         hits = _by_example(answers.hit, answers.example, len(self))
         return {"accuracy": hits, "ece": answers.ece(), "gap": answers.gap()}
@@ -246,6 +255,7 @@ class Recorder:
         if confidences:
             answers = Answers(torch.cat(confidences), hits, example, self.seen)
         squared = answers is None and len(hits) == len(example)
+        scaled = [p.z for p in parts if p.z is not None]
         return Records(
             self.score_name,
             torch.cat([p.nll for p in parts]),
@@ -258,4 +268,5 @@ class Recorder:
             example,
             hits if squared else None,
             None if self.too_many else self.classwise,
+            torch.cat(scaled) if scaled else None,
         )

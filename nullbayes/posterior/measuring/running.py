@@ -349,6 +349,7 @@ def _details(
         },
         "curves": _curves(main, test, shifts),
         "examples": {name: keeper.shown(question.show) for name, keeper in keepers.items()},
+        "units": {name: keeper.unit for name, keeper in keepers.items()},
         "certificate": _lasting(certificate.as_dict()),
         "audit": None if audit is None else audit.verdict,
         "calibration": None if path is None else path.as_dict(),

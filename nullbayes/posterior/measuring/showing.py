@@ -115,9 +115,10 @@ def png(pixels: Tensor) -> bytes:
 
 @dataclass
 class Keeper:
-    """The ``most`` inputs with the largest scores so far, and a caption for each."""
+    """The ``most`` inputs with the largest scores so far, and a caption for each; ``unit``: of the scores."""
 
     most: int
+    unit: str = "novelty"
     kept: list[tuple[float, Any, str]] = field(default_factory=list)
 
     def offer(self, values: Tensor, inputs: Any, caption: Callable[[int], str]) -> None:

@@ -1,0 +1,377 @@
+"""What one of several processes does in these tests: ``python scenes.py scenes rank size folder``.
+
+Each scene returns what is compared with one process that does the same, or with the other processes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
+
+import nullbayes as nb
+from nullbayes import solvers
+from nullbayes.common import pulse
+from nullbayes.common.processes import Processes, resolve
+from nullbayes.distributed import Shard
+from nullbayes.fit import pipeline
+from nullbayes.solvers.checkpoint import Watch
+
+BATCH = 4
+
+
+def network(dtype: torch.dtype = torch.float64) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)
+        return nn.Sequential(*layers).to(dtype).eval()
+
+
+def data(count: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(count, 3, generator=generator, dtype=torch.float64).to(dtype),
+        torch.randint(0, 3, (count,), generator=generator),
+    )
+
+
+def loader(count: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*data(count, dtype, seed)), batch_size=BATCH)
+
+
+def batches(count: int) -> list[tuple[Tensor, Tensor]]:
+    x, y = data(count)
+    return list(zip(x.split(BATCH), y.split(BATCH), strict=True))
+
+
+def fitted(posterior: Any, train: Any, samples: int = 4, **kwargs: Any) -> dict[str, Any]:
+    """What a fit leaves; nothing in it depends on how many processes there are."""
+    posterior.fit(train, samples, progress=False, **kwargs)
+    c = posterior.certificate
+    names = "residual row_drift drift output_drift sampled_drift left_out_divergence prior_share prior_precision"
+    counts = "rank examples checked_examples constraints held network_score posterior_score"
+    audit = (c.audit.examples, c.audit.total, c.audit.passed, round(c.audit.moved, 7))
+    return {
+        "unit": posterior._fitted().unit.clone(),
+        **{name: getattr(c, name) for name in names.split()},
+        **{name: getattr(c, name) for name in counts.split()},
+        "audit": audit,
+        "residual": max(c.residual, 1e-9),  # what is left of it is rounding
+    }
+
+
+CG = solvers.ConjugateGradient
+#: every road to a projection
+SOLVERS: dict[str, Callable[[float], Any]] = {
+    "plain": CG,
+    "equilibrated": lambda t: CG(t, equilibrate=0.5),
+    "kronecker": lambda t: CG(t, preconditioner="kronecker"),
+    "subset": lambda t: CG(t, preconditioner=solvers.preconditioners.Subset(12)),
+    "sketch": lambda t: CG(t, preconditioner="sketch"),
+    "pivoted": lambda t: CG(t, preconditioner="pivoted"),
+    "alternating": lambda t: solvers.AlternatingProjections(t, max_cycles=30, batch_rows=2 * BATCH),
+    "dual": lambda t: solvers.DualCholesky(),
+    "primal": lambda t: solvers.PrimalQR(),
+}
+DIRECT = ("dual", "primal", "sketch")
+
+
+def same_by_solver() -> dict[str, Any]:
+    """Every solver in float64; those that do not search in float32 and for Laplace as well."""
+    out: dict[str, Any] = {}
+    for name, make in SOLVERS.items():
+        # Solved well, so that what is compared is the answer and not where rounding has ended a search.
+        posterior = nb.NullSpacePosterior(network(), solver=make(1e-9), delta=1e-2)
+        out[f"{name}, float64"] = fitted(posterior, batches(4 * BATCH))
+        if name in DIRECT:
+            single = nb.NullSpacePosterior(network(torch.float32), solver=make(1e-5), delta=1e-2)
+            out[f"{name}, float32"] = fitted(single, loader(5 * BATCH, torch.float32))
+            laplace = nb.LaplacePosterior(network(), solver=make(1e-10))
+            out[f"{name}, Laplace"] = fitted(laplace, loader(5 * BATCH))
+    return out
+
+
+def same_by_rows() -> dict[str, Any]:
+    """What is preserved, which directions, which data: all decide the rows."""
+    out: dict[str, Any] = {}
+    for keep in ("outputs", "loss"):
+        out[keep] = fitted(nb.NullSpacePosterior(network(), preserve=keep), loader(23))
+    auto = nb.NullSpacePosterior(network(), directions="auto", solver="dual Cholesky")
+    out["auto"] = fitted(auto, loader(23))
+    regression = nb.NullSpacePosterior(network(), "regression", solver="primal QR")
+    out["regression"] = fitted(regression, (data(23)[0], data(23)[0].sin()))
+    out["noise"] = {"unit": torch.as_tensor(regression.likelihood.with_noise(1.0).noise_variance)}
+    out["uneven"] = fitted(nb.NullSpacePosterior(network()), data(7))
+    out["empty"] = fitted(nb.NullSpacePosterior(network()), batches(BATCH + 1), 2)
+    searched = nb.NullSpacePosterior(network(), solver=CG(1e-8), delta=1e-2)
+    out["empty, searched"] = fitted(searched, batches(BATCH + 1), 2)
+    out["first"] = fitted(nb.NullSpacePosterior(network()), loader(23), max_examples=11)
+    dropped = DataLoader(TensorDataset(*data(23)), batch_size=BATCH, drop_last=True)
+    out["dropped"] = fitted(nb.NullSpacePosterior(network()), dropped)
+    return out
+
+
+def same_of_a_posterior() -> dict[str, Any]:
+    """Everything that a posterior can be asked about data."""
+    out: dict[str, Any] = {}
+    for name in ("dual", "primal"):
+        p = nb.NullSpacePosterior(network(), solver=SOLVERS[name](1e-10), delta=1e-2)
+        p.fit(loader(23), 4, progress=False)
+        some, far = loader(31, seed=5), [(3 * x, y) for x, y in batches(9)]
+        prediction = p.predict(some)
+        found = {"mean": prediction.mean, "outputs": prediction.outputs}
+        found |= {score: p.novelty(some, score=score) for score in ("information", "share")}
+        found["one batch"] = p.novelty(data(5)[0])
+        out[name] = found
+        if name == "primal":
+            continue
+        path = p.calibrate(some, ood_loader=far, progress=False)
+        assert path.ece is not None
+        assert path.auroc is not None
+        found["path"] = torch.tensor([path.nll, path.accuracy, path.ece, path.auroc])
+        evaluation = p.evaluate(
+            some,
+            shifted={"far": far},
+            train=loader(23),
+            validation=loader(9, seed=6),
+            slices={"class 0": lambda inputs, targets: targets == 0},
+            progress=False,
+        )
+        table = evaluation.as_dict()
+        found |= {key: table[key] for key in ("figures", "detection", "slices", "thresholds")}
+        p.draw(2)
+        found["drawn"] = p._fitted().unit
+        p.prior_precision = 3.0
+        found["drift"] = torch.tensor([p.certificate.drift, p.certificate.posterior_score])
+    return out
+
+
+class Numbered(Dataset[Any]):
+    """Remembers which examples were read."""
+
+    def __init__(self, count: int) -> None:
+        self.x, self.y = data(count)
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, number: int) -> Any:
+        self.read.append(number)
+        return self.x[number], self.y[number]
+
+
+class Streamed(IterableDataset[Any]):
+    def __init__(self, start: int, stop: int) -> None:
+        self.part = slice(start, stop)
+
+    def __iter__(self) -> Any:
+        x, y = data(20)
+        yield from zip(x[self.part], y[self.part], strict=True)
+
+
+def told(call: Callable[[], Any]) -> tuple[str, str]:
+    """The error that a call ends with."""
+    try:
+        call()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def posterior() -> nb.NullSpacePosterior:
+    return nb.NullSpacePosterior(network(), solver="dual Cholesky")
+
+
+def split_and_refused() -> dict[str, Any]:
+    """How data are split, and what is refused."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    out: dict[str, Any] = {"number": rank}
+    numbered = Numbered(20)
+    shuffled = DataLoader(numbered, batch_size=BATCH, shuffle=True)
+    posterior().fit(shuffled, 2, progress=False)
+    out["read"] = [n for n in numbered.read if numbered.read.count(n) == 1]
+    padded = DataLoader(
+        TensorDataset(*data(20)), batch_size=BATCH, sampler=DistributedSampler(numbered)
+    )
+    out["padded"] = fitted(posterior(), padded)["unit"]
+    whole = DataLoader(Streamed(0, 20), batch_size=BATCH)
+    edges = [20 * r // size for r in range(size + 1)]
+    part = DataLoader(Streamed(edges[rank], edges[rank + 1]), batch_size=BATCH)
+    out["shards"] = fitted(posterior(), Shard(part))["unit"]
+    plain = posterior()
+    out["whole"] = fitted(plain, loader(20))["unit"]
+    rows = plain._fitted().rows
+    assert rows is not None
+    out["rows"] = rows.operator.nbytes
+    alone = nb.NullSpacePosterior(network(), solver="dual Cholesky", process_group=False)
+    out["alone"] = fitted(alone, loader(20))["unit"]
+    rows = alone._fitted().rows
+    assert rows is not None
+    out["rows whole"] = rows.operator.nbytes
+    wrapped = nn.parallel.DistributedDataParallel(network())
+    assert isinstance(wrapped, nn.Module)
+    out["wrapped"] = fitted(nb.NullSpacePosterior(wrapped, solver="dual Cholesky"), loader(20))[
+        "unit"
+    ]
+    out["streamed"] = told(lambda: posterior().fit(whole, 2, progress=False))
+    out["other data"] = told(lambda: posterior().fit(data(20, seed=rank), 2, progress=False))
+    out["other seed"] = told(lambda: posterior().fit(loader(20), 2, rank // 2, progress=False))
+    moved = network()
+    with torch.no_grad():
+        next(moved.parameters()).add_(float(rank == size - 1))
+    other = nb.NullSpacePosterior(moved, solver="dual Cholesky")
+    out["other weights"] = told(lambda: other.fit(loader(20), 2, progress=False))
+    out["failed"] = told(lambda: posterior().fit(_Late(rank), 2, progress=False))
+    out["after"] = fitted(posterior(), loader(20))["unit"]
+    out["update"] = told(lambda: _updated())
+    plan = posterior().plan(loader(20), num_samples=4)
+    out["plan"] = (plan.processes, plan.rows, plan.sent > 0, sorted(plan.seconds))
+    return out
+
+
+def _updated() -> None:
+    p = posterior()
+    p.fit(loader(20), 2, progress=False)
+    p.update(loader(4, seed=9), progress=False)
+
+
+class _Late(Dataset[Any]):
+    """Breaks in process 1 alone, at an example that nobody looks at before."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.x, self.y = data(60)
+
+    def __len__(self) -> int:
+        return 60
+
+    def __getitem__(self, number: int) -> Any:
+        if self.rank == 1 and number % 30 > 20:
+            raise OSError("the disk is gone")
+        return self.x[number], self.y[number]
+
+
+def sharded() -> dict[str, Any]:
+    """Parameters of which each process has a part."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard as Rows
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, model = init_device_mesh("cpu", (dist.get_world_size(),)), network()
+    model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh, [Rows(0)]))
+    out = {"refused": told(lambda: nb.NullSpacePosterior(model))}
+    meshed = nb.NullSpacePosterior(network(), solver="dual Cholesky", process_group=mesh)
+    return out | {"mesh": fitted(meshed, loader(20))["unit"]}
+
+
+# -- long searches -----------------------------------------------------------------------------------
+
+
+def _search(path: Path, stop_at: int | None, who: int) -> dict[str, Any]:
+    """A search with a checkpoint; Ctrl-C comes at iteration ``stop_at`` in process ``who`` alone."""
+    count, report = [0], Watch.report
+
+    def counting(self: Watch, done: int, reached: float) -> None:
+        count[0] += 1
+        mine = not dist.is_initialized() or dist.get_rank() == who
+        if stop_at is not None and count[0] == stop_at and mine:
+            os.kill(os.getpid(), signal.SIGINT)
+        report(self, done, reached)
+
+    Watch.report = counting  # type: ignore[method-assign]
+    try:
+        p = nb.NullSpacePosterior(network(), solver=CG(1e-9), delta=1e-2)
+        found = fitted(p, loader(23), checkpoint=path, checkpoint_every=1e-9)
+    finally:
+        Watch.report = report  # type: ignore[method-assign]
+    return found | {"status": p.certificate.status, "iterations": p.certificate.iterations}
+
+
+def interrupted(folder: Path) -> dict[str, Any]:
+    """Goes on from what more processes have left, as far as Ctrl-C in one of them."""
+    size = dist.get_world_size()
+    return _search(folder / "search.safetensors", 18 if size == 3 else 6, size - 1)
+
+
+def finished(folder: Path | None) -> dict[str, Any]:
+    """To the end, from a checkpoint or without one."""
+    if folder is None:
+        p = nb.NullSpacePosterior(network(), solver=CG(1e-9), delta=1e-2)
+        return fitted(p, loader(23)) | {"iterations": p.certificate.iterations}
+    return _search(folder / "search.safetensors", None, 0)
+
+
+# -- ends ----------------------------------------------------------------------------------------------
+
+
+class _Broken(_Late):
+    """Kills or stalls its process in the middle of the data."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(0)
+        self.how = how
+
+    def __getitem__(self, number: int) -> Any:
+        if number % 20 > 10:
+            if self.how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.how == "stalled":
+                time.sleep(300)
+        return self.x[number], self.y[number]
+
+
+def lost() -> dict[str, Any]:
+    """Process 1 of three stalls; then, of the two others, the last is killed."""
+    rank, out = dist.get_rank(), {}
+    pair = dist.new_group([0, 2])
+    pulse.BEAT, pulse.SILENT = 0.2, 3.0
+    for how, who, group in (("stalled", 1, None), ("killed", 2, pair)):
+        processes = resolve(group)
+        assert isinstance(processes, Processes)
+        processes.pulse.stalled = 3.0
+        dual = nb.NullSpacePosterior(network(), solver="dual Cholesky", process_group=group)
+        started = time.monotonic()
+        broken = _Broken(how if rank == who else "")
+        error = told(lambda dual=dual, broken=broken: dual.fit(broken, 2, progress=False))
+        out[how] = (error, time.monotonic() - started)
+    return out
+
+
+def main(scenes: str, rank: int, size: int, folder: Path) -> None:
+    """Plays the scenes one after the other; what they return goes to files."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    # Which examples there was time to audit is no property of a fit.
+    pipeline.LEAST_AUDIT = 1e9
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store-{size}-{scenes[:4]}", rank=rank, world_size=size
+    )
+    every: dict[str, Callable[[], dict[str, Any]]] = {
+        "solver": same_by_solver,
+        "rows": same_by_rows,
+        "posterior": same_of_a_posterior,
+        "split": split_and_refused,
+        "sharded": sharded,
+        "interrupted": lambda: interrupted(folder),
+        "lost": lost,
+    }
+    for scene in scenes.split(","):
+        torch.save(every[scene](), folder / f"{scene}-{size}-{rank}.pt")
+    if "lost" in scenes:
+        os._exit(0)  # nothing is left to be taken down together
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

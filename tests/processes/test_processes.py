@@ -1,0 +1,242 @@
+"""One, two and three processes give the same answers; one that dies, stalls or differs ends all of them."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import scenes
+from support import says
+from torch import Tensor
+
+import nullbayes as nb
+from nullbayes.common.processes import spread
+from nullbayes.distributed import Shard
+from nullbayes.fit import pipeline
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+LIMIT = 240  # seconds that all processes of a test may take
+
+CLOSE = {"float64": 1e-9, "float32": 2e-5}
+
+
+def played(scene: str, size: int, folder: Path, *, lost: bool = False) -> list[dict[str, dict]]:  # type: ignore[type-arg]
+    """The scenes, one after the other, in ``size`` processes; by process and scene what each returned.
+
+    Args:
+        lost: all but the first may never end.
+    """
+    path = os.pathsep.join([str(ROOT), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE / "scenes.py"), scene]
+    logs = [folder / f"said-{size}-{rank}.txt" for rank in range(size)]
+    running = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as file:
+            place = [str(rank), str(size), str(folder)]
+            running.append(
+                subprocess.Popen([*command, *place], env=environment, stdout=file, stderr=file)
+            )
+    lasting = running[:1] if lost else running
+    try:
+        codes = [process.wait(timeout=LIMIT) for process in lasting]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    assert not any(codes), "\n".join(log.read_text() for log in logs)
+    out = []
+    for rank in range(size):
+        files = {name: folder / f"{name}-{size}-{rank}.pt" for name in scene.split(",")}
+        out.append({n: torch.load(f, weights_only=False) for n, f in files.items() if f.exists()})
+    return out
+
+
+def differences(found: Any, wanted: Any, close: float, path: str = "") -> list[str]:
+    """Where two nested results differ by more than ``close``, relative to the largest number beside."""
+    if isinstance(wanted, Tensor):
+        if found.shape != wanted.shape:
+            return [f"{path}: shape {tuple(found.shape)}, not {tuple(wanted.shape)}"]
+        size = float(wanted.double().abs().max()) if wanted.numel() else 0.0
+        off = float((found - wanted).double().abs().max()) if wanted.numel() else 0.0
+        return [f"{path}: {off / size:.1e}"] if off > close * size else []
+    if isinstance(wanted, dict):
+        assert list(found) == list(wanted), path
+        parts = (differences(found[k], v, close, f"{path}/{k}") for k, v in wanted.items())
+        return [text for part in parts for text in part]
+    if isinstance(wanted, (list, tuple)):
+        pairs = enumerate(zip(found, wanted, strict=True))
+        return [t for i, (a, b) in pairs for t in differences(a, b, close, f"{path}[{i}]")]
+    if isinstance(wanted, float):
+        # Figures of the certificate are means of squares that nearly cancel: to fewer digits than samples.
+        same = math.isclose(found, wanted, rel_tol=max(100 * close, 1e-6), abs_tol=1e-8)
+        return [] if same else [f"{path}: {found}, not {wanted}"]
+    return [] if found == wanted else [f"{path}: {found}, not {wanted}"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    """The same in one process, without a group."""
+    least = pipeline.LEAST_AUDIT
+    pipeline.LEAST_AUDIT = 1e9
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return {
+                "solver": scenes.same_by_solver(),
+                "rows": scenes.same_by_rows(),
+                "posterior": scenes.same_of_a_posterior(),
+            }
+    finally:
+        pipeline.LEAST_AUDIT = least
+
+
+@pytest.fixture(scope="module")
+def three(folder: Path) -> list[dict[str, Any]]:
+    return played("solver,rows,split,interrupted,lost", 3, folder, lost=True)
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path, three: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    # After the three, whose search it goes on with.
+    return played("solver,posterior,split,sharded,interrupted", 2, folder)
+
+
+@pytest.fixture
+def several(request: pytest.FixtureRequest, size: int) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = request.getfixturevalue({2: "two", 3: "three"}[size])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("scene", "size"), [("solver", 3), ("rows", 3), ("solver", 2), ("posterior", 2)]
+)
+def test_the_answer_is_that_of_one_process(
+    scene: str, size: int, several: list[dict[str, Any]], alone: dict[str, Any]
+) -> None:
+    bad = []
+    for case, wanted in alone[scene].items():
+        close = CLOSE["float32" if "float32" in case else "float64"]
+        bad += differences(several[0][scene][case], wanted, close, case)
+    assert not bad, "\n".join(bad)
+    for other in several[1:]:  # to the last bit: what is decided on one is decided on all
+        bad = differences(other[scene], several[0][scene], 0.0)
+        assert not bad, "\n".join(bad)
+
+
+@pytest.mark.parametrize("size", [3, 2])
+def test_every_example_is_read_once(size: int, several: list[dict[str, Any]]) -> None:
+    read = [n for process in several for n in process["split"]["read"]]
+    # Those that all look at, to compare their data, come more than once in one process.
+    assert len(read) == len(set(read))
+    assert set(read) >= set(range(20)) - {0, 10, 19} - set(range(4))
+    for process in several:
+        split = process["split"]
+        for way in ("padded", "shards", "alone", "wrapped", "after"):
+            assert not differences(split[way], split["whole"], 1e-9, way)
+
+
+@pytest.mark.parametrize("size", [3, 2])
+def test_what_differs_or_fails_ends_all_and_is_named(
+    size: int, several: list[dict[str, Any]]
+) -> None:
+    last = size - 1
+    for rank, process in enumerate(several):
+        split = process["split"]
+        kind, text = split["streamed"]
+        assert kind == "InputError"
+        assert "Shard" in text
+        kind, text = split["other data"]
+        assert kind == "InputError"
+        assert f"{'process' if size == 2 else 'processes'} 1" in text
+        assert "values" in text
+        kind, text = split["other weights"]
+        assert (kind, "weights" in text) == ("ProcessError", True)
+        assert f"process {last} of {size}" in text
+        kind, text = split["other seed"]
+        if size == 3:
+            assert (kind, "seed" in text, "process 2" in text) == ("ProcessError", True, True)
+        kind, text = split["failed"]
+        assert kind == ("OSError" if rank == 1 else "ProcessError")
+        assert "the disk is gone" in text
+        assert rank == 1 or "process 1" in text
+        kind, text = split["update"]
+        assert (kind, "fit" in text) == ("InputError", True)
+        processes, rows, sent, stages = split["plan"]
+        assert (processes, rows, sent) == (size, 40, True)
+        assert "communication" in stages
+
+
+@pytest.mark.parametrize("size", [3, 2])
+def test_rows_are_spread_evenly(size: int, several: list[dict[str, Any]]) -> None:
+    held = [process["split"]["rows"] for process in several]
+    whole = [process["split"]["rows whole"] for process in several]
+    assert sum(held) == whole[0]
+    examples = [len(part) for part in spread(20, size)]
+    assert held == [whole[0] * count // 20 for count in examples]
+
+
+def test_parameters_cut_into_shards_are_refused(two: list[dict[str, Any]]) -> None:
+    for process in two:
+        kind, text = process["sharded"]["refused"]
+        assert kind == "ModelError"
+        assert "0.weight" in text
+        assert "full state dict" in text
+        assert not differences(process["sharded"]["mesh"], process["split"]["whole"], 1e-9)
+
+
+def test_a_search_goes_on_in_fewer_processes(
+    folder: Path, three: list[dict[str, Any]], two: list[dict[str, Any]]
+) -> None:
+    for several in (three, two):
+        for process in several:
+            assert "interrupted" in process["interrupted"]["status"]
+            assert not differences(process["interrupted"], several[0]["interrupted"], 0.0)
+    path = folder / "search.safetensors"
+    assert path.exists()
+    wanted = scenes.finished(None)
+    found = scenes.finished(folder)
+    assert not path.exists()  # it has served
+    assert found.pop("iterations") < wanted.pop("iterations")
+    found.pop("status")
+    assert not differences(found, wanted, 1e-6)
+
+
+@pytest.mark.parametrize("how", ["stalled", "killed"])
+def test_a_process_that_is_lost_ends_all(how: str, three: list[dict[str, Any]]) -> None:
+    (kind, text), seconds = three[0]["lost"][how]
+    assert kind == "ProcessError"
+    assert "process 1" in text  # the second of three, and then of the two that are left
+    assert ("not been heard of" if how == "killed" else "stalls") in text
+    assert seconds < 60
+
+
+def test_ranges_cover_everything_once() -> None:
+    for count in (0, 1, 2, 7, 10):
+        for size in (1, 2, 3, 8):
+            parts = spread(count, size)
+            assert [n for part in parts for n in part] == list(range(count))
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_without_a_group_nothing_changes() -> None:
+    with says(nb.InputError, "process_group", "init_process_group"):
+        nb.NullSpacePosterior(scenes.network(), process_group="all").fit(
+            scenes.loader(8), 2, progress=False
+        )
+    found = scenes.fitted(nb.NullSpacePosterior(scenes.network()), Shard(scenes.loader(8)), 2)
+    wanted = scenes.fitted(nb.NullSpacePosterior(scenes.network()), scenes.loader(8), 2)
+    assert not differences(found, wanted, 0.0)

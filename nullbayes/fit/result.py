@@ -86,6 +86,7 @@ class Run:
     progress: bool
     checkpoint: Checkpoint | None = None
     audit: int = AUDITED
+    patient: bool = False  # whether all of these are audited, however long that takes
     stored: torch.dtype | None = None
 
 

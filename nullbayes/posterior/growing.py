@@ -29,7 +29,7 @@ class Grows:
         *,
         max_examples: int | None = None,
         progress: bool = True,
-        audit: int = AUDITED,
+        audit: int | None = None,
     ) -> Self:
         """More training examples, preserved from now on beside the earlier ones, whose data are not needed.
 
@@ -57,7 +57,8 @@ class Grows:
             None if max_examples is None else check_count(max_examples, "max_examples"),
             progress,
             None,
-            check_count(audit, "audit"),
+            AUDITED if audit is None else check_count(audit, "audit"),
+            patient=audit is not None,
             check_sample_dtype(fit.stored.dtype, own.functional.dtype),
         )
         own._check_model()

@@ -86,8 +86,8 @@ class Run:
     progress: bool
     checkpoint: Checkpoint | None = None
     audit: int = AUDITED
-    patient: bool = False  # whether all of these are audited, however long that takes
     stored: torch.dtype | None = None
+    patient: bool = False  # whether all examples of the audit are, however long that takes
 
 
 @dataclass(frozen=True)

@@ -248,8 +248,8 @@ class Posterior(RowJudged, Predicts, Grows):
             progress,
             place,
             AUDITED if audit is None else check_count(audit, "audit"),
-            patient=audit is not None,
             check_sample_dtype(sample_dtype, self.functional.dtype),
+            patient=audit is not None,
         )
         with self._together("fit") as processes:
             train_loader = self._data(train_loader, "train_loader")

@@ -58,8 +58,8 @@ class Grows:
             progress,
             None,
             AUDITED if audit is None else check_count(audit, "audit"),
-            patient=audit is not None,
             check_sample_dtype(fit.stored.dtype, own.functional.dtype),
+            patient=audit is not None,
         )
         own._check_model()
         data = own._data(more, "more")

@@ -21,6 +21,7 @@ from nullbayes.common.progress import stages
 from nullbayes.common.writing import make_folder, write_signed_json, write_text
 from nullbayes.errors import NullBayesWarning, StorageError
 from nullbayes.fit.plan import Plan
+from nullbayes.fit.result import AUDITED
 from nullbayes.job.file import KINDS, Fitted, Job
 from nullbayes.likelihood.score import score_named
 from nullbayes.posterior.evaluation import Evaluation
@@ -124,6 +125,8 @@ def run_fit(job: Job, folder: RunFolder, *, progress: bool) -> Fitted:
             posterior.fit(loader, **options, progress=progress)
         else:
             place = folder.path / CHECKPOINT
+            # All examples of the audit: how many fit into a time would differ from run to run.
+            options.setdefault("audit", AUDITED)
             posterior.fit(loader, **options, progress=progress, checkpoint=place)
     if job.calibrate and job.validation is not None:
         validation = _loader(job, "validation", posterior)

@@ -17,7 +17,6 @@ from nullbayes.errors import InputError
 from nullbayes.jacobian.block import Block
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.functional import FunctionalModel
-from nullbayes.model.own_loss import IGNORED
 from nullbayes.model.parameters import ParameterSpace
 from nullbayes.model.randomness import FrozenRandomness
 
@@ -80,10 +79,7 @@ class Problem:
                 'pass a number, or "evidence".'
             )
         functional.space.scales(problem.precision_by_name)  # raises on wrong names
-        functional.reading = likelihood.reading
-        if functional.conventions is not None:
-            functional.conventions.likelihood = likelihood.name
-            functional.conventions.ignore = getattr(likelihood, "ignore_index", IGNORED)
+        functional.serve(likelihood)
         return problem
 
     # -- its parts -------------------------------------------------------------------------------

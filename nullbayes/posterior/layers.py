@@ -113,6 +113,11 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
         else:
             self._prior = check_positive(prior_precision, "prior_precision")
         self.space = ParameterSpace.from_model(self.model, parameters)
+        if self.space.masks:
+            raise InputError(
+                f"`parameters` holds masks, of {sorted(self.space.masks)[:4]}: the null space of a layer is that of "
+                "whole rows of its weight. Name whole parameters, or use `NullSpacePosterior`."
+            )
         frozen = resolve_randomness(randomness, draws)
         self.functional = FunctionalModel(
             self.model, self.space, forward, layouts=self.likelihood.layouts, randomness=frozen

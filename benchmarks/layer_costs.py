@@ -234,7 +234,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         "One thread, float32, CPU seconds, beside a plain forward pass of the same process. *Fit* is all of `fit`: "
         "proof of the rules, the pass with sums, factors, prior precision and certificate. *Passes* are plain passes "
         "that the fit takes without its factorisations, one a layer; *an example* is what each example adds to that, "
-        "from the fit on a quarter of them. *Peak* is the process's, the library and the network included.",
+        "from the fit on a quarter of them. What a fit costs whatever the data (proof, certificate) is most of it "
+        "where images are few and large. *Peak* is the process's, the library and the network included.",
         "",
         "| network | version | examples | plain pass, s | fit, s | factors, s | passes | an example | sums, MB | "
         "peak, GB | held |",

@@ -111,7 +111,7 @@ class Watch:
 
 
 # Numbers of a piece of a :class:`Watch`, and how many are looked at each time.
-_PIECE, _ALWAYS = 2**16, 2**16
+_PIECE, _ALWAYS = 2**16, 2**22
 
 
 def bits_of(tensor: Tensor) -> Tensor:

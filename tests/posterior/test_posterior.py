@@ -169,7 +169,7 @@ def test_residual_on_every_layer_kind(case: Case, preserve: str, dtype: torch.dt
     if case.name == "embedding-padding":  # the padding vector is no weight: it stays where it is
         padding = torch.stack([w["0.weight"][2] for w in posterior.sample()])
         assert torch.equal(padding, model.get_parameter("0.weight")[2].expand_as(padding))
-        v[:, posterior.space.fixed] = 0
+    v[:, posterior.space.fixed] = 0
     ratio = (delta @ rows.T).norm(dim=1) / (v.double() @ rows.T).norm(dim=1)
     # The reference rows differ from float32 ones by rounding, whatever the solver does.
     assert float(ratio.max()) <= (3e-5 if dtype == torch.float32 else 1e-9)

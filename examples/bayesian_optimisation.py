@@ -43,7 +43,7 @@ class Sizes:
     points: int = 30
     seeds: int = 5
     steps: int = 150
-    first_seed: int = 10
+    first_seed: int = 20
     restarts: int = 4
     raw: int = 128
 

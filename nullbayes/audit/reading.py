@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -59,9 +60,10 @@ class Rereading:
         if limit is not None and isinstance(getattr(self.loader, "sampler", None), _RANDOM):
             return None
         if self.fresh is None and self.known:
-            first = next(iter(self.loader), None)
-            numbers = [] if first is None else numbers_of(first)
-            self.fresh = (sum(n not in self.known for n in numbers), len(numbers))
+            # One that cannot be read again gives no other data either.
+            with suppress(Exception):
+                numbers = numbers_of(next(iter(self.loader)))
+                self.fresh = (sum(n not in self.known for n in numbers), len(numbers))
         new, seen = self.fresh or (0, 0)
         if not new:
             return None

@@ -179,6 +179,8 @@ class JacobianOperator(RowOperator):
         if known is not None:
             return known
         out = vectors.new_zeros(len(vectors), self.shape[0])
+        if not len(vectors):  # such as the basis of rows that are all zero
+            return out
         for kept, start in zip(self.blocks, self.starts, strict=False):
             part = out[:, start : start + kept.num_rows]
             with kept.opened() as block:
@@ -189,6 +191,8 @@ class JacobianOperator(RowOperator):
 
     def rmatvec(self, weights: Tensor) -> Tensor:
         out = weights.new_zeros(len(weights), self.shape[1])
+        if not len(weights):
+            return out
         for kept, start in zip(self.blocks, self.starts, strict=False):
             part = weights[:, start : start + kept.num_rows]
             with kept.opened() as block:
@@ -200,6 +204,8 @@ class JacobianOperator(RowOperator):
         """As for every operator; ``row_scale (M,)`` multiplies the rows first."""
         out = torch.zeros_like(vectors)
         square = torch.zeros(len(vectors), dtype=torch.float64, device=self.device)
+        if not len(vectors):
+            return out, square
         for kept, start in zip(self.blocks, self.starts, strict=False):
             with kept.opened() as block:
                 image = vectors.new_zeros(len(vectors), kept.num_rows)

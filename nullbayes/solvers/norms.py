@@ -19,8 +19,8 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 def blocks(a: Tensor, width: int, b: Tensor | None = None) -> Tensor:
     """Diagonal blocks ``(R / width, width, width)`` of ``aᵀ b (R, R)`` for ``(K, R)``; ``b`` None: of ``aᵀ a``."""
-    first = a.T.reshape(-1, width, len(a))
-    second = first if b is None else b.T.reshape(-1, width, len(b))
+    first = a.T.reshape(a.shape[1] // width, width, len(a))
+    second = first if b is None else b.T.reshape(b.shape[1] // width, width, len(b))
     return first @ second.mT
 
 

@@ -121,6 +121,24 @@ def test_what_is_left_out_each_time_is_a_note_and_no_warning() -> None:
     assert not loud and "`max_examples=5` preserves is a matter of chance" in notes
 
 
+@pytest.mark.parametrize("ending", [RuntimeError, StopIteration])
+def test_a_loader_that_can_be_read_once_only_fits(ending: type[Exception]) -> None:
+    x, y = data()
+
+    class Once:
+        read = False
+
+        def __iter__(self) -> Any:
+            if self.read and ending is RuntimeError:
+                raise ending("the stream is at its end")
+            once = [] if self.read else list(zip(x.split(5), y.split(5), strict=True))
+            self.read = True
+            return iter(once)
+
+    loud, notes = told(network(), Once())
+    assert not loud and "read again" not in notes.lower()
+
+
 def test_numbers_tell_examples_apart_and_not_batches() -> None:
     x, y = data()
     mask = torch.tril(torch.ones(N, N, dtype=torch.bool))

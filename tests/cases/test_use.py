@@ -160,3 +160,41 @@ def test_a_precise_copy_has_the_networks_own_epsilon(dtype: torch.dtype) -> None
     bound = 1e-5 if dtype == torch.float32 else 5e-2
     assert_close(precise, model(x).detach().double(), rtol=bound, atol=bound)
     assert model[1].eps is None
+
+
+SOLVERS = ["dual Cholesky", "primal QR", "conjugate gradients"]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_rows_that_are_all_zero_constrain_nothing_and_raise_nothing(solver: str) -> None:
+    """A loss without curvature where the residuals are large: the basis of the rows is empty."""
+    model = seeded(
+        lambda: nn.Sequential(nn.Conv1d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(6, 1))
+    )
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.smooth_l1_loss(outputs, targets, reduction="none").flatten(1).sum(1)
+
+    x, y = normal(4, 2, 3), 100 + normal(4, 1)
+    posterior = nb.NullSpacePosterior(model, loss=loss, prior_precision=1.0, solver=solver)
+    posterior.fit([(x[:2], y[:2]), (x[2:], y[2:])], 3, progress=False)
+    assert posterior.certificate.rank == 0
+    dense = rows(copy.deepcopy(model), x.split(1))
+    for exact in (True, False):
+        variance = posterior.novelty(x, score="variance", exact=exact)
+        moved = torch.einsum("nop,sp->sno", dense, posterior._samples())
+        wanted = dense.square().sum((1, 2)) if exact else moved.square().mean(0).sum(1)
+        assert_close(variance, wanted, rtol=1e-6, atol=1e-8)
+    assert posterior.predict(x).outputs.shape == (3, 4, 1)
+
+
+def test_products_of_no_vectors_are_empty() -> None:
+    model = seeded(
+        lambda: nn.Sequential(nn.Conv1d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(6, 1))
+    )
+    operator = fitted(model, [3], normal(3, 2, 3), 1)._fit.state.operator
+    m, p = operator.shape
+    none = torch.empty(0, p, dtype=torch.float64)
+    assert operator.matvec(none).shape == (0, m)
+    assert operator.rmatvec(torch.empty(0, m, dtype=torch.float64)).shape == (0, p)
+    assert [t.shape for t in operator.normal(none)] == [(0, p), (0,)]

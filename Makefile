@@ -113,9 +113,9 @@ examples: $(EXAMPLES)
 	@set -e; for file in examples/[a-z]*.py; do \
 	    name=$$(basename $$file .py); echo "== examples.$$name"; $(BIN)/python -m examples.$$name $(ARGS); done
 
-# Transformers for one of them; it comes without torchvision.
+# Transformers for one of them, BoTorch for another; they come without torchvision.
 $(EXAMPLES): $(STAMP)
-	@$(PIP) -e '.[experiments]'
+	@$(PIP) -e '.[experiments,botorch]'
 	@touch $@
 
 docs: $(DOCS)

@@ -142,7 +142,9 @@ class Certificate:
 
     @property
     def held(self) -> bool:
-        """An audit was made and passed, residual within tolerance (or only below ``delta``), a null space, no score lost.
+        """The audit passed, residual within tolerance (or only below ``delta``), a null space, no training score lost.
+
+        Without an audit, as in files of version 0.1, it is not known: False.
 
         Regression: RMSE grown by less than 1e-3 of itself; classification: no accuracy lost; a callable loss:
         its mean over the samples, which is second order, grown by less than 1e-2 of itself.

@@ -77,10 +77,10 @@ def _weaknesses(c: Certificate, scores: str, name: str) -> list[str]:
 def _advice(c: Certificate) -> list[str]:
     out = []
     if 0 < c.null_dim < 0.05 * c.parameters:
-        share = 100 * c.null_dim / c.parameters
+        share = f"{'about ' if c.rank_estimated else ''}{100 * c.null_dim / c.parameters:.1f} %"
         out.append(
-            f"Only {'about ' if c.rank_estimated else ''}{share:.1f} % of the weight directions are free, so uncertainty "
-            "off the data will be small; constrain less (`directions='auto'`, `preserve='loss'`)."
+            f"Only {share} of the weight directions are free, so uncertainty off the data "
+            "will be small; constrain less (`directions='auto'`, `preserve='loss'`)."
         )
     if c.promises and c.constraints > c.parameters:
         survived = 100 * c.prior_share

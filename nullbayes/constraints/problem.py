@@ -17,7 +17,6 @@ from nullbayes.errors import InputError
 from nullbayes.jacobian.block import Block
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.functional import FunctionalModel
-from nullbayes.model.own_loss import IGNORED
 from nullbayes.model.parameters import ParameterSpace
 from nullbayes.model.randomness import FrozenRandomness
 
@@ -80,10 +79,7 @@ class Problem:
                 'pass a number, or "evidence".'
             )
         functional.space.scales(problem.precision_by_name)  # raises on wrong names
-        functional.reading = likelihood.reading
-        if functional.conventions is not None:
-            functional.conventions.likelihood = likelihood.name
-            functional.conventions.ignore = getattr(likelihood, "ignore_index", IGNORED)
+        functional.serve(likelihood)
         return problem
 
     # -- its parts -------------------------------------------------------------------------------
@@ -150,7 +146,7 @@ class Problem:
     def weight_changes(self, isotropic: Tensor) -> Tensor:
         """``(S, P)`` from the solver's coordinates, in which the prior is isotropic, to weights."""
         if self.within is not None:
-            return self.within.spread(isotropic)
+            return self.space.fix_(self.within.spread(isotropic))
         scales = self.space.scales(self.precision_by_name)
         # Exactly, and not but for rounding: a solver's products leave something at coordinates that are fixed.
         return self.space.fix_(isotropic if scales is None else isotropic * scales)

@@ -279,6 +279,8 @@ class Fitting:
         self._lap(CERTIFICATE)
         self.auditing = auditing_of(self.problem, self.rows, self.run.audit)
         allowed = max(LEAST_AUDIT, AUDIT_SHARE * self.laps.total)
+        if self.run.patient:
+            allowed = math.inf
         unit = self.stored.to(self.problem.dtype)
         found = audited(self.problem, self.auditing, unit, self.prior, self.effects, allowed)
         self._lap(AUDIT)

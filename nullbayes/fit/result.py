@@ -87,6 +87,7 @@ class Run:
     checkpoint: Checkpoint | None = None
     audit: int = AUDITED
     stored: torch.dtype | None = None
+    patient: bool = False  # whether all examples of the audit are, however long that takes
 
 
 @dataclass(frozen=True)

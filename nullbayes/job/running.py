@@ -21,6 +21,7 @@ from nullbayes.common.progress import stages
 from nullbayes.common.writing import make_folder, write_signed_json, write_text
 from nullbayes.errors import NullBayesWarning, StorageError
 from nullbayes.fit.plan import Plan
+from nullbayes.fit.result import AUDITED
 from nullbayes.job.file import KINDS, Fitted, Job
 from nullbayes.likelihood.score import score_named
 from nullbayes.posterior.evaluation import Evaluation
@@ -30,6 +31,7 @@ from nullbayes.posterior.loading import load
 from nullbayes.posterior.measuring.data import as_loader
 from nullbayes.posterior.measuring.methods import NETWORK, own_source
 from nullbayes.posterior.measuring.passing import Pass
+from nullbayes.posterior.measuring.running import Question, check_first
 from nullbayes.report import render_report
 
 POSTERIOR, RESULTS, REPORT, LOG = "posterior.safetensors", "results.json", "report.html", "log.txt"
@@ -123,6 +125,8 @@ def run_fit(job: Job, folder: RunFolder, *, progress: bool) -> Fitted:
             posterior.fit(loader, **options, progress=progress)
         else:
             place = folder.path / CHECKPOINT
+            # All examples of the audit: how many fit into a time would differ from run to run.
+            options.setdefault("audit", AUDITED)
             posterior.fit(loader, **options, progress=progress, checkpoint=place)
     if job.calibrate and job.validation is not None:
         validation = _loader(job, "validation", posterior)
@@ -193,6 +197,12 @@ def run_check(job: Job, folder: RunFolder, *, progress: bool) -> Check:
 def run_evaluate(job: Job, folder: RunFolder, *, progress: bool) -> Evaluation:
     """Fit where need be, evaluate, write ``results.json`` and ``report.html``."""
     test = job.need("test", "evaluate")
+    if job.kind in ("null-space", "laplace"):  # hours of fitting are not to be lost to a wrong set
+        asked = Question(
+            job.posterior(), test, job.shifted, None, None, (), None, None, progress=False
+        )
+        with job.blamed("the data"):
+            check_first(asked)
     posterior = fitted(job, folder, progress=progress)
     with folder.noting_warnings(), job.blamed("the data"):
         found = posterior.evaluate(

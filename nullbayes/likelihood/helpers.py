@@ -154,7 +154,8 @@ def without_rounding(values: Tensor, vectors: Tensor, matrix: Tensor, dtype: tor
     """Eigenvalues ``(B, D)`` of ``matrix (B, D, D)``, those zero that are negative or may be nothing but rounding.
 
     An entry that was computed in ``dtype`` is off by eps of its size, so ``vᵀ H v`` by eps of ``|v|ᵀ |H| |v|``: for an
-    eigenvector that lies in a few outputs, of the size of their entries alone, however large others are.
+    eigenvector that lies in a few outputs, of the size of their entries alone, however large others are. (Entries
+    that are what a cancellation left, as for a confident prediction, are off by more; that cannot be told from them.)
 
     Args:
         vectors: ``(B, D, D)``, an eigenvector a column.

@@ -10,6 +10,7 @@ from torch import Tensor
 from nullbayes.errors import ModelError
 from nullbayes.model.batch import Inputs, batch_size, plain
 from nullbayes.model.huggingface import HuggingFace
+from nullbayes.model.own_loss import IGNORED
 from nullbayes.model.structure import Layouts
 
 
@@ -43,6 +44,13 @@ class Reads:
     layouts: Layouts | None = None
     conventions: HuggingFace | None = None
     reading: Reading | None = None
+
+    def serve(self, likelihood: Any) -> None:
+        """Read outputs and targets as ``likelihood`` (a `nullbayes.Likelihood`) takes them."""
+        self.reading = likelihood.reading
+        if self.conventions is not None:
+            self.conventions.likelihood = likelihood.name
+            self.conventions.ignore = getattr(likelihood, "ignore_index", IGNORED)
 
     def taken(self, given: Any) -> Any:
         """Inputs without those that are not for the network but for :attr:`reading`."""

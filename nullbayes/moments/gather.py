@@ -80,6 +80,10 @@ def unlabelled(loader: Any, device: torch.device, name: str) -> Iterator[Batch]:
 def drawn(functional: FunctionalModel, batches: Iterable[Batch]) -> Iterator[Batch]:
     """``batches`` with each example once for every draw of the model's frozen randomness, where it has any."""
     for index, inputs, targets in batches:
+        labels = targets if isinstance(targets, Tensor) else None
+        inputs = functional.as_called(inputs, labels)
+        if labels is not None:
+            inputs, targets = functional.targets_for(inputs, labels, f"batch {index}")
         yield index, *functional.stacked(inputs, targets)
 
 

@@ -52,7 +52,7 @@ def verified_blocks(
             change = change_of(functional, blocks, few)
             if not change(range(len(blocks.blocks))):
                 continue
-            bad = [i for i in range(len(blocks.blocks)) if change([i])]
+            bad = _failing(change, list(range(len(blocks.blocks))))
         fixed = {n: reason for i in bad for n in blocks.blocks[i].names}
         blocks = find_blocks(functional.model, functional.space, blocks.fixed | fixed)
         with torch.no_grad():
@@ -67,6 +67,15 @@ def verified_blocks(
 
 
 Moves = Callable[[range | list[int]], bool]
+
+
+def _failing(change: Moves, among: list[int]) -> list[int]:
+    """Which blocks move outputs by themselves: by halves, since most of them do not."""
+    if len(among) == 1:
+        return among
+    middle = len(among) // 2
+    halves = (among[:middle], among[middle:])
+    return [i for half in halves if half and change(half) for i in _failing(change, half)]
 
 
 def _other_uses(functional: FunctionalModel, blocks: Blocks, few: Inputs) -> Moves:

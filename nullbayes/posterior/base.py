@@ -207,7 +207,7 @@ class Posterior(RowJudged, Predicts, Grows):
         progress: bool = True,
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: float = 60.0,
-        audit: int = AUDITED,
+        audit: int | None = None,
         sample_dtype: torch.dtype | None = None,
     ) -> Self:
         """Build the posterior from the training data; nothing of an earlier fit is kept until it is done.
@@ -223,8 +223,9 @@ class Posterior(RowJudged, Predicts, Grows):
             checkpoint: file for the state of an iterative solver, written every ``checkpoint_every``
                 seconds; after a kill, the same call goes on from there. Removed when the fit is done.
             audit: training examples, drawn from all the data, on which the guarantee is measured once more without
-                the fit's rows (``certificate.audit``); fewer than the default are noted there. At least 1: without
-                an audit no guarantee is said to have held.
+                the fit's rows (``certificate.audit``); fewer than the default are noted there. None: 16, or as many
+                as a twentieth of the fit's time allows; a number is audited whole, however long that takes. At least
+                1: without an audit no guarantee is said to have held.
             sample_dtype: what samples are stored in, in memory and in files: None, the working precision; or
                 ``torch.bfloat16`` for half the room, which rounds each by up to 0.4 %. The certificate measures what is
                 stored.
@@ -246,8 +247,9 @@ class Posterior(RowJudged, Predicts, Grows):
             None if max_examples is None else check_count(max_examples, "max_examples"),
             progress,
             place,
-            check_count(audit, "audit"),
+            AUDITED if audit is None else check_count(audit, "audit"),
             check_sample_dtype(sample_dtype, self.functional.dtype),
+            patient=audit is not None,
         )
         with self._together("fit") as processes:
             train_loader = self._data(train_loader, "train_loader")

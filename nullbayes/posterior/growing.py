@@ -29,7 +29,7 @@ class Grows:
         *,
         max_examples: int | None = None,
         progress: bool = True,
-        audit: int = AUDITED,
+        audit: int | None = None,
     ) -> Self:
         """More training examples, preserved from now on beside the earlier ones, whose data are not needed.
 
@@ -57,8 +57,9 @@ class Grows:
             None if max_examples is None else check_count(max_examples, "max_examples"),
             progress,
             None,
-            check_count(audit, "audit"),
+            AUDITED if audit is None else check_count(audit, "audit"),
             check_sample_dtype(fit.stored.dtype, own.functional.dtype),
+            patient=audit is not None,
         )
         own._check_model()
         data = own._data(more, "more")

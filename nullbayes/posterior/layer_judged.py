@@ -82,10 +82,8 @@ class LayerJudged(Judged):
                 "`within` has delta=0: its samples leave all outputs on the training data as they are, so that rows of "
                 "these data have nothing to take away. Fit it with a soft edge, say delta=0.1."
             )
-        if (
-            fingerprint(functional.model) != fit.fingerprint
-            or functional.space.names != space.names
-        ):
+        same = functional.space.names == space.names and not functional.space.masks
+        if fingerprint(functional.model) != fit.fingerprint or not same:
             raise InputError(
                 "`within` is a posterior around another network, or around other parameters of it; fit both with the "
                 "same `model` and `parameters=`."

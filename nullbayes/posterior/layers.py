@@ -113,10 +113,16 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
         else:
             self._prior = check_positive(prior_precision, "prior_precision")
         self.space = ParameterSpace.from_model(self.model, parameters)
+        if self.space.masks:
+            raise InputError(
+                f"`parameters` holds masks, of {sorted(self.space.masks)[:4]}: the null space of a layer is that of "
+                "whole rows of its weight. Name whole parameters, or use `NullSpacePosterior`."
+            )
         frozen = resolve_randomness(randomness, draws)
         self.functional = FunctionalModel(
             self.model, self.space, forward, layouts=self.likelihood.layouts, randomness=frozen
         )
+        self.functional.serve(self.likelihood)
         self._memory = None if memory is None else parse_bytes(memory)
         self.calibration: CalibrationPath | None = None
         self._fit: LayerFit | None = None
@@ -287,7 +293,7 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
     def _inputs(self, x: Inputs, draw: int = 0) -> Inputs:
         """Checked, on the device, and keyed for one draw of the frozen noise, where there is any."""
         self._watched()
-        x = to_device(x, self.functional.device)
+        x = self.functional.as_called(to_device(x, self.functional.device))
         if not batch_size(x, "`x`"):
             raise InputError(
                 "`x` holds no examples: its first axis has length 0. Pass at least one."

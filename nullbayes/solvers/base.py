@@ -285,8 +285,9 @@ class State(ABC):
         return
 
     def determined(self) -> float | None:
-        """How many directions the data determine, after a projection: ``Σ (1 - f)``, ``f`` the share of each one's
-        variance that is left. None where the solver has no factorisation that tells: samples then give an estimate.
+        """How many directions the data determine: ``Σ (1 - f)``, with the share ``f`` left of each one's variance.
+
+        To be asked after a projection. None where no factorisation tells: samples then give an estimate.
         """
         return None
 

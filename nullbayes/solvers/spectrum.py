@@ -70,8 +70,7 @@ def operator_spectrum(
         return operator.normal(v)[0].double()
 
     starts = probes.to(operator.device)
-    # Beside the basis, products hold a few vectors of both lengths.
-    room -= 8 * OPERATOR_PROBES * 6 * p
+    room -= _product_bytes(m, p)
     found = _lanczos(product, starts, OPERATOR_STEPS, settled, min(room, BASIS_BYTES))
     # Each process took its steps; the numbers are those of one.
     return shared_spectrum(operator.processes, lambda: found)
@@ -79,7 +78,12 @@ def operator_spectrum(
 
 def spectrum_bytes(rows: int, columns: int) -> int:
     """What the least of :func:`operator_spectrum` takes."""
-    return 8 * OPERATOR_PROBES * (OPERATOR_STEPS * min(rows, columns) + 6 * columns)
+    return 8 * OPERATOR_PROBES * OPERATOR_STEPS * min(rows, columns) + _product_bytes(rows, columns)
+
+
+def _product_bytes(rows: int, columns: int) -> int:
+    """Of the vectors of weights that a step holds: the probes themselves only where weights are fewer than rows."""
+    return 8 * OPERATOR_PROBES * columns * (2 if rows < columns else 6)
 
 
 def _lanczos(

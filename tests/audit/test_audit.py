@@ -246,7 +246,7 @@ def test_held_needs_it() -> None:
     assert not replace(certificate, audit=failed).held
     nothing = replace(certificate.audit, examples=0)
     assert not replace(certificate, audit=nothing).held
-    assert replace(certificate, audit=None).held  # a file of version 0.1 has none
+    assert not replace(certificate, audit=None).held  # as in a file of version 0.1
 
 
 def test_rounding_is_capped_whatever_the_precision() -> None:

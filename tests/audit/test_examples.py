@@ -407,8 +407,8 @@ def test_rows_that_underflow_are_not_rounded_into_a_failure() -> None:
     rows = dense(f, x)
     samples, prior = null_samples(rows)
 
-    def confident(outputs: Tensor, number: Any) -> Tensor:
-        return every_output(outputs, None) * (1e-25 if int(number[0]) == 3 else 1.0)
+    def confident(outputs: Tensor, example: Drawn) -> Tensor:
+        return every_output(outputs, None) * (1e-25 if example.number == 3 else 1.0)
 
     drawn = [Drawn(n, x[n : n + 1], torch.tensor([n])) for n in range(12)]
     claims = [Claim(torch.zeros(len(samples), dtype=F64)) for _ in range(12)]

@@ -229,3 +229,15 @@ def test_a_trainer_and_its_loader(tmp_path: Path) -> None:
     posterior.fit(trainer.get_train_dataloader(), 2, **QUIET)
     assert posterior.certificate.constraints == 10
     assert posterior.certificate.held
+
+
+def test_the_layer_posterior_scores_shifted_labels_and_choices(counting: nn.Module) -> None:
+    posterior = nb.LayerNullSpacePosterior(counting)
+    posterior.fit([batch_of(counted())], 2, **QUIET)
+    assert posterior.certificate.network_score == 1.0
+    last = nb.LayerNullSpacePosterior(counting, nb.Choices([0, 1, 2], position=-2))
+    hits = torch.isin(counted()[:, -1], torch.arange(3)).nonzero()[:, 0]
+    some = {k: v[hits] for k, v in batch_of(counted()).items()}
+    last.fit([some | {"labels": counted()[hits, -1]}], 2, **QUIET)
+    assert last.certificate.network_score == 1.0
+    assert last.predict({k: v for k, v in some.items() if k != "labels"}).mean.shape == (3, 3)

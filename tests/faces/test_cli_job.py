@@ -171,6 +171,9 @@ def test_check_measures_all_training_data_itself(job, capsys):
         ("def validation(): return torch.zeros(4, 3)", "job.py, `validation`: "),
         ("shifted = {'odd': torch.zeros(2, 5)}", "shifted['odd'], batch 0"),
         ("slices = {'s': [True]}", "slices['s']"),
+        ("test = (test[0], test[1] + 5)", "job.py, the data: test, batch 0"),
+        ("test = (test[0][:, :2], test[1])", "job.py, the data: test, batch 0"),
+        ("validation = (train[0], train[1] + 5)", "job.py, `validation`: val_loader, batch 0"),
         ("model.train(); model.append(nn.Dropout())", "training mode"),
     ],
 )
@@ -181,6 +184,13 @@ def test_what_is_wrong_in_a_job_is_named_and_nothing_is_half_written(job, text, 
     assert words in err and "Traceback" not in err and err.startswith("nullbayes: ")
     left = {p.name for p in Path("run").iterdir()} if Path("run").exists() else set()
     assert left <= {"log.txt", "posterior.safetensors"}
+
+
+def test_a_wrong_test_set_is_found_before_the_fit(job, capsys):
+    for text in ("test = (test[0], test[1] + 5)", "shifted = {'odd': torch.zeros(2, 5)}"):
+        job(text)
+        assert run(["evaluate", "job.py", "--out", "early"], capsys)[0] == 2
+        assert not (Path("early") / "posterior.safetensors").exists()
 
 
 def test_inspect_reads_a_layer_posterior(job, capsys, tmp_path):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import importlib
+import os
+import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,6 +143,47 @@ def test_labels_elsewhere(tmp_path: Path) -> None:
         wanted = nb.NullSpacePosterior(module).fit([(X, Y)], 3, **QUIET)
         found = callback.posterior.predict(X).outputs
         assert_close(found, wanted.predict(X).outputs, rtol=1e-3, atol=1e-4)
+
+
+def test_a_module_that_was_moved_after_training(tmp_path: Path) -> None:
+    """As Lightning moves it off an accelerator: the posterior is read from its file, around where the module is now."""
+    model = Classifier().eval()
+    posterior = nb.NullSpacePosterior(model).fit([(X, Y)], 3, **QUIET)
+    callback = NullSpaceCallback()
+    callback.posterior, callback._file = posterior, tmp_path / "p.safetensors"
+    posterior.save(callback._file)
+    callback.on_fit_end(SimpleNamespace(is_global_zero=True), model)
+    assert callback.posterior is posterior
+    wanted, callback._file = posterior.predict(X).outputs, tmp_path / "p.safetensors"
+    posterior.space.device = torch.device("meta")  # where the fit was
+    callback.on_fit_end(SimpleNamespace(is_global_zero=True), model)
+    assert callback.posterior is not posterior
+    assert_close(callback.posterior.predict(X).outputs, wanted)
+
+
+PARALLEL = """
+import lightning.pytorch, test_lightning as t
+from nullbayes.lightning import NullSpaceCallback
+
+if __name__ == "__main__":
+    callback = NullSpaceCallback(num_samples=3, path="p.safetensors")
+    run = t.trainer(".", callback, max_epochs=1, devices=2, strategy="ddp_fork", enable_checkpointing=False)
+    run.fit(t.Classifier(), t.DataLoader(t.TensorDataset(t.X, t.Y), 2, shuffle=True))
+"""
+
+
+def test_two_processes_fit_one_posterior(tmp_path: Path) -> None:
+    tests, root = Path(__file__).parents[1], Path(__file__).parents[2]
+    paths = os.pathsep.join(map(str, (tests / "faces", tests, root)))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, "-c", PARALLEL], cwd=tmp_path, env=environment, check=True, timeout=300
+    )
+    module = Classifier.load_from_checkpoint(tmp_path / "p.ckpt").eval()
+    found: Any = nb.load(tmp_path / "p.safetensors", module)
+    assert found.certificate.examples == len(X)  # each once, whichever process had it
+    wanted = nb.NullSpacePosterior(module).fit((X, Y), 3, **QUIET)
+    assert_close(found.predict(X + 1).outputs, wanted.predict(X + 1).outputs, rtol=1e-3, atol=1e-3)
 
 
 def test_a_trial_run_writes_nothing(tmp_path: Path) -> None:

@@ -380,3 +380,22 @@ def test_padding_has_no_say(tmp_path: Any) -> None:
     assert_close(found, wanted.detach())
     packed = pack_padded_sequence(torch.ones(2, 4, 3), torch.tensor([4, 2]), batch_first=True)
     assert restored(regular(packed)).batch_sizes.tolist() == [2, 2, 1, 1]
+
+
+def test_plans_parts_updates_and_evaluations() -> None:
+    model = made(CASES["ragged list"])
+    data = [
+        (nb.ragged(picked([0, 1, 2, 3])), LABELS[:4]),
+        (nb.ragged(picked([4, 5, 6])), LABELS[4:]),
+    ]
+    posterior = nb.LaplacePosterior(model, prior_precision=1.0)
+    assert posterior.plan(data).rows == 14
+    whole = copy.copy(posterior).fit(data, 3, **QUIET)
+    first = posterior.fit(data, 3, max_examples=5, **QUIET)
+    assert first.certificate.examples == 5
+    first.update([(nb.ragged(picked([5, 6])), LABELS[5:])], **QUIET)
+    x = nb.ragged(sequences(seed=5))
+    assert_close(first.joint(x).covariance, whole.joint(x).covariance, rtol=1e-6, atol=1e-9)
+    assert sorted(whole.select(x, 2).tolist()) == sorted(set(whole.select(x, 2).tolist()))
+    evaluation = whole.evaluate(data, shifted={"others": [x]}, progress=False)
+    assert "others" in str(evaluation)

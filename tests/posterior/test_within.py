@@ -159,6 +159,12 @@ def test_what_does_not_fit_together_is_named():
         nb.NullSpacePosterior(make("convolutions")[0], within=layers)
     with says(nb.InputError, "other parameters"):
         nb.NullSpacePosterior(model, within=layers, parameters=["0.weight"])
+    masks = {n: torch.ones_like(p, dtype=torch.bool) for n, p in model.named_parameters()}
+    masks["0.weight"][0] = False
+    with says(nb.InputError, "masks"):
+        nb.LayerNullSpacePosterior(model, parameters=masks)
+    with says(nb.InputError, "other parameters"):
+        nb.NullSpacePosterior(model, within=layers, parameters=masks)
     with says(nb.NotFittedError, "has not been fitted"):
         nb.NullSpacePosterior(model, within=nb.LayerNullSpacePosterior(model))
     names = [n for n, _ in model.named_parameters()]

@@ -104,7 +104,7 @@ def same_by_solver() -> dict[str, Any]:
 def same_by_rows() -> dict[str, Any]:
     """What is preserved, which directions, which data: all decide the rows."""
     out: dict[str, Any] = {}
-    for keep in ("outputs", "loss"):
+    for keep in ("outputs", "loss", "sampled-fisher"):
         out[keep] = fitted(nb.NullSpacePosterior(network(), preserve=keep), loader(23))
     auto = nb.NullSpacePosterior(network(), directions="auto", solver="dual Cholesky")
     out["auto"] = fitted(auto, loader(23))

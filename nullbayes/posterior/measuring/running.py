@@ -16,6 +16,7 @@ from nullbayes.common.progress import Stages, stages
 from nullbayes.constraints.shared_rows import everyones
 from nullbayes.errors import InputError
 from nullbayes.metrics import roc_curve
+from nullbayes.model.functional import undisturbed
 from nullbayes.model.loader import batches
 from nullbayes.model.shares import Share, shared
 from nullbayes.posterior.measuring.data import as_loader
@@ -116,6 +117,16 @@ def measured(question: Question) -> Found:
     found.details = _details(question, sources, test, shifts)
     found.details["data"]["train"] = {"examples": max((len(r) for r in train.values()), default=0)}
     return found
+
+
+def check_first(question: Question) -> None:
+    """What can be said of the data of ``question`` before its posterior is fitted.
+
+    Raises:
+        InputError: data that cannot be read, or a first batch that the network or the likelihood does not take.
+    """
+    with undisturbed(question.posterior.functional.device):
+        _check_first(question.posterior, _loaders(question))
 
 
 # -- before the passes -----------------------------------------------------------------------------

@@ -77,10 +77,3 @@ class LayerLeverage(_Layers):
     name = "layer null space, leverage"
     family = "layer null space"
     kind = "leverage"
-
-
-@score
-class LayerInformation(_Layers):
-    name = "layer null space, information"
-    family = "layer null space"
-    kind = "information"

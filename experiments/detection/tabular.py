@@ -168,6 +168,8 @@ def with_gap(name: str, seed: int) -> Parts:
     values = table.x[:, table.by]
     low, high = np.quantile(values, [0.4, 0.6])
     gap = (values > low) & (values < high)
+    if not gap.any():  # few values, each of many rows
+        gap = (values >= low) & (values <= high)
     return _parts("gaps", table, seed, ~gap, {"gap": gap}, {})
 
 

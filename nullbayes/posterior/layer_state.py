@@ -147,6 +147,9 @@ class LayerState:
             z = torch.empty(block.size, dtype=self.products).normal_(generator=generator)
             change = factor.spread(z.to(self.functional.device))
             out.update(block.tensors(change.to(self.functional.dtype)))
+        for name, rows in self.functional.space.fixed_rows.items():
+            if name in out:  # rows of padding are no weights, whether the data have padding or not
+                out[name][list(rows)] = 0
         each = sum(t.nbytes for t in out.values())
         if each * (len(self._cache) + 1) <= CACHE_BYTES:
             self._cache[index] = out

@@ -167,11 +167,11 @@ def test_little_memory_holds_fewer_examples_and_at_least_one() -> None:
         assert len(reservoir.drawn) == expected
 
 
-def fitted(**options: Any) -> nb.NullSpacePosterior:
+def fitted(audit: int | None = 12, **options: Any) -> nb.NullSpacePosterior:
     x, y = data()
     batches = [(x[:5], y[:5]), (x[5:], y[5:])]
     posterior = nb.NullSpacePosterior(network(), prior_precision=1.0, **options)
-    return posterior.fit(batches, 4, audit=12, **QUIET)  # by number, not by the clock
+    return posterior.fit(batches, 4, audit=audit, **QUIET)  # a number: not by the clock
 
 
 @pytest.mark.parametrize("preserve", ["predictions", "outputs", "loss"])
@@ -235,7 +235,7 @@ def test_less_is_asked_for_and_said() -> None:
 def test_no_time_ends_it_early_but_not_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "LEAST_AUDIT", 0.0)
     monkeypatch.setattr(pipeline, "AUDIT_SHARE", 0.0)
-    audit = fitted().certificate.audit
+    audit = fitted(audit=None).certificate.audit
     assert audit is not None and audit.examples == 4 and audit.passed
     assert audit.reduced == "4 of 12 drawn examples, to save time"
 

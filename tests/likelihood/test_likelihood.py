@@ -391,7 +391,7 @@ def test_bad_settings_are_refused():
         with pytest.raises(InputError, match="noise_variance is"):
             Regression(noise)
     for value in ("softmax", None, Classification, 3):
-        with pytest.raises(InputError, match=r"'binary', 'classification'.*'regression'"):
+        with pytest.raises(InputError, match=r"'binary', .*'classification'.*'regression'"):
             resolve_likelihood(value)
 
 

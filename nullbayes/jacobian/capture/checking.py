@@ -184,8 +184,11 @@ def captured_at_use(
         block, made = captured(functional, plan, inputs, make, scales, where)
         if not _compared(functional, inputs, block, made.values, scales, 0)[1]:
             return block, made
+    outputs = functional.outputs(inputs, where)
+    if not bool(outputs.isfinite().all()):  # an error of its own where they are used
+        return captured(functional, plan, inputs, make, scales, where)
     if functional.randomness is None:
-        inputs = separate(functional, inputs, functional.outputs(inputs, where), where, 0)
+        inputs = separate(functional, inputs, outputs, where, 0)
     return checked(functional, plan, inputs, make, scales, where)
 
 

@@ -51,8 +51,8 @@ def write(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
 
 
 OVERVIEW = (
-    "Mean over the counted sets of a family; `rank`: mean rank among the scores that every family has figures for. A "
-    "dash: the score needs class probabilities, and the family is a regression."
+    "Mean over the counted sets of a family; `rank`: mean rank over families, of the scores that all of them have "
+    "figures for. A dash: every set is solved by the inputs; or the score needs class probabilities, for a regression."
 )
 TUNING = "Near and far sets count alike. Settings were chosen by the mean over families."
 
@@ -156,7 +156,8 @@ def overview(
             known = [v for v in values if v is not None]
             if known:
                 means[family][problems] = statistics.fmean(known)
-    ranks = ranked(means, list(judged))
+    # A family of which every set is solved by the inputs ranks nobody.
+    ranks = ranked(means, [p for p in judged if any(p in found for found in means.values())])
     for family, name in chosen.items():
         bold = "**" if family in OURS else ""
         runs = [

@@ -131,23 +131,7 @@ def plan_fit(
     proving, proven = settled(lambda: prove(problem.functional, few.inputs))
     size = batch_size(few.inputs)
 
-    def captured() -> list[Block]:
-        proven.checking_seconds = 0.0  # that of the last run counts
-        return [
-            block
-            for group in row_groups(problem, few.inputs, outputs, targets)
-            for block, _, _ in capture_batch(
-                problem.functional,
-                proven,
-                group.inputs,
-                group.make,
-                group.count,
-                None,
-                memory.temporaries,
-            )
-        ]
-
-    capturing, blocks = settled(captured)
+    capturing, blocks = settled(lambda: _captured(problem, few, outputs, targets, proven, memory))
     checking = proven.checking_seconds
     operator = JacobianOperator(problem.space, merge_blocks(blocks))
     m = -(-operator.shape[0] * few.examples // size)
@@ -181,6 +165,31 @@ def plan_fit(
         draft.advice,
         parts,
     )
+
+
+def _captured(
+    problem: Problem,
+    few: _Few,
+    outputs: Tensor,
+    targets: Any,
+    proven: CapturePlan,
+    memory: FitMemory,
+) -> list[Block]:
+    """Rows of a few examples, as a fit captures them."""
+    proven.checking_seconds = 0.0  # that of the last run counts
+    return [
+        block
+        for group in row_groups(problem, few.inputs, outputs, targets)
+        for block, _, _ in capture_batch(
+            problem.functional,
+            proven,
+            group.inputs,
+            group.make,
+            group.count,
+            None,
+            memory.temporaries,
+        )
+    ]
 
 
 @dataclass(frozen=True)

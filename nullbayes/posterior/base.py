@@ -213,15 +213,14 @@ class Posterior(RowJudged, Predicts, Grows):
         """Build the posterior from the training data; nothing of an earlier fit is kept until it is done.
 
         Args:
-            train_loader: batches ``(inputs, targets)`` or mappings; arrays or tensors ``(X, y)``, a data set, a
-                Lightning data module, or `nullbayes.Batches`. Read once (twice where the
-                observation noise has to be estimated). Every example counts, partial batches too.
+            train_loader: batches ``(inputs, targets)`` or mappings; arrays or tensors ``(X, y)``, a data set, a Lightning
+                data module, or `nullbayes.Batches`. Read once; twice where observation noise has to be estimated.
             num_samples: weight samples ``S``; ``draw`` adds more later.
             seed: sample ``s`` depends on ``(seed, s)`` alone. Global random state is not touched.
             max_examples: constrain the first so many examples only.
             progress: bars on standard error.
-            checkpoint: file for the state of an iterative solver, written every ``checkpoint_every``
-                seconds; after a kill, the same call goes on from there. Removed when the fit is done.
+            checkpoint: file for the state of an iterative solver, written every ``checkpoint_every`` seconds; after a
+                kill, the same call goes on from there. Removed when the fit is done.
             audit: training examples, drawn from all the data, on which the guarantee is measured once more without
                 the fit's rows (``certificate.audit``); fewer than the default are noted there. None: 16, or as many
                 as a twentieth of the fit's time allows; a number is audited whole, however long that takes. At least
@@ -230,12 +229,11 @@ class Posterior(RowJudged, Predicts, Grows):
                 ``torch.bfloat16`` for half the room, which rounds each by up to 0.4 %. The certificate measures what is
                 stored.
 
-        Ctrl-C while the solver iterates ends it early: the best samples so far are kept, with a
-        certificate that says what they reached. At any other time it leaves the earlier fit as it was.
+        Ctrl-C while the solver iterates ends it early, with the best samples so far and a certificate that says what they
+        reached. At any other time it leaves the earlier fit as it was, as every error does.
 
         Raises:
-            InputError, ModelError, NonFiniteError, MemoryBudgetError, SolverError, StorageError: each names what
-                was found and the mend; the model and an earlier fit stay as they were.
+            InputError, ModelError, NonFiniteError, MemoryBudgetError, SolverError, StorageError
         """
         place = None
         if checkpoint is not None:

@@ -213,8 +213,8 @@ class Posterior(RowJudged, Predicts, Grows):
         """Build the posterior from the training data; nothing of an earlier fit is kept until it is done.
 
         Args:
-            train_loader: batches ``(inputs, targets)`` or mappings; arrays or tensors ``(X, y)``, a data set, a Lightning
-                data module, or `nullbayes.Batches`. Read once; twice where observation noise has to be estimated.
+            train_loader: batches ``(inputs, targets)`` or mappings; arrays or tensors ``(X, y)``; a data set, Lightning
+                data module or `nullbayes.Batches`. Read once; twice where observation noise has to be estimated.
             num_samples: weight samples ``S``; ``draw`` adds more later.
             seed: sample ``s`` depends on ``(seed, s)`` alone. Global random state is not touched.
             max_examples: constrain the first so many examples only.
@@ -229,11 +229,10 @@ class Posterior(RowJudged, Predicts, Grows):
                 ``torch.bfloat16`` for half the room, which rounds each by up to 0.4 %. The certificate measures what is
                 stored.
 
-        Ctrl-C while the solver iterates ends it early, with the best samples so far and a certificate that says what they
-        reached. At any other time it leaves the earlier fit as it was, as every error does.
+        Ctrl-C while the solver iterates ends it early, with the best samples so far and a certificate of those. At any
+        other time it leaves the earlier fit as it was, as every error does.
 
-        Raises:
-            InputError, ModelError, NonFiniteError, MemoryBudgetError, SolverError, StorageError
+        Raises: InputError, ModelError, NonFiniteError, MemoryBudgetError, SolverError, StorageError
         """
         place = None
         if checkpoint is not None:

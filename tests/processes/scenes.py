@@ -281,6 +281,8 @@ def sharded() -> dict[str, Any]:
 def _search(path: Path, stop_at: int | None, who: int) -> dict[str, Any]:
     """A search with a checkpoint; Ctrl-C comes at iteration ``stop_at`` in process ``who`` alone."""
     count, report = [0], Watch.report
+    # Where the tests run in the background of a shell, Ctrl-C is ignored from the start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def counting(self: Watch, done: int, reached: float) -> None:
         count[0] += 1

@@ -175,21 +175,19 @@ def ours(model: nn.Module, train: Tensor) -> dict[str, Callable[[Tensor], Tensor
         posterior = nb.LayerNullSpacePosterior(model, delta=delta)
         posterior.fit(train, progress=False)
         state = posterior._fitted().state
-        plain = Leverages(state.functional, state.blocks, state.gathered, delta, relative=False)
+        plain = Leverages(state.functional, state.blocks, state.gathered, delta)
 
         def absolute(x: Tensor, scorer: Leverages = plain) -> Tensor:
-            values = scorer.by_example(x)
-            return sum((v.double().mean(1).log() for v in values.values()), torch.zeros(len(x)))
+            return scorer.means(x)[0].log().sum(1)
 
         def last(x: Tensor, scorer: Leverages = plain) -> Tensor:
-            values = scorer.by_example(x)
-            return values[max(values)].double().mean(1)
+            return scorer.means(x)[0][:, -1]
 
         out[f"plain leverage, last layer, δ={delta:g}"] = last
         out[f"plain leverage, δ={delta:g}"] = absolute
         out[f"leverage, δ={delta:g}"] = lambda x, p=posterior: p.novelty(x, "leverage")
         if delta == DEFAULT:
-            out[f"information, δ={delta:g}"] = lambda x, p=posterior: p.novelty(x)
+            out[f"information, δ={delta:g}"] = lambda x, p=posterior: p.novelty(x, "information")
     known = nb.NullSpacePosterior(model)
     labels = torch.zeros(ROWS, dtype=torch.long)
     known.fit(list(zip(train[:ROWS].split(50), labels.split(50), strict=True)), progress=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,25 +56,29 @@ def trained(task: Task, which: str = FIRST, folder: Path | None = None) -> nn.Mo
     path = cache_path(task, which, folder)
     seed = member_seed(task.seed, which)
     network = seeded(task.build, DROPOUT if which == WITH_DROPOUT else 0.0, seed=seed)  # type: ignore[arg-type]
-    if path.is_file():
-        network.load_state_dict(load_file(path))
-        return network.eval()
-    if which == FIRST and task.pretrained is not None:
+    if which == FIRST and task.pretrained is not None and not path.is_file():
         network, spent = task.pretrained()
         write(path, network, spent)
         return network
+
+    def train(fresh: nn.Module) -> None:
+        with torch.random.fork_rng(devices=[]):  # dropout draws from the global state
+            torch.manual_seed(seed)
+            recipe = training.Recipe(**asdict(task.recipe))
+            training.train(fresh, task.data.train, recipe, loss=task.loss, seed=seed)
+
+    return kept(path, network, train)
+
+
+def kept(path: Path, network: nn.Module, train: Callable[[nn.Module], object]) -> nn.Module:
+    """``network`` in evaluation mode with the weights at ``path``; trained and written there if it was not before."""
+    if path.is_file():
+        network.load_state_dict(load_file(path))
+        return network.eval()
     started = time.perf_counter()
-    with torch.random.fork_rng(devices=[]):  # dropout draws from the global state
-        torch.manual_seed(seed)
-        training.train(
-            network,
-            task.data.train,
-            training.Recipe(**asdict(task.recipe)),
-            loss=task.loss,
-            seed=seed,
-        )
+    train(network)
     write(path, network, time.perf_counter() - started)
-    return network
+    return network.eval()
 
 
 def write(path: Path, network: nn.Module, seconds: float) -> None:

@@ -42,6 +42,19 @@ def network(*layers: nn.Module, outputs: int = 3) -> nn.Module:
         return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), *layers, nn.Linear(6, outputs)).eval()
 
 
+def perceptron(outputs: int = 3, seed: int = 0, *, width: int = 9) -> nn.Module:
+    """Four inputs, one hidden layer, double precision: always the same weights, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers = nn.Linear(4, width), nn.Tanh(), nn.Linear(width, outputs)
+        return nn.Sequential(*layers).double().eval()
+
+
+def inputs(count: int, seed: int = 1) -> Tensor:
+    """``(count, 4)`` for it."""
+    return torch.randn(count, 4, generator=torch.Generator().manual_seed(seed)).double()
+
+
 def fit(
     model: nn.Module, loader: Any = None, *args: Any, num_samples: int = 3, **kwargs: Any
 ) -> Any:

@@ -10,7 +10,6 @@ import importlib
 import importlib.util
 import sys
 import types
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -97,12 +96,16 @@ class GEN(_Logits):
 class _Features(Score):
     """A function of the features, fitted on those of the training data."""
 
-    def make(self, given: Given, found: Any) -> Any:
-        raise NotImplementedError
+    detector: ClassVar[str]
+
+    def arguments(self, given: Given) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Of the detector: by position, and by name. Where its encoder would be, there is none."""
+        return (None,), {}
 
     def fit(self, given: Given) -> None:
         self.given = given
-        self.made = self.make(given, detectors())
+        positional, named = self.arguments(given)
+        self.made = getattr(detectors(), self.detector)(*positional, **named)
         labels = torch.zeros(len(given.train), dtype=torch.long)  # all are known; classes follow
         if given.kind == "classification":
             labels = given.train.targets
@@ -117,18 +120,14 @@ class _Features(Score):
 class Mahalanobis(_Features):
     name = family = "Mahalanobis"
     source = "Lee, Lee, Lee, Shin, NeurIPS 2018 (last layer)"
-
-    def make(self, given: Given, found: Any) -> Any:
-        return found.Mahalanobis(None)
+    detector = "Mahalanobis"
 
 
 @score
 class RelativeMahalanobis(_Features):
     name = family = "relative Mahalanobis"
     source = "Ren, Fort, Liu, Roy, Padhy, Lakshminarayanan, 2021"
-
-    def make(self, given: Given, found: Any) -> Any:
-        return found.RMD(None)
+    detector = "RMD"
 
 
 class _KNN(_Features):
@@ -136,9 +135,10 @@ class _KNN(_Features):
     source = "Sun, Ming, Zhu, Li, ICML 2022"
     any_output = True
     k: ClassVar[int]
+    detector = "KNN"
 
-    def make(self, given: Given, found: Any) -> Any:
-        return found.KNN(None, k=min(self.k, len(given.train)))
+    def arguments(self, given: Given) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (None,), {"k": min(self.k, len(given.train))}
 
 
 @score
@@ -160,12 +160,13 @@ class _ViM(_Features):
     family = "ViM"
     source = "Wang, Li, Feng, Zhang, CVPR 2022"
     share: ClassVar[float]
+    detector = "ViM"
 
-    def make(self, given: Given, found: Any) -> Any:
+    def arguments(self, given: Given) -> tuple[tuple[Any, ...], dict[str, Any]]:
         width = given.head.in_features
         weight, bias = given.head.weight.detach(), given.head.bias
         shift = torch.zeros(len(weight)) if bias is None else bias.detach()
-        return found.ViM(None, max(1, round(self.share * width)), weight, shift)
+        return (None, max(1, round(self.share * width)), weight, shift), {}
 
 
 @score
@@ -182,32 +183,33 @@ class ViMQuarter(_ViM):
 class FDBD(_Features):
     name = family = "fDBD"
     source = "Liu, Qin, ICML 2024"
+    detector = "fDBD"
 
-    def make(self, given: Given, found: Any) -> Any:
-        return found.fDBD(torch.nn.Identity(), given.head)
+    def arguments(self, given: Given) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (torch.nn.Identity(), given.head), {}
 
 
 @score
 class NNGuide(_Features):
     name = family = "NNGuide"
     source = "Park, Jung, Teoh, ICCV 2023"
+    detector = "NNGuide"
 
-    def make(self, given: Given, found: Any) -> Any:
-        return found.NNGuide(torch.nn.Identity(), given.head, k=min(10, len(given.train)))
+    def arguments(self, given: Given) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (torch.nn.Identity(), given.head), {"k": min(10, len(given.train))}
 
 
 class _Shaped(Score):
     """Energy of features that were clipped, pruned or scaled; each feature is a map of one pixel."""
 
-    source: ClassVar[str]
-
-    def make(self, found: Any, head: Callable[[Tensor], Tensor]) -> Any:
-        raise NotImplementedError
+    detector: ClassVar[str]
+    options: ClassVar[dict[str, Any]]
 
     def fit(self, given: Given) -> None:
         self.given = given
         head = given.head
-        self.made = self.make(detectors(), lambda maps: head(maps.flatten(1)))
+        make = getattr(detectors(), self.detector)
+        self.made = make(torch.nn.Identity(), lambda maps: head(maps.flatten(1)), **self.options)
         if hasattr(self.made, "fit_feature_maps"):
             self.made.fit_feature_maps(given.train_features[:, :, None, None], given.train.targets)
 
@@ -222,27 +224,21 @@ class _Shaped(Score):
 class ReAct(_Shaped):
     name = family = "ReAct"
     source = "Sun, Guo, Li, NeurIPS 2021"
-
-    def make(self, found: Any, head: Callable[[Tensor], Tensor]) -> Any:
-        return found.ReAct(torch.nn.Identity(), head, percentile=0.9)
+    detector, options = "ReAct", {"percentile": 0.9}
 
 
 @score
 class ASH(_Shaped):
     name = family = "ASH-S"
     source = "Djurisic, Bozanic, Ashok, Liu, ICLR 2023"
-
-    def make(self, found: Any, head: Callable[[Tensor], Tensor]) -> Any:
-        return found.ASH(torch.nn.Identity(), head, variant="ash-s", percentile=0.65)
+    detector, options = "ASH", {"variant": "ash-s", "percentile": 0.65}
 
 
 @score
 class SCALE(_Shaped):
     name = family = "SCALE"
     source = "Xu, Chen, Franchi, Yao, ICLR 2024"
-
-    def make(self, found: Any, head: Callable[[Tensor], Tensor]) -> Any:
-        return found.SCALE(torch.nn.Identity(), head, percentile=0.65)
+    detector, options = "SCALE", {"percentile": 0.65}
 
 
 @score

@@ -142,32 +142,37 @@ def overview(
     judged: dict[str, list[dict[str, Any]]], chosen: dict[str, str]
 ) -> tuple[list[Row], list[Column]]:
     """One row a score family, one column a family of problems."""
-    rows = []
-    getters = {family: counted(found) for family, found in judged.items()}
-    means: dict[str, dict[str, float]] = {}
-    for family in chosen:
-        means[family] = {}
-        for problems, found in judged.items():
-            values = [
-                getters[problems](r["scores"][chosen[family]])
-                for r in found
-                if chosen[family] in r["scores"]
-            ]
-            known = [v for v in values if v is not None]
-            if known:
-                means[family][problems] = statistics.fmean(known)
-    # A family of which every set is solved by the inputs ranks nobody.
-    ranks = ranked(means, [p for p in judged if any(p in found for found in means.values())])
-    for family, name in chosen.items():
-        bold = "**" if family in OURS else ""
-        runs = [
+    getters = {problems: counted(found) for problems, found in judged.items()}
+    values = {
+        family: [
             {"problems": problems, "value": getters[problems](r["scores"][name])}
             for problems, found in judged.items()
             for r in found
             if name in r["scores"]
         ]
-        runs.append({"problems": "rank", "value": ranks.get(family)})
-        rows.append(Row(f"{bold}{family}{bold}", runs))
+        for family, name in chosen.items()
+    }
+    means = {
+        family: {
+            problems: statistics.fmean(known)
+            for problems in judged
+            if (
+                known := [
+                    v["value"]
+                    for v in found
+                    if v["problems"] == problems and v["value"] is not None
+                ]
+            )
+        }
+        for family, found in values.items()
+    }
+    # A family of which every set is solved by the inputs ranks nobody.
+    ranks = ranked(means, [p for p in judged if any(p in found for found in means.values())])
+    rows = []
+    for family, found in values.items():
+        bold = "**" if family in OURS else ""
+        rank = {"problems": "rank", "value": ranks.get(family)}
+        rows.append(Row(f"{bold}{family}{bold}", [*found, rank]))
     columns = [
         Column(
             problems,

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.networks import FOLDER, write
+from experiments.networks import FOLDER, kept
 from nullbayes.datasets import Split
 from nullbayes.demo.models import seeded
 from nullbayes.demo.training import Recipe, train
@@ -38,19 +36,15 @@ def trained(
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     path = FOLDER / f"detection-{name[0]}-{key}.safetensors"
-    network = seeded(build, 0.0, seed=seed)  # type: ignore[arg-type]
-    if path.is_file():
-        network.load_state_dict(load_file(path))
-        return network.eval()
-    started = time.perf_counter()
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
     if kind == "regression":
         loss = F.mse_loss
-    model: nn.Module = _Augmented(network, seed) if augmented else network
-    train(model, split, recipe, loss=loss, seed=seed)
-    network.eval()
-    write(path, network, time.perf_counter() - started)
-    return network
+
+    def trained_as_asked(network: nn.Module) -> None:
+        model = _Augmented(network, seed) if augmented else network
+        train(model, split, recipe, loss=loss, seed=seed)
+
+    return kept(path, seeded(build, 0.0, seed=seed), trained_as_asked)  # type: ignore[arg-type]
 
 
 class _Augmented(nn.Module):

@@ -21,10 +21,7 @@ from nullbayes.audit.reading import Rereading
 from nullbayes.certificate.certificate import Certificate
 from nullbayes.certificate.leave_one_out import held_out, left_out
 from nullbayes.certificate.measure import GuaranteeCheck
-from nullbayes.common.memory import (
-    give_back,
-    peak_bytes,
-)
+from nullbayes.common.memory import give_back, peak_bytes
 from nullbayes.common.processes import Processes
 from nullbayes.common.progress import (
     AUDIT,

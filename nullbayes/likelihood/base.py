@@ -140,7 +140,9 @@ class Likelihood(ABC):
         return self.centre(change)
 
     def energy(self, outputs: Tensor) -> Tensor | None:
-        """Energy ``(B,)`` of outputs ``(B, *out)``, larger where less is recognised; None where they are no logits."""
+        """Energy ``(B, …)`` of outputs ``(B, *out)``, one for each place that is classified; larger where less is
+        recognised. None where they are not the logits of classes.
+        """
         return None
 
     def structured(self, values: Tensor) -> Any:

@@ -68,9 +68,8 @@ class Classification(Likelihood):
         self._seen_axes: dict[int, int] = {}
 
     def energy(self, outputs: Tensor) -> Tensor:
-        """``-log Σ exp`` over classes, mean over the other axes (Liu, Wang, Owens, Li 2020)."""
-        values = -outputs.logsumexp(self._axis(tuple(outputs.shape)))
-        return values.reshape(len(outputs), -1).mean(1)
+        """``-log Σ exp`` over classes (Liu, Wang, Owens, Li 2020)."""
+        return -outputs.logsumexp(self._axis(tuple(outputs.shape)))
 
     # -- the class axis --------------------------------------------------------------------------
 

@@ -61,12 +61,11 @@ class Leverage:
             root = _sketched(root, directions)
         self.root = (root * scale.sqrt()[:, None, None]).to(dtype)
 
-    def relative(self, a: Tensor, own: int, column: int | None) -> Tensor:
-        """Leverage of an input over its squared size, the constant one of a bias included: of its direction alone."""
-        return self.both(a, own, column)[1]
-
     def both(self, a: Tensor, own: int, column: int | None) -> tuple[Tensor, Tensor]:
-        """:meth:`of` and :meth:`relative`, from one product."""
+        """:meth:`of`, and the same over the squared size of the input, the constant one of a bias included.
+
+        The second depends on the direction of the input alone.
+        """
         x = a[..., :own].to(self.dtype)
         if x.shape[-2] == 1:
             squares = torch.linalg.vector_norm(x[..., 0, :], dim=-1).square()

@@ -12,7 +12,6 @@ from nullbayes.errors import InputError
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.posterior.layer_leverage import Leverages
-from nullbayes.posterior.layer_state import LayerState
 
 # Training examples that give the scale, and how many of them go through the network at a time.
 EXAMPLES, BATCH = 300, 100
@@ -46,7 +45,7 @@ class Combined:
     median counts for nothing, so a layer, or a confidence, that says nothing does not hide what another one says.
 
     Args:
-        leverages: of sizes and directions, see :class:`Leverages`.
+        leverages: of the layers, see :class:`Leverages`.
     """
 
     def __init__(self, leverages: Leverages, likelihood: Likelihood) -> None:
@@ -95,22 +94,9 @@ class Combined:
 
     def _found(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log leverages of sizes and of directions ``(B, L)`` each, and energies ``(B,)``; float64."""
-        sizes, directions, outputs = self.leverages.sizes_and_directions(inputs)
+        sizes, directions, outputs = self.leverages.means(inputs)
         energy = self.likelihood.energy(outputs)
         logs = [part.clamp_min(1e-300).log() for part in (sizes, directions)]
-        return logs[0], logs[1], None if energy is None else energy.double()
-
-
-def combined(state: LayerState, likelihood: Likelihood) -> Combined:
-    """Scorer of inputs for ``state``."""
-    return Combined(
-        Leverages(
-            state.functional,
-            state.blocks,
-            state.gathered,
-            state.delta,
-            relative=None,
-            factors=state.factors,
-        ),
-        likelihood,
-    )
+        if energy is not None:
+            energy = energy.double().reshape(len(energy), -1).mean(1)
+        return logs[0], logs[1], energy

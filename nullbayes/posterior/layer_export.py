@@ -19,7 +19,7 @@ from nullbayes.moments.factor import Edge
 from nullbayes.moments.traced import Tape, probes_of, scores
 from nullbayes.moments.watched import watched
 from nullbayes.posterior.layer_fit import LayerFit, leverages
-from nullbayes.posterior.layer_leverage import EXACT_EDGE, POSITIONS
+from nullbayes.posterior.layer_leverage import EXACT_EDGE, POSITIONS, PROBE
 from nullbayes.posterior.prediction import make_prediction
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 #: leverages within this share of themselves
 TOLERANCE = 0.2
-# Examples on which it is found how leverages belong to examples.
-PROBE = 3
 # What rounding may do to outputs, relative, and to a log leverage, beside what was asked for.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 LOG_ROUNDING = {torch.float64: 1e-6, torch.float32: 0.02}

@@ -28,19 +28,20 @@ PROBE = 3
 # In place of an axis: all examples have this call in common (positions that are looked up).
 SHARED = -1
 
-Values = list[tuple[int, Tensor]]  # by call in order: the block, and leverages (*lead)
+# By call in order: the block, leverages (*lead), and those over the squared size of the input.
+Values = list[tuple[int, Tensor, Tensor]]
+# By block: the two of all inputs that it receives for each example (B, T), NaN where there are fewer.
+ByExample = dict[int, tuple[Tensor, Tensor]]
 
 
 class Leverages:
-    """Leverages of all blocks, from one forward pass.
+    """Leverages of all blocks, and the same over the squared size of the input, from one forward pass.
 
     Which axis of a layer's input is that of the examples is found by comparing a small batch with its examples one by
     one: the first (each example's share in one piece), or the second. Where neither is, examples go through the network
     one at a time.
 
     Args:
-        relative: leverages over the squared size of the input, see :meth:`Leverage.relative`; None: both, those of
-            block ``i`` of ``L`` over the squared size as block ``L + i``.
         positions: of each convolution, evenly spaced; None: all.
         factors: of the blocks at this ``delta``, where they are known.
         directions: see :class:`Leverage`.
@@ -53,13 +54,12 @@ class Leverages:
         gathered: Gathered,
         delta: float,
         *,
-        relative: bool | None = True,
         positions: int | None = POSITIONS,
         factors: Sequence[Factor] | None = None,
         directions: int | None = DIRECTIONS,
     ) -> None:
         self.functional, self.blocks = functional, blocks
-        self.relative, self.positions = relative, positions
+        self.positions = positions
         self.layers: list[Leverage] = []
         known = factors if factors is not None and delta else [None] * len(blocks.blocks)
         for i, (block, sums, factor) in enumerate(
@@ -84,11 +84,8 @@ class Leverages:
         self._lock = threading.Lock()
         self._weights: tuple[tuple[int, int], ...] = ()
 
-    def raw(self, inputs: Inputs) -> Values:
-        """Leverages of one forward pass, call by call."""
-        return self._pass(inputs)[0]
-
     def _pass(self, inputs: Inputs) -> tuple[Values, Tensor]:
+        """Leverages of one forward pass, call by call, and its outputs."""
         with self._lock, torch.no_grad(), plain_paths():
             weights = tuple((id(p), p.data_ptr()) for p in self.functional.model.parameters())
             if self._network is None or weights != self._weights:
@@ -110,11 +107,10 @@ class Leverages:
         if number not in self.counted:
             return
         sizes, directions = self._values(number, column, seen)
-        if self.relative is None:
-            self._put(number, sizes, follows=seen.follows)
-            self._put(number + len(self.layers), directions, follows=seen.follows)
-        else:
-            self._put(number, directions if self.relative else sizes, follows=seen.follows)
+        if seen.follows:
+            _, before, before_over = self._found.pop()
+            sizes, directions = torch.cat([before, sizes]), torch.cat([before_over, directions])
+        self._found.append((number, sizes, directions))
 
     def _values(self, number: int, column: int | None, seen: Seen) -> tuple[Tensor, Tensor]:
         """Leverages of one call, and the same over squared sizes; of a tensor that was just seen, those found then."""
@@ -130,70 +126,50 @@ class Leverages:
         found: tuple[Tensor, Tensor] = self._last[2]
         return found
 
-    def _put(self, key: int, values: Tensor, *, follows: bool) -> None:
-        if follows:
-            at = max(i for i, (n, _) in enumerate(self._found) if n == key)
-            self._found[at] = (key, torch.cat([self._found[at][1], values]))
-        else:
-            self._found.append((key, values))
+    def means(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Means for each example ``(B, L)`` over what the blocks that count receive, and outputs ``(B, *out)``.
 
-    def means(self, inputs: Inputs) -> Tensor:
-        """Mean leverage of what each block receives for each example, blocks that count ``(L, B)``, float64."""
-        if batch_size(inputs) == 1:
-            values = self.raw(inputs)
-            if len({n for n, _ in values}) == len(values):  # each called once
-                return torch.stack([v.mean() for _, v in values]).double()[:, None]
-        values_by = self.by_example(inputs)
-        return torch.stack([v.double().nanmean(1) for v in values_by.values()])
-
-    def sizes_and_directions(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean leverages ``(B, L)`` of the blocks that count, the same over squared sizes, and outputs ``(B, *out)``.
-
-        Leverages are float64, NaN where an example does not reach a layer. For ``relative=None``.
+        Of leverages, and of those over squared sizes; float64, NaN where an example does not reach a layer.
         """
         size = batch_size(inputs)
         values, outputs = self._single(inputs) if size == 1 else self._by_example(inputs)
-        absent = torch.full((size, 1), torch.nan)
+        absent = (torch.full((size, 1), torch.nan),) * 2
+        parts = [values.get(i, absent) for i in self.ordered]
+        sizes, directions = (
+            torch.stack([part[i].double().nanmean(1) for part in parts], 1) for i in (0, 1)
+        )
+        return sizes, directions, outputs
 
-        def means(offset: int) -> Tensor:
-            parts = [values.get(i + offset, absent) for i in self.ordered]
-            return torch.stack([p.double().nanmean(1) for p in parts], 1)
-
-        return means(0), means(len(self.layers)), outputs
-
-    def by_example(self, inputs: Inputs) -> dict[int, Tensor]:
-        """By block: leverages ``(B, T)`` of all inputs that it receives for each example, NaN where there are fewer."""
-        return self._by_example(inputs)[0]
-
-    def _by_example(self, inputs: Inputs) -> tuple[dict[int, Tensor], Tensor]:
+    def _by_example(self, inputs: Inputs) -> tuple[ByExample, Tensor]:
         size = batch_size(inputs)
         if self._axes is None and size > 1:
             self._axes = self._find_axes(take(inputs, 0, min(size, PROBE)))
         if size > 1 and self._axes:
             values, outputs = self._pass(inputs)
-            split = [
-                _split(v, axis, size) for (_, v), axis in zip(values, self._axes, strict=False)
-            ]
-            if len(values) == len(self._axes) and all(part is not None for part in split):
-                parts = zip(values, split, strict=True)
-                return _joined([(n, p) for (n, _), p in parts if p is not None]), outputs
+            split: Values = []
+            for (number, *pair), axis in zip(values, self._axes, strict=False):
+                sizes, directions = (_split(v, axis, size) for v in pair)
+                if sizes is not None and directions is not None:
+                    split.append((number, sizes, directions))
+            if len(values) == len(self._axes) == len(split):
+                return _joined(split), outputs
         singles = [self._single(take(inputs, i, i + 1, size)) for i in range(size)]
         return _stacked([values for values, _ in singles]), torch.cat([out for _, out in singles])
 
-    def _single(self, inputs: Inputs) -> tuple[dict[int, Tensor], Tensor]:
+    def _single(self, inputs: Inputs) -> tuple[ByExample, Tensor]:
         values, outputs = self._pass(inputs)
-        return _joined([(n, v.reshape(1, -1)) for n, v in values]), outputs
+        return _joined([(n, a.reshape(1, -1), b.reshape(1, -1)) for n, a, b in values]), outputs
 
     def _find_axes(self, few: Inputs) -> list[int]:
         size = batch_size(few)
-        together = self.raw(few)
-        alone = [self.raw(take(few, i, i + 1, size)) for i in range(size)]
+        together = self._pass(few)[0]
+        alone = [self._pass(take(few, i, i + 1, size))[0] for i in range(size)]
         if any(len(a) != len(together) for a in alone):
             return []
         axes = []
-        for call, (_, values) in enumerate(together):
-            want = torch.stack([a[call][1].double().sum() for a in alone])
-            if all(_shared(a[call][1], values) for a in alone):
+        for call, (_, _, values) in enumerate(together):
+            want = torch.stack([a[call][2].double().sum() for a in alone])
+            if all(_shared(a[call][2], values) for a in alone):
                 axes.append(SHARED)
                 continue
             for axis in (0, 1):
@@ -226,19 +202,27 @@ def _split(values: Tensor, axis: int, size: int) -> Tensor | None:
     return values.movedim(1, 0).reshape(size, -1)
 
 
-def _joined(values: Values) -> dict[int, Tensor]:
-    parts: dict[int, list[Tensor]] = defaultdict(list)
-    for number, value in values:
-        parts[number].append(value)
-    return {number: torch.cat(value, dim=1) for number, value in parts.items()}
+def _joined(values: Values) -> ByExample:
+    parts: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for number, *pair in values:
+        parts[number].append((pair[0], pair[1]))
+    return {
+        n: (torch.cat([a for a, _ in pairs], dim=1), torch.cat([b for _, b in pairs], dim=1))
+        for n, pairs in parts.items()
+    }
 
 
-def _stacked(singles: list[dict[int, Tensor]]) -> dict[int, Tensor]:
+def _stacked(singles: list[ByExample]) -> ByExample:
+    absent = (torch.zeros(1, 0),) * 2
     out = {}
     for number in sorted({n for one in singles for n in one}):
-        rows = [one.get(number, torch.zeros(1, 0)) for one in singles]
-        width = max(r.shape[1] for r in rows)
-        out[number] = torch.cat(
-            [torch.nn.functional.pad(r, (0, width - r.shape[1]), value=torch.nan) for r in rows]
-        )
+        rows = [one.get(number, absent) for one in singles]
+        width = max(sizes.shape[1] for sizes, _ in rows)
+        out[number] = (_padded([a for a, _ in rows], width), _padded([b for _, b in rows], width))
     return out
+
+
+def _padded(rows: list[Tensor], width: int) -> Tensor:
+    """``(1, T)`` each as ``(B, width)``, NaN where there are fewer."""
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(row, (0, width - row.shape[1]), value=torch.nan) for row in rows])

@@ -23,7 +23,10 @@ def leverage_score(leverages: Leverages, inputs: Inputs) -> Tensor:
     and plain leverage takes them for well known (benchmarks/layers.py). Scale and shift of normalisation layers do not
     count: two values of a channel say all of them.
     """
-    return leverages.means(inputs).clamp_min(1e-300).log().sum(0)
+    _, directions, _ = leverages.means(inputs)
+    return (
+        directions.clamp_min(1e-300).log().nansum(1)
+    )  # layers that an example does not reach are left out
 
 
 def information_score(

@@ -11,7 +11,7 @@ from nullbayes.common.arguments import check_choice
 from nullbayes.model.batch import Inputs
 from nullbayes.model.functional import undisturbed_method
 from nullbayes.moments.gather import draws_of
-from nullbayes.posterior.layer_combined import Combined, References, combined
+from nullbayes.posterior.layer_combined import Combined, References
 from nullbayes.posterior.layer_fit import leverages
 from nullbayes.posterior.layer_leverage import Leverages
 from nullbayes.posterior.layer_novelty import (
@@ -30,7 +30,6 @@ class LayerScored:
 
     # Made when they are first asked for, of the fit that stands.
     _leverages: Leverages | None = None
-    _combined: Combined | None = None
 
     @undisturbed_method
     def novelty(self, x: Inputs, score: str = "combined") -> Tensor:
@@ -57,28 +56,28 @@ class LayerScored:
         own = cast("LayerNullSpacePosterior", self)
         fit = own._fitted()
         if score == "combined":
-            return self._scorer().score(self._references(), x)
+            return self._combined().score(self._references(), x)
         if score == "leverage":
-            if self._leverages is None:
-                self._leverages = leverages(fit.state)
-            return leverage_score(self._leverages, x)
+            return leverage_score(self._of_layers(), x)
         plan = own._plan_of_rows(x)
         if score == "information":
             return information_score(fit.state, plan, own.likelihood, x)
         return variance_score(fit.state, plan, own.likelihood, x, fit.alpha)
 
-    def _scorer(self) -> Combined:
-        if self._combined is None:
-            own = cast("LayerNullSpacePosterior", self)
-            self._combined = combined(own._fitted().state, own.likelihood)
-        return self._combined
+    def _of_layers(self) -> Leverages:
+        if self._leverages is None:
+            self._leverages = leverages(cast("LayerNullSpacePosterior", self)._fitted().state)
+        return self._leverages
+
+    def _combined(self) -> Combined:
+        return Combined(self._of_layers(), cast("LayerNullSpacePosterior", self).likelihood)
 
     def _references(self) -> References:
         state = cast("LayerNullSpacePosterior", self)._fitted().state
         if state.references is None:
-            state.references = self._scorer().references(state.gathered.kept)
+            state.references = self._combined().references(state.gathered.kept)
         found: References = state.references
         return found
 
     def _forget_scores(self) -> None:
-        self._leverages = self._combined = None
+        self._leverages = None

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import QUIET, says, unchanged
+from support import QUIET, inputs, says, unchanged
+from support import perceptron as network
 from torch import Tensor, nn
 from torch.testing import assert_close
 from zoo import dense_jacobian
@@ -15,17 +16,6 @@ from zoo import dense_jacobian
 import nullbayes as nb
 from nullbayes.constraints.fisher import SampledFisher
 from nullbayes.likelihood.callable import CallableLoss
-
-
-def network(outputs: int = 3) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, outputs)).double().eval()
-
-
-def inputs(count: int, seed: int = 1) -> Tensor:
-    return torch.randn(count, 4, generator=torch.Generator().manual_seed(seed)).double()
-
 
 X, Y = inputs(8), torch.arange(8) % 3
 

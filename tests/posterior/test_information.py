@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support import inputs, perceptron
 from torch import Tensor, nn
 from torch.testing import assert_close
 from zoo import dense_jacobian
@@ -21,14 +23,7 @@ SOLVERS = {
 }
 
 
-def network(outputs: int = 3, seed: int = 0) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(4, 12), nn.Tanh(), nn.Linear(12, outputs)).double().eval()
-
-
-def inputs(count: int, seed: int = 1) -> Tensor:
-    return torch.randn(count, 4, generator=torch.Generator().manual_seed(seed)).double()
+network = functools.partial(perceptron, width=12)
 
 
 def weights_squared(model: nn.Module) -> float:

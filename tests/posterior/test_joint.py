@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import pickle
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import QUIET, says, unchanged
+from support import QUIET, inputs, perceptron, says, unchanged
 from torch import Tensor, nn
 from torch.testing import assert_close
 from zoo import dense_jacobian
@@ -21,14 +22,7 @@ SOLVERS = {"dual": nb.solvers.DualCholesky(), "primal": nb.solvers.PrimalQR()}
 DELTA = 1e-4
 
 
-def network(outputs: int = 3) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, outputs)).double().eval()
-
-
-def inputs(count: int, seed: int = 1) -> Tensor:
-    return torch.randn(count, 4, generator=torch.Generator().manual_seed(seed)).double()
+network = functools.partial(perceptron, width=7)
 
 
 def data(outputs: int = 3, count: int = 6) -> tuple[Tensor, Tensor]:

@@ -7,24 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from support import QUIET, says, unchanged
+from support import QUIET, inputs, says, unchanged
+from support import perceptron as network
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import nullbayes as nb
 from nullbayes.posterior.selection import Features, select
-
-
-def network(outputs: int = 3) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, outputs)).double().eval()
-
-
-def inputs(count: int, seed: int = 1) -> Tensor:
-    return torch.randn(count, 4, generator=torch.Generator().manual_seed(seed)).double()
-
 
 LIKELIHOODS: dict[str, tuple[Any, int]] = {
     "classification": ("classification", 3),

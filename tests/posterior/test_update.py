@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import QUIET, says, unchanged
+from support import QUIET, inputs, says, unchanged
+from support import perceptron as network
 from torch import Tensor, nn
 from torch.testing import assert_close
 from zoo import dense_jacobian
@@ -16,16 +17,6 @@ import nullbayes as nb
 
 SOLVERS = {"dual": nb.solvers.DualCholesky, "primal": nb.solvers.PrimalQR}
 CLOSE = {"rtol": 1e-8, "atol": 1e-8}
-
-
-def network(outputs: int = 3, seed: int = 0) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, outputs)).double().eval()
-
-
-def inputs(count: int, seed: int = 1) -> Tensor:
-    return torch.randn(count, 4, generator=torch.Generator().manual_seed(seed)).double()
 
 
 def parts(*sizes: int, outputs: int = 3) -> list[tuple[Tensor, Tensor]]:

@@ -91,8 +91,8 @@ def scores(likelihood: Likelihood, moments: Moments, point: Tensor) -> dict[str,
     mean, logits = moments.mean, point
     if kind == "classification":
         assert isinstance(likelihood, Classification)
-        axis = likelihood._axis(tuple(point.shape))
-        top, energy = mean.amax(axis), -logits.logsumexp(axis)
+        top = mean.amax(likelihood._axis(tuple(point.shape)))
+        energy = likelihood.energy(logits)
     else:  # one energy a label: Wang et al., Can multi-label classification networks know what they don't know?, 2021
         top, energy = torch.maximum(mean, 1 - mean), -torch.nn.functional.softplus(logits)
     out["max_softmax"] = 1 - _host(top).reshape(size, -1).mean(1)

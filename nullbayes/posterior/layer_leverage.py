@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nullbayes.errors import NonFiniteError
 from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.moments.blocks import Blocks
@@ -99,9 +100,18 @@ class Leverages:
                 self._weights = weights
             try:
                 outputs = self._network(inputs)
-                return self._found, outputs
+                found = self._found
             finally:
                 self._found, self._last = [], None
+        sums = torch.stack(
+            [outputs.sum().double(), *(sizes.sum().double() for _, sizes, _ in found)]
+        )
+        if not bool(sums.isfinite().all()):
+            raise NonFiniteError(
+                "the outputs, or what layers receive, hold NaN or infinity on these inputs; check that they are finite "
+                "and scaled as in training."
+            )
+        return found, outputs
 
     def _receive(self, site: int, number: int, column: int | None, seen: Seen) -> None:
         if number not in self.counted:

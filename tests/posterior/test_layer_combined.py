@@ -27,7 +27,7 @@ def data(count: int = 60, seed: int = 1) -> Tensor:
 
 
 def fitted(model: nn.Module, likelihood: str = "classification", **options: Any) -> Any:
-    x = data()
+    x = data().to(next(model.parameters()).dtype)
     y = torch.arange(len(x)) % 3
     if likelihood == "regression":
         y = x.sum(1, keepdim=True)
@@ -102,8 +102,9 @@ def test_what_a_layer_does_not_reach_adds_nothing() -> None:
     posterior = fitted(Gate().double().eval())
     scores = posterior.novelty(data(12, seed=3))
     assert scores.isfinite().all()
-    one = torch.cat([posterior.novelty(x[None]) for x in data(12, seed=3)])
-    torch.testing.assert_close(one, scores)
+    for score in ("combined", "leverage"):
+        one = torch.cat([posterior.novelty(x[None], score) for x in data(12, seed=3)])
+        torch.testing.assert_close(posterior.novelty(data(12, seed=3), score), one)
 
 
 def test_far_inputs_and_unseen_directions_score_higher() -> None:
@@ -132,3 +133,10 @@ def test_without_references_it_says_what_to_do() -> None:
     with pytest.raises(InputError, match="score='leverage'"):
         posterior.novelty(data(3))
     assert posterior.novelty(data(3), "leverage").isfinite().all()
+
+
+@pytest.mark.parametrize("score", ["combined", "leverage"])
+def test_what_overflows_is_no_score(score: str) -> None:
+    posterior = fitted(network().float())
+    with pytest.raises(nb.NonFiniteError, match="scaled as in training"):
+        posterior.novelty(torch.full((3, 4), 3e38), score)

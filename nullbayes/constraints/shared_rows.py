@@ -37,7 +37,7 @@ def start_of(problem: Problem, loader: Iterable[Any]) -> int:
         return 0
     if loader.start is None:
         return APART * loader.processes.rank
-    return loader.start * (1 if problem.randomness is None else problem.randomness.draws)
+    return loader.start * problem.functional.draws
 
 
 def everyones(

@@ -133,12 +133,19 @@ class FunctionalModel(Reads):
         inputs = self.batch(inputs)
         return keyed(inputs, batch_size(inputs), self.randomness.seed, draws)
 
+    @property
+    def draws(self) -> int:
+        """How often each example is there in what `stacked` gives."""
+        return 1 if self.randomness is None else self.randomness.draws
+
     def stacked(self, inputs: Inputs, targets: Any) -> tuple[Inputs, Any]:
         """One batch of training data as the rows see it: with all draws of each example."""
         if self.randomness is None:
             return inputs, targets
-        draws, inputs = self.randomness.draws, self.batch(inputs)
-        return self.keyed(inputs, range(draws)), repeated(targets, batch_size(inputs), draws)
+        inputs = self.batch(inputs)
+        return self.keyed(inputs, range(self.draws)), repeated(
+            targets, batch_size(inputs), self.draws
+        )
 
     def drawing(self, inputs: Inputs) -> AbstractContextManager[Any]:
         """Within it, random operations on ``inputs`` that carry keys give the frozen numbers."""

@@ -87,11 +87,6 @@ def drawn(functional: FunctionalModel, batches: Iterable[Batch]) -> Iterator[Bat
         yield index, *functional.stacked(inputs, targets)
 
 
-def draws_of(functional: FunctionalModel) -> int:
-    """How often each example of `drawn` batches is there."""
-    return 1 if functional.randomness is None else functional.randomness.draws
-
-
 def _batches(loader: Any, name: str) -> Iterable[Any]:
     if isinstance(loader, Tensor):
         return loader.split(ROWS_AT_ONCE)
@@ -140,7 +135,7 @@ def gather(
             visit(outputs, targets)
         out.members.add(inputs)
         kept.add(inputs, targets)
-        out.examples += batch_size(inputs) // draws_of(functional)
+        out.examples += batch_size(inputs) // functional.draws
         largest = max(largest, batch_size(inputs))
     if not out.examples:
         raise InputError(f"`{name}` holds no examples: every batch is empty. Pass a filled loader.")

@@ -18,7 +18,6 @@ from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.moments.blocks import Block
 from nullbayes.moments.capture import plain_paths, recording
 from nullbayes.moments.factor import Factor, RowFactor, TiedFactor
-from nullbayes.moments.gather import draws_of
 from nullbayes.moments.rule import Seen
 from nullbayes.posterior.layer_state import Checked, LayerState
 
@@ -186,7 +185,7 @@ def left_out_divergence(state: LayerState, likelihood: Likelihood, alpha: float)
         alpha: the prior precision that the posterior would have without the guarantee. Where a few examples say that
             the divergence there is far below what is allowed, they do.
     """
-    if not state.gathered.kept or not state.blocks.blocks or draws_of(state.functional) > 1:
+    if not state.gathered.kept or not state.blocks.blocks or state.functional.draws > 1:
         return None
     exact = state.delta == 0.0
     limit = (

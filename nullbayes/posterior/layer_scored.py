@@ -10,7 +10,6 @@ from torch import Tensor
 from nullbayes.common.arguments import check_choice
 from nullbayes.model.batch import Inputs
 from nullbayes.model.functional import undisturbed_method
-from nullbayes.moments.gather import draws_of
 from nullbayes.posterior.layer_combined import Combined, References
 from nullbayes.posterior.layer_fit import leverages
 from nullbayes.posterior.layer_leverage import Leverages
@@ -48,7 +47,7 @@ class LayerScored:
         """
         check_choice(score, SCORES, "score")
         own = cast("LayerNullSpacePosterior", self)
-        draws = range(draws_of(own.functional))
+        draws = range(own.functional.draws)
         values = [self._score(own._inputs(x, draw), score) for draw in draws]
         return torch.stack(values).mean(0).to(own.functional.dtype)
 

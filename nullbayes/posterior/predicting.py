@@ -263,8 +263,7 @@ class Predicts:
     def _novelty(self, x: Inputs, score: str, exact: bool | None, targets: Any) -> Tensor:
         own = cast("Posterior", self)
         x = own._inputs(x, None)
-        frozen = own.problem.randomness
-        drawn = range(1 if frozen is None else frozen.draws)
+        drawn = range(own.functional.draws)
         if score in ENTROPIES:
             check_has_entropy(own.likelihood, score)
             parts = [self._predict(x, How(draw=draw)) for draw in drawn]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from nullbayes.moments.blocks import Block
 from nullbayes.moments.capture import plain_paths, recording
 from nullbayes.moments.factor import Factor, RowFactor, TiedFactor
 from nullbayes.moments.rule import Seen
+from nullbayes.moments.second import DenseMoments
 from nullbayes.posterior.layer_state import Checked, LayerState
 
 CHECKED_SAMPLES = 4
@@ -260,8 +262,9 @@ class _Own:
         self.blocks = blocks
         self.inputs: dict[int, list[Tensor]] = {}
         self.rows: dict[int, Tensor] = {}
-        # By block: directions that hold all of these inputs, and the covariance without them among those.
-        self.left: dict[int, tuple[Tensor, Tensor]] = {}
+        self.left: dict[int, _Left] = {}
+        # What was seen last, and its copy: queries, keys and values receive one tensor.
+        self._last: tuple[Any, ...] = (None,)
 
     def receive(self, site: int, number: int, column: int | None, seen: Seen) -> None:
         block = self.blocks[number]
@@ -272,12 +275,16 @@ class _Own:
             self.rows[number] = self.rows.get(number, torch.zeros_like(counts)) + counts
             return
         assert seen.a is not None
-        flat = seen.a.detach().reshape(-1, groups, seen.a.shape[-1])
-        a = torch.zeros(len(flat), groups, columns, dtype=torch.float64, device=flat.device)
-        a[..., : block.own] = flat[..., : block.own]
-        if column is not None:
-            a[..., block.own + column] = 1.0
-        self.inputs.setdefault(number, []).append(a)
+        given = seen.a.detach()
+        key = (given.data_ptr(), given.shape, given.stride(), given._version, column, columns)
+        if self._last[0] != key:
+            flat = given.reshape(-1, groups, given.shape[-1])
+            a = torch.zeros(len(flat), groups, columns, dtype=torch.float64, device=flat.device)
+            a[..., : block.own] = flat[..., : block.own]
+            if column is not None:
+                a[..., block.own + column] = 1.0
+            self._last = (key, given, a)
+        self.inputs.setdefault(number, []).append(self._last[2])
 
     def variance(self, state: LayerState, number: int, j: Tensor) -> float:
         """``j (I ⊗ P') jᵀ`` for ``j (G, O, I)``, with ``P'`` without these inputs.
@@ -290,11 +297,23 @@ class _Own:
         if number not in self.inputs:
             return float(factor.whiten(j.double()).square().sum())
         if number not in self.left:
-            a = torch.cat(self.inputs[number]).transpose(0, 1)  # (G, T, I)
-            self.left[number] = _left(factor, a, state.edges[number].inputs.to(a))
-        directions, covariance = self.left[number]
-        along = (j @ directions.to(j)).double()
-        return float(((along @ covariance) * along).sum())
+            self.left[number] = self._left(state, number)
+        return self.left[number].variance(j)
+
+    def _left(self, state: LayerState, number: int) -> _Left:
+        """Without these inputs; queries, keys and values have it together."""
+        factor, inputs = state.factors[number], self.inputs[number]
+        before = self.inputs.get(number - 1, [])
+        same = len(before) == len(inputs) and all(map(operator.is_, before, inputs))
+        if same and number - 1 in self.left and factor is state.factors[number - 1]:
+            return self.left[number - 1]
+        a = torch.cat(inputs).transpose(0, 1)  # (G, T, I)
+        edge, moments = state.edges[number].inputs.to(a), state.gathered.sums[number].inputs
+        if a.shape[1] >= a.shape[2] and isinstance(moments, DenseMoments):
+            found = _Whole.of(moments, a, edge)
+            if found is not None:
+                return found
+        return _Among(*_among(factor, a, edge))
 
     def _table_variance(self, state: LayerState, number: int, j: Tensor) -> float:
         """Of a table, tied or not: rows are released, inputs of the tied layer are not (fewer directions open)."""
@@ -316,7 +335,43 @@ class _Own:
         return float((squares / gains * released).sum())
 
 
-def _left(factor: Factor, a: Tensor, edge: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class _Whole:
+    """``P' = δ (C - aᵀ a + δ I)⁻¹``, by the lower root ``(G, I, I)`` of that sum, over ``√δ``."""
+
+    lower: Tensor
+
+    @staticmethod
+    def of(moments: DenseMoments, a: Tensor, edge: Tensor) -> _Whole | None:
+        """Of the inputs ``a (G, T, I)``; None where rounding spoils it."""
+        rest = torch.baddbmm(moments.values.to(a), a.mT, a, alpha=-1.0)
+        rest.diagonal(dim1=1, dim2=2).add_(edge[:, None])
+        lower, failed = torch.linalg.cholesky_ex(rest)
+        return None if bool(failed.any()) else _Whole(lower / edge.sqrt()[:, None, None])
+
+    def variance(self, j: Tensor) -> float:
+        """``tr j P' jᵀ``."""
+        white = torch.linalg.solve_triangular(self.lower, j.double().mT, upper=False)
+        return float(white.square().sum())
+
+
+@dataclass(frozen=True)
+class _Among:
+    """Orthonormal directions ``(G, I, k)`` that span some inputs, and ``P'`` among those."""
+
+    directions: Tensor
+    covariance: Tensor
+
+    def variance(self, j: Tensor) -> float:
+        """``tr j P' jᵀ`` of rows in their span."""
+        along = (j @ self.directions.to(j)).double()
+        return float(((along @ self.covariance) * along).sum())
+
+
+_Left = _Whole | _Among
+
+
+def _among(factor: Factor, a: Tensor, edge: Tensor) -> tuple[Tensor, Tensor]:
     """Orthonormal ``Q (G, I, k)`` that span the inputs ``a (G, T, I)``, and ``Qᵀ P' Q``, ``P'`` without these inputs.
 
     ``P'⁻¹ = P⁻¹ - aᵀ a / δ``; with the root ``R`` of ``P`` and ``s = R aᵀ / √δ``, ``P' = Rᵀ (I - s sᵀ)⁻¹ R``.

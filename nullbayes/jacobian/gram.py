@@ -109,6 +109,8 @@ def _add_own(rows: Factor | Tensor, out: Tensor) -> None:
         add_into(out, _product(rows, rows))
         return
     half, at = size // 2, len(out) // size * (size // 2)
+    first: Factor | Tensor
+    second: Factor | Tensor
     if isinstance(rows, Tensor):
         first, second = rows[:half], rows[half:]
     else:

@@ -125,6 +125,51 @@ def same_by_rows() -> dict[str, Any]:
     return out
 
 
+def same_by_layer() -> dict[str, Any]:
+    """The layer posterior: sums, examples that are kept, certificate, scores, more data and less."""
+    out: dict[str, Any] = {}
+    wide: dict[str, Any] = {"memory": 10_000}  # layers are sketched
+    cases: dict[str, tuple[Any, dict[str, Any]]] = {
+        "loader": (loader(23), {}),
+        "exact": (loader(23), {"delta": 0}),
+        "arrays": (data(301), {"prior_precision": 2.0}),
+        "many": (loader(301), {}),
+        "list": (batches(23), {}),
+        "empty": (batches(BATCH + 1), {}),
+        "sketched": (loader(23), wide),
+        "float32": (loader(301, torch.float32), {}),
+    }
+    for name, (train, options) in cases.items():
+        dtype = torch.float32 if name == "float32" else torch.float64
+        p = nb.LayerNullSpacePosterior(network(dtype), **options).fit(train, 3, progress=False)
+        out[name] = _of_layers(p, dtype)
+    noisy = nb.LayerNullSpacePosterior(network(), nb.Regression())
+    x = data(23)[0]
+    noisy.fit((x, x.sin()), 3, progress=False)
+    out["regression"] = _of_layers(noisy, torch.float64)
+    out["regression"]["noise"] = torch.as_tensor(noisy.likelihood.noise_variance)  # type: ignore[attr-defined]
+    p = nb.LayerNullSpacePosterior(network()).fit(loader(23), 3, progress=False)
+    out["more"] = _of_layers(p.update(loader(9, seed=3), progress=False), torch.float64)
+    out["less"] = _of_layers(p.remove(loader(9, seed=3), progress=False), torch.float64)
+    return out
+
+
+def _of_layers(p: nb.LayerNullSpacePosterior, dtype: torch.dtype) -> dict[str, Any]:
+    c, gathered = p.certificate, p._fitted().gathered
+    names = "divergence change left_out_divergence network_score posterior_score weight_change free_share"
+    kept = torch.cat([inputs for inputs, _ in gathered.kept])
+    some = data(5, dtype, 8)[0]
+    return {
+        **{name: getattr(c, name) for name in (*names.split(), "prior_precision")},
+        "counts": (c.examples, c.checked_examples, [sums.count for sums in gathered.sums]),
+        "kept": (kept, [len(inputs) for inputs, _ in gathered.kept]),
+        "sample": torch.cat([t.flatten() for t in next(p.sample(1)).values()]),
+        "mean": p.predict(some).mean,
+        "scores": p.novelty(some),
+        "members": gathered.members.counts.sum(),
+    }
+
+
 def same_of_a_posterior() -> dict[str, Any]:
     """Everything that a posterior can be asked about data."""
     out: dict[str, Any] = {}
@@ -213,6 +258,11 @@ def split_and_refused() -> dict[str, Any]:
     edges = [20 * r // size for r in range(size + 1)]
     part = DataLoader(Streamed(edges[rank], edges[rank + 1]), batch_size=BATCH)
     out["shards"] = fitted(posterior(), Shard(part))["unit"]
+    layers = nb.LayerNullSpacePosterior(network(), prior_precision=1.0)
+    layers.fit(Shard(part), 2, progress=False)
+    out["layer shards"] = _of_layers(layers, torch.float64)
+    layers.fit(loader(20), 2, progress=False)
+    out["layer whole"] = _of_layers(layers, torch.float64)
     plain = posterior()
     out["whole"] = fitted(plain, loader(20))["unit"]
     rows = plain._fitted().rows
@@ -367,6 +417,7 @@ def main(scenes: str, rank: int, size: int, folder: Path) -> None:
         "solver": same_by_solver,
         "rows": same_by_rows,
         "posterior": same_of_a_posterior,
+        "layer": same_by_layer,
         "split": split_and_refused,
         "sharded": sharded,
         "interrupted": lambda: interrupted(folder),

@@ -52,10 +52,10 @@ def test_rows_in_float64_are_refused() -> None:
 
 
 def test_it_is_chosen_where_the_triangular_factor_takes_too_long() -> None:
-    few, many = Size(540_000, 500, 30, 1e9), Size(540_000, 2000, 30, 1e9)
+    few, many = Size(540_000, 500, 30, 1e9), Size(540_000, 2000, 30, 5e8)
     assert choose("auto", few, 2**34).solver.name == PrimalQR.name
     assert choose("auto", many, 2**34).solver.name == PrimalEigen.name
-    double = Size(540_000, 2000, 30, 1e9, itemsize=8)
+    double = Size(540_000, 2000, 30, 5e8, itemsize=8)
     assert choose("auto", double, 2**34).solver.name != PrimalEigen.name
 
 

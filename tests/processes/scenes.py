@@ -404,15 +404,49 @@ def lost() -> dict[str, Any]:
     return out
 
 
+# -- two machines, see tests_hosts ---------------------------------------------------------------------
+
+
+def on_two_hosts() -> dict[str, Any]:
+    """A direct solver, a search and a layer posterior."""
+    out = {}
+    for name in ("dual", "plain"):
+        p = nb.NullSpacePosterior(network(), solver=SOLVERS[name](1e-9), delta=1e-2)
+        out[name] = fitted(p, loader(23))
+    layers = nb.LayerNullSpacePosterior(network()).fit(loader(23), 3, progress=False)
+    return out | {"layer": _of_layers(layers, torch.float64)}
+
+
+class _Cut(_Late):
+    """Waits in process 1 until the link between the two is gone."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(0)
+        self.folder = folder
+
+    def __getitem__(self, number: int) -> Any:
+        if dist.get_rank() == 1 and number % 30 > 10:
+            (self.folder / "cut now").touch()
+            while not (self.folder / "is cut").exists():
+                time.sleep(0.05)
+        return self.x[number], self.y[number]
+
+
+def cut(folder: Path) -> dict[str, Any]:
+    """The link is cut while both read data."""
+    started = time.monotonic()
+    error = told(lambda: posterior().fit(_Cut(folder), 2, progress=False))
+    return {"error": error, "seconds": time.monotonic() - started}
+
+
 def main(scenes: str, rank: int, size: int, folder: Path) -> None:
     """Plays the scenes one after the other; what they return goes to files."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     # Which examples there was time to audit is no property of a fit.
     pipeline.LEAST_AUDIT = 1e9
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store-{size}-{scenes[:4]}", rank=rank, world_size=size
-    )
+    store = os.environ.get("NULLBAYES_TEST_STORE", f"file://{folder}/store-{size}-{scenes[:4]}")
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
     every: dict[str, Callable[[], dict[str, Any]]] = {
         "solver": same_by_solver,
         "rows": same_by_rows,
@@ -422,10 +456,12 @@ def main(scenes: str, rank: int, size: int, folder: Path) -> None:
         "sharded": sharded,
         "interrupted": lambda: interrupted(folder),
         "lost": lost,
+        "hosts": on_two_hosts,
+        "cut": lambda: cut(folder),
     }
     for scene in scenes.split(","):
         torch.save(every[scene](), folder / f"{scene}-{size}-{rank}.pt")
-    if "lost" in scenes:
+    if "lost" in scenes or "cut" in scenes:
         os._exit(0)  # nothing is left to be taken down together
     dist.destroy_process_group()
 

@@ -191,6 +191,19 @@ def test_rows_are_spread_evenly(size: int, several: list[dict[str, Any]]) -> Non
     assert held == [whole[0] * count // 20 for count in examples]
 
 
+def test_samples_are_spread_over_a_mesh(folder: Path) -> None:
+    four = played("mesh", 4, folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = scenes.same_on_a_mesh()
+    for name, case in wanted.items():
+        close = 1e-7 if name == "searched" else 1e-10
+        for process in four:
+            found = process["mesh"][name]
+            assert found.pop("audit")[0] == case["audit"][0]
+            assert not differences(found, {k: v for k, v in case.items() if k != "audit"}, close)
+
+
 def test_a_layer_posterior_takes_shards(two: list[dict[str, Any]]) -> None:
     for process in two:
         for name in ("sample", "mean", "counts", "members", "weight_change"):

@@ -22,7 +22,6 @@ from nullbayes.audit.reading import Rereading
 from nullbayes.certificate.certificate import Certificate
 from nullbayes.certificate.leave_one_out import held_out, left_out
 from nullbayes.certificate.measure import GuaranteeCheck
-from nullbayes.common.crowd import Crowd
 from nullbayes.common.memory import give_back, peak_bytes
 from nullbayes.common.processes import Processes
 from nullbayes.common.progress import (
@@ -301,9 +300,7 @@ class Fitting:
     ) -> Fit:
         """The certificate, and all that a posterior holds from now on."""
         problem, target = self.problem, self.settings.target
-        measured = _measured_rows(
-            self.rows, self.done, self.prior, self.effects, self.alpha, self.crowd
-        )
+        measured = _measured_rows(self.rows, self.done, self.prior, self.effects, self.alpha)
         measured["prior_share"] = self.sizes[0] / self.sizes[1]
         measured |= check.measure(self.alpha**-0.5)
         self._lap(CERTIFICATE)
@@ -349,15 +346,11 @@ class Fitting:
 
 
 def _measured_rows(
-    rows: TrainingRows,
-    done: Projection,
-    prior: Tensor,
-    after: Tensor,
-    alpha: float,
-    crowd: Crowd,
+    rows: TrainingRows, done: Projection, prior: Tensor, after: Tensor, alpha: float
 ) -> dict[str, Any]:
     """What the certificate says of the rows; ``after (S, M)``: samples by own rows, computed outside the solver."""
     m, p = rows.operator.shape
+    crowd = rows.operator.crowd
     norms = crowd.joined(_norms(rows.operator, after))
     count = len(norms) * rows.examples
     before = crowd.joined(_norms(rows.operator, rows.operator.mine.matvec(prior)))

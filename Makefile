@@ -17,7 +17,7 @@ CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-fast lint style types layers format bench peers test-peers
+.PHONY: help install demo test test-fast lint style types layers format bench peers test-peers test-hosts
 .PHONY: experiments experiments-small examples docs dist clean torture
 
 help:
@@ -33,6 +33,7 @@ help:
 	@echo "make bench      the benchmarks"
 	@echo "make peers      the packages that the benchmarks compare with"
 	@echo "make test-peers the tests that compare with those packages"
+	@echo "make test-hosts fits on two machines, which are network namespaces of this one; as root"
 	@echo "make experiments-small  every table of the evaluation at a small setting, minutes"
 	@echo "make experiments        the full tables: hours; goes on where it was stopped"
 	@echo "make clean      remove what these targets made"
@@ -94,6 +95,10 @@ $(PEERS): $(STAMP)
 
 test-peers: $(PEERS)
 	@$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) tests_peers $(ARGS)
+
+# Two network namespaces with a slow link that loses packets. As root.
+test-hosts: $(STAMP)
+	@$(ONE_THREAD) $(BIN)/python -m pytest -q tests_hosts $(ARGS)
 
 # The evaluation: two processes at a time, one thread each (WORKERS=1 where 20 GB of memory are too many).
 # Pieces are kept under out/experiments: a second call does what is missing. ARGS: `--seeds 1 tabular`.

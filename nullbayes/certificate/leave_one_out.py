@@ -95,7 +95,7 @@ def left_out(
         index = index.to(point.device)
         point, unit = point[index], unit[:, index]
         targets = select(targets, index)
-        values = found[at : at + len(index)]
+        values = [check.crowd.joined(v) for v in found[at : at + len(index)]]
         at += len(index)
         cotangents = problem.cotangents(point, targets, which_examples).values.double()
         changes = [_changed(unit[:, b], cotangents[:, b], values[b]) for b in range(len(index))]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE, ALLOWED_LEFT_OUT
+from nullbayes.common.crowd import ALONE, Crowd
 from nullbayes.common.memory import working_bytes
 from nullbayes.common.processes import Processes
 from nullbayes.constraints.problem import Problem
@@ -42,16 +43,28 @@ class GuaranteeCheck:
         examples: Sequence[tuple[Inputs, Any]],
         samples: Tensor,
         processes: Processes | None = None,
+        crowd: Crowd | None = None,
     ) -> None:
+        #: those that hold the other samples
+        self.crowd = crowd = crowd or ALONE
         #: those that hold the other examples; what is said is of all of them
         self.processes = processes
         self.problem, self.likelihood, self.samples = problem, problem.likelihood, samples
         functional, self.plan = problem.functional, plan
         self.inputs = [inputs for inputs, _ in examples]
         self.batches: list[Batch] = [
-            (*linearised_outputs(functional, plan, samples.to(problem.dtype), inputs), targets)
+            (point, crowd.joined(change), targets)
             for inputs, targets in examples
+            for point, change in (
+                linearised_outputs(functional, plan, samples.to(problem.dtype), inputs),
+            )
         ]
+        if crowd.processes is not None:
+            crowd.agree("examples", [float(point.double().sum()) for point, _, _ in self.batches])
+            before = crowd.processes.place(len(samples))[0]
+            self.sampled = samples[: max(0, SAMPLED_DRAWS - before)]
+        else:
+            self.sampled = samples[:SAMPLED_DRAWS]
         #: some of them, each as under a posterior that has not seen it (``leave_one_out.py``)
         self.left_out: list[Batch] = []
         self.has_left_out = False
@@ -70,6 +83,7 @@ class GuaranteeCheck:
         """The same examples under more samples ``(S', P)``; those left out stay with the samples that they had."""
         more = copy.copy(self)
         more.samples = torch.cat([self.samples, samples])
+        more.sampled = more.samples[:SAMPLED_DRAWS]
         more.batches = [
             (point, torch.cat([unit, self._changes(inputs, samples.to(unit))]), targets)
             for (point, unit, targets), inputs in zip(self.batches, self.inputs, strict=True)
@@ -168,8 +182,9 @@ class GuaranteeCheck:
                 outputs.add(likelihood.centre(scale * unit))
             sampled = _Rms()
             for inputs, targets in self.few:
-                some = self.samples[:SAMPLED_DRAWS].to(self.problem.dtype)
+                some = self.sampled.to(self.problem.dtype)
                 point, moved = sampled_outputs(self.problem.functional, some, inputs, scale=scale)
+                moved = self.crowd.joined(moved)
                 sampled.add(self.problem.change(point, moved, targets, linear=False))
         for rms in (change, outputs, sampled):
             rms.total, rms.count = self._sum(rms.total, rms.count)

@@ -73,6 +73,7 @@ class Pulse:
         self._since = 0.0
         self._seen: dict[int, _Seen] = {}
         self._over = threading.Event()
+        self._lost = False  # whether the store has not answered
         self._thread = threading.Thread(target=self._run, name="nullbayes-pulse", daemon=True)
         self._thread.start()
         atexit.register(self.stop)
@@ -99,6 +100,8 @@ class Pulse:
 
     def beat(self) -> None:
         """One beat; where the store cannot be reached, others notice the silence."""
+        if self._lost:  # it would wait for an answer to what was asked before
+            return
         with self._lock, contextlib.suppress(Exception):
             self._count += 1
             told = {
@@ -142,22 +145,47 @@ class Pulse:
 
     def look(self) -> None:
         """Raise `ProcessError` naming a process that is not worth waiting for."""
-        now = time.monotonic()
+        beats, now = self._beats(), time.monotonic()
         for rank in range(self.size):
             if rank != self.rank:
-                self._judge(rank, self._hear(rank, now), now)
+                self._judge(rank, self._hear(rank, beats.get(rank), now), now)
 
-    def _hear(self, rank: int, now: float) -> _Seen:
-        seen = self._seen.setdefault(rank, _Seen(heard=now, worked=now))
-        try:
-            if not self._store.check([f"beat/{rank}"]):
-                return seen
-            beat = json.loads(self._store.get(f"beat/{rank}"))
-        except Exception as error:  # whatever a store raises whose server has gone
+    def _beats(self) -> dict[int, dict[str, Any]]:
+        """The last beat of each of the others that has begun to.
+
+        A store behind a broken link does not answer, and waits for half an hour: so a thread asks it.
+        """
+        found: dict[int, dict[str, Any]] = {}
+        failed: list[Exception] = []
+
+        def ask() -> None:
+            try:
+                for rank in range(self.size):
+                    if rank != self.rank and self._store.check([f"beat/{rank}"]):
+                        found[rank] = json.loads(self._store.get(f"beat/{rank}"))
+            except Exception as error:  # whatever a store raises whose server has gone
+                failed.append(error)
+
+        asking = threading.Thread(target=ask, name="nullbayes-look", daemon=True)
+        asking.start()
+        asking.join(SILENT)
+        if asking.is_alive():
+            self._lost = True
+            raise ProcessError(
+                f"the store of the process group has not answered for {SILENT:.0f} seconds: the machine of the process "
+                "that holds it (number 0, or the launcher) cannot be reached. Look at the network, then start all anew."
+            )
+        if failed:
             raise ProcessError(
                 "the store of the process group cannot be reached, so the process that holds it (number 0, or the "
-                f"launcher) has ended: {type(error).__name__}. Look at its output, then start all anew."
-            ) from error
+                f"launcher) has ended: {type(failed[0]).__name__}. Look at its output, then start all anew."
+            ) from failed[0]
+        return found
+
+    def _hear(self, rank: int, beat: dict[str, Any] | None, now: float) -> _Seen:
+        seen = self._seen.setdefault(rank, _Seen(heard=now, worked=now))
+        if beat is None:
+            return seen
         if beat["count"] != seen.beat.get("count"):
             seen.beat, seen.heard = beat, now
         if beat["waiting"] or beat["processor"] - seen.processor > _IDLE:

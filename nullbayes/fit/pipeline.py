@@ -6,6 +6,7 @@ interrupt on the way leaves what was there before.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -55,7 +56,7 @@ from nullbayes.jacobian.operator import RowOperator
 from nullbayes.model.adapters import remarks
 from nullbayes.model.fingerprint import fingerprint, quick_digest
 from nullbayes.model.parameters import padding_notes
-from nullbayes.solvers import Choice, Projection, State
+from nullbayes.solvers import Choice, Projection, State, Status
 from nullbayes.solvers.agreement import Agreed
 from nullbayes.solvers.base import relative
 from nullbayes.solvers.block_cg import row_norms
@@ -122,6 +123,8 @@ class Fitting:
         laps: Laps,
     ) -> None:
         self.problem, self.settings, self.run, self.rows = problem, settings, run, rows
+        self.crowd = run.crowd
+        rows.operator.crowd = run.crowd
         self.solver, self.why, self.room = choice.solver, choice.why, choice.room
         self.stage, self.laps = stage, laps
         self._exchanged = 0.0 if self.processes is None else self.processes.seconds
@@ -210,7 +213,8 @@ class Fitting:
         problem, target, seed = self.problem, self.settings.target, self.run.seed
         m, p = self.rows.operator.shape
         noise_rows = target.noise_rows(m)
-        v, noise = standard_normal(seed, range(self.run.num_samples), p, noise_rows, self.theta)
+        mine = self.crowd.part(self.run.num_samples)
+        v, noise = standard_normal(seed, mine, p, noise_rows, self.theta)
         self.problem.space.fix_(v)
         work = Work(
             self.state,
@@ -238,7 +242,8 @@ class Fitting:
         self._lap(PROJECTION)
         self.prior, self.done, self.held, self.held_changes = v, done, held, found
         #: squared, of all samples and of what they were projected from
-        self.sizes = _squared(done.value), _squared(v)
+        total = self.crowd.total
+        self.sizes = total(_squared(done.value)), total(_squared(v))
         gone = self.sizes[1] - self.sizes[0]
         passed = target.numerical or self.state.rank is None
         gamma = gone / self.run.num_samples if passed else float(self.state.rank or 0)
@@ -251,15 +256,17 @@ class Fitting:
         self.stored = problem.weight_changes(done.value).to(self.run.stored or problem.dtype)
         if self.run.stored is not None:  # what is measured is what is stored
             self.done = replace(done, value=problem.isotropic(self.stored.to(problem.dtype)))
-            self.sizes = _squared(self.done.value), self.sizes[1]
+            self.sizes = total(_squared(self.done.value)), self.sizes[1]
 
     def check(self) -> tuple[GuaranteeCheck, float | None]:
         """What samples do to training examples, and the evidence's precision before that bounded it."""
         problem, rows = self.problem, self.rows
-        check = GuaranteeCheck(problem, rows.plan, rows.checked, self.stored, self.processes)
+        check = GuaranteeCheck(
+            problem, rows.plan, rows.checked, self.stored, self.processes, self.crowd
+        )
         if self.settings.target.preserves:
             seen = [
-                (problem.functional.outputs(h.inputs), change, h.targets)
+                (problem.functional.outputs(h.inputs), self.crowd.joined(change), h.targets)
                 for h, change in zip(self.held, self.held_changes, strict=False)
             ]
             if not any_of(self.processes, seen):
@@ -280,6 +287,7 @@ class Fitting:
             allowed = math.inf
         unit = self.stored.to(self.problem.dtype)
         found = audited(self.problem, self.auditing, unit, self.prior, self.effects, allowed)
+        found = functools.reduce(Audit.joined, self.crowd.gather(found))
         self._lap(AUDIT)
         return replace(found, seconds=self.laps.seconds[AUDIT])
 
@@ -333,6 +341,7 @@ class Fitting:
             self.auditing,
             self.rows,
             self.solver,
+            self.crowd,
         )
 
 
@@ -341,18 +350,20 @@ def _measured_rows(
 ) -> dict[str, Any]:
     """What the certificate says of the rows; ``after (S, M)``: samples by own rows, computed outside the solver."""
     m, p = rows.operator.shape
-    count = len(prior) * rows.examples
-    norms = _norms(rows.operator, after)
+    crowd = rows.operator.crowd
+    norms = crowd.joined(_norms(rows.operator, after))
+    count = len(norms) * rows.examples
+    before = crowd.joined(_norms(rows.operator, rows.operator.mine.matvec(prior)))
     return {
-        "residual": _residual(norms, _norms(rows.operator, rows.operator.mine.matvec(prior))),
+        "residual": _residual(norms, before),
         "row_drift": (float(norms.square().sum()) / count / alpha) ** 0.5,
         "constraints": m,
         "parameters": p,
         "discarded_trace": rows.discarded_trace,
         "examples": rows.examples,
         "generic": tuple(rows.plan.generic),
-        "status": done.status.value,
-        "iterations": done.iterations,
+        "status": _worst(crowd.gather(done.status)).value,
+        "iterations": max(crowd.gather(done.iterations)),
     }
 
 
@@ -414,6 +425,11 @@ def rescaled(fit: Fit, alpha: float) -> Fit:
             **fit.check.measure(alpha**-0.5),
         )
     return replace(fit, alpha=alpha, certificate=certificate)
+
+
+def _worst(statuses: list[Status]) -> Status:
+    """The first that is not good, of those of all processes."""
+    return next((status for status in statuses if status is not Status.CONVERGED), statuses[0])
 
 
 def _squared(vectors: Tensor) -> float:

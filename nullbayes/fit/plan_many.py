@@ -14,6 +14,7 @@ from nullbayes.fit.plan import Plan
 from nullbayes.fit.result import Settings
 from nullbayes.solvers.conjugate_gradient import EXPECTED_ITERATIONS
 from nullbayes.solvers.dual import DualCholesky
+from nullbayes.solvers.eigen import PrimalEigen
 from nullbayes.solvers.primal import PrimalQR
 from nullbayes.solvers.refinement import DIRECT_PASSES
 
@@ -36,6 +37,8 @@ def with_communication(
         sums, rest = 1.0 + DIRECT_PASSES, 2 * 8 * m * m + plan.bytes.get("Jacobian rows", 0)
     elif plan.solver == PrimalQR.name:
         sums, rest = 0.0, 2 * 8 * min(m, p) * p
+    elif plan.solver == PrimalEigen.name:
+        sums, rest = 0.0, 2 * 8 * p * p
     sent = round(sums * once + rest)
     speed = _bytes_per_second(samples * p, problem, processes)
     seconds = {**plan.seconds, COMMUNICATION: sent / speed}

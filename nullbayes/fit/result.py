@@ -12,6 +12,7 @@ from nullbayes.audit.sampling import Drawn
 from nullbayes.certificate.certificate import Certificate
 from nullbayes.certificate.measure import GuaranteeCheck
 from nullbayes.common.arguments import check_positive
+from nullbayes.common.crowd import ALONE, Crowd
 from nullbayes.common.memory import parse_bytes
 from nullbayes.common.processes import Processes
 from nullbayes.constraints.problem import Problem
@@ -87,6 +88,7 @@ class Run:
     checkpoint: Checkpoint | None = None
     audit: int = AUDITED
     stored: torch.dtype | None = None
+    crowd: Crowd = ALONE
     patient: bool = False  # whether all examples of the audit are, however long that takes
 
 
@@ -123,6 +125,7 @@ class Fit:
         stored: weight changes ``(S, P)`` at prior precision one, in the dtype that was asked for; ``alpha``: the prior
             precision.
         fingerprint: of the model that it was fitted around.
+        crowd: those that hold the other samples, where ``stored`` are not all.
     """
 
     problem: Problem
@@ -137,10 +140,24 @@ class Fit:
     auditing: Auditing | None = None
     rows: TrainingRows | None = None
     solver: Solver | None = None
+    crowd: Crowd = ALONE
 
     def explained_by(self, likelihood: Likelihood) -> Fit:
         """The same samples, read with other observation noise."""
         return replace(self, problem=self.problem.explained_by(likelihood))
+
+    @property
+    def num_samples(self) -> int:
+        """Those of all processes."""
+        return len(self.stored) if self.crowd.processes is None else self.certificate.num_samples
+
+    def check_whole(self, what: str) -> None:
+        """Raise `InputError` where ``what`` needs all samples in this process."""
+        if self.crowd.processes is not None:
+            raise InputError(
+                f"`{what}` needs all {self.num_samples} samples, of which this process holds {len(self.stored)}; "
+                "they are spread by `device_mesh=`. Fit without it."
+            )
 
     @property
     def unit(self) -> Tensor:

@@ -54,7 +54,9 @@ def updated(fit: Fit, settings: Settings, loader: Iterable[Any], run: Run) -> Fi
     earlier = _earlier(fit)
     if earlier.rows.operator.processes is not None:
         raise InputError(
-            "`update` after a fit on several processes is not supported: call `fit` on all of the data."
+            "`update` after a fit on several processes would put new rows among the earlier ones, behind those of each "
+            "process, while factorisation, left-out examples and audit go by the order of all data. Call `fit` on all "
+            "of the data; a `LayerNullSpacePosterior` takes updates on several processes."
         )
     problem = earlier.rows.asked
     laps, before = Laps(), quick_digest(problem.functional.model)

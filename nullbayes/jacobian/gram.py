@@ -18,6 +18,8 @@ from nullbayes.jacobian.factors.products import add_into
 GRAM_ROWS_BYTES = 2**30
 # Bytes of recomputed rows held at a time, while the others are captured anew beside them.
 PANEL_BYTES = 2**30
+# A block's product with itself is computed whole below twice so many rows.
+HALVED = 768
 # Rows of the lower triangle that are mirrored at a time.
 MIRRORED = 512
 
@@ -49,8 +51,9 @@ def _by_layers(
             factors = _ready([block.factors[key] for block in opened], _room(out))
             for i, left in enumerate(factors):
                 rows = slice(starts[i], starts[i + 1])
-                for j, right in enumerate(factors[: i + 1]):
+                for j, right in enumerate(factors[:i]):
                     add_into(out[rows, starts[j] : starts[j + 1]], _product(left, right))
+                _add_own(left, out[rows, rows])
                 if tick:
                     tick((k + ((i + 1) / len(factors)) ** 2) / len(keys))
 
@@ -97,6 +100,24 @@ def _ready(factors: list[Factor], room: int) -> list[Factor | Tensor]:
     if None in sizes or sum(n or 0 for n in sizes) > min(GRAM_ROWS_BYTES, room):
         return list(factors)
     return [f.matrices() for f in factors]
+
+
+def _add_own(rows: Factor | Tensor, out: Tensor) -> None:
+    """A block's products with itself: by halves, so that little more than the lower triangle is computed."""
+    size = len(rows) if isinstance(rows, Tensor) else rows.examples
+    if len(out) < 2 * HALVED or size < 2:
+        add_into(out, _product(rows, rows))
+        return
+    half, at = size // 2, len(out) // size * (size // 2)
+    first: Factor | Tensor
+    second: Factor | Tensor
+    if isinstance(rows, Tensor):
+        first, second = rows[:half], rows[half:]
+    else:
+        first, second = rows.narrow(0, half), rows.narrow(half, size)
+    _add_own(first, out[:at, :at])
+    add_into(out[at:, :at], _product(second, first))
+    _add_own(second, out[at:, at:])
 
 
 def _product(left: Factor | Tensor, right: Factor | Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from nullbayes.common.crowd import ALONE, Crowd
 from nullbayes.common.processes import Processes
 from nullbayes.errors import NonFiniteError
 from nullbayes.jacobian.block import Block
@@ -28,6 +29,8 @@ class RowOperator(ABC):
     device: torch.device
     #: those that hold the rows together; None: this one has them all
     processes: Processes | None = None
+    #: those that project other samples with the same rows
+    crowd: Crowd = ALONE
 
     @property
     def mine(self) -> RowOperator:

@@ -64,6 +64,7 @@ class Share:
         limit: of its examples, how many are used; None: all.
         probe: a batch of the data, for a process that has none.
         whole: examples that all processes have, before any limit; None: told by nobody.
+        batch: examples that one process would read at a time, where they were split by index.
     """
 
     processes: Processes
@@ -73,6 +74,7 @@ class Share:
     probe: Iterable[Any]
     whole: int | None
     empty: bool
+    batch: int | None = None
 
     def __iter__(self) -> Iterator[Any]:
         return iter(() if self.empty else self.loader)
@@ -218,8 +220,9 @@ class _Parting:
         some = tuple(t[mine.start : mine.stop] for t in tensors)
         first = tuple(t[: slices.batch_size] for t in tensors)
         probe = Slices(first, slices.batch_size)
-        loader = Slices(some, slices.batch_size)
-        return Share(self.processes, loader, mine.start, None, probe, whole, not mine)
+        size = slices.batch_size
+        loader = Slices(some, size)
+        return Share(self.processes, loader, mine.start, None, probe, whole, not mine, size)
 
     # -- loaders -----------------------------------------------------------------------------------
 
@@ -239,7 +242,7 @@ class _Parting:
             list(numbers[i : min(i + size, mine.stop)]) for i in range(mine.start, mine.stop, size)
         ]
         own, probe = _again(loader, some), _again(loader, [list(numbers[:size])])
-        return Share(self.processes, own, mine.start, None, probe, whole, not mine)
+        return Share(self.processes, own, mine.start, None, probe, whole, not mine, size)
 
     def _numbers(self, sampler: Any) -> Sequence[int]:
         """The numbers of all examples, in the order in which one process would read them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,10 +32,26 @@ from nullbayes.moments.second import BlockMoments
 # Examples drawn for the certificate, at most, and bytes that they may take.
 KEPT_EXAMPLES = 128
 KEPT_BYTES = 2**26
+# The place of an example that another process has.
+_ELSEWHERE = (-1, 0)
 # Examples of a batch, where data come as one tensor.
 ROWS_AT_ONCE = 256
 
 Batch = tuple[int, Inputs, Any]
+# Examples and their targets.
+Group = tuple[Inputs, Any]
+
+
+class Spread(Protocol):
+    """Batches of which other processes have others, see ``shared.py``."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def keep(self, kept: Reservoir, inputs: Inputs, targets: Any) -> None: ...
+
+    def together(
+        self, own: Gathered, kept: Reservoir, functional: FunctionalModel, largest: int
+    ) -> Gathered: ...
 
 
 @dataclass
@@ -102,7 +118,7 @@ def _batches(loader: Any, name: str) -> Iterable[Any]:
 def gather(
     functional: FunctionalModel,
     blocks: Blocks,
-    batches: Iterable[Batch],
+    batches: Iterator[Batch] | Spread,
     ranks: list[int | None],
     seed: int,
     name: str,
@@ -124,8 +140,8 @@ def gather(
     device = functional.device
     pairs = zip(blocks.blocks, ranks, strict=True)
     out = Gathered([BlockMoments.zeros(b, device, rank) for b, rank in pairs], Members())
-    kept, collector = _Reservoir(seed), Collector(blocks, out.sums, dtype)
-    largest = 1
+    kept, collector = Reservoir(seed), Collector(blocks, out.sums, dtype)
+    largest, spread = 1, None if isinstance(batches, Iterator) else batches
     for index, inputs, targets in batches:
         where = f"{name}, batch {index}"
         with recording(blocks.sites, collector.receive, collector.summers):
@@ -134,12 +150,17 @@ def gather(
         if visit is not None:
             visit(outputs, targets)
         out.members.add(inputs)
-        kept.add(inputs, targets)
+        if spread is None:
+            kept.add(inputs, targets)
+        else:
+            spread.keep(kept, inputs, targets)
         out.examples += batch_size(inputs) // functional.draws
         largest = max(largest, batch_size(inputs))
+    collector.finish()
+    if spread is not None:
+        return spread.together(out, kept, functional, largest)
     if not out.examples:
         raise InputError(f"`{name}` holds no examples: every batch is empty. Pass a filled loader.")
-    collector.finish()
     out.kept = joined(kept.groups(), functional, largest)
     return out
 
@@ -169,14 +190,14 @@ def _both(
         for flags in (flags_of(functional.batch(inputs)) for inputs, _ in (one, two))
     ):
         return None
-    inputs = _concatenated(one[0], two[0], *(batch_size(group[0]) for group in (one, two)))
+    inputs = concatenated(one[0], two[0], *(batch_size(group[0]) for group in (one, two)))
     if one[1] is None or inputs is None:
         return None if inputs is None else (inputs, None)
-    targets = _concatenated(one[1], two[1], *(batch_size(group[0]) for group in (one, two)))
+    targets = concatenated(one[1], two[1], *(batch_size(group[0]) for group in (one, two)))
     return None if targets is None else (inputs, targets)
 
 
-def _concatenated(a: Any, b: Any, first: int, second: int) -> Any:
+def concatenated(a: Any, b: Any, first: int, second: int) -> Any:
     """``a`` and then ``b``; None where they are not examples of one shape."""
     (left, spec), (right, other) = tree_flatten(a), tree_flatten(b)
     if spec != other or not all(
@@ -189,12 +210,12 @@ def _concatenated(a: Any, b: Any, first: int, second: int) -> Any:
     return tree_unflatten([torch.cat(pair) for pair in zip(left, right, strict=True)], spec)
 
 
-class _Reservoir:
+class Reservoir:
     """Examples drawn evenly from a stream of batches (Vitter, *Random sampling with a reservoir*, ACM TOMS 1985)."""
 
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
-        self.seen = 0
+        self.seen = self.next = 0  # examples, and the number of the next batch
         self.room: int | None = None
         self.places: list[tuple[int, int]] = []  # batch and position in its selection
         self.stored: dict[int, tuple[Inputs, Any, int]] = {}
@@ -202,23 +223,49 @@ class _Reservoir:
     def add(self, inputs: Inputs, targets: Any) -> None:
         """Draw from one more batch."""
         size = batch_size(inputs)
-        if self.room is None:
-            each = max(1, sum(t.nbytes for t in tensor_leaves(inputs)) // size)
-            self.room = max(1, min(KEPT_EXAMPLES, KEPT_BYTES // each))
-        number, chosen = len(self.stored) + self.seen, {}
+        self.make_room(inputs)
+        number, chosen = self.next, {}
+        self.next += 1
         for i in range(size):
-            self.seen += 1
-            if len(self.places) < self.room:
-                self.places.append((number, i))
-                chosen[len(self.places) - 1] = i
-                continue
-            slot = self.chance.randrange(self.seen)
-            if slot < self.room:
+            slot = self._slot()
+            if slot is not None:
                 self.places[slot] = (number, i)
                 chosen[slot] = i
         if chosen:
             self.stored[number] = (inputs, targets, size)
             self._compact(number)
+        self._drop_unused()
+
+    def make_room(self, inputs: Inputs) -> None:
+        """For as many examples as the memory for them takes, by the first batch."""
+        if self.room is None:
+            each = max(1, sum(t.nbytes for t in tensor_leaves(inputs)) // batch_size(inputs))
+            self.room = max(1, min(KEPT_EXAMPLES, KEPT_BYTES // each))
+
+    def pass_over(self, count: int) -> None:
+        """Draw for examples that another process reads."""
+        for _ in range(count):
+            slot = self._slot()
+            if slot is not None:
+                self.places[slot] = _ELSEWHERE
+        self._drop_unused()
+
+    def reduce(self, room: int) -> None:
+        """Keep ``room`` of the examples at most, drawn evenly."""
+        self.places = self.chance.sample(self.places, min(room, len(self.places)))
+        self._drop_unused()
+
+    def _slot(self) -> int | None:
+        """Where the next example is kept, if it is."""
+        assert self.room is not None
+        self.seen += 1
+        if len(self.places) < self.room:
+            self.places.append(_ELSEWHERE)
+            return len(self.places) - 1
+        slot = self.chance.randrange(self.seen)
+        return slot if slot < self.room else None
+
+    def _drop_unused(self) -> None:
         used = {batch for batch, _ in self.places}
         self.stored = {batch: value for batch, value in self.stored.items() if batch in used}
 
@@ -236,19 +283,24 @@ class _Reservoir:
         for i, slot in enumerate(slots):
             self.places[slot] = (number, i)
 
-    def groups(self) -> list[tuple[Inputs, Any]]:
+    def groups(self) -> list[Group]:
         """The examples by batch, in the order in which they came."""
-        out = []
+        return [group for _, _, group in self.numbered()]
+
+    def numbered(self) -> list[tuple[int, list[int], Group]]:
+        """The same with the number that each batch got, and the places of its examples, which are in their order."""
+        out: list[tuple[int, list[int], Group]] = []
         for number, (inputs, targets, size) in sorted(self.stored.items()):
-            at = sorted(i for batch, i in self.places if batch == number)
+            found = sorted((i, s) for s, (batch, i) in enumerate(self.places) if batch == number)
+            at, slots = [i for i, _ in found], [s for _, s in found]
             index = torch.tensor(at, dtype=torch.long).to(tensor_leaves(inputs)[0].device)
             if len(at) == size:
-                out.append((inputs, targets))
+                out.append((number, slots, (inputs, targets)))
                 continue
             labels = targets
             if targets is not None and _length(targets) == size:
                 labels = select(targets, index)
-            out.append((select(inputs, index), labels))
+            out.append((number, slots, (select(inputs, index), labels)))
         return out
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nullbayes.certificate import Certificate
 from nullbayes.common.arguments import check_count, check_positive, check_sample_dtype
+from nullbayes.common.crowd import Crowd
 from nullbayes.constraints.directions import Directions
 from nullbayes.constraints.preserve import Preserve
 from nullbayes.constraints.problem import Problem
@@ -119,7 +120,7 @@ class Posterior(RowJudged, Predicts, Grows):
     @property
     def num_samples(self) -> int:
         """Weight samples that are stored."""
-        return len(self._fitted().stored)
+        return self._fitted().num_samples
 
     @property
     def prior_precision(self) -> float:
@@ -136,7 +137,8 @@ class Posterior(RowJudged, Predicts, Grows):
     @undisturbed_method
     def _set_prior_precision(self, value: float) -> None:
         fit, value = self._fitted(), check_positive(value, "prior_precision")
-        if fit.check is None or fit.check.processes is None:
+        check = fit.check
+        if check is None or (check.processes is None and check.crowd.processes is None):
             self._take(rescaled(fit, value))
             return
         with self._together("prior_precision"):
@@ -250,8 +252,11 @@ class Posterior(RowJudged, Predicts, Grows):
         )
         with self._together("fit") as processes:
             train_loader = self._data(train_loader, "train_loader")
+            run = replace(run, crowd=Crowd.of(self.sample_group))
+            for everyone in (processes, run.crowd.processes):
+                if everyone is not None:
+                    check_alike(self.problem, self._settings, run, everyone)
             if processes is not None:
-                check_alike(self.problem, self._settings, run, processes)
                 run = replace(run, progress=run.progress and processes.leads)
                 train_loader = shared(train_loader, processes, "train_loader", run.max_examples)
             self._take(build(self.problem, self._settings, train_loader, run))
@@ -375,6 +380,7 @@ class Posterior(RowJudged, Predicts, Grows):
 
         More than were fitted are drawn first, see :meth:`draw`.
         """
+        self._fitted().check_whole("sample")
         count = self.num_samples if count is None else check_count(count, "count")
         if count > self.num_samples:
             self.draw(count - self.num_samples)
@@ -394,6 +400,7 @@ class Posterior(RowJudged, Predicts, Grows):
                 "factorisation, so call `fit` again with a larger `num_samples`."
             )
         count = check_count(count, "count")
+        fit.check_whole("draw")
         if fit.state.operator.processes is None:
             self._take(extended(fit, self._settings, count))
             return
@@ -411,6 +418,7 @@ class Posterior(RowJudged, Predicts, Grows):
             NotFittedError: not fitted. StorageError: the file cannot be written; an earlier one stays.
         """
         fit = self._fitted()
+        fit.check_whole("save")
         settings = described(fit, self._settings.target, self.calibration)
         settings["class"] = type(self).__name__
         write_posterior(beside_adapter(path), self.model, self.problem, fit.stored, settings)

@@ -155,7 +155,8 @@ class _Walk:
 
     def _outputs(self, inputs: Inputs, where: str) -> tuple[Tensor, Tensor]:
         functional = self.fit.problem.functional
-        return linearised_outputs(functional, self.plan, self.fit.unit, inputs, where)
+        point, change = linearised_outputs(functional, self.plan, self.fit.unit, inputs, where)
+        return point, self.fit.crowd.joined(change)
 
     def add(self, inputs: Inputs, targets: Any, where: str) -> None:
         """One batch of validation data."""

@@ -51,6 +51,7 @@ class Grows:
         """
         own = cast("Posterior", self)
         fit = own._fitted()
+        fit.check_whole("update")
         run = Run(
             own.num_samples,
             fit.seed,

@@ -63,7 +63,7 @@ def joint(scorer: Scorer, x: Inputs) -> Joint:
     fit, dtype = scorer.fit, scorer.problem.dtype
     if not factorised(scorer):
         point, change = linearised_outputs(scorer.problem.functional, scorer.plan, fit.unit, x)
-        flat = change.double().flatten(1)
+        flat = fit.crowd.joined(change).double().flatten(1)
         return Joint(point, (flat.T @ flat / (len(flat) * fit.alpha)).to(dtype))
     point, operator = output_operator(scorer, x, outputs)
     state = fit.state

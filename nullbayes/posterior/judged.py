@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
+from nullbayes.common.crowd import Crowd
 from nullbayes.common.processes import Processes, resolve
 from nullbayes.jacobian.linearise import linearised_outputs
 from nullbayes.jacobian.shared import serve
@@ -30,18 +31,21 @@ class Judged:
     linearises = True
     #: those that work on it together, see `NullSpacePosterior`; False: this process alone
     process_group: Any = False
+    #: those that hold the other samples
+    sample_group: Any = False
 
     @contextmanager
     def _together(self, where: str) -> Iterator[Processes | None]:
         """The length of a call that all processes make: these, or None for one alone."""
         processes = resolve(self.process_group)
-        if processes is None:
-            yield None
-            return
-        with processes.call(where) as outermost:
-            yield processes
-            if outermost:  # others may still need products with the rows that are here
-                serve(processes)
+        with Crowd.of(self.sample_group).call(where):
+            if processes is None:
+                yield None
+                return
+            with processes.call(where) as outermost:
+                yield processes
+                if outermost:  # others may still need products with the rows that are here
+                    serve(processes)
 
     @undisturbed_method
     def evaluate(
@@ -145,6 +149,7 @@ class RowJudged(Judged):
         own = cast("Posterior", self)
         plan, unit = own._capture_plan(inputs), own._fitted().unit
         point, change = linearised_outputs(own.functional, plan, unit, inputs, where)
+        change = own._fitted().crowd.joined(change)
         return point, lambda scale: point + scale * change
 
     def _prior_chosen_by(self) -> tuple[str, str]:

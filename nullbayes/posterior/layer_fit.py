@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,12 +12,15 @@ from torch import Tensor
 
 from nullbayes.common.memory import peak_bytes
 from nullbayes.common.progress import CERTIFICATE, FACTORISATION, Laps, Stages
+from nullbayes.constraints.shared_rows import everyones
 from nullbayes.errors import InputError
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.fingerprint import fingerprint
 from nullbayes.model.functional import FunctionalModel
+from nullbayes.model.shares import Share
 from nullbayes.moments.blocks import Block, Blocks
-from nullbayes.moments.gather import Gathered, drawn, first_batch, gather, unlabelled
+from nullbayes.moments.gather import Batch, Gathered, drawn, first_batch, gather, unlabelled
+from nullbayes.moments.shared import Part
 from nullbayes.moments.sketch import Sketch
 from nullbayes.moments.verify import verified_blocks
 from nullbayes.posterior.layer_certificate import LayerCertificate, LayerReport
@@ -107,8 +111,16 @@ def collect(
     ``likelihood``: estimates its observation noise from this pass, where it has to; None: not from these data.
     """
     name, seed = source.name, source.seed
-    batches = stage.track(unlabelled(source.loader, functional.device, name), INPUTS)
-    first, everything = first_batch(drawn(functional, batches))
+    read = unlabelled(source.loader, functional.device, name)
+    batches = drawn(functional, stage.track(read, INPUTS))
+    everything: Iterator[Batch] | Part
+    if isinstance(source.loader, Share):
+        probe = unlabelled(source.loader.probe, functional.device, name)
+        first, _ = first_batch(drawn(functional, probe))
+        own = iter(()) if source.loader.empty else batches
+        everything = Part(own, source.loader, functional.draws)
+    else:
+        first, everything = first_batch(batches)
     if known is not None:
         blocks, ranks = known
     else:
@@ -127,7 +139,7 @@ def collect(
         )
     residuals = _Residuals(likelihood)
     out = gather(functional, blocks, everything, ranks, seed, name, residuals.add, source.products)
-    residuals.finish()
+    residuals.finish(source.loader)
     return blocks, out
 
 
@@ -147,8 +159,9 @@ class _Residuals:
         self.likelihood.validate(outputs, targets, "the training data")
         self.pairs.append((outputs.detach().cpu(), targets.detach().cpu()))
 
-    def finish(self) -> None:
-        self.likelihood.fit_noise(self.pairs)
+    def finish(self, loader: Any) -> None:
+        """``loader``: those of all processes, where it is a `Share`."""
+        self.likelihood.fit_noise(list(everyones(iter(self.pairs), loader)))
 
 
 def concluded(

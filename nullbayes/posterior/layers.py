@@ -13,9 +13,11 @@ from torch.utils.data import Dataset
 from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE
 from nullbayes.common.arguments import check_choice, check_count, check_positive
 from nullbayes.common.memory import available_bytes, explained_out_of_memory, parse_bytes
+from nullbayes.common.processes import Processes
 from nullbayes.common.progress import Laps, stages
 from nullbayes.constraints.memory_budget import default_budget
 from nullbayes.errors import InputError, NotFittedError
+from nullbayes.fit.together import own_budget
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.capture.verify import prove
 from nullbayes.likelihood import Likelihood, LossFunction, resolve_loss
@@ -27,6 +29,7 @@ from nullbayes.model.functional import Forward, FunctionalModel, undisturbed_met
 from nullbayes.model.loader import first_inputs
 from nullbayes.model.parameters import ParameterChoice, ParameterSpace
 from nullbayes.model.randomness import FrozenRandomness, resolve_randomness
+from nullbayes.model.shares import shared
 from nullbayes.moments.products import working_dtype
 from nullbayes.posterior import layer_change
 from nullbayes.posterior.calibration import (
@@ -82,6 +85,7 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
         randomness: None: the model must not draw random numbers. ``"frozen"`` (or ``nb.FrozenRandomness(seed)``): an
             example gets the same ones in every batch and call, and what stands are its outputs with those.
         draws: with how many draws of that noise each training example is read.
+        process_group: the processes that read the data together, as for :class:`nullbayes.NullSpacePosterior`.
 
     Raises:
         InputError: an argument that cannot be used.
@@ -100,13 +104,14 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
         memory: str | int | None = None,
         randomness: str | FrozenRandomness | None = None,
         draws: int | None = None,
+        process_group: Any = None,
     ) -> None:
         number = isinstance(delta, (int, float)) and not isinstance(delta, bool)
         if not number or not 0 <= delta < math.inf:
             raise InputError(f"`delta` is {delta!r}; expected a number, 0 (exact) or more.")
         self.model = unwrapped(model)
         self.likelihood = resolve_loss(likelihood, loss, CLASSIFICATION)
-        self.delta = float(delta)
+        self.delta, self.process_group = float(delta), process_group
         if isinstance(prior_precision, str):
             check_choice(prior_precision, (AUTO,), "prior_precision")
             self._prior: float | None = None
@@ -151,11 +156,22 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
                 and an earlier fit stay as they were.
         """
         num_samples = check_count(num_samples, "num_samples")
-        seed, data = check_count(seed, "seed", 0), self._data(train, "train")
-        self._check_mode()
-        self.space.check_finite(self.model)
+        seed = check_count(seed, "seed", 0)
+        with self._together("fit") as processes:
+            data = self._part(self._data(train, "train"), "train", processes, seed)
+            self._check_mode()
+            self.space.check_finite(self.model)
+            budget = self._memory or own_budget(self.functional.device, processes)
+            if processes is None:
+                return self._fitted_to(data, num_samples, seed, budget, progress=progress)
+            budget = -round(processes.largest(-budget))
+            progress &= processes.leads
+            return self._fitted_to(data, num_samples, seed, budget, progress=progress)
+
+    def _fitted_to(
+        self, data: Any, num_samples: int, seed: int, budget: int, *, progress: bool
+    ) -> LayerNullSpacePosterior:
         likelihood = layer_change.fresh(self.likelihood)
-        budget = self._memory or default_budget(available_bytes(self.functional.device))
         with stages(show=progress) as stage, explained_out_of_memory(budget):
             laps, products = Laps(), working_dtype(self.functional.dtype, self.delta)
             blocks, gathered = collect(
@@ -180,6 +196,16 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
             return as_loader(data, name, self.functional.dtype, labelled=False)
         return data
 
+    def _part(self, data: Any, name: str, processes: Processes | None, seed: int = 0) -> Any:
+        """What this process reads of ``data``, of a network and arguments that are those of all."""
+        if processes is None:
+            return data
+        space = self.space
+        settings = (self.delta, self._prior, self._memory, repr(self.likelihood), space.names, seed)
+        weights = quick_digest(self.model)
+        processes.agree({"weights": weights, "settings": settings})
+        return shared(data, processes, name)
+
     def _accept(self, fit: LayerFit) -> None:
         self._fit, self.likelihood = fit, fit.likelihood
         self._forget_scores()
@@ -200,15 +226,16 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
     @undisturbed_method
     def update(self, more: Any, *, progress: bool = True) -> LayerNullSpacePosterior:
         """Add training data: the sums of all, as if fitted together. Raises as `fit`; what was fitted stays then."""
-        fit = self._ready()
-        self._accept(
-            layer_change.updated(fit, self._data(more, "more"), self._prior, progress=progress)
-        )
+        with self._together("update") as processes:
+            fit = self._ready()
+            data = self._part(self._data(more, "more"), "more", processes)
+            shows = progress and (processes is None or processes.leads)
+            self._accept(layer_change.updated(fit, data, self._prior, progress=shows))
         return self
 
     @undisturbed_method
     def remove(self, some: Any, *, progress: bool = True) -> LayerNullSpacePosterior:
-        """Take training data out again: as if it had never been there.
+        """Take training data out again: as if it had never been there. Of several processes each reads all of it.
 
         Raises:
             InputError: data that were never added, or all of them; nothing is removed then.
@@ -236,6 +263,7 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
             forward=self.functional.user_forward,
             memory=self._memory,
             randomness=self.functional.randomness,
+            process_group=self.process_group,
         )
         out._accept(layer_change.merged(fit, theirs, self._prior))
         return out

@@ -92,11 +92,12 @@ class Scorer:
 
     def too_many_rows(self, outputs: int) -> bool:
         """Whether one pass for each sample costs less than one row for each output."""
-        return outputs > REVERSE_OUTPUTS_PER_SAMPLE * len(self.fit.stored)
+        return outputs > REVERSE_OUTPUTS_PER_SAMPLE * self.fit.num_samples
 
     def changes(self, x: Inputs) -> Tensor:
         """``J(x) Δ_s (S, B, *out)`` at prior precision one, sample by sample."""
-        return forward_mode(self.problem.functional, self.plan, self.fit.unit, x)
+        found = forward_mode(self.problem.functional, self.plan, self.fit.unit, x)
+        return self.fit.crowd.joined(found)
 
     def rows(
         self, x: Inputs, outputs: int, centre: Callable[[Tensor], Tensor]
@@ -236,7 +237,8 @@ def check_has_entropy(likelihood: Likelihood, score: str) -> None:
 def _per_row(scorer: Scorer, operator: JacobianOperator, outputs: int) -> Tensor:
     """Variance along each row at prior precision one, float64 ``(R,)``."""
     if not scorer.is_exact(outputs):
-        return operator.matvec(scorer.isotropic).double().square().mean(0)
+        moved = scorer.fit.crowd.joined(operator.matvec(scorer.isotropic))
+        return moved.double().square().mean(0)
     state = scorer.fit.state
     assert state is not None
     return (operator.squared_norms() - state.explained(operator).flatten()).clamp(min=0)
@@ -255,7 +257,8 @@ def _changes(scorer: Scorer, x: Inputs, outputs: int) -> Iterator[Tensor]:
         yield observed(scorer.changes(x))
         return
     for point, operator in scorer.rows(x, outputs, observed):
-        yield operator.matvec(unit).reshape(len(unit), *point.shape)
+        moved = scorer.fit.crowd.joined(operator.matvec(unit))
+        yield moved.reshape(len(moved), *point.shape)
 
 
 def exact_covariances(

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from nullbayes.common.arguments import PriorPrecision
+from nullbayes.common.crowd import groups_of
 from nullbayes.common.deprecation import warn_deprecated
 from nullbayes.constraints.directions import Directions
 from nullbayes.constraints.fisher import with_curvature
@@ -81,6 +82,8 @@ class NullSpacePosterior(Posterior):
         process_group: the processes that work together: None: all of `torch.distributed`'s default group, where one is
             initialised; False: this one alone; a group, or a device mesh of one dimension. All of them make the same
             calls.
+        device_mesh: instead, a mesh with the dimensions ``"data"`` and ``"samples"``: examples are split over the
+            first, and weight samples over the second, where ``S × P`` numbers do not fit one process.
 
     Raises:
         InputError: an argument that cannot be used.
@@ -110,6 +113,7 @@ class NullSpacePosterior(Posterior):
         curvature: str | Preserve = "gauss-newton",
         prior_mean: PriorMean = "zero",
         process_group: Any = None,
+        device_mesh: Any = None,
     ) -> None:
         number = isinstance(delta, (int, float)) and not isinstance(delta, bool)
         if not number or not 0 <= delta < math.inf:
@@ -128,6 +132,8 @@ class NullSpacePosterior(Posterior):
         target = NullSpace(float(delta))
         super().__init__(problem, Settings.of(target, solver, tolerance, row_drift, memory))
         self.process_group = process_group
+        if device_mesh is not None:
+            self.process_group, self.sample_group = groups_of(device_mesh)
 
 
 class LaplacePosterior(Posterior):

@@ -122,6 +122,7 @@ class Predicts:
         own = cast("Posterior", self)
         fit, x = own._fitted(), own._inputs(x, [how.draw])
         if how.differentiable:
+            fit.check_whole("predict(differentiable=True)")
             check_requires_grad(x)
         point, outputs = self._outputs(fit, x, how)
         with torch.set_grad_enabled(how.differentiable):
@@ -144,10 +145,12 @@ class Predicts:
         if how.method != METHODS[0]:
             if how.differentiable:
                 return point_with_graph(functional, x), sampled_with_graph(fit, x)
-            return sampled_outputs(functional, fit.unit, x, "`x`", scale)
+            point, outputs = sampled_outputs(functional, fit.unit, x, "`x`", scale)
+            return point, fit.crowd.joined(outputs)
         plan = own._capture_plan(x)
         with torch.no_grad():
             point, change = linearised_outputs(functional, plan, fit.unit, x, "`x`")
+            change = fit.crowd.joined(change)
         if how.differentiable:
             point = point_with_graph(functional, x)
             change = changes_with_graph(functional, plan, fit.unit, x, change)
@@ -177,6 +180,7 @@ class Predicts:
         fit, x = own._fitted(), own._inputs(x, [check_count(draw, "draw", 0)])
         scorer = Scorer(fit, own._capture_plan(x), exact)
         if differentiable:
+            fit.check_whole("joint(differentiable=True)")
             check_requires_grad(x)
             return joint_with_graph(scorer, x)
         with torch.no_grad():

@@ -10,6 +10,7 @@ from nullbayes.solvers.base import State as State
 from nullbayes.solvers.base import Status as Status
 from nullbayes.solvers.conjugate_gradient import ConjugateGradient as ConjugateGradient
 from nullbayes.solvers.dual import DualCholesky as DualCholesky
+from nullbayes.solvers.eigen import PrimalEigen as PrimalEigen
 from nullbayes.solvers.preconditioners import Kronecker as Kronecker
 from nullbayes.solvers.preconditioners import Pivoted as Pivoted
 from nullbayes.solvers.preconditioners import Preconditioner as Preconditioner

@@ -8,12 +8,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nullbayes.common.decompositions import eigvalsh, pinv
+from nullbayes.common.decompositions import (
+    cholesky_,
+    eigvalsh,
+    mirror_upper_,
+    pinv,
+    solved,
+)
 from nullbayes.common.memory import working_bytes
 from nullbayes.common.processes import once
 from nullbayes.common.progress import CERTIFICATE, FACTORISATION, GRAM, PROJECTION
 from nullbayes.errors import SolverError
-from nullbayes.jacobian.block_storage import BLOCK_ROWS
+from nullbayes.jacobian.gram import HALVED
 from nullbayes.jacobian.operator import RowOperator, Tick
 from nullbayes.solvers.base import (
     Cost,
@@ -86,7 +92,7 @@ class DualCholesky(Solver):
         device = rehearsal.operator.device
         # A block's product with itself is computed whole, so the trial did all of its M² pairs.
         pairs = timed(rehearsal.operator.gram) / here**2
-        blocks = max(1.0, m / BLOCK_ROWS)
+        blocks = max(1.0, m / (2 * HALVED))
         computed = 0.5 + 0.5 / blocks  # the lower triangle of blocks, the diagonal ones whole
         n = min(TRIAL_SIDE, max(m, 2))
         grow = m / n
@@ -100,7 +106,7 @@ class DualCholesky(Solver):
             single, few = matrix.float(), torch.randn(n, PROBES, device=device)
             spectrum = (STEPS * timed(lambda: single @ few) + scaling / 2) * grow**2
         right = torch.randn(n, rehearsal.samples, dtype=torch.float64, device=device)
-        solve = timed(lambda: torch.cholesky_solve(right, matrix)) * grow**2
+        solve = timed(lambda: solved(matrix, right)) * grow**2
         once = rehearsal.one_pass
         out = {
             GRAM: computed * pairs * m**2,
@@ -112,7 +118,7 @@ class DualCholesky(Solver):
             # Many columns at once are solved for at another speed than a few.
             left_out = min(m, rows_left_out(m))
             several = torch.randn(n, min(256, left_out), dtype=matrix.dtype, device=device)
-            solving = timed(lambda: torch.cholesky_solve(several, matrix)) * grow**2
+            solving = timed(lambda: solved(matrix, several)) * grow**2
             out[CERTIFICATE] = once / 2 + solving * left_out / several.shape[1]
         return out
 
@@ -166,11 +172,10 @@ class DualState(State):
         while True:
             # An example without a row (ignored, or fully certain) gets a unit diagonal: it is inert.
             gram.diagonal().fill_(1.0 + jitter)
-            self.chol, info = once(
-                self.operator.processes, partial(torch.linalg.cholesky_ex, gram), gram
-            )
+            self.chol, info = once(self.operator.processes, partial(cholesky_, gram), gram)
             if int(info) == 0:
                 break
+            mirror_upper_(gram)
             jitter *= 10
             if jitter > 1e-2:
                 raise SolverError(
@@ -205,12 +210,12 @@ class DualState(State):
             shape = (m, TRACE_PROBES)
             probes = torch.randint(0, 2, shape, generator=generator).double().mul_(2).sub_(1)
             probes = probes.to(self.chol.device) * weight.sqrt()[:, None]
-            lost = (probes * torch.cholesky_solve(probes, self.chol)).sum() / TRACE_PROBES
+            lost = (probes * solved(self.chol, probes)).sum() / TRACE_PROBES
         return max(0, min(round(live - float(lost)), *self.operator.shape))
 
     def _solve(self, r: Tensor) -> Tensor:
         """``(S, M)`` -> approximate ``(K + shift I)⁻¹ r``."""
-        return torch.cholesky_solve((r * self.scale).T, self.chol).T * self.scale
+        return solved(self.chol, (r * self.scale).T).T * self.scale
 
     def project(
         self, vectors: Tensor, noise: Tensor | None = None, watch: Watch = QUIET

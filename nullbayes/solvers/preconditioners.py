@@ -12,6 +12,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from nullbayes.common.decompositions import solved
 from nullbayes.errors import InputError, SolverError
 from nullbayes.jacobian.operator import JacobianOperator, RowOperator, Tick
 from nullbayes.solvers.base import require_finite
@@ -128,7 +129,7 @@ class Subset(Preconditioner):
 
     def apply(self, r: Tensor) -> Tensor:
         image = self._some.matvec(r).double() * self._scale
-        z = torch.cholesky_solve(image.T, self._factor).T * self._scale
+        z = solved(self._factor, image.T).T * self._scale
         return r - self._some.rmatvec(z.to(r.dtype))
 
     def _tail(self, operator: RowOperator, generator: torch.Generator, steps: int = 4) -> float:
@@ -237,7 +238,7 @@ class Sketch(Preconditioner):
         self.notes = (f"Gram matrix of {columns} random projections of the rows",)
 
     def apply(self, r: Tensor) -> Tensor:
-        return torch.cholesky_solve((r * self._scale).T, self._factor).T * self._scale
+        return solved(self._factor, (r * self._scale).T).T * self._scale
 
 
 @register
@@ -298,7 +299,7 @@ class Pivoted(Preconditioner):
         self.notes = (f"{factor.shape[1]} random pivots, tail curvature {self.mu:.2g}",)
 
     def apply(self, r: Tensor) -> Tensor:
-        inner = torch.cholesky_solve((r @ self._factor).T, self._root).T
+        inner = solved(self._root, (r @ self._factor).T).T
         return (r - inner @ self._factor.T) / self.mu
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -129,12 +130,20 @@ class PrimalQR(Solver):
         return torch.geqrf(stacked, out=(stacked, r.new_empty(p)))[0][:p].triu()
 
 
+class Primal(Protocol):
+    """What made a `PrimalState`."""
+
+    cutoff: float | None
+
+    def tolerance_for(self, dtype: torch.dtype) -> float: ...
+
+    def absorbed(self, r: Tensor, added: RowOperator, operator: RowOperator) -> PrimalState: ...
+
+
 class PrimalState(State):
     """Singular values ``sigma (r,)`` and right singular vectors ``basis (r, P)``, float64."""
 
-    def __init__(
-        self, solver: PrimalQR, operator: RowOperator, sigma: Tensor, basis: Tensor
-    ) -> None:
+    def __init__(self, solver: Primal, operator: RowOperator, sigma: Tensor, basis: Tensor) -> None:
         self.solver, self.operator = solver, operator
         cutoff = solver.cutoff or 32 * torch.finfo(operator.dtype).eps
         keep = sigma > cutoff * sigma[:1]

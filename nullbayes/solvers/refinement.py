@@ -36,12 +36,12 @@ def iterate(
     shift leaves free, and iteration ends there.
     """
     x = vectors
-    first = operator.image_norms(x)
+    first = operator.crowd.joined(operator.image_norms(x))
     require_finite(first, "the product of the Jacobian rows with prior samples")
     status, done, previous = Status.NUMERICAL, 0, 1.0
     while True:
         x, done = one_pass(x), done + 1
-        after = operator.image_norms(x)
+        after = operator.crowd.joined(operator.image_norms(x))
         require_finite(after, "the residual of the projection")
         residual = relative(after, first)
         overall = float(relative(after.norm(), first.norm()))

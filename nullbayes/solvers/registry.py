@@ -16,6 +16,7 @@ from nullbayes.solvers.alternating import AlternatingProjections
 from nullbayes.solvers.base import Size, Solver
 from nullbayes.solvers.conjugate_gradient import ConjugateGradient
 from nullbayes.solvers.dual import DualCholesky
+from nullbayes.solvers.eigen import PrimalEigen
 from nullbayes.solvers.primal import PrimalQR
 
 AUTO = "auto"
@@ -52,7 +53,7 @@ def register_solver(cls: _Class) -> _Class:
     return cls
 
 
-for _solver in (DualCholesky, PrimalQR, ConjugateGradient, AlternatingProjections):
+for _solver in (DualCholesky, PrimalQR, PrimalEigen, ConjugateGradient, AlternatingProjections):
     register_solver(_solver)
 
 
@@ -69,7 +70,7 @@ def resolve_solver(solver: str | Solver, tolerance: float | None = None) -> Solv
     known = ", ".join(repr(name) for name in _REGISTRY)
     raise InputError(
         f"`solver` is {solver!r}; expected 'auto', {known}, or an object from `nullbayes.solvers`: "
-        "DualCholesky(), PrimalQR(), ConjugateGradient(), AlternatingProjections()."
+        "DualCholesky(), PrimalQR(), PrimalEigen(), ConjugateGradient(), AlternatingProjections()."
     )
 
 
@@ -115,6 +116,12 @@ def choose(solver: str | Solver, size: Size, budget: int, tolerance: float | Non
         for s in direct
         if costs[s.name].nbytes <= budget and costs[s.name].flops <= max(worth, 1e13)
     ]
+    if not exact and size.itemsize < 8:
+        # A fifth of the work of the triangular factor, which stays the first choice where both would do.
+        squared = PrimalEigen(tolerance)
+        costs[squared.name] = cost = squared.cost(size)
+        if cost.nbytes <= budget and cost.flops <= max(worth, 1e13):
+            exact = [squared]
     if exact:
         best = min(exact, key=lambda s: costs[s.name].flops)
         return Choice(

@@ -92,3 +92,38 @@ def test_errors_are_ours(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     failing(name, 99, monkeypatch)
     with pytest.raises(nb.SolverError, match=r"\(6, 6\) could not be decomposed.*solver="):
         getattr(decompositions, name)(matrix)
+
+
+def positive(size: int) -> Tensor:
+    """Symmetric and positive definite, in float64."""
+    a = torch.randn(size, 2 * size, generator=torch.Generator().manual_seed(3), dtype=F64)
+    return a @ a.T
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 50])
+def test_a_factor_in_blocks_is_the_factor(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decompositions, "BLOCKED", 8)
+    monkeypatch.setattr(decompositions, "PANEL", 7)
+    wanted = positive(size)
+    room = wanted.clone()
+    factor, info = decompositions.cholesky_(room)
+    assert int(info) == 0
+    assert (factor.data_ptr() == room.data_ptr()) == (size >= 8)  # in place
+    assert torch.equal(factor, factor.tril())
+    torch.testing.assert_close(factor @ factor.T, wanted, rtol=1e-12, atol=0)
+    right = torch.ones(size, 2, dtype=F64)
+    torch.testing.assert_close(wanted @ decompositions.solved(factor, right), right)
+
+
+@pytest.mark.parametrize("place", [0, 20, 49])
+def test_a_matrix_that_has_no_factor_is_not_lost(
+    place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decompositions, "BLOCKED", 8)
+    monkeypatch.setattr(decompositions, "PANEL", 7)
+    wanted = positive(50)
+    wanted[place, place] = -1.0
+    room = wanted.clone()
+    assert int(decompositions.cholesky_(room)[1]) == place + 1
+    decompositions.mirror_upper_(room).diagonal().copy_(wanted.diagonal())
+    assert torch.equal(room, wanted)

@@ -82,8 +82,10 @@ SOLVERS: dict[str, Callable[[float], Any]] = {
     "alternating": lambda t: solvers.AlternatingProjections(t, max_cycles=30, batch_rows=2 * BATCH),
     "dual": lambda t: solvers.DualCholesky(),
     "primal": lambda t: solvers.PrimalQR(),
+    "eigen": lambda t: solvers.PrimalEigen(),
 }
 DIRECT = ("dual", "primal", "sketch")
+SINGLE = ("eigen",)  # rows in single precision alone
 
 
 def same_by_solver() -> dict[str, Any]:
@@ -91,11 +93,13 @@ def same_by_solver() -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, make in SOLVERS.items():
         # Solved well, so that what is compared is the answer and not where rounding has ended a search.
-        posterior = nb.NullSpacePosterior(network(), solver=make(1e-9), delta=1e-2)
-        out[f"{name}, float64"] = fitted(posterior, batches(4 * BATCH))
-        if name in DIRECT:
+        if name not in SINGLE:
+            posterior = nb.NullSpacePosterior(network(), solver=make(1e-9), delta=1e-2)
+            out[f"{name}, float64"] = fitted(posterior, batches(4 * BATCH))
+        if name in DIRECT + SINGLE:
             single = nb.NullSpacePosterior(network(torch.float32), solver=make(1e-5), delta=1e-2)
             out[f"{name}, float32"] = fitted(single, loader(5 * BATCH, torch.float32))
+        if name in DIRECT:
             laplace = nb.LaplacePosterior(network(), solver=make(1e-10))
             out[f"{name}, Laplace"] = fitted(laplace, loader(5 * BATCH))
     return out
@@ -119,6 +123,51 @@ def same_by_rows() -> dict[str, Any]:
     dropped = DataLoader(TensorDataset(*data(23)), batch_size=BATCH, drop_last=True)
     out["dropped"] = fitted(nb.NullSpacePosterior(network()), dropped)
     return out
+
+
+def same_by_layer() -> dict[str, Any]:
+    """The layer posterior: sums, examples that are kept, certificate, scores, more data and less."""
+    out: dict[str, Any] = {}
+    wide: dict[str, Any] = {"memory": 10_000}  # layers are sketched
+    cases: dict[str, tuple[Any, dict[str, Any]]] = {
+        "loader": (loader(23), {}),
+        "exact": (loader(23), {"delta": 0}),
+        "arrays": (data(301), {"prior_precision": 2.0}),
+        "many": (loader(301), {}),
+        "list": (batches(23), {}),
+        "empty": (batches(BATCH + 1), {}),
+        "sketched": (loader(23), wide),
+        "float32": (loader(301, torch.float32), {}),
+    }
+    for name, (train, options) in cases.items():
+        dtype = torch.float32 if name == "float32" else torch.float64
+        p = nb.LayerNullSpacePosterior(network(dtype), **options).fit(train, 3, progress=False)
+        out[name] = _of_layers(p, dtype)
+    noisy = nb.LayerNullSpacePosterior(network(), nb.Regression())
+    x = data(23)[0]
+    noisy.fit((x, x.sin()), 3, progress=False)
+    out["regression"] = _of_layers(noisy, torch.float64)
+    out["regression"]["noise"] = torch.as_tensor(noisy.likelihood.noise_variance)  # type: ignore[attr-defined]
+    p = nb.LayerNullSpacePosterior(network()).fit(loader(23), 3, progress=False)
+    out["more"] = _of_layers(p.update(loader(9, seed=3), progress=False), torch.float64)
+    out["less"] = _of_layers(p.remove(loader(9, seed=3), progress=False), torch.float64)
+    return out
+
+
+def _of_layers(p: nb.LayerNullSpacePosterior, dtype: torch.dtype) -> dict[str, Any]:
+    c, gathered = p.certificate, p._fitted().gathered
+    names = "divergence change left_out_divergence network_score posterior_score weight_change free_share"
+    kept = torch.cat([inputs for inputs, _ in gathered.kept])
+    some = data(5, dtype, 8)[0]
+    return {
+        **{name: getattr(c, name) for name in (*names.split(), "prior_precision")},
+        "counts": (c.examples, c.checked_examples, [sums.count for sums in gathered.sums]),
+        "kept": (kept, [len(inputs) for inputs, _ in gathered.kept]),
+        "sample": torch.cat([t.flatten() for t in next(p.sample(1)).values()]),
+        "mean": p.predict(some).mean,
+        "scores": p.novelty(some),
+        "members": gathered.members.counts.sum(),
+    }
 
 
 def same_of_a_posterior() -> dict[str, Any]:
@@ -153,6 +202,49 @@ def same_of_a_posterior() -> dict[str, Any]:
         found["drawn"] = p._fitted().unit
         p.prior_precision = 3.0
         found["drift"] = torch.tensor([p.certificate.drift, p.certificate.posterior_score])
+    return out
+
+
+def same_on_a_mesh() -> dict[str, Any]:
+    """Samples spread over the second dimension of a mesh; in one process, all of them there."""
+    mesh = None
+    if dist.is_initialized():
+        from torch.distributed.device_mesh import init_device_mesh
+
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "samples"))
+    out: dict[str, Any] = {}
+    cases: dict[str, dict[str, Any]] = {
+        "dual": {"solver": solvers.DualCholesky(1e-13)},
+        "exact": {"solver": solvers.DualCholesky(1e-13), "delta": 0},
+        "primal": {"solver": solvers.PrimalQR()},
+        "searched": {"solver": CG(1e-11), "delta": 1e-2},
+    }
+    for name, options in cases.items():
+        p = nb.NullSpacePosterior(network(), device_mesh=mesh, **options)
+        found = fitted(p, loader(23), 5)
+        held = found.pop("unit")
+        out[name] = found | {"samples": p.num_samples}
+        out[name]["residual"] = max(p.certificate.residual, 1e-7)
+        some, x = loader(9, seed=5), data(5, seed=7)[0]
+        prediction = p.predict(some)
+        out[name] |= {"mean": prediction.mean, "outputs": prediction.outputs}
+        out[name]["sampled"] = p.predict(x, method="sampled").outputs
+        # Without a shift what the factorisation tells of an input is a difference that rounding reaches.
+        exact = None if name in ("dual", "primal") else False
+        for score in ("information", "variance", "share", "entropy"):
+            out[name][score] = p.novelty(x, score=score, exact=exact)
+            out[name][score + ", sampled"] = p.novelty(x, score=score, exact=False)
+        out[name]["joint"] = p.joint(x, exact=False).covariance
+        if name == "dual":
+            path = p.calibrate(some, progress=False)
+            out[name]["path"] = torch.tensor([path.nll, path.accuracy])
+            p.prior_precision = 3.0
+            out[name]["drift"] = torch.tensor([p.certificate.drift, p.certificate.sampled_drift])
+        if mesh is not None:
+            assert len(held) == 2 + mesh.get_local_rank("samples")
+            for refused in (lambda p=p: p.draw(1), lambda p=p: p.sample()):  # type: ignore[misc]
+                kind, text = told(refused)
+                assert (kind, "device_mesh" in text) == ("InputError", True)
     return out
 
 
@@ -209,6 +301,11 @@ def split_and_refused() -> dict[str, Any]:
     edges = [20 * r // size for r in range(size + 1)]
     part = DataLoader(Streamed(edges[rank], edges[rank + 1]), batch_size=BATCH)
     out["shards"] = fitted(posterior(), Shard(part))["unit"]
+    layers = nb.LayerNullSpacePosterior(network(), prior_precision=1.0)
+    layers.fit(Shard(part), 2, progress=False)
+    out["layer shards"] = _of_layers(layers, torch.float64)
+    layers.fit(loader(20), 2, progress=False)
+    out["layer whole"] = _of_layers(layers, torch.float64)
     plain = posterior()
     out["whole"] = fitted(plain, loader(20))["unit"]
     rows = plain._fitted().rows
@@ -350,27 +447,65 @@ def lost() -> dict[str, Any]:
     return out
 
 
+# -- two machines, see tests_hosts ---------------------------------------------------------------------
+
+
+def on_two_hosts() -> dict[str, Any]:
+    """A direct solver, a search and a layer posterior."""
+    out = {}
+    for name in ("dual", "plain"):
+        p = nb.NullSpacePosterior(network(), solver=SOLVERS[name](1e-9), delta=1e-2)
+        out[name] = fitted(p, loader(23))
+    layers = nb.LayerNullSpacePosterior(network()).fit(loader(23), 3, progress=False)
+    return out | {"layer": _of_layers(layers, torch.float64)}
+
+
+class _Cut(_Late):
+    """Waits in process 1 until the link between the two is gone."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(0)
+        self.folder = folder
+
+    def __getitem__(self, number: int) -> Any:
+        if dist.get_rank() == 1 and number % 30 > 10:
+            (self.folder / "cut now").touch()
+            while not (self.folder / "is cut").exists():
+                time.sleep(0.05)
+        return self.x[number], self.y[number]
+
+
+def cut(folder: Path) -> dict[str, Any]:
+    """The link is cut while both read data."""
+    started = time.monotonic()
+    error = told(lambda: posterior().fit(_Cut(folder), 2, progress=False))
+    return {"error": error, "seconds": time.monotonic() - started}
+
+
 def main(scenes: str, rank: int, size: int, folder: Path) -> None:
     """Plays the scenes one after the other; what they return goes to files."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     # Which examples there was time to audit is no property of a fit.
     pipeline.LEAST_AUDIT = 1e9
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store-{size}-{scenes[:4]}", rank=rank, world_size=size
-    )
+    store = os.environ.get("NULLBAYES_TEST_STORE", f"file://{folder}/store-{size}-{scenes[:4]}")
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
     every: dict[str, Callable[[], dict[str, Any]]] = {
         "solver": same_by_solver,
         "rows": same_by_rows,
         "posterior": same_of_a_posterior,
+        "layer": same_by_layer,
         "split": split_and_refused,
         "sharded": sharded,
         "interrupted": lambda: interrupted(folder),
         "lost": lost,
+        "hosts": on_two_hosts,
+        "mesh": same_on_a_mesh,
+        "cut": lambda: cut(folder),
     }
     for scene in scenes.split(","):
         torch.save(every[scene](), folder / f"{scene}-{size}-{rank}.pt")
-    if "lost" in scenes:
+    if "lost" in scenes or "cut" in scenes:
         os._exit(0)  # nothing is left to be taken down together
     dist.destroy_process_group()
 

@@ -99,6 +99,7 @@ def alone() -> dict[str, Any]:
                 "solver": scenes.same_by_solver(),
                 "rows": scenes.same_by_rows(),
                 "posterior": scenes.same_of_a_posterior(),
+                "layer": scenes.same_by_layer(),
             }
     finally:
         pipeline.LEAST_AUDIT = least
@@ -106,13 +107,13 @@ def alone() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def three(folder: Path) -> list[dict[str, Any]]:
-    return played("solver,rows,split,interrupted,lost", 3, folder, lost=True)
+    return played("solver,rows,layer,split,interrupted,lost", 3, folder, lost=True)
 
 
 @pytest.fixture(scope="module")
 def two(folder: Path, three: list[dict[str, Any]]) -> list[dict[str, Any]]:
     # After the three, whose search it goes on with.
-    return played("solver,posterior,split,sharded,interrupted", 2, folder)
+    return played("solver,posterior,layer,split,sharded,interrupted", 2, folder)
 
 
 @pytest.fixture
@@ -122,7 +123,8 @@ def several(request: pytest.FixtureRequest, size: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("scene", "size"), [("solver", 3), ("rows", 3), ("solver", 2), ("posterior", 2)]
+    ("scene", "size"),
+    [("solver", 3), ("rows", 3), ("layer", 3), ("solver", 2), ("posterior", 2), ("layer", 2)],
 )
 def test_the_answer_is_that_of_one_process(
     scene: str, size: int, several: list[dict[str, Any]], alone: dict[str, Any]
@@ -187,6 +189,26 @@ def test_rows_are_spread_evenly(size: int, several: list[dict[str, Any]]) -> Non
     assert sum(held) == whole[0]
     examples = [len(part) for part in spread(20, size)]
     assert held == [whole[0] * count // 20 for count in examples]
+
+
+def test_samples_are_spread_over_a_mesh(folder: Path) -> None:
+    four = played("mesh", 4, folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = scenes.same_on_a_mesh()
+    for name, case in wanted.items():
+        close = 1e-7 if name == "searched" else 1e-10
+        for process in four:
+            found = process["mesh"][name]
+            assert found.pop("audit")[0] == case["audit"][0]
+            assert not differences(found, {k: v for k, v in case.items() if k != "audit"}, close)
+
+
+def test_a_layer_posterior_takes_shards(two: list[dict[str, Any]]) -> None:
+    for process in two:
+        for name in ("sample", "mean", "counts", "members", "weight_change"):
+            found, wanted = (process["split"][f"layer {way}"][name] for way in ("shards", "whole"))
+            assert not differences(found, wanted, 1e-10, name)
 
 
 def test_parameters_cut_into_shards_are_refused(two: list[dict[str, Any]]) -> None:

@@ -93,7 +93,9 @@ def problem(
         network, data.train, data.validation.inputs, size.preserved, "classification", seed
     )
     far = shifts.altogether(test[: size.sets].inputs, seed)
-    return Problem(given, test, {k: v[: size.sets] for k, v in near.items()}, far, train, data.validation)
+    return Problem(
+        given, test, {k: v[: size.sets] for k, v in near.items()}, far, train, data.validation
+    )
 
 
 # -- digits --------------------------------------------------------------------------------------

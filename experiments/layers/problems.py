@@ -90,7 +90,9 @@ def _curve(_: float) -> torch.nn.Module:
 def moons(member: str, seed: int, size: Size) -> Problem:
     """Near: between .6 and 1 from every training point; far: more than 1 away."""
     c = toy.MOONS
-    train, validation, test = (toy.moons(seed + at, n) for at, n in ((0, 200), (500, 200), (1000, 1000)))
+    train, validation, test = (
+        toy.moons(seed + at, n) for at, n in ((0, 200), (500, 200), (1000, 1000))
+    )
     recipe = Recipe(c["epochs"], 50, 1e-2, c["weight_decay"])
     make = functools.partial(trained_as_asked, ("moons", member), _moons, train, recipe)
     side = torch.linspace(-4, 4, c["grid"], dtype=torch.float64)
@@ -111,12 +113,14 @@ def _moons(_: float) -> torch.nn.Module:
 def _one(name: str, words: str, seeds: int, setting: str, size: Size) -> Family:
     make = functools.partial(settled, setting=setting)
     both = {"small": size, "full": size}
-    return Family(name, words, {name: JUDGING}, make, both, {"small": seeds, "full": seeds}, (name,))
+    return Family(
+        name, words, {name: JUDGING}, make, both, {"small": seeds, "full": seeds}, (name,)
+    )
 
 
 def families(setting: str) -> dict[str, Family]:
     """By name, those of the evaluation first."""
-    few = Size(preserved=500, test=1000, sets=400)
+    few = Size(preserved=500, test=500, sets=200)
     sequence = replace(few, recipe=Recipe(40, 32, 3e-3, 1e-2))
     text = replace(few, recipe=Recipe(12, 64, 2e-3, 1e-2), preserved=300)
     clothes = Size(3000, 300, 100, 200, Recipe(6, 64, 3e-3, 1e-2))
@@ -124,10 +128,17 @@ def families(setting: str) -> dict[str, Family]:
         replace(
             FAMILIES["digits"],
             seeds={"small": 3, "full": 3},
+            sizes={"small": replace(few, train=500), "full": FAMILIES["digits"].sizes["full"]},
             small=("3 and 0", "4 and 0", "7 and 1"),
         ),
-        replace(FAMILIES["tables"], seeds={"small": 3, "full": 10}),
-        replace(FAMILIES["gaps"], seeds={"small": 3, "full": 10}),
+        *(
+            replace(
+                FAMILIES[name],
+                seeds={"small": 3, "full": 10},
+                sizes={"small": few, "full": FAMILIES[name].sizes["full"]},
+            )
+            for name in ("tables", "gaps")
+        ),
         Family(
             "tabular",
             "regression of whole tables; two hidden layers of 50 tanh units, float64",
@@ -170,7 +181,7 @@ def families(setting: str) -> dict[str, Family]:
                 ),
                 (
                     "leaves",
-                    "**new**: species by the outline of a leaf, two of six held out; three 1-d convolutions with BatchNorm",
+                    "**new**: species by the outline of a leaf, two of six held out; three convolutions with BatchNorm",
                     sequences.LEAVES, sequences.leaves, sequence, {"small": 3, "full": 10},
                 ),
             )

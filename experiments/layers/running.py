@@ -18,6 +18,7 @@ from experiments.detection.base import SCORES
 from experiments.layers.problems import VALIDATION, Problem, Size, families
 from experiments.methods import METHODS, Case, Draws, Method
 from experiments.methods.ensemble import DeepEnsemble
+from experiments.methods.peer_laplace import DiagonalLaplace, KroneckerLaplace, PeerLaplace
 from experiments.methods.posteriors import FullLaplace, fitted, slim
 from experiments.networks import identity
 from experiments.runner import Job, Unavailable
@@ -26,7 +27,7 @@ from nullbayes.datasets import Dataset, Split
 from nullbayes.posterior.measuring.records import joint_nll
 
 NAME = "layers"
-VERSION = 1
+VERSION = 2
 #: Weights up to which the full Laplace posterior is fitted: each prior precision of its path is a fit of its own.
 FULL_WEIGHTS = 12_000
 
@@ -60,6 +61,21 @@ class SmallLaplace(FullLaplace):
         self.details = {}
 
 
+class Linearised(PeerLaplace):
+    """Without the path of sampled networks, of which no row is shown."""
+
+    def _sampled_nll(self, case: Case, values: list[float]) -> list[float]:
+        return [0.0] * len(values)
+
+
+class Diagonal(Linearised, DiagonalLaplace):
+    """The diagonal."""
+
+
+class Kronecker(Linearised, KroneckerLaplace):
+    """Kronecker factors."""
+
+
 def fitted_full(case: Case) -> Any:
     """`nb.LaplacePosterior` by evidence."""
     import nullbayes as nb
@@ -78,9 +94,14 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "ViM, a quarter", "DDU", "nearest input",
     ),
 }  # fmt: skip
-OWN: dict[str, type[Method]] = {"ensemble": Ensemble, "laplace_full": SmallLaplace}
-#: Of the full Laplace posterior, what a table shows.
-LEFT_OUT = ("laplace_full_tempered", "laplace_full_sampled")
+OWN: dict[str, type[Method]] = {
+    "ensemble": Ensemble, "laplace_diag": Diagonal, "laplace_kron": Kronecker, "laplace_full": SmallLaplace,
+}  # fmt: skip
+#: Each Laplace posterior stands with the prior precision of least validation NLL; by evidence most are far too wide.
+LEFT_OUT = (
+    "laplace_full_tempered", "laplace_full_evidence", "laplace_diag_evidence", "laplace_kron_evidence",
+    "laplace_last_evidence",
+)  # fmt: skip
 
 
 def jobs(
@@ -233,7 +254,14 @@ def case_of(problem: Problem, size: Size) -> Case:
     )  # fmt: skip
     data = Dataset("problem", given.train, some, problem.test)
     task = Ensembled(
-        "problem", given.kind, given.seed, scale, data, functools.partial(_never), {}, again=problem.again
+        "problem",
+        given.kind,
+        given.seed,
+        scale,
+        data,
+        functools.partial(_never),
+        {},
+        again=problem.again,
     )
     noise = None
     if given.kind == "regression":

@@ -188,7 +188,9 @@ def _series(name: str, member: str, seed: int) -> tuple[list[Split], Tensor]:
 def _folder() -> Path:
     spec = importlib.util.find_spec("aeon")
     if spec is None or spec.origin is None:
-        raise Unavailable("aeon, whose data are read, is not installed: `pip install --no-deps aeon`")
+        raise Unavailable(
+            "aeon, whose data are read, is not installed: `pip install --no-deps aeon`"
+        )
     return Path(spec.origin).parent / "datasets" / "data"
 
 

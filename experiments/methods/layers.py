@@ -1,4 +1,4 @@
-"""The layer null space: sampled networks as fitted, at a tuned prior precision, and without the bound of its guarantee."""
+"""The layer null space: sampled networks as fitted, tuned, and tuned without the bound of the guarantee."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ REFERENCES = 300
 class LayerNullSpace(Method):
     """``nb.LayerNullSpacePosterior`` on all training examples, as sampled networks, which its guarantee is about.
 
-    ``layers``: as fitted, without validation data. ``layers_tuned``: the prior precision of least validation NLL, raised
-    until training predictions move by no more than the guarantee allows. ``layers_free``: the same without that bound,
+    ``layers``: as fitted, without validation data. ``layers_tuned``: the prior precision of least validation NLL,
+    raised until training predictions move by no more than the guarantee allows. ``layers_free``: without that bound,
     which shows what the guarantee costs.
     """
 
@@ -115,7 +115,9 @@ class LayerNullSpace(Method):
         return found | ({"energy part": squares[:, -1]} if self.energies else {})
 
     def _references(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        self.energies = 1 if self.posterior.likelihood.energy(self._outputs(x[:2])) is not None else 0
+        self.energies = (
+            1 if self.posterior.likelihood.energy(self._outputs(x[:2])) is not None else 0
+        )
         every = torch.cat([self._columns(part) for part in x.split(BATCH)])
         centre = every.nanquantile(0.5, 0)
         return centre, (every.nanquantile(0.84, 0) - centre).clamp_min(1e-2)

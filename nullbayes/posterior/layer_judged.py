@@ -91,7 +91,7 @@ class LayerJudged(Judged):
             )
         roots = [Root.of(factor) for factor in fit.state.factors]
         blocks = fit.state.blocks.blocks
-        return LayerPrior(functional.space, blocks, roots)
+        return LayerPrior(functional.space, blocks, roots, dict(fit.fingerprint))
 
     @undisturbed_method
     def export_module(

@@ -211,8 +211,6 @@ def same_within_layers() -> dict[str, Any]:
         out[name] = fitted(made, loader(7))
         x = data(9, seed=5)[0]
         out[f"{name}, answers"] = {"novelty": made.novelty(x), "mean": made.predict(x).mean}
-        made.update(batches(11)[2:], progress=False)
-        out[f"{name}, more"] = {"unit": made._fitted().unit.clone()}
     return out
 
 

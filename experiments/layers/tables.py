@@ -76,7 +76,8 @@ MEASURES = (
     Measure(
         "Joint NLL",
         "Nats a group of ten test inputs that repeats two (dyadic sampling, Osband et al. 2022): whether samples are "
-        "right or wrong together. Of one network ten times its NLL.",
+        "right or wrong together. Of one network ten times its NLL. From 20 samples: few for regressions with little "
+        "noise, where one group decides the mean.",
         dict.fromkeys(BOTH, ("joint_nll", -1)),
         2,
     ),
@@ -188,10 +189,10 @@ def write(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
     page.say(
         "`nb.LayerNullSpacePosterior` on all training examples beside what else there is around one trained network, "
         "and five networks (†: five trainings). Mean ± standard error over the judging problems and seeds of a family. "
-        "What is not marked *tuned* or *by evidence* or *layer* has its one setting (prior precision, temperature) from "
-        "150 validation examples; the layer null space has none unless it says so. Scores: the library's default of "
-        "ours; of every other row the one score, and the setting, that was best on the *tuning* problems, which appear "
-        "in no table. `NullSpacePosterior` is fitted on at most 500 examples.",
+        "What is not marked *tuned* or *by evidence* or *layer* has its one setting (prior precision, temperature) "
+        "from 150 validation examples; the layer null space has none unless it says so. Scores: the library's default "
+        "of ours; of every other row the one score, and the setting, that was best on the *tuning* problems, which "
+        "appear in no table. `NullSpacePosterior` is fitted on at most 500 examples.",
         f"torch {first['torch']}, {first['cores']} cores, commit {first['commit']}. "
         f"`python -m experiments {NAME} --setting {setting}`",
     )
@@ -408,9 +409,9 @@ def failed(found: Found) -> list[str]:
     """Methods that could not be had on a family, once each, with the reason."""
     out: dict[str, list[str]] = {}
     for (name, _, _), p in found.problems.items():
-        for row in p["rows"].values():
+        for key, row in p["rows"].items():
             if "error" in row:
-                title = SHOWN.get(row.get("title", ""), row.get("title", ""))
+                title = SHOWN.get(key, key)
                 words = f"{title}: {row['error'].partition(':')[2].strip()}"
                 if title == SHOWN["laplace_full"]:
                     words = f"{title}: more than 12,000 weights, of which each prior precision takes a fit"

@@ -22,11 +22,21 @@ PAGES = (
     ROOT / "README.md",
     *(
         FOLDER / f"{name}.md"
-        for name in ("index", "classification", "regression", "detection", "ablations", "method")
+        for name in (
+            "index",
+            "classification",
+            "regression",
+            "detection",
+            "layers",
+            "ablations",
+            "method",
+        )
     ),
 )
 PICTURES = "pictures"  # folder of copied figures, beside the page
 MARKER = re.compile(r"(<!-- begin (?P<what>[^\n]*?) -->\n)(?P<old>.*?)(<!-- end -->)", re.DOTALL)
+#: Pages whose long tables are shown whole: ours and all rivals.
+WHOLE = ("detection", "layers")
 ALSO_SHOWN = "null-space, by evidence"
 LONG = 16  # rows of a table from which on it is shortened
 # The one table of the README: tables of the overview, and which of their rows.
@@ -87,7 +97,7 @@ def content(what: str, results: Path, pictures: Path | None) -> str:
     heading, table = section(lines, title, source)
     # What stands above a table of the overview is the page's own.
     above = "" if name == "overview" else f"**{heading}**\n\n"
-    shown = "\n".join(table) if name == "detection" else shortened(table)  # ours and all rivals
+    shown = "\n".join(table) if name in WHOLE else shortened(table)
     return f"{above}{shown}\n\n{where}"
 
 

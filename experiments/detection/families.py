@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -36,6 +36,10 @@ class Problem:
     test: Split
     near: dict[str, Tensor]
     far: dict[str, Tensor]
+    #: The network trained anew, from other initial weights and in another order: what an ensemble is made of.
+    again: Callable[[int], nn.Module] | None = None
+    #: With targets; ``given.reference`` are its inputs.
+    validation: Split | None = None
 
     @property
     def accuracy(self) -> float:
@@ -77,15 +81,21 @@ class Family:
 
 
 def problem(
-    network: nn.Module, data: Dataset, size: Size, seed: int, near: dict[str, Tensor]
+    train: Callable[[int], nn.Module],
+    data: Dataset,
+    size: Size,
+    seed: int,
+    near: dict[str, Tensor],
 ) -> Problem:
     """Of images: far sets are made from test images."""
-    test = data.test[: size.test]
+    network, test = train(seed), data.test[: size.test]
     given = Given(
         network, data.train, data.validation.inputs, size.preserved, "classification", seed
     )
     far = shifts.altogether(test[: size.sets].inputs, seed)
-    return Problem(given, test, {k: v[: size.sets] for k, v in near.items()}, far)
+    return Problem(
+        given, test, {k: v[: size.sets] for k, v in near.items()}, far, train, data.validation
+    )
 
 
 # -- digits --------------------------------------------------------------------------------------
@@ -100,8 +110,8 @@ def digits(member: str, seed: int, size: Size) -> Problem:
     data = datasets.digits(train=size.train or 500, validation=200, held_out=pair, seed=seed)
     assert data.held_out is not None
     build = functools.partial(digits_network, len(data.classes))
-    network = trained(("digits", member), build, data.train, size.recipe, seed)
-    return problem(network, data, size, seed, {"held-out classes": data.held_out.inputs})
+    train = functools.partial(trained, ("digits", member), build, data.train, size.recipe)
+    return problem(train, data, size, seed, {"held-out classes": data.held_out.inputs})
 
 
 # -- clothes -------------------------------------------------------------------------------------
@@ -126,12 +136,12 @@ def clothes(member: str, seed: int, size: Size) -> Problem:
     test, outside = datasets.hold_out_classes(data.test, pair)
     kept = Dataset(data.name, train, validation, test)
     build = functools.partial(small_resnet, 8)
-    network = trained(("clothes", member), build, train, size.recipe, seed, augmented=True)
-    small = datasets.digits(train=1, validation=0, seed=seed).test.inputs[: size.sets]
-    found = problem(network, kept, size, seed, {"held-out classes": outside.inputs})
-    return Problem(
-        found.given, found.test, found.near, {"digits": datasets.rescaled(small, 28), **found.far}
+    recipe = functools.partial(
+        trained, ("clothes", member), build, train, size.recipe, augmented=True
     )
+    small = datasets.digits(train=1, validation=0, seed=seed).test.inputs[: size.sets]
+    found = problem(recipe, kept, size, seed, {"held-out classes": outside.inputs})
+    return replace(found, far={"digits": datasets.rescaled(small, 28), **found.far})
 
 
 # -- tables --------------------------------------------------------------------------------------
@@ -158,11 +168,13 @@ def _table(table: tabular.Parts, member: str, seed: int, size: Size) -> Problem:
     kind = "regression" if table.train.targets.is_floating_point() else "classification"
     outputs = 1 if kind == "regression" else int(table.train.targets.max()) + 1
     build = functools.partial(mlp, table.train.inputs.shape[1], outputs)
-    network = trained((table.name, member), build, table.train, size.recipe, seed, kind=kind)
-    given = Given(network, table.train, table.validation.inputs, size.preserved, kind, seed)
+    train = functools.partial(
+        trained, (table.name, member), build, table.train, size.recipe, kind=kind
+    )
+    given = Given(train(seed), table.train, table.validation.inputs, size.preserved, kind, seed)
     near = {k: v[: size.sets] for k, v in table.near.items()}
     far = {k: v[: size.sets] for k, v in table.far.items()}
-    return Problem(given, table.test[: size.test], near, far)
+    return Problem(given, table.test[: size.test], near, far, train, table.validation)
 
 
 _LARGE = Recipe(12, 128, 3e-3, 1e-2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from experiments.methods.base import Case, Draws, Method, Variant
 from experiments.methods.dropout import MCDropout
 from experiments.methods.ensemble import DeepEnsemble
+from experiments.methods.layers import LayerNullSpace
 from experiments.methods.peer_laplace import DiagonalLaplace, KroneckerLaplace, LastLayerLaplace
 from experiments.methods.point import PointEstimate, TemperatureScaling
 from experiments.methods.posteriors import (
@@ -39,6 +40,7 @@ METHODS: dict[str, type[Method]] = {
         NullSpaceLastOutputs,
         NullSpacePart,
         NullSpacePartOutputs,
+        LayerNullSpace,
     )
 }
 

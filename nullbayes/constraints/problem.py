@@ -13,9 +13,10 @@ from nullbayes.common.arguments import BY_LAYER, CheckedPrior, PriorPrecision, c
 from nullbayes.constraints.directions import Cotangents, Directions, resolve_directions
 from nullbayes.constraints.preserve import Preserve, resolve_preserve
 from nullbayes.constraints.within import LayerPrior
-from nullbayes.errors import InputError
+from nullbayes.errors import InputError, ModelError
 from nullbayes.jacobian.block import Block
 from nullbayes.likelihood import Likelihood
+from nullbayes.model.fingerprint import check_unchanged
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.parameters import ParameterSpace
 from nullbayes.model.randomness import FrozenRandomness
@@ -37,6 +38,7 @@ class Problem:
         prior: ``"evidence"``, ``"evidence-by-layer"``, one prior precision, or one for each parameter tensor.
         prior_mean: ``(P,)``, what the evidence measures weights from; None: zero.
         layers: precisions by parameter tensor that the evidence found, once it did.
+        without: the prior was that of a layer posterior, and a file, which does not hold it, is all that is left.
     """
 
     functional: FunctionalModel
@@ -47,6 +49,7 @@ class Problem:
     within: LayerPrior | None = None
     prior_mean: Tensor | None = None
     layers: dict[str, float] | None = None
+    without: bool = False
 
     @classmethod
     def of(
@@ -81,6 +84,33 @@ class Problem:
         functional.space.scales(problem.precision_by_name)  # raises on wrong names
         functional.serve(likelihood)
         return problem
+
+    @property
+    def plain_prior(self) -> bool:
+        """Whether the prior is the same in all directions, but for scales."""
+        return self.within is None and not self.without
+
+    def check_within(self) -> None:
+        """Raise unless the prior is one that a fit can begin from.
+
+        Raises:
+            InputError: it is in no file, and this posterior comes from one.
+            ModelError: its network has other weights now.
+        """
+        if self.without:
+            raise InputError(
+                "this posterior was fitted with `within=` and comes from a file, which does not hold the layer "
+                "posterior; make a new one, `NullSpacePosterior(model, within=layers)`, to fit it."
+            )
+        if self.within is None:
+            return
+        try:
+            check_unchanged(self.functional.model, self.within.weights)
+        except ModelError as error:
+            raise ModelError(
+                "`within` is a layer posterior of the weights that the model had then: fit it anew, and make this "
+                f"posterior with it. ({error})"
+            ) from error
 
     # -- its parts -------------------------------------------------------------------------------
 

@@ -58,11 +58,16 @@ class Root:
 
 @dataclass(frozen=True)
 class LayerPrior:
-    """The covariance of a layer posterior, at prior precision one, as a prior."""
+    """The covariance of a layer posterior, at prior precision one, as a prior.
+
+    Attributes:
+        weights: fingerprint of the network that it belongs to.
+    """
 
     space: ParameterSpace
     blocks: Sequence[LayerBlock]
     roots: Sequence[Root]
+    weights: dict[str, str]
 
     def spread(self, vectors: Tensor) -> Tensor:
         """Coordinates ``(n, P)`` as weight changes; zero where a parameter stays fixed."""
@@ -75,6 +80,15 @@ class LayerPrior:
     def whiten(self, rows: Tensor) -> Tensor:
         """Rows ``(n, P)`` by the weights as rows by the coordinates."""
         return self._flat(rows, Root.whiten)
+
+    def sketched(self) -> list[float]:
+        """Norms ``‖z R‖`` of a few fixed ``z``, one a block: two priors that agree in them are the same."""
+        out = []
+        for layer, root in zip(self.blocks, self.roots, strict=True):
+            generator = torch.Generator().manual_seed(0)
+            z = torch.randn(layer.size, generator=generator, dtype=torch.float64)
+            out.append(float(root.spread(z).norm()))
+        return out
 
     def _flat(self, vectors: Tensor, of: Callable[[Root, Tensor], Tensor]) -> Tensor:
         tensors = self.space.unflatten(vectors)

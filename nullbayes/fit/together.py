@@ -17,6 +17,7 @@ from nullbayes.common.memory import available_bytes
 from nullbayes.common.processes import Processes
 from nullbayes.constraints.memory_budget import default_budget
 from nullbayes.constraints.problem import Problem
+from nullbayes.errors import ProcessError
 from nullbayes.fit.result import Run, Settings
 from nullbayes.model.fingerprint import fingerprint
 from nullbayes.model.shares import Share
@@ -50,7 +51,31 @@ def check_alike(
     if run is not None:
         facts |= {"seed": run.seed, "num_samples": run.num_samples, "audit": run.audit}
         facts["checkpoint"] = run.checkpoint is not None
+    facts["prior"] = problem.within is not None
     processes.agree(facts)
+    if problem.within is not None:
+        _check_within(problem, processes)
+
+
+def _check_within(problem: Problem, processes: Processes) -> None:
+    """Raise `ProcessError` where the layer posterior of `within=` is another one in some process.
+
+    Rounding apart: the same data give the same sums on two machines to that.
+    """
+    assert problem.within is not None
+    everyone = processes.gather(problem.within.sketched())
+    close = 1e-8 if problem.dtype == torch.float64 else 1e-4
+    other = [
+        rank
+        for rank, values in enumerate(everyone)
+        if any(abs(a - b) > close * abs(b) for a, b in zip(values, everyone[0], strict=True))
+    ]
+    if other:
+        raise ProcessError(
+            f"the layer posterior of `within=` in process {', '.join(map(str, other))} of {processes.size} is not that "
+            "of process 0. A `LayerNullSpacePosterior` does not work together with other processes: fit it on *all* "
+            "the data in each (no `DistributedSampler`), or in one, save it, and `nb.load` it in the others."
+        )
 
 
 def _named(value: Any) -> str:

@@ -110,10 +110,13 @@ class Probe(nn.Module):
         along = F.linear(a, self.root[0], self.shift[0])
         return Call(self, norm(a, keepdim=True), norm(along, keepdim=True), groups)
 
+    def whole(self, sizes: Tensor) -> Tensor:
+        """Squared sizes with the constant one of a bias, from squares ``‖a‖²``."""
+        return sizes + self.one if self.one else sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
+
     def values(self, sizes: Tensor, along: Tensor) -> Tensor:
         """Leverages over squared sizes, from squares ``‖a‖²`` and ``‖R a‖²`` of one group."""
-        whole = sizes + self.one if self.one else sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
-        values = along / whole
+        values = along / self.whole(sizes)
         return values if self.sign > 0 else self.base[0] - values
 
 
@@ -136,6 +139,11 @@ class Call:
         """One group and one position an example: many of these can be finished at once."""
         return self.times == 1 and self.size.ndim == 2 and self.size.shape[1] == 1
 
+    def plain(self) -> Tensor:
+        """Leverages ``(*lead)``, not over squared sizes."""
+        sizes = self.times * self.size.square().sum(-1)
+        return self.values() * self.probe.whole(sizes)
+
     def values(self) -> Tensor:
         """Leverages over squared sizes, ``(*lead)``."""
         probe, times = self.probe, self.times
@@ -152,13 +160,18 @@ class Call:
 
 @dataclass(frozen=True)
 class Done:
-    """Leverages ``(*lead)`` that are finished already, of looked-up rows for one."""
+    """Leverages ``(*lead)`` that are finished already, of looked-up rows for one; over ``whole``, if given."""
 
     found: Tensor
+    whole: Tensor | None = None
     simple = False
 
     def values(self) -> Tensor:
         return self.found
+
+    def plain(self) -> Tensor:
+        """Not over squared sizes."""
+        return self.found if self.whole is None else self.found * self.whole
 
 
 class RowProbe(nn.Module):
@@ -222,6 +235,27 @@ def probes_of(
             "layers or convolutions (`parameters=`)."
         )
     return out
+
+
+def means(
+    calls: list[tuple[int, Call | Done]], split: Callable[[int, Tensor], Tensor]
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """By block: means over its inputs of leverages, and of those over squared sizes, ``(B,)`` float64 each.
+
+    Args:
+        split: as for :func:`scores`.
+    """
+    parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for i, (number, call) in enumerate(calls):
+        pair = split(i, call.plain()), split(i, call.values())
+        parts.setdefault(number, []).append(pair)
+    return {
+        number: (
+            torch.cat([a for a, _ in some], 1).double().mean(1),
+            torch.cat([b for _, b in some], 1).double().mean(1),
+        )
+        for number, some in parts.items()
+    }
 
 
 def scores(calls: list[tuple[int, Call | Done]], split: Callable[[int, Tensor], Tensor]) -> Tensor:

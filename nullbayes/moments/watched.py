@@ -96,7 +96,7 @@ class WatchedConvolution(Watched):
         if groups == 1:
             sizes = convolve(x.square().sum(1, keepdim=True), ones, None, strides, **options)
             along = torch.linalg.vector_norm(along, dim=1, keepdim=True).square()
-            self.tape.add(number, Done(probe.values(sizes, along)))
+            self.tape.add(number, Done(probe.values(sizes, along), probe.whole(sizes)))
             return
         squares = x.square().unflatten(1, (groups, -1)).sum(2)
         sizes = convolve(squares, ones, None, strides, **options).sqrt()
@@ -121,7 +121,8 @@ def _continued(before: Call | Done, more: Call | Done) -> Call | Done:
     if isinstance(before, Call) and isinstance(more, Call):
         size, along = (torch.cat(p) for p in ((before.size, more.size), (before.along, more.along)))
         return Call(before.probe, size, along, before.times)
-    return Done(torch.cat([before.values(), more.values()]))
+    found = torch.cat([before.values(), more.values()])
+    return Done(found, torch.cat([before.plain(), more.plain()]) / found)
 
 
 class WatchedAttention(Watched):

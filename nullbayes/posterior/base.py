@@ -270,6 +270,7 @@ class Posterior(RowJudged, Predicts, Grows):
         check_mode(self.model, frozen=self.problem.randomness is not None)
         check_unmerged(self.model, self.space)
         self.space.check_finite(self.model)
+        self.problem.check_within()
         return loader
 
     def _take(self, fit: Fit) -> None:

@@ -16,8 +16,9 @@ from nullbayes.likelihood import Likelihood
 from nullbayes.model.batch import Inputs, batch_size, flags_of, plain, take
 from nullbayes.model.functional import Forward, as_tensor_output
 from nullbayes.moments.factor import Edge
-from nullbayes.moments.traced import Tape, probes_of, scores
+from nullbayes.moments.traced import Call, Done, Tape, means, probes_of, scores
 from nullbayes.moments.watched import watched
+from nullbayes.posterior.layer_combined import ENERGY_WEIGHT, References
 from nullbayes.posterior.layer_fit import LayerFit, leverages
 from nullbayes.posterior.layer_leverage import EXACT_EDGE, POSITIONS, PROBE
 from nullbayes.posterior.prediction import make_prediction
@@ -30,6 +31,7 @@ TOLERANCE = 0.2
 # What rounding may do to outputs, relative, and to a log leverage, beside what was asked for.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 LOG_ROUNDING = {torch.float64: 1e-6, torch.float32: 0.02}
+COMBINED_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 NAMES = ("outputs", "novelty")
 # Not the fields' own names: a graph may have given those to something else.
@@ -40,20 +42,66 @@ PREDICTED = {
 }
 
 FLAT, MERGED, SECOND = "flat", "merged", "second"
+LEVERAGE, COMBINED = "leverage", "combined"
+SCORES = (LEVERAGE, COMBINED)
 
 
 class Export(NamedTuple):
-    """What is asked for: networks in the average, and how far leverages may be off, as a share."""
+    """What is asked for: networks in the average, how far leverages may be off, as a share, and which score."""
 
     samples: int
     tolerance: float
+    score: str = LEVERAGE
+
+
+class Excess(nn.Module):
+    """The score ``"combined"`` of what one forward pass left, as :class:`.Combined` has it; in float64.
+
+    Args:
+        references: of training examples.
+        ordered: numbers of the blocks that count, in the order of the references.
+        dtype: of the scores.
+    """
+
+    values: Tensor
+
+    def __init__(self, references: References, ordered: list[int], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.register_buffer("values", references.values.double())
+        self.ordered, self.last = ordered, references.last
+        #: whether outputs are logits, whose energy counts
+        self.energetic = references.values.shape[1] == len(ordered) + 2
+
+    def forward(self, found: dict[int, tuple[Tensor, Tensor]], energy: Tensor | None) -> Tensor:
+        """Mean leverages by block, plain and over squared sizes, and energies ``(B,)``; to scores ``(B,)``.
+
+        A block that was not reached is in no excess of anything.
+        """
+        plain = [
+            self._squared(found[n][0].clamp_min(1e-300).log(), i) for i, n in self._reached(found)
+        ]
+        total = torch.stack(plain).sum(0) / len(self.ordered)
+        if (last := found.get(self.ordered[self.last])) is not None:
+            total = total + self._squared(last[1].clamp_min(1e-300).log(), len(self.ordered))
+        if energy is not None:
+            total = total + ENERGY_WEIGHT * self._squared(energy, len(self.ordered) + 1)
+        return total.to(self.dtype)
+
+    def _reached(self, found: dict[int, tuple[Tensor, Tensor]]) -> list[tuple[int, int]]:
+        return [(i, number) for i, number in enumerate(self.ordered) if number in found]
+
+    def _squared(self, values: Tensor, column: int) -> Tensor:
+        centre, spread = self.values[0, column], self.values[1, column]
+        return ((values - centre) / spread).clamp_min(0).square()
 
 
 class LayerModule(nn.Module):
     """The network with its novelty, in one forward pass and without hooks; a copy, which the posterior does not need.
 
-    ``module(x)`` gives the network's ``outputs`` and ``novelty (B,)``, the score ``"leverage"``. With samples there are
-    between them ``mean_prediction``, ``total_uncertainty`` and ``epistemic_uncertainty``, as in `nullbayes.Prediction`.
+    ``module(x)`` gives the network's ``outputs`` and ``novelty (B,)``, the score that was asked for. With samples there
+    are between them ``mean_prediction``, ``total_uncertainty`` and ``epistemic_uncertainty``, as in
+    `nullbayes.Prediction`.
 
     Attributes:
         output_names: of what it returns, in order; for ``torch.onnx.export(output_names=...)``.
@@ -66,9 +114,10 @@ class LayerModule(nn.Module):
         tape: Tape,
         likelihood: Likelihood,
         user_forward: Forward | None,
+        excess: Excess | None = None,
     ) -> None:
         super().__init__()
-        self.network, self.members = network, nn.ModuleList(members)
+        self.network, self.members, self.excess = network, nn.ModuleList(members), excess
         self.likelihood, self.user_forward = likelihood, user_forward
         self.tape = tape
         self.layout: tuple[str, ...] = ()
@@ -107,13 +156,26 @@ class LayerModule(nn.Module):
                 f"{len(calls)} layers were called on these inputs, {len(self.layout)} on those that the module was "
                 "made with; a module that is exported has to call the same layers on all inputs."
             )
-        size = _length(given)
-        novelty = scores(calls, lambda i, values: _split(values, self.layout[i], size))
+        novelty = self._novelty(calls, outputs, _length(given))
         if not self.members:
             return outputs, novelty
         draws = torch.stack([self._called(member, given) for member in self.members])
         moments = self.likelihood.moments(draws, outputs, linearised=False)
         return outputs, moments.mean, moments.total, moments.epistemic, novelty
+
+    def _novelty(self, calls: list[tuple[int, Call | Done]], outputs: Any, size: Any) -> Tensor:
+        def split(call: int, values: Tensor) -> Tensor:
+            return _split(values, self.layout[call], size)
+
+        if self.excess is None:
+            return scores(calls, split)
+        energy = None
+        if self.excess.energetic:
+            found = self.likelihood.energy(outputs)
+            assert found is not None
+            energy = found.double().reshape(size, -1).mean(1)
+        novelty: Tensor = self.excess(means(calls, split), energy)
+        return novelty
 
     def _called(self, model: nn.Module, given: Any) -> Any:
         if self.user_forward is not None:
@@ -199,6 +261,21 @@ def export_module(
             "`samples` needs outputs that are one tensor, and this likelihood takes whatever the model returns; export "
             "with `samples=0`."
         )
+    excess = None
+    if asked.score == COMBINED:
+        if asked.tolerance:
+            raise InputError(
+                f"`tolerance` is {asked.tolerance} beside score='combined', which counts by how many deviations of "
+                "training examples a leverage exceeds theirs: a share of it may be many deviations. Leave "
+                "`tolerance` out, or export score='leverage'."
+            )
+        ordered = posterior._of_layers().ordered
+        excess = Excess(posterior._references(), ordered, functional.dtype)
+        if excess.energetic and functional.layouts is not None:
+            raise InputError(
+                "score='combined' counts the energy of logits, and this likelihood takes whatever the model returns; "
+                "export score='leverage'."
+            )
     edges = [Edge.of(sums, state.delta or EXACT_EDGE) for sums in fit.gathered.sums]
     tape, scorers = Tape(), leverages(state).layers
     probes = probes_of(state.blocks, fit.gathered.sums, edges, scorers, asked.tolerance)
@@ -208,7 +285,7 @@ def export_module(
         member = _copied(posterior)
         member.load_state_dict(sample)
         members.append(member)
-    module = LayerModule(network, members, tape, fit.likelihood, functional.user_forward)
+    module = LayerModule(network, members, tape, fit.likelihood, functional.user_forward, excess)
     module = module.to(functional.device).eval().requires_grad_(requires_grad=False)
     size = batch_size(x)
     module.settle(take(x, 0, min(PROBE, size), size))
@@ -257,8 +334,13 @@ def _check(
         outputs = posterior.functional.outputs(x, "`x`")
         if not (found[0] - outputs).norm() <= off * outputs.norm().clamp_min(1e-30):
             wrong.append("outputs")
-    novelty = posterior.novelty(x, "leverage")
-    if not (found[-1] - novelty).abs().max() <= room:
+    novelty = posterior.novelty(x, asked.score)
+    if asked.score == COMBINED:  # squares of deviations: relative to themselves, and to one
+        gap = ((found[-1] - novelty).abs() / (1 + novelty.abs())).max()
+        room = COMBINED_ROUNDING.get(dtype, COMBINED_ROUNDING[torch.float32])
+    else:
+        gap = (found[-1] - novelty).abs().max()
+    if not gap <= room:
         wrong.append("novelty")
     if asked.samples:
         draws = fit.state.sampled(x, fit.alpha**-0.5, asked.samples)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from nullbayes.common.arguments import check_count, check_positive
+from nullbayes.common.arguments import check_choice, check_count, check_positive
 from nullbayes.constraints.within import LayerPrior, Root
 from nullbayes.errors import InputError
 from nullbayes.model.batch import Inputs, batch_size
@@ -15,7 +15,8 @@ from nullbayes.model.functional import FunctionalModel, undisturbed_method
 from nullbayes.moments.gather import drawn, unlabelled
 from nullbayes.posterior.joint import Joint
 from nullbayes.posterior.judged import Judged
-from nullbayes.posterior.layer_export import TOLERANCE, Export, LayerModule, export_module
+from nullbayes.posterior.layer_export import LEVERAGE, TOLERANCE, Export, LayerModule, export_module
+from nullbayes.posterior.layer_export import SCORES as EXPORTED
 from nullbayes.posterior.layer_guarantee import measure_on
 from nullbayes.posterior.layer_rows import joint_covariance, output_covariance
 from nullbayes.posterior.measuring.methods import GIVEN, GUARANTEE
@@ -90,13 +91,18 @@ class LayerJudged(Judged):
             )
         roots = [Root.of(factor) for factor in fit.state.factors]
         blocks = fit.state.blocks.blocks
-        return LayerPrior(functional.space, blocks, roots)
+        return LayerPrior(functional.space, blocks, roots, dict(fit.fingerprint))
 
     @undisturbed_method
     def export_module(
-        self, x: Inputs, *, samples: int = 0, tolerance: float = TOLERANCE
+        self,
+        x: Inputs,
+        *,
+        samples: int = 0,
+        tolerance: float | None = None,
+        score: str = LEVERAGE,
     ) -> LayerModule:
-        """Outputs and leverage in one forward pass of one plain module, for `torch.export` and ONNX.
+        """Outputs and novelty in one forward pass of one plain module, for `torch.export` and ONNX.
 
         The module is a copy: it holds no hooks, and neither the model nor this posterior is needed with it. It is made
         for any number of examples, and compared with this posterior on ``x`` before it is returned.
@@ -105,10 +111,13 @@ class LayerJudged(Judged):
             x: two inputs or more, as the network takes them.
             samples: sampled networks whose mean prediction it gives as well, 2 or more; each is one more network in it.
             tolerance: how far off each layer's leverage may be, as a share; where the inputs of a layer vary in few
-                directions this saves most of its cost. 0: as `novelty` has it.
+                directions this saves most of its cost. 0: as `novelty` has it. None: 0.2, and 0 for ``"combined"``.
+            score: ``"leverage"``, which costs least, or ``"combined"``, the default of `novelty`, which also measures
+                the size of what layers receive and the energy of logits.
 
         Raises:
-            InputError: inputs that cannot be used; one example alone. ModelError: a network that cannot be exported.
+            InputError: inputs that cannot be used; one example alone; ``"combined"`` with a tolerance, or of a
+                posterior from a file without references. ModelError: a network that cannot be exported.
         """
         own = cast("LayerNullSpacePosterior", self)
         if own.functional.randomness is not None:
@@ -126,9 +135,12 @@ class LayerJudged(Judged):
             raise InputError(
                 "`samples` is 1; expected 0 (no prediction), or 2 and more to average."
             )
-        if tolerance != 0:
+        check_choice(score, EXPORTED, "score")
+        if tolerance is None:
+            tolerance = TOLERANCE if score == LEVERAGE else 0.0
+        elif tolerance != 0:
             tolerance = check_positive(tolerance, "tolerance")
-        return export_module(own, own._fitted(), x, Export(samples, float(tolerance)))
+        return export_module(own, own._fitted(), x, Export(samples, float(tolerance), score))
 
     # -- being judged, see `nullbayes.posterior.measuring.subject` ----------------------------------
 

@@ -166,7 +166,7 @@ def variance(scorer: Scorer, x: Inputs, targets: Any) -> Tensor:
 
 def share(scorer: Scorer, x: Inputs, targets: Any) -> Tensor:
     """The variance as a share of the prior's ``(B,)``, in [0, 1]. Raises `InputError` where that is not isotropic."""
-    if scorer.problem.within is not None:
+    if not scorer.problem.plain_prior:
         raise InputError(
             "`score` is 'share', the share of an isotropic prior, and this posterior's prior is `within=`; expected "
             "'information' or 'variance'."

@@ -97,6 +97,7 @@ def described(fit: Fit, target: Target, calibration: CalibrationPath | None) -> 
         "options": target.options(),
         "prior": problem.prior,
         **({} if problem.layers is None else {"layers": problem.layers}),
+        **({} if problem.plain_prior else {"within": True}),
         "randomness": None if frozen is None else frozen.config(),
         "prior_precision": fit.alpha,
         "seed": fit.seed,
@@ -113,6 +114,8 @@ def restored(
     path = settings["calibration"]
     if settings.get("layers"):
         problem = replace(problem, layers=dict(settings["layers"]))
+    if settings.get("within"):
+        problem = replace(problem, without=True)
     conventions, found = problem.functional.conventions, settings.get("conventions")
     if conventions is not None and found:  # files of earlier versions have none
         conventions.restore(found)

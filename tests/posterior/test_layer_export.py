@@ -113,6 +113,12 @@ def session(module, x):
     return onnxruntime.InferenceSession(file.getvalue())
 
 
+def exported_program(module, x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.export.export(module, **module.arguments(x))
+
+
 def inferred(made, *inputs):
     feed = {i.name: t.numpy() for i, t in zip(made.get_inputs(), inputs, strict=True)}
     return [torch.from_numpy(t) for t in made.run(None, feed)]
@@ -142,9 +148,7 @@ def test_torch_export_takes_any_batch():
     model, x = kinds(torch.float32)
     posterior = nb.LayerNullSpacePosterior(model).fit([(*x, None)], progress=False)
     module = posterior.export_module(x, tolerance=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.export.export(module, **module.arguments(x))
+    program = exported_program(module, x)
     for count in (1, 2, 12):
         some = tuple(extended(t, count) for t in x)
         outputs, novelty = program.module()(*some)

@@ -285,6 +285,27 @@ def posterior() -> nb.NullSpacePosterior:
     return nb.NullSpacePosterior(network(), solver="dual Cholesky")
 
 
+def layers(count: int, seed: int = 1) -> nb.LayerNullSpacePosterior:
+    return nb.LayerNullSpacePosterior(network(), delta=0.1).fit(
+        data(count, seed=seed), progress=False
+    )
+
+
+def inside(prior: nb.LayerNullSpacePosterior, **options: Any) -> nb.NullSpacePosterior:
+    return nb.NullSpacePosterior(prior.model, within=prior, delta=1e-2, **options)
+
+
+def same_within_layers() -> dict[str, Any]:
+    """The layer null space of all the data in every process, and rows that they share."""
+    out: dict[str, Any] = {}
+    for name in ("dual", "primal", "plain"):
+        made = inside(layers(40), solver=SOLVERS[name](1e-10))
+        out[name] = fitted(made, loader(7))
+        x = data(9, seed=5)[0]
+        out[f"{name}, answers"] = {"novelty": made.novelty(x), "mean": made.predict(x).mean}
+    return out
+
+
 def split_and_refused() -> dict[str, Any]:
     """How data are split, and what is refused."""
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -324,6 +345,8 @@ def split_and_refused() -> dict[str, Any]:
     out["streamed"] = told(lambda: posterior().fit(whole, 2, progress=False))
     out["other data"] = told(lambda: posterior().fit(data(20, seed=rank), 2, progress=False))
     out["other seed"] = told(lambda: posterior().fit(loader(20), 2, rank // 2, progress=False))
+    own_part = layers(20 + 10 * rank)
+    out["other layers"] = told(lambda: inside(own_part).fit(loader(7), 2, progress=False))
     moved = network()
     with torch.no_grad():
         next(moved.parameters()).add_(float(rank == size - 1))
@@ -493,6 +516,7 @@ def main(scenes: str, rank: int, size: int, folder: Path) -> None:
     every: dict[str, Callable[[], dict[str, Any]]] = {
         "solver": same_by_solver,
         "rows": same_by_rows,
+        "within": same_within_layers,
         "posterior": same_of_a_posterior,
         "layer": same_by_layer,
         "split": split_and_refused,

@@ -98,6 +98,7 @@ def alone() -> dict[str, Any]:
             return {
                 "solver": scenes.same_by_solver(),
                 "rows": scenes.same_by_rows(),
+                "within": scenes.same_within_layers(),
                 "posterior": scenes.same_of_a_posterior(),
                 "layer": scenes.same_by_layer(),
             }
@@ -113,7 +114,7 @@ def three(folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def two(folder: Path, three: list[dict[str, Any]]) -> list[dict[str, Any]]:
     # After the three, whose search it goes on with.
-    return played("solver,posterior,layer,split,sharded,interrupted", 2, folder)
+    return played("solver,posterior,within,layer,split,sharded,interrupted", 2, folder)
 
 
 @pytest.fixture
@@ -124,7 +125,15 @@ def several(request: pytest.FixtureRequest, size: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("scene", "size"),
-    [("solver", 3), ("rows", 3), ("layer", 3), ("solver", 2), ("posterior", 2), ("layer", 2)],
+    [
+        ("solver", 3),
+        ("rows", 3),
+        ("layer", 3),
+        ("solver", 2),
+        ("posterior", 2),
+        ("within", 2),
+        ("layer", 2),
+    ],
 )
 def test_the_answer_is_that_of_one_process(
     scene: str, size: int, several: list[dict[str, Any]], alone: dict[str, Any]
@@ -168,6 +177,9 @@ def test_what_differs_or_fails_ends_all_and_is_named(
         kind, text = split["other weights"]
         assert (kind, "weights" in text) == ("ProcessError", True)
         assert f"process {last} of {size}" in text
+        kind, text = split["other layers"]
+        assert (kind, "`within=`" in text, "nb.load" in text) == ("ProcessError", True, True)
+        assert f"in process {', '.join(map(str, range(1, size)))} of {size}" in text
         kind, text = split["other seed"]
         if size == 3:
             assert (kind, "seed" in text, "process 2" in text) == ("ProcessError", True, True)

@@ -1,0 +1,201 @@
+"""Every task of the evaluation and three new ones as problems with roles: what is tuned on and what is judged.
+
+Families of which members are for tuning come with both; tasks of which there is one network alone are judged only.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from experiments import fashion_lenet, fashion_resnet, networks, swin, tabular, tasks, toy
+from experiments.detection.base import Given
+from experiments.detection.families import FAMILIES, JUDGING, TUNING, Family, Problem, Size
+from experiments.detection.families import trained as trained_as_asked
+from experiments.layers import sequences
+from experiments.tasks import Scale, Task
+from nullbayes.datasets import in_between
+from nullbayes.demo.models import curve_net
+from nullbayes.demo.training import Recipe
+
+#: The evaluation's own tasks, with their small or full scale.
+SCALES: dict[str, dict[str, Scale]] = {
+    "fashion_lenet": fashion_lenet.SCALES,
+    "fashion_resnet": fashion_resnet.SCALES,
+    "swin": swin.SCALES,
+    **dict.fromkeys(tabular.SETS, tabular.SCALES),
+}
+#: Validation examples that anything is tuned on, at most.
+VALIDATION = 150
+
+
+def settled(member: str, seed: int, size: Size, setting: str) -> Problem:
+    """A task of the evaluation as it stands, with its network and its sets from elsewhere."""
+    task = tasks.make(member, seed, SCALES[member][setting])
+    network, data = networks.trained(task), task.data
+    kind = task.kind
+    given = Given(network, data.train, data.validation.inputs, size.preserved, kind, seed)
+    far = dict(task.outside) or {"columns shuffled": _mixed(data.test.inputs, seed)}
+    near = {n: far.pop(n) for n in list(far) if n == "held-out classes"}
+    return Problem(
+        given,
+        data.test[: size.test],
+        near,
+        {k: v[: size.sets] for k, v in far.items()},
+        functools.partial(_member, task),
+        data.validation,
+    )
+
+
+def _member(task: Task, seed: int) -> torch.nn.Module:
+    return networks.trained(task, f"member-{seed // 1000}")
+
+
+def _mixed(x: Tensor, seed: int) -> Tensor:
+    """Each column in an order of its own."""
+    order = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)).argsort(0)
+    return x.gather(0, order)
+
+
+def pictures(member: str, seed: int, size: Size) -> Problem:
+    """The pictures in one and two dimensions: a curve with a gap, and two moons."""
+    return (curve if member == "curve" else moons)(member, seed, size)
+
+
+def curve(member: str, seed: int, size: Size) -> Problem:
+    """Near: inside the gap; far: beyond the data on both sides."""
+    c = toy.CURVE
+    train, validation, test = (
+        in_between(n, noise=c["noise"], seed=seed + at, dtype=torch.float64)
+        for n, at in ((c["points"], 0), (50, 500), (400, 1000))
+    )
+    recipe = Recipe(c["epochs"], c["points"], 1e-2, c["weight_decay"])
+    make = functools.partial(
+        trained_as_asked, ("curve", member), _curve, train, recipe, kind="regression"
+    )
+    gap = torch.linspace(-c["gap"], c["gap"], 200, dtype=torch.float64)[:, None]
+    side = torch.linspace(2.1, c["reach"], 100, dtype=torch.float64)[:, None]
+    given = Given(make(seed), train, validation.inputs, size.preserved, "regression", seed)
+    far = {"beyond the data": torch.cat([-side, side])}
+    return Problem(given, test, {"gap": gap}, far, make, validation)
+
+
+def _curve(_: float) -> torch.nn.Module:
+    return curve_net(toy.CURVE["width"]).double()
+
+
+def moons(member: str, seed: int, size: Size) -> Problem:
+    """Near: between .6 and 1 from every training point; far: more than 1 away."""
+    c = toy.MOONS
+    train, validation, test = (
+        toy.moons(seed + at, n) for at, n in ((0, 200), (500, 200), (1000, 1000))
+    )
+    recipe = Recipe(c["epochs"], 50, 1e-2, c["weight_decay"])
+    make = functools.partial(trained_as_asked, ("moons", member), _moons, train, recipe)
+    side = torch.linspace(-4, 4, c["grid"], dtype=torch.float64)
+    grid = torch.cartesian_prod(side, side)
+    apart = torch.cdist(grid, train.inputs).amin(1)
+    given = Given(make(seed), train, validation.inputs, size.preserved, "classification", seed)
+    near, far = grid[(apart > 0.6) & (apart <= 1.0)], grid[apart > 1.0]
+    return Problem(given, test, {"around the moons": near}, {"far away": far}, make, validation)
+
+
+def _moons(_: float) -> torch.nn.Module:
+    return toy.moons_network(toy.MOONS["width"])
+
+
+# -- families ------------------------------------------------------------------------------------
+
+
+def _one(name: str, words: str, seeds: int, setting: str, size: Size) -> Family:
+    make = functools.partial(settled, setting=setting)
+    both = {"small": size, "full": size}
+    return Family(
+        name, words, {name: JUDGING}, make, both, {"small": seeds, "full": seeds}, (name,)
+    )
+
+
+def families(setting: str) -> dict[str, Family]:
+    """By name, those of the evaluation first."""
+    few = Size(preserved=500, test=500, sets=200)
+    sequence = replace(few, recipe=Recipe(40, 32, 3e-3, 1e-2))
+    text = replace(few, recipe=Recipe(12, 64, 2e-3, 1e-2), preserved=300)
+    clothes = Size(3000, 300, 100, 200, Recipe(6, 64, 3e-3, 1e-2))
+    found = [
+        replace(
+            FAMILIES["digits"],
+            seeds={"small": 3, "full": 3},
+            sizes={"small": replace(few, train=500), "full": FAMILIES["digits"].sizes["full"]},
+            small=("3 and 0", "4 and 0", "7 and 1"),
+        ),
+        *(
+            replace(
+                FAMILIES[name],
+                seeds={"small": 3, "full": 10},
+                sizes={"small": few, "full": FAMILIES[name].sizes["full"]},
+            )
+            for name in ("tables", "gaps")
+        ),
+        Family(
+            "tabular",
+            "regression of whole tables; two hidden layers of 50 tanh units, float64",
+            dict.fromkeys(tabular.SETS, JUDGING),
+            functools.partial(settled, setting=setting),
+            {"small": few, "full": few},
+            {"small": 3, "full": 10},
+            tabular.SETS,
+        ),
+        Family(
+            "pictures",
+            "a curve with a gap",
+            {"curve": JUDGING},
+            pictures,
+            {"small": few, "full": few},
+            {"small": 3, "full": 10},
+            ("curve",),
+        ),
+        Family(
+            "moons",
+            "two moons in the plane; two hidden layers of 32 tanh units, float64",
+            {"moons": JUDGING},
+            pictures,
+            {"small": few, "full": few},
+            {"small": 3, "full": 10},
+            ("moons",),
+        ),
+        *(
+            Family(name, words, members, make, dict.fromkeys(("small", "full"), size), seeds, tuple(members)[:2])
+            for name, words, members, make, size, seeds in (
+                (
+                    "texts",
+                    "**new**: what a docstring is about, one subject held out; one transformer layer over 40 words",
+                    sequences.TEXTS, sequences.docstrings, text, {"small": 3, "full": 10},
+                ),
+                (
+                    "voices",
+                    "**new**: who speaks two vowels, two of nine speakers held out; LSTM over 25 times",
+                    sequences.VOICES, sequences.voices, sequence, {"small": 3, "full": 10},
+                ),
+                (
+                    "leaves",
+                    "**new**: species by the outline of a leaf, two of six held out; three convolutions with BatchNorm",
+                    sequences.LEAVES, sequences.leaves, sequence, {"small": 3, "full": 10},
+                ),
+            )
+        ),
+        _one("fashion_lenet", "Fashion-MNIST, LeNet", 3, setting, replace(few, preserved=300)),
+        _one("fashion_resnet", "Fashion-MNIST, residual network with BatchNorm", 3, setting, few),
+        replace(
+            FAMILIES["clothes"],
+            seeds={"small": 3, "full": 3},
+            sizes={"small": clothes, "full": FAMILIES["clothes"].sizes["full"]},
+        ),
+        _one("swin", "Fashion-MNIST, Swin transformer", 1, setting, replace(few, preserved=100)),
+    ]  # fmt: skip
+    return {family.name: family for family in found}
+
+
+__all__ = ["JUDGING", "TUNING", "Family", "Problem", "Size", "families"]

@@ -25,6 +25,9 @@ SAMPLED_EXAMPLES = 128
 LOOKED_AT = 8
 SAMPLED_DRAWS = 10
 
+# Of large networks, each pass of which is dear, fewer; from so many weights.
+SAMPLED_OF_LARGE, LARGE = 24, 2**22
+
 # Outputs ``(B, *out)``, what samples at prior precision one do to them ``(S, B, *out)``, and targets.
 Batch = tuple[Tensor, Tensor, Any]
 
@@ -42,23 +45,27 @@ class GuaranteeCheck:
         examples: Sequence[tuple[Inputs, Any]],
         samples: Tensor,
         processes: Processes | None = None,
+        known: Sequence[tuple[Tensor, Tensor] | None] = (),
     ) -> None:
+        """``known``: outputs and their changes of the first of ``examples``, where rows say that (`row_changes`)."""
         #: those that hold the other examples; what is said is of all of them
         self.processes = processes
         self.problem, self.likelihood, self.samples = problem, problem.likelihood, samples
         functional, self.plan = problem.functional, plan
         self.inputs = [inputs for inputs, _ in examples]
-        self.batches: list[Batch] = [
-            (*linearised_outputs(functional, plan, samples.to(problem.dtype), inputs), targets)
-            for inputs, targets in examples
-        ]
+        self.batches: list[Batch] = []
+        for n, (inputs, targets) in enumerate(examples):
+            found = known[n] if n < len(known) else None
+            if found is None:
+                found = linearised_outputs(functional, plan, samples.to(problem.dtype), inputs)
+            self.batches.append((*found, targets))
         #: some of them, each as under a posterior that has not seen it (``leave_one_out.py``)
         self.left_out: list[Batch] = []
         self.has_left_out = False
         self.few: list[tuple[Inputs, Any]] = []
         own = sum(len(point) for point, _, _ in self.batches)
         before, self.examples = (0, own) if processes is None else processes.place(own)
-        room = max(0, SAMPLED_EXAMPLES - before)
+        room = max(0, sampled_examples(problem) - before)
         for inputs, targets in examples:
             whole = batch_size(inputs)
             size = min(room, whole)
@@ -183,6 +190,12 @@ class GuaranteeCheck:
             "network_score": before,
             "posterior_score": after,
         }
+
+
+def sampled_examples(problem: Problem) -> int:
+    """On how many the re-weighted network itself is looked at."""
+    weights = sum(p.numel() for p in problem.functional.model.parameters())
+    return SAMPLED_EXAMPLES if weights < LARGE else SAMPLED_OF_LARGE
 
 
 def _pieces(batches: Sequence[Batch]) -> Iterator[Batch]:

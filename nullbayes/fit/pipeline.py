@@ -21,6 +21,7 @@ from nullbayes.audit.reading import Rereading
 from nullbayes.certificate.certificate import Certificate
 from nullbayes.certificate.leave_one_out import held_out, left_out
 from nullbayes.certificate.measure import GuaranteeCheck
+from nullbayes.certificate.row_changes import known_changes
 from nullbayes.common.memory import give_back, peak_bytes
 from nullbayes.common.processes import Processes
 from nullbayes.common.progress import (
@@ -256,7 +257,9 @@ class Fitting:
     def check(self) -> tuple[GuaranteeCheck, float | None]:
         """What samples do to training examples, and the evidence's precision before that bounded it."""
         problem, rows = self.problem, self.rows
-        check = GuaranteeCheck(problem, rows.plan, rows.checked, self.stored, self.processes)
+        self.effects = rows.operator.mine.matvec(self.done.value)
+        known = known_changes(problem, rows, self.stored, self.effects)
+        check = GuaranteeCheck(problem, rows.plan, rows.checked, self.stored, self.processes, known)
         if self.settings.target.preserves:
             seen = [
                 (problem.functional.outputs(h.inputs), change, h.targets)
@@ -272,7 +275,6 @@ class Fitting:
 
     def audit(self) -> Audit:
         """What samples do to examples of all the data, by someone else than the rows."""
-        self.effects = self.rows.operator.mine.matvec(self.done.value)
         self._lap(CERTIFICATE)
         self.auditing = auditing_of(self.problem, self.rows, self.run.audit)
         allowed = max(LEAST_AUDIT, AUDIT_SHARE * self.laps.total)

@@ -83,6 +83,16 @@ class GuaranteeCheck:
         ]
         return more
 
+    def of(self, samples: Tensor) -> GuaranteeCheck:
+        """The same examples under other samples ``(S', P)`` alone: the first of these, or the same rounded."""
+        other = copy.copy(self)
+        other.samples = samples
+        other.batches = [
+            (point, self._changes(inputs, samples.to(unit)), targets)
+            for (point, unit, targets), inputs in zip(self.batches, self.inputs, strict=True)
+        ]
+        return other
+
     def _changes(self, inputs: Inputs, samples: Tensor) -> Tensor:
         return linearised_outputs(self.problem.functional, self.plan, samples, inputs)[1]
 

@@ -378,7 +378,7 @@ def extended(fit: Fit, settings: Settings, count: int) -> Fit:
         done = replace(done, value=fit.problem.isotropic(more))
     effects = operator.mine.matvec(done.value)
     certificate = fit.certificate.joined(
-        _new_samples(fit, done, v, effects),
+        new_samples(fit, done, v, effects),
         None if check is None else check.measure(fit.alpha**-0.5),
     )
     if fit.auditing is not None and certificate.audit is not None:
@@ -387,7 +387,7 @@ def extended(fit: Fit, settings: Settings, count: int) -> Fit:
     return replace(fit, stored=stored, certificate=certificate, check=check)
 
 
-def _new_samples(fit: Fit, done: Projection, prior: Tensor, after: Tensor) -> dict[str, Any]:
+def new_samples(fit: Fit, done: Projection, prior: Tensor, after: Tensor) -> dict[str, Any]:
     """What a certificate says of samples that were drawn later, by the fit's rows."""
     assert fit.state is not None
     count, operator = len(prior) * fit.certificate.examples, fit.state.operator

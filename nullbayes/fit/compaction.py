@@ -61,7 +61,9 @@ def _measured(fit: Fit, stored: Tensor) -> Certificate:
     prior, _ = standard_normal(fit.seed, range(len(unit)), operator.shape[1], 0, unit[:1])
     problem.space.fix_(prior)
     known = fit.certificate
-    done = Projection(rounded, known.residual, Status(known.status), known.iterations)
+    done = Projection(
+        rounded, unit.new_tensor([known.residual]), Status(known.status), known.iterations
+    )
     changed = new_samples(fit, done, prior, effects)
     changed["status"] = known.status
     if fit.check is not None:

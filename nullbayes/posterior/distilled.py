@@ -61,39 +61,60 @@ def pooled(x: Tensor) -> Tensor:
     if x.ndim == 2:
         return x
     flat = x.flatten(2)
-    return torch.cat([flat.mean(2), (flat.square().mean(2) + SMALL).sqrt()], 1)
+    return torch.cat(
+        [flat.mean(2), torch.linalg.vector_norm(flat, dim=2) / flat.shape[2] ** 0.5], 1
+    )
 
 
 class Whitened(nn.Module):
-    """Features ``(B, d)`` by the leading directions of the data, with logarithms of what these and the rest hold."""
+    """Features of several layers ``(B, d_k)`` by the leading directions of the data in each, ``(B, D)``.
+
+    With the logarithms of what these directions and the rest hold. All layers side by side, for one product: for a
+    small network, what counts is the number of operations.
+    """
 
     mean: Tensor
     scale: Tensor
     directions: Tensor
+    held: Tensor
+    member: Tensor
+    length: Tensor
 
-    def __init__(self, features: Tensor) -> None:
+    def __init__(self, features: list[Tensor]) -> None:
         super().__init__()
-        x = features.double()
-        mean, scale = x.mean(0), x.std(0).clamp_min(SMALL * float(x.std()) + 1e-30)
-        x = (x - mean) / scale
-        values, directions = eigh(x.T @ x / len(x))
-        kept = min(DIRECTIONS, len(values), max(1, len(x) // 8))
-        values, directions = values.flip(0)[:kept].clamp_min(SMALL), directions.flip(1)[:, :kept]
+        parts = [_leading(x.double()) for x in features]
+        widths = torch.tensor([x.shape[1] for x in features])
+        member = torch.block_diag(*[torch.ones(1, int(w)) for w in widths])  # (L, d)
+        along = torch.block_diag(*[torch.ones(1, len(values)) for *_, values in parts])
+        held = torch.block_diag(*[values[None] for *_, values in parts])
+        count = along.sum(1)
         for name, value in {
-            "mean": mean,
-            "scale": scale,
-            "directions": directions / values.sqrt(),
-            "back": (directions * values.sqrt()).T,
+            "mean": torch.cat([mean for mean, *_ in parts]),
+            "scale": torch.cat([1 / scale for _, scale, *_ in parts]),
+            "directions": torch.block_diag(*[d.T / v.sqrt()[:, None] for *_, d, v in parts]),
+            "member": member,
+            # Of squares along directions: their mean, and what they take of a vector's squared length.
+            "held": torch.cat([along / count[:, None], held]),
+            "length": widths,
         }.items():
-            self.register_buffer(name, value.to(features.dtype))
+            self.register_buffer(name, value.to(features[0]).contiguous())
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = (x - self.mean) / self.scale
-        y = x @ self.directions
-        rest = (x - y @ self.back).square().mean(1, keepdim=True)
-        size = y.square().mean(1, keepdim=True)
-        logs = torch.cat([(size + SMALL).log(), (rest + SMALL).log()], 1)
+    def forward(self, features: list[Tensor]) -> Tensor:
+        x = (torch.cat(features, 1) - self.mean) * self.scale
+        y = nn.functional.linear(x, self.directions)
+        size, held = nn.functional.linear(y * y, self.held).chunk(2, 1)
+        rest = (nn.functional.linear(x * x, self.member) - held) / self.length
+        logs = torch.cat([size, rest], 1).clamp_min(SMALL).log()
         return torch.cat([y, logs], 1).clamp(-REACH, REACH)
+
+
+def _leading(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean and scale ``(d,)``, leading directions ``(d, k)`` and their variances ``(k,)`` of ``x (N, d)``."""
+    mean, scale = x.mean(0), x.std(0).clamp_min(SMALL * float(x.std()) + 1e-30)
+    x = (x - mean) / scale
+    values, directions = eigh(x.T @ x / len(x))
+    kept = min(DIRECTIONS, len(values), max(1, len(x) // 8))
+    return mean, scale, directions.flip(1)[:, :kept], values.flip(0)[:kept].clamp_min(SMALL)
 
 
 class Head(nn.Module):
@@ -107,11 +128,13 @@ class Head(nn.Module):
     shift: Tensor
     weight: Tensor
     bias: Tensor
+    low: Tensor
+    high: Tensor
 
     def __init__(self, features: list[Tensor], targets: Tensor, generator: torch.Generator) -> None:
         super().__init__()
-        self.whitened = nn.ModuleList([Whitened(x) for x in features])
-        z = self._inputs(features)
+        self.whitened = Whitened(features)
+        z = self.whitened(features)
         k = z.shape[1]
         hinge = torch.randn(HINGES, k, generator=generator, dtype=torch.float64) / k**0.5
         shift = torch.randn(HINGES, generator=generator, dtype=torch.float64)
@@ -126,15 +149,11 @@ class Head(nn.Module):
         self.register_buffer("low", (wanted.amin(0) - margin).to(z))
         self.register_buffer("high", (wanted.amax(0) + margin).to(z))
 
-    def _inputs(self, features: list[Tensor]) -> Tensor:
-        each = [w(x) for w, x in zip(self.whitened, features, strict=True)]
-        return torch.cat(each, 1)
-
     def _design(self, z: Tensor) -> Tensor:
         return torch.cat([z, torch.relu(nn.functional.linear(z, self.hinge, self.shift))], 1)
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        found = nn.functional.linear(self._design(self._inputs(features)), self.weight, self.bias)
+        found = nn.functional.linear(self._design(self.whitened(features)), self.weight, self.bias)
         return torch.minimum(torch.maximum(found, self.low), self.high)
 
 

@@ -12,9 +12,9 @@ from nullbayes.errors import InputError
 from nullbayes.fit.compaction import compacted
 from nullbayes.model.data import as_loader, without_targets
 from nullbayes.model.functional import undisturbed_method
+from nullbayes.posterior.corruptions import JUDGING
 from nullbayes.posterior.distilled import Distilled
 from nullbayes.posterior.distilling import (
-    JUDGING,
     LEAST_CORRELATION,
     MOST_AUROC_LOST,
     Asked,

@@ -41,13 +41,13 @@ def posterior():
             optimiser.zero_grad()
             nn.functional.cross_entropy(model(X[i : i + 50]), Y[i : i + 50]).backward()
             optimiser.step()
-    return nb.NullSpacePosterior(model.eval()).fit((X[:150], Y[:150]), 15, progress=False)
+    return nb.NullSpacePosterior(model.eval()).fit((X[:80], Y[:80]), 10, progress=False)
 
 
 @pytest.fixture(scope="module")
 def module(posterior):
     with unchanged(posterior.model):
-        return posterior.distil((X[:600], Y[:600]))
+        return posterior.distil((X[:400], Y[:400]))
 
 
 def test_one_pass_gives_outputs_novelty_and_variance_of_new_inputs(posterior, module):
@@ -62,7 +62,7 @@ def test_one_pass_gives_outputs_novelty_and_variance_of_new_inputs(posterior, mo
     assert not any(p.requires_grad for p in module.parameters())
     assert not any(any(h.values()) for m in module.modules() for h in hooks(m))
     assert module.fidelity.faithful
-    assert module.fidelity.examples == 150
+    assert module.fidelity.examples == 100
 
 
 def test_an_example_alone_scores_as_among_others(module):

@@ -127,8 +127,8 @@ def table(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
         "",
         f"Fashion-MNIST, {options.train} training images, posteriors of {options.fit} of them, modules from "
         f"{options.examples} others, {options.seeds} seeds; means. Rank correlation with the posterior's novelty on "
-        "examples that the module was not fitted to; AUROC of novelty, posterior → module; latency in calls of the plain "
-        "network (one thread).",
+        "examples that the module was not fitted to; AUROC of novelty, posterior → module; latency in calls of the "
+        "plain network (one thread).",
         f"`python -m benchmarks.distil --train {options.train} --fit {options.fit} --examples {options.examples} "
         f"--seeds {options.seeds}`",
         "",

@@ -5,7 +5,9 @@
 The encoder has the sizes of a small sentence transformer (vocabulary 30,522, width 384, six layers, twelve heads),
 random weights, four classes, texts of random tokens: time and memory do not depend on what it knows. Each fit is a
 fresh process with one thread. Seconds are those of its processor, so that what else runs on the machine does not count.
-The first row repeats products of the rows with the same vectors, and sums squares in large pieces, as version 0.1 did.
+Rows "as before" repeat products of the rows with the same vectors, sum squares in large pieces, capture the rows of the
+examples that the certificate looks at once more, multiply those of one example at a time, and look at as many
+examples as for small networks.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ from torch import Tensor, nn
 
 import nullbayes as nb
 from benchmarks import common
+from nullbayes.certificate import measure, row_changes
 from nullbayes.jacobian import images
+from nullbayes.jacobian.capture import checking
+from nullbayes.jacobian.factors import outer
 from nullbayes.solvers import norms
 
 SIZES = {
@@ -37,6 +42,7 @@ SHORTEST = 16
 CASES = (
     "all weights, as before",
     "all weights",
+    "LoRA, r = 8, as before",
     "LoRA, r = 8",
     "LoRA, r = 8, bfloat16 base",
 )
@@ -89,6 +95,8 @@ def measured(case: str, count: int, samples: int, length: int) -> dict[str, Any]
     torch.manual_seed(0)
     if case.endswith("before"):
         images.FROM, norms._COLUMNS = 1 << 62, 1 << 20
+        row_changes.FROM, outer.ALONE = 1 << 62, 0
+        measure.LARGE = checking.LARGE = 1 << 62
     time.perf_counter = time.process_time  # stages by the processor's clock, in this process
     model, data = encoder(), texts(count, length)
     if "LoRA" in case:

@@ -15,6 +15,7 @@ from nullbayes.constraints.fisher import EmpiricalFisher as EmpiricalFisher
 from nullbayes.constraints.fisher import SampledFisher as SampledFisher
 from nullbayes.constraints.preserve import Preserve as Preserve
 from nullbayes.constraints.preserve import register_preserve as register_preserve
+from nullbayes.errors import FidelityError as FidelityError
 from nullbayes.errors import InputError as InputError
 from nullbayes.errors import MemoryBudgetError as MemoryBudgetError
 from nullbayes.errors import MissingExtraError as MissingExtraError

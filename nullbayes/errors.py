@@ -45,3 +45,11 @@ class ProcessError(NullBayesError, RuntimeError):
 
 class NullBayesWarning(UserWarning):
     """A result that stands, but that the user should look at."""
+
+
+class FidelityError(NullBayesError, ArithmeticError):
+    """A distilled module that does not follow its posterior closely enough; ``fidelity`` says how closely it does."""
+
+    def __init__(self, message: str, fidelity: object = None) -> None:
+        super().__init__(message)
+        self.fidelity = fidelity

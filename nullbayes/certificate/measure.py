@@ -26,6 +26,9 @@ SAMPLED_EXAMPLES = 128
 LOOKED_AT = 8
 SAMPLED_DRAWS = 10
 
+# Of large networks, each pass of which is dear, fewer; from so many weights.
+SAMPLED_OF_LARGE, LARGE = 24, 2**22
+
 # Outputs ``(B, *out)``, what samples at prior precision one do to them ``(S, B, *out)``, and targets.
 Batch = tuple[Tensor, Tensor, Any]
 
@@ -44,7 +47,9 @@ class GuaranteeCheck:
         samples: Tensor,
         processes: Processes | None = None,
         crowd: Crowd | None = None,
+        known: Sequence[tuple[Tensor, Tensor] | None] = (),
     ) -> None:
+        """``known``: outputs and their changes of the first of ``examples``, where rows say that (`row_changes`)."""
         #: those that hold the other samples
         self.crowd = crowd = crowd or ALONE
         #: those that hold the other examples; what is said is of all of them
@@ -52,13 +57,12 @@ class GuaranteeCheck:
         self.problem, self.likelihood, self.samples = problem, problem.likelihood, samples
         functional, self.plan = problem.functional, plan
         self.inputs = [inputs for inputs, _ in examples]
-        self.batches: list[Batch] = [
-            (point, crowd.joined(change), targets)
-            for inputs, targets in examples
-            for point, change in (
-                linearised_outputs(functional, plan, samples.to(problem.dtype), inputs),
-            )
-        ]
+        self.batches: list[Batch] = []
+        for n, (inputs, targets) in enumerate(examples):
+            found = known[n] if n < len(known) else None
+            if found is None:
+                found = linearised_outputs(functional, plan, samples.to(problem.dtype), inputs)
+            self.batches.append((found[0], crowd.joined(found[1]), targets))
         if crowd.processes is not None:
             crowd.agree("examples", [float(point.double().sum()) for point, _, _ in self.batches])
             before = crowd.processes.place(len(samples))[0]
@@ -71,7 +75,7 @@ class GuaranteeCheck:
         self.few: list[tuple[Inputs, Any]] = []
         own = sum(len(point) for point, _, _ in self.batches)
         before, self.examples = (0, own) if processes is None else processes.place(own)
-        room = max(0, SAMPLED_EXAMPLES - before)
+        room = max(0, sampled_examples(problem) - before)
         for inputs, targets in examples:
             whole = batch_size(inputs)
             size = min(room, whole)
@@ -89,6 +93,16 @@ class GuaranteeCheck:
             for (point, unit, targets), inputs in zip(self.batches, self.inputs, strict=True)
         ]
         return more
+
+    def of(self, samples: Tensor) -> GuaranteeCheck:
+        """The same examples under other samples ``(S', P)`` alone: the first of these, or the same rounded."""
+        other = copy.copy(self)
+        other.samples = samples
+        other.batches = [
+            (point, self._changes(inputs, samples.to(unit)), targets)
+            for (point, unit, targets), inputs in zip(self.batches, self.inputs, strict=True)
+        ]
+        return other
 
     def _changes(self, inputs: Inputs, samples: Tensor) -> Tensor:
         return linearised_outputs(self.problem.functional, self.plan, samples, inputs)[1]
@@ -198,6 +212,12 @@ class GuaranteeCheck:
             "network_score": before,
             "posterior_score": after,
         }
+
+
+def sampled_examples(problem: Problem) -> int:
+    """On how many the re-weighted network itself is looked at."""
+    weights = sum(p.numel() for p in problem.functional.model.parameters())
+    return SAMPLED_EXAMPLES if weights < LARGE else SAMPLED_OF_LARGE
 
 
 def _pieces(batches: Sequence[Batch]) -> Iterator[Batch]:

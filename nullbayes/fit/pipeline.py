@@ -22,6 +22,7 @@ from nullbayes.audit.reading import Rereading
 from nullbayes.certificate.certificate import Certificate
 from nullbayes.certificate.leave_one_out import held_out, left_out
 from nullbayes.certificate.measure import GuaranteeCheck
+from nullbayes.certificate.row_changes import known_changes
 from nullbayes.common.memory import give_back, peak_bytes
 from nullbayes.common.processes import Processes
 from nullbayes.common.progress import (
@@ -261,8 +262,10 @@ class Fitting:
     def check(self) -> tuple[GuaranteeCheck, float | None]:
         """What samples do to training examples, and the evidence's precision before that bounded it."""
         problem, rows = self.problem, self.rows
+        self.effects = rows.operator.mine.matvec(self.done.value)
+        known = known_changes(problem, rows, self.stored, self.effects)
         check = GuaranteeCheck(
-            problem, rows.plan, rows.checked, self.stored, self.processes, self.crowd
+            problem, rows.plan, rows.checked, self.stored, self.processes, self.crowd, known
         )
         if self.settings.target.preserves:
             seen = [
@@ -279,7 +282,6 @@ class Fitting:
 
     def audit(self) -> Audit:
         """What samples do to examples of all the data, by someone else than the rows."""
-        self.effects = self.rows.operator.mine.matvec(self.done.value)
         self._lap(CERTIFICATE)
         self.auditing = auditing_of(self.problem, self.rows, self.run.audit)
         allowed = max(LEAST_AUDIT, AUDIT_SHARE * self.laps.total)
@@ -387,7 +389,7 @@ def extended(fit: Fit, settings: Settings, count: int) -> Fit:
         done = replace(done, value=fit.problem.isotropic(more))
     effects = operator.mine.matvec(done.value)
     certificate = fit.certificate.joined(
-        _new_samples(fit, done, v, effects),
+        new_samples(fit, done, v, effects),
         None if check is None else check.measure(fit.alpha**-0.5),
     )
     if fit.auditing is not None and certificate.audit is not None:
@@ -396,7 +398,7 @@ def extended(fit: Fit, settings: Settings, count: int) -> Fit:
     return replace(fit, stored=stored, certificate=certificate, check=check)
 
 
-def _new_samples(fit: Fit, done: Projection, prior: Tensor, after: Tensor) -> dict[str, Any]:
+def new_samples(fit: Fit, done: Projection, prior: Tensor, after: Tensor) -> dict[str, Any]:
     """What a certificate says of samples that were drawn later, by the fit's rows."""
     assert fit.state is not None
     count, operator = len(prior) * fit.certificate.examples, fit.state.operator

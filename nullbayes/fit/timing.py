@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nullbayes.audit.examples import SAMPLES, Claim, Question, audit_examples
 from nullbayes.audit.sampling import Reservoir
-from nullbayes.certificate.measure import SAMPLED_DRAWS, SAMPLED_EXAMPLES, GuaranteeCheck
+from nullbayes.certificate.measure import SAMPLED_DRAWS, GuaranteeCheck, sampled_examples
 from nullbayes.common.progress import AUDIT, CERTIFICATE
 from nullbayes.constraints.memory_budget import FitMemory
 from nullbayes.constraints.problem import Problem
@@ -139,7 +139,7 @@ class Trial:
         )
         each = max(1, sum(unit.nbytes for _, unit, _ in check.batches) // count)
         checked = min(self.examples, CHECK_EXAMPLES, max(1, self.memory.check // each))
-        few = min(self.examples, SAMPLED_EXAMPLES)
+        few = min(self.examples, sampled_examples(self.problem))
         return ((linear + LOOKS * look) * checked + sampled * few) / count
 
 

@@ -45,12 +45,13 @@ from nullbayes.posterior.calibration import (
 from nullbayes.posterior.growing import Grows
 from nullbayes.posterior.judged import RowJudged
 from nullbayes.posterior.predicting import Predicts
+from nullbayes.posterior.serving import Serves
 from nullbayes.posterior.storage import described, restored, write_posterior
 
 Self = TypeVar("Self", bound="Posterior")
 
 
-class Posterior(RowJudged, Predicts, Grows):
+class Posterior(RowJudged, Predicts, Grows, Serves):
     """What :class:`NullSpacePosterior` and :class:`LaplacePosterior` share. Use one of those two.
 
     Attributes:
@@ -397,7 +398,7 @@ class Posterior(RowJudged, Predicts, Grows):
         fit = self._fitted()
         if fit.state is None:
             raise NotFittedError(
-                f"this posterior was loaded from a file with {len(fit.stored)} samples; more need the "
+                f"this posterior was loaded from a file, or compacted, with {len(fit.stored)} samples; more need the "
                 "factorisation, so call `fit` again with a larger `num_samples`."
             )
         count = check_count(count, "count")

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from nullbayes.errors import InputError, ModelError, NullBayesError
 from nullbayes.likelihood import Likelihood
-from nullbayes.model.batch import Inputs, batch_size, flags_of, plain, take
-from nullbayes.model.functional import Forward, as_tensor_output
+from nullbayes.model.batch import Inputs, batch_size, plain, take
+from nullbayes.model.functional import Forward
 from nullbayes.moments.factor import Edge
 from nullbayes.moments.traced import Call, Done, Tape, means, probes_of, scores
 from nullbayes.moments.watched import watched
+from nullbayes.posterior.exported import Exported
 from nullbayes.posterior.layer_combined import ENERGY_WEIGHT, References
 from nullbayes.posterior.layer_fit import LayerFit, leverages
 from nullbayes.posterior.layer_leverage import EXACT_EDGE, POSITIONS, PROBE
@@ -96,7 +96,7 @@ class Excess(nn.Module):
         return ((values - centre) / spread).clamp_min(0).square()
 
 
-class LayerModule(nn.Module):
+class LayerModule(Exported):
     """The network with its novelty, in one forward pass and without hooks; a copy, which the posterior does not need.
 
     ``module(x)`` gives the network's ``outputs`` and ``novelty (B,)``, the score that was asked for. With samples there
@@ -122,28 +122,6 @@ class LayerModule(nn.Module):
         self.tape = tape
         self.layout: tuple[str, ...] = ()
         self.output_names = (NAMES[0], *PREDICTED, NAMES[1]) if members else NAMES
-
-    def arguments(self, x: Inputs) -> dict[str, Any]:
-        """``args``, ``kwargs`` and ``dynamic_shapes`` of `torch.export.export` and `torch.onnx.export`.
-
-        Args:
-            x: two inputs or more, so that no axis looks as if it were always one; the graph takes any number.
-
-        Raises:
-            InputError: one example alone.
-        """
-        size = batch_size(x)
-        if size < 2:
-            raise InputError("`x` holds one example; pass two or more to trace the graph with.")
-        axis = {0: torch.export.Dim("batch", min=1)}
-        flags = iter(flags_of(x, size))
-        shapes = tree_map(
-            lambda t: axis if next(flags) and isinstance(t, Tensor) else None, plain(x)
-        )
-        given = plain(x)
-        several = isinstance(given, tuple)
-        args = given if several else (given,)
-        return {"args": args, "kwargs": {}, "dynamic_shapes": (shapes if several else (shapes,),)}
 
     def forward(self, *inputs: Any, **named: Any) -> tuple[Any, ...]:
         """Called as the network is (a mapping may come as one argument); or with what ``forward=`` takes."""
@@ -176,15 +154,6 @@ class LayerModule(nn.Module):
             energy = found.double().reshape(size, -1).mean(1)
         novelty: Tensor = self.excess(means(calls, split), energy)
         return novelty
-
-    def _called(self, model: nn.Module, given: Any) -> Any:
-        if self.user_forward is not None:
-            out = self.user_forward(model, given)
-        elif isinstance(given, Mapping):
-            out = model(**given)
-        else:
-            out = model(*given) if isinstance(given, tuple) else model(given)
-        return out if self.likelihood.layouts is not None else as_tensor_output(out)
 
     def settle(self, few: Inputs) -> None:
         """Find out on a few examples which axis of each call's leverages is theirs. Raises `ModelError`."""

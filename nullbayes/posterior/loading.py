@@ -25,6 +25,7 @@ def load(
     likelihood: Likelihood | LossFunction | None = None,
     loss: LossFunction | None = None,
     forward: Forward | None = None,
+    mmap: bool = False,
 ) -> Posterior | LayerNullSpacePosterior:
     """A posterior from :meth:`Posterior.save`, around the same trained model.
 
@@ -35,6 +36,9 @@ def load(
         likelihood, loss: needed for a callable loss, which no file holds, and for a likelihood class that this
             process does not know.
         forward: as it was given to the posterior.
+        mmap: leave the samples in the file and read what is used when it is used: loading takes the time and memory
+            of the description. Their checksum, which needs all of them, is not compared. In another dtype or on
+            another device than the model's they are copied all the same.
 
     Raises:
         StorageError: the file is missing, truncated, not ours, or for another model.
@@ -42,7 +46,7 @@ def load(
     path = beside_adapter(path)
     if is_layer_file(path):
         return load_layers(path, model, likelihood or loss, forward)
-    stored = read_posterior(path).plain(unwrapped(model))
+    stored = read_posterior(path, mapped=mmap).plain(unwrapped(model))
     kinds: dict[str, type[NullSpacePosterior] | type[LaplacePosterior]] = {
         c.__name__: c for c in (NullSpacePosterior, LaplacePosterior)
     }

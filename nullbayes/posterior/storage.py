@@ -138,6 +138,8 @@ class Stored:
     meta: dict[str, Any]
     tensor: Tensor
     beside: dict[str, Tensor] = field(default_factory=dict)
+    #: whether the samples are still in the file, of which they are read when they are used
+    mapped: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -230,7 +232,7 @@ class Stored:
                 f"{self.path} holds samples of shape {shape}, expected (S, {space.total}) with at least "
                 "one sample. The file is damaged; save it again."
             )
-        if not bool(tensor.isfinite().all()):
+        if not self.mapped and not bool(tensor.isfinite().all()):
             raise StorageError(
                 f"{self.path} holds NaN or infinity in its samples. The file is damaged; save it again."
             )
@@ -243,8 +245,8 @@ class Stored:
         return tensor.to(device=space.device, dtype=dtype)
 
 
-def read_posterior(path: str | os.PathLike[str]) -> Stored:
-    """Read a posterior file whole.
+def read_posterior(path: str | os.PathLike[str], *, mapped: bool = False) -> Stored:
+    """Read a posterior file whole; or, ``mapped``, its description, the samples as they are used, and no checksum.
 
     Raises:
         StorageError: missing, truncated, not a safetensors file, not ours, or of a newer version.
@@ -253,7 +255,7 @@ def read_posterior(path: str | os.PathLike[str]) -> Stored:
     try:
         if not source.is_file():
             raise StorageError(f"there is no file {source}; write one with `posterior.save(path)`.")
-        tensors, metadata = _contents(source)
+        tensors, metadata = _contents(source, mapped=mapped)
     except (SafetensorError, OSError, ValueError, KeyError, MemoryError) as error:
         if isinstance(error, StorageError):
             raise
@@ -267,7 +269,8 @@ def read_posterior(path: str | os.PathLike[str]) -> Stored:
         )
     meta = _description(source, text)
     told = metadata.get("checksum")
-    if (meta["version"] > 1 or told is not None) and told != checksum(text, tensors):
+    known = meta["version"] > 1 or told is not None
+    if known and not mapped and told != checksum(text, tensors):
         raise StorageError(
             f"{source} cannot be read: it is not what was written (its checksum differs). It was damaged or changed "
             "since; save it again."
@@ -283,11 +286,13 @@ def read_posterior(path: str | os.PathLike[str]) -> Stored:
             f"{source} holds {sorted(tensors)[:4]}, expected 'samples' of {meta['dtype']}. The file is damaged; "
             "save it again."
         )
-    return Stored(source, meta, tensors["samples"], beside)
+    return Stored(source, meta, tensors["samples"], beside, mapped)
 
 
-def _contents(source: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _contents(source: Path, *, mapped: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(str(source), framework="pt") as file:
+        if mapped:
+            return {n: file.get_tensor(n) for n in file.keys()}, file.metadata() or {}  # noqa: SIM118
         # Where a file's bytes happen to begin changes the rounding of products: copy them to a
         # place of their own, aligned as those of a fit are.
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118

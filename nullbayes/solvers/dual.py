@@ -231,7 +231,8 @@ class DualState(State):
 
     def _pass(self, x: Tensor) -> Tensor:
         z = self._solve(self.operator.matvec(x).double())
-        return x - self.operator.rmatvec(z.to(x.dtype))
+        along = self.operator.rmatvec(z.to(x.dtype))
+        return torch.sub(x, along, out=along)  # samples of large networks are gigabytes
 
     def covariance_times(self, vectors: Tensor) -> Tensor:
         if self.numerical:

@@ -47,6 +47,8 @@ Scales = dict[str, float] | None
 _MENDING = threading.RLock()
 # Batches of several examples whose rows are also proved in reverse order, and how many of the examples.
 TURNED, TURNED_EXAMPLES = 4, 64
+# Of networks with so many weights, each pass of which is dear, fewer examples.
+LARGE, TURNED_OF_LARGE = 2**22, 6
 # Examples of a batch at most that are evaluated in other company at use, where no rows are captured.
 SEPARATED_EXAMPLES = 64
 # What a step of the plan may fail with, to be tried in another way; a lack of memory is none.
@@ -150,7 +152,9 @@ def _in_other_order(
     if size == 1 or plan.turned >= TURNED:
         return []
     generator = counter_generator(0, size)
-    index = torch.arange(min(size, TURNED_EXAMPLES))
+    weights = sum(p.numel() for p in functional.model.parameters())
+    most = TURNED_EXAMPLES if weights < LARGE else TURNED_OF_LARGE
+    index = torch.arange(min(size, most))
     shape = (1, len(index), *values.shape[2:])
     cotangents = torch.randn(shape, generator=generator, dtype=torch.float64).to(values)
     tags = (torch.rand(len(index), generator=generator, dtype=torch.float64) + 0.5).to(values)

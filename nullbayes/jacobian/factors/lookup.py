@@ -84,10 +84,12 @@ class LookupFactor(Factor):
         s = len(weights)
         w = weights.reshape(s, self.examples, self.cotangents)
         tokens = torch.einsum("sbc,bctd->sbtd", w, self.g) * (self.index >= 0)[None, :, :, None]
-        index = self.index.clamp(min=0).reshape(-1)
-        table = out.new_zeros(s, self.slot.shape[0], self.dim)
+        # Only entries that are looked up: the whole table for each sample may be gigabytes.
+        entries, index = self.index.clamp(min=0).reshape(-1).unique(return_inverse=True)
+        table = out.new_zeros(s, len(entries), self.dim)
         table.index_add_(1, index, tokens.reshape(s, -1, self.dim))
-        out[:, self.slot.start : self.slot.stop] += table.reshape(s, -1)
+        whole = out[:, self.slot.start : self.slot.stop].unflatten(1, (-1, self.dim))
+        whole.index_add_(1, entries, table)
 
     def gram(self, other: Factor) -> Tensor:
         assert isinstance(other, LookupFactor)

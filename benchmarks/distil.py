@@ -1,0 +1,195 @@
+"""How closely distilled modules follow their posteriors, and what they cost beside the plain forward pass.
+
+    python -m benchmarks.distil [--train 6000] [--fit 400] [--examples 1200] [--seeds 3]
+
+LeNet and a residual network (two blocks, 16 and 32 channels), trained on Fashion-MNIST. Posteriors are fitted to the
+first training images, modules distilled from others; they are judged on the quarter of those that they were not fitted
+to, on built-in shifts, on handwritten digits and on rotated images. Seconds are of one thread, each the median of many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+import nullbayes as nb
+from benchmarks import common
+from benchmarks.networks import Residual
+from nullbayes import datasets
+from nullbayes.demo.models import lenet
+from nullbayes.posterior.distilled import Distilled
+
+REPEATS = 60
+BATCHES = (1, 64)
+
+
+def residual(classes: int = 10) -> nn.Module:
+    """About 19,000 weights."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1, stride=2, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        Residual(16, 16, 1),
+        Residual(16, 32, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, classes),
+    )
+
+
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {"LeNet": lenet, "residual network": residual}
+
+
+def trained(make: Callable[[int], nn.Module], x: Tensor, y: Tensor, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = make(10)
+    optimiser = torch.optim.Adam(model.parameters(), 2e-3)
+    for _ in range(3):
+        for batch in torch.randperm(len(x)).split(64):
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+            optimiser.step()
+    return model.eval()
+
+
+def digits(count: int) -> Tensor:
+    """Handwritten digits ``(count, 1, 28, 28)`` of scikit-learn, enlarged."""
+    images = torch.tensor(load_digits().images, dtype=torch.float32)[:count, None] / 16
+    return nn.functional.interpolate(images, size=(28, 28), mode="bilinear")
+
+
+def latency(run: Callable[[Tensor], Any], x: Tensor) -> float:
+    """Median seconds of a call."""
+    times = []
+    with torch.no_grad():
+        for n in range(REPEATS + 5):
+            started = time.process_time()
+            run(x)
+            if n >= 5:
+                times.append(time.process_time() - started)
+    return statistics.median(times)
+
+
+def measured(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    data = datasets.fashion_mnist()
+    x, y = data.train.inputs[: options.train], data.train.targets[: options.train]
+    model = trained(NETWORKS[name], x, y, seed)
+    posterior = nb.NullSpacePosterior(model).fit(
+        (x[: options.fit], y[: options.fit]), progress=False
+    )
+    others = slice(options.fit, options.fit + options.examples)
+    test = data.test.inputs[:300]
+    module: Distilled | None = None
+    started = time.process_time()
+    try:
+        module = posterior.distil(
+            (x[others], y[others]),
+            shifted={"digits": digits(300), "rotated": test.rot90(1, (2, 3))},
+            max_examples=options.examples,
+            seed=seed,
+        )
+        fidelity, refused = module.fidelity, False
+    except nb.FidelityError as error:
+        fidelity, refused = error.fidelity, True
+    seconds = time.process_time() - started
+    found = {
+        "network": name,
+        "seed": seed,
+        "refused": refused,
+        "seconds": seconds,
+        "correlation": fidelity.correlation,
+        "variance_correlation": fidelity.variance_correlation,
+        "auroc": fidelity.auroc,
+        "latency": {},
+    }
+    for size in BATCHES if module is not None else ():
+        assert module is not None
+        some = test[:size]
+        found["latency"][size] = {
+            "network": latency(model, some),
+            "module": latency(module, some),
+            "posterior": latency(posterior.novelty, some),
+        }
+    return found
+
+
+def table(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    lines = [
+        "# Distilled modules: fidelity and latency",
+        "",
+        f"Fashion-MNIST, {options.train} training images, posteriors of {options.fit} of them, modules from "
+        f"{options.examples} others, {options.seeds} seeds; means. Rank correlation with the posterior's novelty on "
+        "examples that the module was not fitted to; AUROC of novelty, posterior → module; latency in calls of the "
+        "plain network (one thread).",
+        f"`python -m benchmarks.distil --train {options.train} --fit {options.fit} --examples {options.examples} "
+        f"--seeds {options.seeds}`",
+        "",
+    ]
+    for name in NETWORKS:
+        rows = [r for r in results if r["network"] == name]
+        refused = sum(r["refused"] for r in rows)
+        lines += [
+            f"## {name}",
+            "",
+            f"{refused} of {len(rows)} refused; {_mean(r['seconds'] for r in rows):.1f} s to distil; "
+            f"variance: correlation {_mean(r['variance_correlation'] for r in rows):.2f}.",
+            "",
+            "| | rank correlation | AUROC, posterior | AUROC, module |",
+            "|---|---|---|---|",
+        ]
+        for kind in rows[0]["correlation"]:
+            cells = ["", ""]
+            if kind in rows[0]["auroc"]:
+                cells = [f"{_mean(r['auroc'][kind][i] for r in rows):.3f}" for i in (0, 1)]
+            value = _mean(r["correlation"][kind] for r in rows)
+            lines.append(f"| {kind} | {value:.2f} | {cells[0]} | {cells[1]} |")
+        timed = [r["latency"] for r in rows if r["latency"]]
+        if timed:
+            lines += [
+                "",
+                "| images at a time | network | module | `posterior.novelty` |",
+                "|---|---|---|---|",
+            ]
+            for size in BATCHES:
+                plain = _mean(t[size]["network"] for t in timed)
+                ratios = [
+                    _mean(t[size][k] / t[size]["network"] for t in timed)
+                    for k in ("module", "posterior")
+                ]
+                lines.append(
+                    f"| {size} | {1e3 * plain:.2f} ms | {ratios[0]:.2f} calls | {ratios[1]:.0f} calls |"
+                )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _mean(values: Any) -> float:
+    return statistics.fmean(values)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--train", type=int, default=6000)
+    parser.add_argument("--fit", type=int, default=400)
+    parser.add_argument("--examples", type=int, default=1200)
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    results = []
+    for name in NETWORKS:
+        for seed in range(options.seeds):
+            results.append(measured(name, seed, options))
+            print(results[-1], flush=True)
+    found = {"results": results, "options": vars(options), "environment": common.environment()}
+    print(common.write_results("distil", found, table(results, options)))
+
+
+if __name__ == "__main__":
+    main()

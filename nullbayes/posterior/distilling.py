@@ -1,0 +1,294 @@
+"""Fitting a distilled module to its posterior, and measuring how closely it follows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from nullbayes.errors import FidelityError, InputError, ModelError, NonFiniteError
+from nullbayes.metrics import ood_metrics
+from nullbayes.model.batch import Inputs, batch_size, plain, take
+from nullbayes.posterior.corruptions import JUDGING, TEACHING, corrupted
+from nullbayes.posterior.distilled import Distilled, Head, Seen, Tap
+
+if TYPE_CHECKING:
+    from nullbayes.posterior.base import Posterior
+
+#: what a module has to reach: rank correlation with the posterior over all that it is judged on, and AUROC lost
+LEAST_CORRELATION, MOST_AUROC_LOST = 0.8, 0.05
+# By how much less novelty of ordinary inputs alone, which differ less, may be correlated.
+ORDINARY_LESS = 0.3
+# Of the examples, how many judge; and how few do not.
+JUDGES, FEWEST = 4, 40
+# Layers whose inputs the head looks at: the last ones.
+TAPS = 4
+TAPPED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+ORDINARY, ALL = "ordinary", "all"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Arguments of `nullbayes.Posterior.distil`."""
+
+    shifted: Mapping[str, Any] = field(default_factory=dict)
+    max_examples: int = 2000
+    seed: int = 0
+    least_correlation: float = LEAST_CORRELATION
+    most_auroc_lost: float = MOST_AUROC_LOST
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How closely a distilled module follows its posterior, on examples that it was not fitted to.
+
+    Attributes:
+        examples: ordinary ones that it was judged on; ``fitted``: examples and shifted copies that it was fitted to.
+        correlation: rank correlation (Spearman) of its novelty with the posterior's: ``"ordinary"``, each shift,
+            ``"all"`` of them together.
+        variance_correlation: the same of its variance, over all.
+        auroc: ``{shift: (posterior, module)}``, how well novelty tells that shift from ordinary inputs.
+        least_correlation, most_auroc_lost: what was asked for.
+    """
+
+    examples: int
+    fitted: int
+    correlation: dict[str, float]
+    variance_correlation: float
+    auroc: dict[str, tuple[float, float]]
+    least_correlation: float = LEAST_CORRELATION
+    most_auroc_lost: float = MOST_AUROC_LOST
+
+    @property
+    def auroc_lost(self) -> float:
+        """The largest loss of AUROC over the shifts; negative where the module is better on all."""
+        return max(before - after for before, after in self.auroc.values())
+
+    @property
+    def faithful(self) -> bool:
+        """Whether it is as close as was asked for."""
+        close = self.correlation[ALL] >= self.least_correlation
+        close &= self.correlation[ORDINARY] >= self.least_correlation - ORDINARY_LESS
+        return close and self.auroc_lost <= self.most_auroc_lost
+
+    def __str__(self) -> str:
+        each = ", ".join(f"{name} {value:.2f}" for name, value in self.correlation.items())
+        lost = ", ".join(f"{n} {a:.3f} → {b:.3f}" for n, (a, b) in self.auroc.items())
+        return (
+            f"rank correlation with the posterior's novelty on {self.examples} other examples: {each} (variance "
+            f"{self.variance_correlation:.2f}); AUROC, posterior → module: {lost}"
+        )
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Batches with the posterior's scores: ``novelty`` and ``variance (N,)``."""
+
+    batches: list[Inputs]
+    scores: Tensor  # (N, 2) float64
+
+    @staticmethod
+    def of(posterior: Posterior, batches: list[Inputs]) -> _Scored:
+        parts = [
+            torch.stack([posterior.novelty(x), posterior.novelty(x, score="variance")], 1)
+            for x in batches
+        ]
+        scores = torch.cat(parts).double().cpu()
+        if not bool(scores.isfinite().all()):
+            raise NonFiniteError("the posterior's novelty of an input is NaN or infinite.")
+        return _Scored(batches, scores)
+
+
+def distilled(posterior: Posterior, batches: Iterator[Inputs], asked: Asked) -> Distilled:
+    """See `nullbayes.Posterior.distil`."""
+    functional = posterior.functional
+    if functional.randomness is not None or functional.layouts is not None:
+        raise InputError(
+            "a distilled module needs a network without random numbers whose output is one tensor; use "
+            "`posterior.novelty` for this one."
+        )
+    generator = torch.Generator().manual_seed(asked.seed)
+    fitting, judging = _divided(posterior, batches, asked.max_examples)
+    module = _module(posterior, fitting[0])
+    taught = _Scored.of(
+        posterior,
+        [*fitting, *(corrupted(x, kind, generator) for kind in TEACHING for x in fitting)],
+    )
+    floor = taught.scores.amax(0).clamp_min(1e-300) * 1e-12
+    with torch.no_grad():
+        found = [module.features(plain(x))[1] for x in taught.batches]
+        features = [torch.cat(parts) for parts in zip(*found, strict=True)]
+        module.taps = len(features) - 1
+        targets = torch.maximum(taught.scores, floor).log()
+        module.head = Head(features, targets.to(features[0].device), generator)
+    module = module.to(functional.device).eval().requires_grad_(requires_grad=False)
+    _check_alone(posterior, module, judging[0])
+    module.fidelity = fidelity = _judged(posterior, module, judging, asked, generator, taught)
+    if not fidelity.faithful:
+        raise FidelityError(
+            f"the distilled module does not follow its posterior: {fidelity}. Asked for are a correlation of "
+            f"{asked.least_correlation} over all, {ORDINARY_LESS} less on ordinary examples, and at most "
+            f"{asked.most_auroc_lost} of AUROC lost. Give more data, or lower `least_correlation` or raise "
+            "`most_auroc_lost`; or score with `posterior.novelty`.",
+            fidelity,
+        )
+    return module
+
+
+def _divided(
+    posterior: Posterior, batches: Iterator[Inputs], most: int
+) -> tuple[list[Inputs], list[Inputs]]:
+    """Batches to fit to, and others to judge by: the last of each batch, so that both are of the same kind."""
+    fitting: list[Inputs] = []
+    judging: list[Inputs] = []
+    held = total = 0
+    for x in batches:
+        x = posterior._inputs(x, None)
+        size = min(batch_size(x), most - total)
+        total += size
+        judges = (total // JUDGES) - held
+        held += judges
+        if size > judges:
+            fitting.append(plain(take(x, 0, size - judges)))
+        if judges:
+            judging.append(plain(take(x, size - judges, size)))
+        if total >= most:
+            break
+    if total < FEWEST:
+        raise InputError(
+            f"`loader` holds {total} examples; a module is fitted to three quarters of them and judged by the rest, "
+            f"which takes {FEWEST} at least, and some hundreds to be of use."
+        )
+    return fitting, judging
+
+
+def _module(posterior: Posterior, x: Inputs) -> Distilled:
+    """The network's copy with taps in its last layers that receive something for each example."""
+    functional = posterior.functional
+    try:
+        network = copy.deepcopy(posterior.model)
+    except Exception as error:
+        raise ModelError(
+            f"the model cannot be copied ({type(error).__name__}: {error}), which a distilled module is; drop tensors "
+            "that belong to a graph from its attributes."
+        ) from error
+    wide = functional.widened
+    network = network if wide is None else network.to(wide)
+    seen = Seen()
+    module = Distilled(network, seen, posterior.likelihood, functional.user_forward)
+    for path in _tapped(module, x):
+        if not path:
+            module.network = Tap(network, seen)
+        else:
+            parent, _, name = path.rpartition(".")
+            setattr(network.get_submodule(parent), name, Tap(network.get_submodule(path), seen))
+    return module
+
+
+def _tapped(module: Distilled, x: Inputs) -> list[str]:
+    """Paths of the last layers that are called once, with the batch on the first axis and no axis of tokens."""
+    size, calls = batch_size(x), list[tuple[str, bool]]()
+    hooks = []
+    for path, layer in module.network.named_modules():
+        if isinstance(layer, TAPPED):
+
+            def hook(layer: nn.Module, args: Any, path: str = path) -> None:
+                given = args[0] if args and isinstance(args[0], Tensor) else None
+                images = not isinstance(layer, nn.Linear)
+                fits = given is not None and len(given) == size
+                calls.append((path, fits and (images or (given is not None and given.ndim == 2))))
+
+            hooks.append(layer.register_forward_pre_hook(hook))
+    try:
+        with torch.no_grad():
+            module.features(plain(x))
+    finally:
+        for handle in hooks:
+            handle.remove()
+    paths = [path for path, _ in calls]
+    able = [path for path, fits in calls if fits and paths.count(path) == 1]
+    if not able:
+        raise ModelError(
+            "no linear or convolution layer of the network receives one vector or image for each example, which the "
+            "head of a distilled module looks at; score with `posterior.novelty`."
+        )
+    return able[-TAPS:]
+
+
+def _scores(module: Distilled, batches: list[Inputs]) -> Tensor:
+    """The module's ``(N, 2)`` float64."""
+    parts = []
+    with torch.no_grad():
+        for x in batches:
+            given = plain(x)
+            if isinstance(given, tuple):
+                found = module(*given)
+            else:
+                found = module(**given) if isinstance(given, Mapping) else module(given)
+            parts.append(torch.stack(found[1:], 1))
+    return torch.cat(parts).double().cpu()
+
+
+def _check_alone(posterior: Posterior, module: Distilled, x: Inputs) -> None:
+    """Raise `ModelError` unless an example alone scores as among others, and outputs are the network's."""
+    size = min(3, batch_size(x))
+    some = take(x, 0, size)
+    together = _scores(module, [plain(some)])
+    alone = _scores(module, [plain(take(some, i, i + 1, size)) for i in range(size)])
+    given = plain(some)
+    with torch.no_grad():
+        outputs = module.features(given)[0]
+    wanted = posterior.functional.outputs(some)
+    right = torch.allclose(outputs, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+    if not right or not torch.allclose(alone, together, rtol=0.02):
+        raise ModelError(
+            "the distilled module gives an example other scores alone than among others, or other outputs than the "
+            "network. Does `forward=`, or a layer, reach the model other than by its argument?"
+        )
+
+
+def _judged(
+    posterior: Posterior,
+    module: Distilled,
+    judging: list[Inputs],
+    asked: Asked,
+    generator: torch.Generator,
+    taught: _Scored,
+) -> Fidelity:
+    sets = {ORDINARY: judging}
+    sets |= {kind: [corrupted(x, kind, generator) for x in judging] for kind in JUDGING}
+    sets |= {name: list(x) for name, x in asked.shifted.items()}
+    theirs = {name: _Scored.of(posterior, some).scores for name, some in sets.items()}
+    ours = {name: _scores(module, some) for name, some in sets.items()}
+    correlation = {n: rank_correlation(ours[n][:, 0], theirs[n][:, 0]) for n in sets}
+    together = [torch.cat([scores[n] for n in sets]) for scores in (ours, theirs)]
+    correlation[ALL] = rank_correlation(together[0][:, 0], together[1][:, 0])
+
+    def auroc(scores: dict[str, Tensor], name: str) -> float:
+        return ood_metrics(scores[ORDINARY][:, 0], scores[name][:, 0])["auroc"]
+
+    return Fidelity(
+        len(ours[ORDINARY]),
+        len(taught.scores),
+        correlation,
+        rank_correlation(together[0][:, 1], together[1][:, 1]),
+        {n: (auroc(theirs, n), auroc(ours, n)) for n in sets if n != ORDINARY},
+        asked.least_correlation,
+        asked.most_auroc_lost,
+    )
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Spearman's, of two vectors ``(N,)``; ties share their mean rank; zero where one of them is constant."""
+    ranks = []
+    for values in (a, b):
+        _, place, count = values.unique(return_inverse=True, return_counts=True)
+        last = count.cumsum(0).double()
+        mean = last - (count.double() - 1) / 2
+        ranks.append(mean[place] - mean[place].mean())
+    size = float(ranks[0].norm() * ranks[1].norm())
+    return float(ranks[0] @ ranks[1]) / size if size > 0 else 0.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +43,7 @@ from nullbayes.errors import ModelError
 from nullbayes.fit.auditing import audited, auditing_of
 from nullbayes.fit.evidence import fixed_point, null_space_precision
 from nullbayes.fit.layer_evidence import by_layer, layers_of
+from nullbayes.fit.observation_noise import with_left_out_noise
 from nullbayes.fit.prior_samples import standard_normal
 from nullbayes.fit.projection import Work, projected
 from nullbayes.fit.remarks import doubts, not_kept, where_kept
@@ -95,8 +96,9 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
         notes += not_kept(loader, rows, run.max_examples)
         notes += doubts(reading, rows, run.max_examples)
         notes += padding_notes(problem.functional.model, problem.space)
+        noised = fitting.noised(notes)
     check_undisturbed(problem, before)
-    return fitting.finish(check, evidence, audit, notes)
+    return noised(fitting.finish(check, evidence, audit, notes))
 
 
 def check_undisturbed(problem: Problem, before: int) -> None:
@@ -269,6 +271,16 @@ class Fitting:
         if evidence is not None:
             self.alpha = check.bounded_precision(evidence)
         return check, evidence
+
+    def noised(self, notes: list[str]) -> Callable[[Fit], Fit]:
+        """Reads a fit with observation noise by leave-one-out residuals, of which the notes say something."""
+        if not self.settings.target.preserves:
+            return lambda fit: (
+                fit
+            )  # Laplace doubts the training data as well (docs/evaluation/regression.md)
+        found, note = with_left_out_noise(self.problem, self.rows, self.state, self.alpha)
+        notes += [] if note is None else [note]
+        return lambda fit: fit if found is None else fit.explained_by(found)
 
     def audit(self) -> Audit:
         """What samples do to examples of all the data, by someone else than the rows."""

@@ -22,7 +22,15 @@ PAGES = (
     ROOT / "README.md",
     *(
         FOLDER / f"{name}.md"
-        for name in ("index", "classification", "regression", "detection", "ablations", "method")
+        for name in (
+            "index",
+            "classification",
+            "regression",
+            "detection",
+            "joint",
+            "ablations",
+            "method",
+        )
     ),
 )
 PICTURES = "pictures"  # folder of copied figures, beside the page

@@ -28,7 +28,7 @@ from nullbayes.metrics import classification_metrics
 NAME = "joint"
 TITLE = "Joint predictions"
 VERSION = 1
-TASKS = ("digits", "clothes", "breast cancer", "schools", "weather")
+TASKS = ("breast cancer", "schools", "weather", "digits", "clothes")
 IMAGES = ("digits", "clothes")
 SEEDS = {"small": 2, "full": 10}
 TRAIN = 300  # images; of tables at most
@@ -102,8 +102,9 @@ def jobs(
     config = {"version": VERSION, "train": TRAIN, "samples": SAMPLES}
     return [
         Job(Key(NAME, setting, seed, name), config, measure_job, (name, seed))
+        for tasks in (TASKS[:3], TASKS[3:])  # the quick ones first
         for seed in range(SEEDS[setting])
-        for name in TASKS
+        for name in tasks
     ]
 
 
@@ -234,7 +235,11 @@ def report(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
     seeds = sorted({run["seed"] for run in runs})
     for measure, part, title in tables:
         better = 1 if measure == "accuracy" else -1
-        columns = [Column(task, at(task, part, measure), better, 3) for task in TASKS]
+        columns = [
+            Column(task, at(task, part, measure), better, 3)
+            for task in TASKS
+            if any(r["result"]["task"] == task for r in runs)
+        ]
         rows = []
         for key, words in TITLES.items():
             found = [

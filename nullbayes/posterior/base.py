@@ -304,7 +304,7 @@ class Posterior(RowJudged, Predicts, Grows):
             tune: ``"prior"``, ``"temperature"`` or ``"noise"``; None as above. A temperature divides outputs before
                 they become probabilities, and leaves samples, novelty and joint predictions as they are.
 
-        A prior by which accuracy falls more than a point below the network's is not chosen.
+        A prior by which accuracy falls below the network's, by more than a point and than four examples, is not chosen.
 
         Warns:
             NullBayesWarning: the best value lies at an edge, does not beat the trained network, was passed over for

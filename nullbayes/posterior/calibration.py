@@ -41,8 +41,9 @@ DECADES = (-4.0, 8.0)
 NOISE_DECADES = (-1.0, 3.0)
 TEMPERATURE_DECADES = (-0.5, 1.0)
 BINS = 15
-# How far a chosen prior may take accuracy on validation data below the trained network's.
-ALLOWED_LOSS = 0.01
+# How far a chosen prior may take accuracy on validation data below the trained network's: a share, and examples. A net
+# loss of k examples has a standard error of √k at least, so fewer than five may be chance.
+ALLOWED_LOSS, BY_CHANCE = 0.01, 4
 # A prior precision so many times that before leaves about the trained network, in whatever it is used for.
 CLOSING = 1e3
 
@@ -68,8 +69,8 @@ class CalibrationPath:
         noise_scale: factors on the noise variance, ascending over four decades; None where something else was tuned.
         temperature: what outputs are divided by before they become probabilities, ascending from 0.32 to 10; None
             where something else was tuned.
-        bounded: a better prior precision was passed over, because accuracy there is more than one point below the
-            trained network's.
+        bounded: a better prior precision was passed over, because accuracy there is further below the trained
+            network's than a point and than four examples.
     """
 
     prior_precision: list[float]
@@ -287,7 +288,11 @@ class _Walk:
         if self.tune != "prior" or self.fit.problem.likelihood.score_name != "accuracy":
             return True
         known, score = network["accuracy"], row["accuracy"]
-        return known is None or score is None or not score < known - ALLOWED_LOSS
+        return known is None or score is None or not score < known - _allowed(self.examples)
+
+
+def _allowed(examples: int) -> float:
+    return max(ALLOWED_LOSS, BY_CHANCE / max(1, examples))
 
 
 def check_arguments(metric: str, ood_loader: Iterable[Any] | None) -> None:
@@ -347,7 +352,7 @@ def _warn(path: CalibrationPath, values: list[float]) -> None:
     elif path.bounded:
         text = (
             f"the prior precision was bounded at {path.values[path.chosen]:.4g}: with the one that is best by "
-            f"{path.metric}, accuracy on {path.examples} validation examples would fall by more than {ALLOWED_LOSS:g} "
+            f"{path.metric}, accuracy on {path.examples} validation examples would fall by more than {_allowed(path.examples):.3g} "
             f"below the trained network's {path.point['accuracy']:.4f}; it is {path.after['accuracy']:.4f} now. "
             "`tune='temperature'` changes probabilities and leaves the posterior as it is."
         )

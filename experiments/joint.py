@@ -217,12 +217,17 @@ def tuned(draws: Draws, check: tuple[Tensor, Tensor]) -> float:
     return min(tried, key=nll)
 
 
+def _seeds(runs: Sequence[dict[str, Any]]) -> str:
+    counts = {task: sum(r["result"]["task"] == task for r in runs) for task in TASKS}
+    return "Seeds: " + ", ".join(f"{task} {n}" for task, n in counts.items() if n) + "."
+
+
 def report(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
     """A table a measure, tasks as columns; means over tasks last."""
     if not runs:
         return
     page = Page(NAME, f"{TITLE} ({setting})")
-    page.say(WORDS, f"Seeds: {len({r['seed'] for r in runs})}. † trains more networks than one.")
+    page.say(WORDS, f"{_seeds(runs)} † trains more networks than one.")
     tables = (
         ("joint", "clean", "Joint NLL by a label"),
         ("joint", "shifted", "Joint NLL by a label, shifted"),

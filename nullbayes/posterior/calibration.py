@@ -352,8 +352,9 @@ def _warn(path: CalibrationPath, values: list[float]) -> None:
     elif path.bounded:
         text = (
             f"the prior precision was bounded at {path.values[path.chosen]:.4g}: with the one that is best by "
-            f"{path.metric}, accuracy on {path.examples} validation examples would fall by more than {_allowed(path.examples):.3g} "
-            f"below the trained network's {path.point['accuracy']:.4f}; it is {path.after['accuracy']:.4f} now. "
+            f"{path.metric}, accuracy on {path.examples} validation examples would fall by more than "
+            f"{_allowed(path.examples):.3g} below the trained network's {path.point['accuracy']:.4f}; it is "
+            f"{path.after['accuracy']:.4f} now. "
             "`tune='temperature'` changes probabilities and leaves the posterior as it is."
         )
     elif path.at_edge and path.chosen:

@@ -31,6 +31,8 @@ MOST_WEIGHT = 1e3
 SMALL_OUTPUT = 1e-2
 # How many times the difference of two plain passes rows may be away from one of them.
 NOISE = 10.0
+# Passes that measure rounding by the outputs, at most.
+BY_OUTPUTS = 16
 
 # Numbers whose copy in float64 fits in a cache.
 CACHED = 2**16
@@ -81,6 +83,25 @@ def gradient_by_examples(functional: FunctionalModel, inputs: Inputs, cotangents
         for n in range(len(cotangents))
     ]
     return torch.stack(parts).sum(0)
+
+
+def gradient_by_outputs(
+    functional: FunctionalModel, inputs: Inputs, cotangents: Tensor, weights: Tensor
+) -> Tensor:
+    """:func:`plain_gradient` of the weighted sum of all rows, by one pass for each output: the same but for rounding.
+
+    Args:
+        cotangents: ``(C, B, *out)``; ``weights``: of each row, as :func:`random_weights` has them.
+    """
+    count, size = cotangents.shape[:2]
+    each = weights.reshape(size, count, *[1] * (cotangents.ndim - 2)).to(cotangents)
+    found = torch.zeros(functional.space.total, dtype=functional.space.dtype, device=weights.device)
+    for some in torch.arange(count).tensor_split(min(count, BY_OUTPUTS)):
+        total = torch.zeros_like(cotangents[0])
+        for c in some.tolist():
+            total += each[:, c] * cotangents[c]
+        found += plain_gradient(functional, inputs, total)
+    return found
 
 
 def random_weights(cotangents: Tensor, seed: int, index: int) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ asked: cut with the batch, or left whole, the outputs of some of the examples mu
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,8 +21,12 @@ from nullbayes.model.batch import Batch, Flags, Inputs, batch_size, flags_of, ta
 
 # Ways to cut that are tried where several tensors are as long as the batch.
 WAYS = 64
-# Relative difference of outputs that rounding explains; a wrongly cut input is far off or fails.
+# Relative difference of outputs that rounding explains; by that of the outputs' own numbers first, since a wrongly cut
+# input may move them by a thousandth alone.
 CLOSE = 1e-2
+ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-4}
+# By how much less another way has to move the outputs to come before one that moves them by less than `CLOSE`.
+CLEARLY = 0.1
 
 Evaluate = Callable[[Inputs], Tensor]
 Key = tuple[str, int]
@@ -106,35 +111,45 @@ class Axes:
             for i in open_:
                 other = tuple(not has if i == j else has for j, has in enumerate(found))
                 # Where both serve, the model does not say; the next batch may.
-                if any(other) and not self._fits(inputs, other):
+                if any(other) and self._moved(inputs, other) > 1:
                     self._known[places[i]] = found[i]
         return found
 
     def _tried(self, inputs: Any, flags: Flags, open_: list[int]) -> Flags | None:
+        """The first way whose outputs agree to rounding; else one of those that are close."""
+        best, least = None, CLOSE / min(ROUNDING.values())
         for shared in itertools.islice(_subsets(open_), WAYS):
             way = tuple(has and i not in shared for i, has in enumerate(flags))
-            if any(way) and self._fits(inputs, way):
+            moved = self._moved(inputs, way) if any(way) else math.inf
+            if moved <= 1:
                 return way
-        return None
+            if moved < (least if best is None else CLEARLY * least):
+                best, least = way, moved
+        return best
 
-    def _fits(self, inputs: Any, flags: Flags) -> bool:
-        """Whether some of the examples, cut like that, have the outputs that they have in the whole batch."""
+    def _moved(self, inputs: Any, flags: Flags) -> float:
+        """How far the outputs of some of the examples, cut like that, are from those that they have in the whole batch.
+
+        In what rounding explains; infinite where they are not even close.
+        """
         batch = Batch(inputs, flags)
-        size = batch_size(batch)
+        size, moved = batch_size(batch), 0.0
         try:
             whole = self._evaluate(batch)
             scale = float(whole.abs().max())
             for start, stop in {(0, size - 1), (size // 2, size)}:
                 part = self._evaluate(take(batch, start, stop))
                 if part.shape != whole[start:stop].shape:
-                    return False
-                if not bool(((part - whole[start:stop]).abs() <= CLOSE * scale).all()):
-                    return False
+                    return math.inf
+                apart = float((part - whole[start:stop]).abs().max())
+                if not apart <= CLOSE * scale:
+                    return math.inf
+                moved = max(moved, apart / scale if scale else 0.0)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception:  # anything a model may say to inputs that do not fit together
-            return False
-        return len(whole) == size
+            return math.inf
+        return moved / ROUNDING.get(whole.dtype, CLOSE) if len(whole) == size else math.inf
 
 
 def _placed(inputs: Any) -> tuple[list[Key], list[Any]]:

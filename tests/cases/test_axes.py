@@ -233,3 +233,21 @@ def test_outputs_of_another_shape_at_use_are_refused() -> None:
     for method in ("linearised", "sampled"):
         with pytest.raises(nb.InputError, match=r"\(B, 1\).*fitted on.*\(B, 2\)"):
             posterior.predict(x[:, 0], method=method)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(torch.float64, 1e-3), (torch.float32, 2e-3), (torch.bfloat16, 1.0)],
+    ids=str,
+)
+def test_a_shared_mask_that_says_little_is_shared(dtype: torch.dtype, size: float) -> None:
+    """Cut with the batch, it moves outputs by no more than rounding of half precision does."""
+    x, mask = normal(3, 3, 2).to(dtype), torch.ones(3, 3).tril().to(dtype)
+
+    def model(batch: Batch) -> Tensor:
+        some, own = batch.inputs
+        return (some + size * (own / own.sum(-1, keepdim=True)) @ some).sum(1)
+
+    assert Axes(model).batch((x, mask)).flags == (True, False)
+    per_example = Axes(lambda b: b.inputs[0].sum(1) + size * b.inputs[1][:, :2])
+    assert per_example.batch((x, mask)).flags == (True, True)

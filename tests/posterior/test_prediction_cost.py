@@ -33,6 +33,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv-no-bias": (lambda: nn.Conv2d(3, 8, 3, stride=2, bias=False), (3, 5, 5)),
     "conv-groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), (4, 5, 5)),
     "conv-depthwise": (lambda: nn.Conv1d(6, 12, 3, groups=6, bias=False), (6, 9)),
+    "conv-many-groups": (lambda: nn.Conv1d(7, 14, 3, groups=7), (7, 9)),
     "transposed": (lambda: nn.ConvTranspose2d(3, 4, 3, stride=2), (3, 3, 3)),
     "transposed-groups": (lambda: nn.ConvTranspose1d(4, 6, 3, groups=2, bias=False), (4, 6)),
 }
@@ -75,7 +76,9 @@ def rows_of(
     return operator, dense
 
 
-@pytest.mark.parametrize("near", [outer.NEAR_ELEMENTS, 40], ids=["whole", "pieces"])
+@pytest.mark.parametrize(
+    "near", [outer.NEAR_ELEMENTS, 100, 40], ids=["whole", "uneven pieces", "pieces"]
+)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_every_order_of_a_product(

@@ -110,13 +110,32 @@ def test_kills_and_a_full_disk() -> None:
     assert done.stdout, done.stderr
     found = json.loads(done.stdout)
     assert found["fits"]["kills"] == 3 and found["saves"]["kills"] >= 2
-    known = "rows to a full disk: OSError"  # to be mended in block_storage.py
-    faults = [f for part in found.values() for f in part["faults"] if not f.startswith(known)]
+    faults = [f for part in found.values() for f in part["faults"]]
     assert not faults, faults
 
 
 def test_twenty_fits_leave_nothing() -> None:
     assert not endurance.many(20, warm=10)["faults"]
+
+
+# Seeds that were refused without a reason, and why: groups of a convolution in pieces that do not divide them; a mask
+# that all examples share and that moves outputs by a thousandth; rounding where derivatives by output cancel.
+MENDED = {114135: "groups", 110446: "mask", 110814: "rounding", 117692: "rounding"}
+
+
+@pytest.mark.parametrize("seed", MENDED)
+def test_what_was_refused_without_a_reason(seed: int) -> None:
+    found = running.verdict_of(seed)
+    assert found.verdict == judge.RIGHT, found
+
+
+def test_a_batch_mean_of_units_that_are_never_active_mixes_nothing() -> None:
+    assert running.verdict_of(115069).verdict == judge.RIGHT
+    chosen = running.by_seed(115069)
+    with torch.no_grad():
+        for p in chosen.model.parameters():
+            p.abs_()
+    assert judge._mixes(chosen)
 
 
 def test_one_fit_stays_within_its_memory() -> None:

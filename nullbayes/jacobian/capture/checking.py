@@ -20,6 +20,7 @@ from nullbayes.audit.batches import (
     check_separate,
     counter_generator,
     gradient_by_examples,
+    gradient_by_outputs,
     gradient_mismatches,
     plain_gradient,
     random_weights,
@@ -128,6 +129,11 @@ def _compared(
     if bad and len(total) > 1:
         # Where differentiating examples one by one gives the same as all at once no more closely, rounding is why.
         noise = (gradient_by_examples(functional, inputs, total) - expected).abs()
+        bad = gradient_mismatches(space, expected, found, rounding=rounding, noise=noise)
+    if (
+        bad and len(values) > 1
+    ):  # or outputs one by one: each may be large where their sum is nothing
+        noise = (gradient_by_outputs(functional, inputs, values, weights) - expected).abs()
         bad = gradient_mismatches(space, expected, found, rounding=rounding, noise=noise)
     return expected, bad
 

@@ -198,7 +198,8 @@ class OuterFactor(Factor):
         for k in range(0, self.groups, groups):
             for j in range(0, lead, span):
                 start = self.weight.start + (k * lead + j) * trail
-                columns = slice(start, start + groups * min(span, lead - j) * trail)
+                some = min(groups, self.groups - k)
+                columns = slice(start, start + some * min(span, lead - j) * trail)
                 for n in range(0, self.examples, step):
                     a, g = inputs[n : n + step, k : k + groups], self.g[n : n + step]
                     b, g = len(g), g[:, :, :, k : k + groups]

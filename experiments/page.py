@@ -28,6 +28,7 @@ PAGES = (
             "regression",
             "detection",
             "layers",
+            "joint",
             "ablations",
             "method",
         )

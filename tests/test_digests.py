@@ -162,7 +162,9 @@ def directions_single_precision() -> tuple[Any, Any, Any]:
 @case
 def regression_calibrated() -> tuple[Any, Any, Any]:
     model, batches, new = trained("mlp", 2, MSE, F64)
-    posterior = nb.NullSpacePosterior(model, "regression").fit(batches, 6, progress=False)
+    posterior = nb.NullSpacePosterior(model, nb.Regression(estimate="training")).fit(
+        batches, 6, progress=False
+    )
     posterior.calibrate([(x + 0.1, y) for x, y in batches], progress=False)
     return posterior, new, None
 

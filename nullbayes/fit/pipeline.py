@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +45,8 @@ from nullbayes.errors import ModelError
 from nullbayes.fit.auditing import audited, auditing_of
 from nullbayes.fit.evidence import fixed_point, null_space_precision
 from nullbayes.fit.layer_evidence import by_layer, layers_of
+from nullbayes.fit.measured_rows import measured_rows, norms_of, residual_of, squared
+from nullbayes.fit.observation_noise import with_left_out_noise
 from nullbayes.fit.prior_samples import standard_normal
 from nullbayes.fit.projection import Work, projected
 from nullbayes.fit.remarks import doubts, not_kept, where_kept
@@ -53,14 +55,10 @@ from nullbayes.fit.room import chosen_solver, within
 from nullbayes.fit.target import DELTA
 from nullbayes.fit.together import any_of, own_budget, processes_of
 from nullbayes.jacobian.linearise import linearised_outputs
-from nullbayes.jacobian.operator import RowOperator
 from nullbayes.model.adapters import remarks
 from nullbayes.model.fingerprint import fingerprint, quick_digest
 from nullbayes.model.parameters import padding_notes
-from nullbayes.solvers import Choice, Projection, State, Status
-from nullbayes.solvers.agreement import Agreed
-from nullbayes.solvers.base import relative
-from nullbayes.solvers.block_cg import row_norms
+from nullbayes.solvers import Choice, Projection, State
 
 # Seconds that the audit of examples may take beside a fit: a share of it, and at least so many.
 AUDIT_SHARE, LEAST_AUDIT = 0.05, 1.0
@@ -97,8 +95,9 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
         notes += not_kept(loader, rows, run.max_examples)
         notes += doubts(reading, rows, run.max_examples)
         notes += padding_notes(problem.functional.model, problem.space)
+        noised = fitting.noised(notes)
     check_undisturbed(problem, before)
-    return fitting.finish(check, evidence, audit, notes)
+    return noised(fitting.finish(check, evidence, audit, notes))
 
 
 def check_undisturbed(problem: Problem, before: int) -> None:
@@ -244,7 +243,7 @@ class Fitting:
         self.prior, self.done, self.held, self.held_changes = v, done, held, found
         #: squared, of all samples and of what they were projected from
         total = self.crowd.total
-        self.sizes = total(_squared(done.value)), total(_squared(v))
+        self.sizes = total(squared(done.value)), total(squared(v))
         gone = self.sizes[1] - self.sizes[0]
         passed = target.numerical or self.state.rank is None
         gamma = gone / self.run.num_samples if passed else float(self.state.rank or 0)
@@ -257,7 +256,7 @@ class Fitting:
         self.stored = problem.weight_changes(done.value).to(self.run.stored or problem.dtype)
         if self.run.stored is not None:  # what is measured is what is stored
             self.done = replace(done, value=problem.isotropic(self.stored.to(problem.dtype)))
-            self.sizes = total(_squared(self.done.value)), self.sizes[1]
+            self.sizes = total(squared(self.done.value)), self.sizes[1]
 
     def check(self) -> tuple[GuaranteeCheck, float | None]:
         """What samples do to training examples, and the evidence's precision before that bounded it."""
@@ -279,6 +278,15 @@ class Fitting:
         if evidence is not None:
             self.alpha = check.bounded_precision(evidence)
         return check, evidence
+
+    def noised(self, notes: list[str]) -> Callable[[Fit], Fit]:
+        """Reads a fit with observation noise by leave-one-out residuals, of which the notes say something."""
+        if not self.settings.target.preserves:
+            # Laplace doubts the training data as well (docs/evaluation/regression.md).
+            return lambda fit: fit
+        found, note = with_left_out_noise(self.problem, self.rows, self.state, self.alpha)
+        notes += [] if note is None else [note]
+        return lambda fit: fit if found is None else fit.explained_by(found)
 
     def audit(self) -> Audit:
         """What samples do to examples of all the data, by someone else than the rows."""
@@ -302,7 +310,7 @@ class Fitting:
     ) -> Fit:
         """The certificate, and all that a posterior holds from now on."""
         problem, target = self.problem, self.settings.target
-        measured = _measured_rows(self.rows, self.done, self.prior, self.effects, self.alpha)
+        measured = measured_rows(self.rows, self.done, self.prior, self.effects, self.alpha)
         measured["prior_share"] = self.sizes[0] / self.sizes[1]
         measured |= check.measure(self.alpha**-0.5)
         self._lap(CERTIFICATE)
@@ -347,28 +355,6 @@ class Fitting:
         )
 
 
-def _measured_rows(
-    rows: TrainingRows, done: Projection, prior: Tensor, after: Tensor, alpha: float
-) -> dict[str, Any]:
-    """What the certificate says of the rows; ``after (S, M)``: samples by own rows, computed outside the solver."""
-    m, p = rows.operator.shape
-    crowd = rows.operator.crowd
-    norms = crowd.joined(_norms(rows.operator, after))
-    count = len(norms) * rows.examples
-    before = crowd.joined(_norms(rows.operator, rows.operator.mine.matvec(prior)))
-    return {
-        "residual": _residual(norms, before),
-        "row_drift": (float(norms.square().sum()) / count / alpha) ** 0.5,
-        "constraints": m,
-        "parameters": p,
-        "discarded_trace": rows.discarded_trace,
-        "examples": rows.examples,
-        "generic": tuple(rows.plan.generic),
-        "status": _worst(crowd.gather(done.status)).value,
-        "iterations": max(crowd.gather(done.iterations)),
-    }
-
-
 def extended(fit: Fit, settings: Settings, count: int) -> Fit:
     """``count`` samples more, continuing the stream of the fit's seed."""
     assert fit.state is not None
@@ -402,12 +388,12 @@ def new_samples(fit: Fit, done: Projection, prior: Tensor, after: Tensor) -> dic
     """What a certificate says of samples that were drawn later, by the fit's rows."""
     assert fit.state is not None
     count, operator = len(prior) * fit.certificate.examples, fit.state.operator
-    norms = _norms(operator, after)
+    norms = norms_of(operator, after)
     return {
-        "residual": _residual(norms, _norms(operator, operator.mine.matvec(prior))),
+        "residual": residual_of(norms, norms_of(operator, operator.mine.matvec(prior))),
         "row_drift": (float(norms.square().sum()) / count / fit.alpha) ** 0.5,
         "prior_share": float(
-            row_norms(done.value).square().sum() / row_norms(prior).square().sum()
+            rownorms_of(done.value).square().sum() / rownorms_of(prior).square().sum()
         ),
         "status": done.status,
         "iterations": done.iterations,
@@ -427,21 +413,3 @@ def rescaled(fit: Fit, alpha: float) -> Fit:
             **fit.check.measure(alpha**-0.5),
         )
     return replace(fit, alpha=alpha, certificate=certificate)
-
-
-def _worst(statuses: list[Status]) -> Status:
-    """The first that is not good, of those of all processes."""
-    return next((status for status in statuses if status is not Status.CONVERGED), statuses[0])
-
-
-def _squared(vectors: Tensor) -> float:
-    return float(row_norms(vectors).square().sum())
-
-
-def _norms(operator: RowOperator, image: Tensor) -> Tensor:
-    """``‖A v‖ (S,)`` from the part of ``A v`` that this process has."""
-    return Agreed(operator.processes).norms(image)
-
-
-def _residual(after: Tensor, before: Tensor) -> float:
-    return float(relative(after, before).max())

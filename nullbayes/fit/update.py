@@ -42,7 +42,8 @@ class _Earlier:
 def updated(fit: Fit, settings: Settings, loader: Iterable[Any], run: Run) -> Fit:
     """The fit of all data: those of ``fit`` and those of ``loader``.
 
-    Observation noise stays as it was, for the rows of the earlier examples are in its units.
+    Rows stay in units of the noise that training residuals of the first fit had; leave-one-out residuals, where they
+    can be had, are those of all examples.
 
     Args:
         run: how; its number of samples and its seed are those of ``fit``.
@@ -82,8 +83,9 @@ def updated(fit: Fit, settings: Settings, loader: Iterable[Any], run: Run) -> Fi
         audit = fitting.audit()
         kept = [note for note in fit.certificate.notes if _ADDED in note]
         notes = [*fitting.notes, *where_kept(rows.operator), *kept, _note(more, earlier)]
+        noised = fitting.noised(notes)
     check_undisturbed(problem, before)
-    return fitting.finish(check, evidence, audit, notes)
+    return noised(fitting.finish(check, evidence, audit, notes))
 
 
 def _earlier(fit: Fit) -> _Earlier:

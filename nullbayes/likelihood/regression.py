@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nullbayes.common.arguments import check_choice
 from nullbayes.common.deprecation import formerly_positional
 from nullbayes.errors import InputError, NotFittedError
 from nullbayes.likelihood.base import Likelihood, Moments, register_likelihood
@@ -25,6 +26,8 @@ from nullbayes.likelihood.helpers import (
     to_float64,
 )
 
+ESTIMATES = ("left-out", "training")
+
 
 @register_likelihood
 class Regression(Likelihood):
@@ -36,12 +39,21 @@ class Regression(Likelihood):
         noise_variance: the variance σ² (not the standard deviation) of the targets around the outputs:
             a number, one per channel (last axis; axis 1 where the outputs have four axes or more), or
             one per output element. None: one per channel, estimated by `fit_noise`.
+        estimate: how the fit of a `NullSpacePosterior` estimates it where it is not given: ``"left-out"``, by
+            leave-one-out residuals from the factorisation of the training rows where there is one; ``"training"``,
+            by training residuals, which understate it where the network fits training data better than new data.
     """
 
     name = "regression"
     score_name = "rmse"
 
-    def __init__(self, noise_variance: float | Sequence[float] | Tensor | None = None) -> None:
+    def __init__(
+        self,
+        noise_variance: float | Sequence[float] | Tensor | None = None,
+        *,
+        estimate: str = "left-out",
+    ) -> None:
+        self.estimate = check_choice(estimate, ESTIMATES, "estimate")
         self._given = noise_variance is not None
         self._noise: Tensor | None = None  # float64 on the CPU
         if noise_variance is not None:
@@ -77,7 +89,7 @@ class Regression(Likelihood):
             wanted = self.prepare_targets(residual, targets)
             check_same_shape(residual, wanted, f"fit_noise, batch {number}", _same_shape)
             residual = to_float64(wanted) - to_float64(residual)
-            squares = _channels_last(residual).square().sum(0).cpu()
+            squares = channels_last(residual).square().sum(0).cpu()
             if total is not None and total.shape != squares.shape:
                 raise InputError(
                     f"fit_noise, batch {number}: {squares.numel()} output channels, earlier batches "
@@ -96,8 +108,8 @@ class Regression(Likelihood):
             "`Regression(noise_variance=...)`.",
         )
 
-    def with_noise(self, factor: float) -> Regression | None:
-        """The same with the noise that `fit_noise` found times ``factor``; None where it was given."""
+    def with_noise(self, factor: float | Tensor) -> Regression | None:
+        """The same with its estimated noise times ``factor`` (a number, or one a channel); None where it was given."""
         if self._given or self._noise is None:
             return None
         other = copy.copy(self)
@@ -201,11 +213,12 @@ class Regression(Likelihood):
             "name": self.name,
             "noise_variance": noise if self._given else None,
             "fitted_noise_variance": None if self._given else noise,
+            "estimate": self.estimate,
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Regression:
-        likelihood = cls(config["noise_variance"])
+        likelihood = cls(config["noise_variance"], estimate=config.get("estimate", "training"))
         fitted = config.get("fitted_noise_variance")
         if fitted is not None:
             likelihood._noise = _checked(
@@ -221,7 +234,7 @@ def _channels(shape: Sequence[int]) -> int:
     return shape[-1] if len(shape) <= 2 else shape[0]
 
 
-def _channels_last(tensor: Tensor) -> Tensor:
+def channels_last(tensor: Tensor) -> Tensor:
     """``(B, *out)`` as ``(rows, K)``, one column per channel."""
     if tensor.ndim >= 4:
         tensor = tensor.movedim(1, -1)

@@ -308,10 +308,14 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
             ood_loader: optional; adds AUROC of the predictive uncertainty along the path. It is
                 reported, never optimised.
             metric: ``"nll"`` or ``"ece"``.
-            tune: ``"prior"`` or ``"noise"``; None as above.
+            tune: ``"prior"``, ``"temperature"`` or ``"noise"``; None as above. A temperature divides outputs before
+                they become probabilities, and leaves samples, novelty and joint predictions as they are.
+
+        A prior by which accuracy falls below the network's, by more than a point and than four examples, is not chosen.
 
         Warns:
-            NullBayesWarning: the best value lies at an edge, or does not beat the trained network.
+            NullBayesWarning: the best value lies at an edge, does not beat the trained network, was passed over for
+                its accuracy, or closes the posterior.
         """
         fit, dtype = self._fitted(), self.functional.dtype
         if ood_loader is not None and is_array(ood_loader):
@@ -331,9 +335,9 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
             shows = progress and (processes is None or processes.leads)
             search = Search(val_loader, ood_loader, metric, tune, shows, processes)
             path = calibration_path(fit, plan, search)
-            if path.noise_scale is None:
+            if path.tuned == "prior":
                 self.prior_precision = path.prior_precision[path.chosen]
-            else:
+            elif path.noise_scale is not None:
                 noised = self.likelihood.with_noise(path.noise_scale[path.chosen])
                 assert noised is not None
                 self._take(fit.explained_by(noised))

@@ -25,7 +25,11 @@ SAMPLE_BYTES = 2**30
 
 
 def closed_prediction(
-    likelihood: Likelihood, point: Tensor, covariance: Tensor, seed: int
+    likelihood: Likelihood,
+    point: Tensor,
+    covariance: Tensor,
+    seed: int,
+    temperature: float = 1.0,
 ) -> Prediction:
     """A prediction from ``N(point, covariance)`` of the outputs ``(B, *out)``, ``covariance (B, O, O)`` float64.
 
@@ -37,7 +41,7 @@ def closed_prediction(
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(DRAWS, *root.shape[:2], generator=generator, dtype=torch.float64).to(root)
     change = torch.einsum("bop,sbp->sbo", root, z).reshape(DRAWS, *point.shape).to(point)
-    made = make_prediction(likelihood, point, point + change, "linearised")
+    made = make_prediction(likelihood, point, point + change, "linearised", temperature=temperature)
     variance = covariance.diagonal(dim1=1, dim2=2).reshape(point.shape).to(point)
     return replace(made, variance=variance, method="closed")
 

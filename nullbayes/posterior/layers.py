@@ -37,6 +37,7 @@ from nullbayes.posterior.calibration import (
     Search,
     calibration_path,
     check_arguments,
+    temperature_of,
 )
 from nullbayes.posterior.layer_certificate import LayerCertificate
 from nullbayes.posterior.layer_fit import (
@@ -373,17 +374,18 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
         check_choice(method, METHODS, "method")
         x = self._inputs(x, draw)
         fit, scale = self._fitted(), self._fitted().alpha ** -0.5
-        point = self.functional.outputs(x, "`x`")
+        point, heat = self.functional.outputs(x, "`x`"), temperature_of(self.calibration)
         if method == "sampled":
             outputs = fit.state.sampled(x, scale, max(2, self.num_samples))
-            flat = make_prediction(self.likelihood, point, outputs, method)
+            flat = make_prediction(self.likelihood, point, outputs, method, temperature=heat)
         elif method == "linearised":
             change = fit.state.linearised(x, self.num_samples)
-            flat = make_prediction(self.likelihood, point, point + scale * change, method)
+            moved = point + scale * change
+            flat = make_prediction(self.likelihood, point, moved, method, temperature=heat)
         else:
             plan = self._plan_of_rows(x)
             covariance = output_covariance(fit.state, plan, x, lambda t: t) / fit.alpha
-            flat = closed_prediction(self.likelihood, point, covariance, fit.state.seed)
+            flat = closed_prediction(self.likelihood, point, covariance, fit.state.seed, heat)
         return flat if self.likelihood.layouts is None else structured(flat, self.likelihood)
 
     @undisturbed_method
@@ -409,11 +411,11 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
         plan = self._plan_of_rows(first_inputs(self.functional, val_loader, "val_loader"))
         search = Search(val_loader, ood_loader, metric, tune, progress)
         path = calibration_path(as_fit(fit, self.likelihood), plan, search)
-        if path.noise_scale is None:
+        if path.tuned == "prior":
             fit = set_precision(fit, path.prior_precision[path.chosen])
             guarded = fit.certificate.divergence > ALLOWED_DIVERGENCE
             self._fit = set_precision(fit, layer_change.guarded(fit)) if guarded else fit
-        else:
+        elif path.noise_scale is not None:
             noised = self.likelihood.with_noise(path.noise_scale[path.chosen])
             assert noised is not None
             self.likelihood = noised

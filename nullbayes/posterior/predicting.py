@@ -23,6 +23,7 @@ from nullbayes.model.data import is_stream
 from nullbayes.model.fingerprint import check_unchanged
 from nullbayes.model.functional import undisturbed, undisturbed_method
 from nullbayes.model.shares import inputs_of_share
+from nullbayes.posterior.calibration import temperature_of
 from nullbayes.posterior.differentiable import (
     changes_with_graph,
     check_requires_grad,
@@ -126,13 +127,20 @@ class Predicts:
             check_requires_grad(x)
         point, outputs = self._outputs(fit, x, how)
         with torch.set_grad_enabled(how.differentiable):
+            temperature = temperature_of(own.calibration)
             made = make_prediction(
-                own.likelihood, point, outputs, how.method, differentiable=how.differentiable
+                own.likelihood,
+                point,
+                outputs,
+                how.method,
+                differentiable=how.differentiable,
+                temperature=temperature,
             )
             made = replace(made, _covariance=_Covariance(own, fit, x, made, how))
             if how.link == LINKS[0]:
                 return made
-            mean, total = linked(own.likelihood, point, made.covariance, how.link)
+            scaled = made.covariance / temperature**2
+            mean, total = linked(own.likelihood, point / temperature, scaled, how.link)
             epistemic = (total - made.aleatoric).clamp(min=0)
         return replace(made, mean=mean, total=total, epistemic=epistemic)
 

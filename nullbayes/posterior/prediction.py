@@ -119,8 +119,13 @@ def make_prediction(
     method: str,
     *,
     differentiable: bool = False,
+    temperature: float = 1.0,
 ) -> Prediction:
-    """Turn draws ``(S, B, *out)`` around ``point (B, *out)`` into a :class:`Prediction`."""
+    """Turn draws ``(S, B, *out)`` around ``point (B, *out)`` into a :class:`Prediction`.
+
+    Args:
+        temperature: what outputs are divided by before they become probabilities; as outputs they stay.
+    """
     if not bool(outputs.isfinite().all()):
         bad = int((~outputs.isfinite()).flatten(2).any(2).any(0).nonzero()[0])
         raise NonFiniteError(
@@ -130,7 +135,12 @@ def make_prediction(
     with torch.set_grad_enabled(differentiable):
         linear = method == METHODS[0]
         values = mirrored(outputs, point) if linear else outputs
-        m = likelihood.moments(values, point, linearised=linear)
+        centre = point
+        if temperature != 1:
+            values, centre = values / temperature, point / temperature
+        m = likelihood.moments(values, centre, linearised=linear)
+        if temperature != 1:
+            m = replace(m, variance=temperature**2 * m.variance)
     return Prediction(m.mean, outputs, point, m.variance, m.total, m.aleatoric, m.epistemic, method)
 
 

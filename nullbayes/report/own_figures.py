@@ -168,8 +168,12 @@ def _coverage(results: Results) -> Draw:
 def _path(results: Results) -> Draw:
     def draw(figure: Figure) -> str:
         path, axes = results["calibration"], figure.subplots()
-        noise = path["noise_scale"] is not None
-        at = np.array(path["noise_scale"] if noise else path["prior_precision"], dtype=float)
+        what, tried = "prior precision", path["prior_precision"]
+        if path["noise_scale"] is not None:
+            what, tried = "noise variance, times the estimate", path["noise_scale"]
+        elif path.get("temperature") is not None:
+            what, tried = "temperature", path["temperature"]
+        at = np.array(tried, dtype=float)
         values = np.array(path["nll"], dtype=float)
         known = np.isfinite(at) & np.isfinite(values) & (at > 0)
         colour, chosen = COLOURS["null_space"], path["chosen"]
@@ -184,7 +188,6 @@ def _path(results: Results) -> Draw:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(numticks=6))
         axes.xaxis.set_minor_locator(NullLocator())
-        what = "noise variance, times the estimate" if noise else "prior precision"
         axes.set(xlabel=what, title="NLL on validation data")
         axes.set_title(f"chosen {at[chosen]:.3g}", loc="right", **PLAIN)
         return (

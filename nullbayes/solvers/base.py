@@ -248,6 +248,13 @@ class State(ABC):
         """
         return None
 
+    def inverse_blocks(self, shift: float, spans: Sequence[slice]) -> Tensor | None:
+        """Blocks of ``(A Aᵀ + shift I)⁻¹``, ``shift > 0``: ``(len(spans), k, k)`` float64, for spans of ``k`` rows.
+
+        None where the solver has no cheap way to tell.
+        """
+        return None
+
     def project_without(
         self, vectors: Tensor, spans: Sequence[slice], watch: Watch = QUIET
     ) -> Projection | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nullbayes.common.decompositions import (
     cholesky_,
+    eigh,
     eigvalsh,
     mirror_upper_,
     pinv,
@@ -138,6 +139,8 @@ class DualState(State):
         self.scale = gram.new_zeros(0)
         #: of ``K``, where it was asked for and is exact
         self._spectrum: Spectrum | None = None
+        #: eigenvalues and eigenvectors of ``K``, once blocks of its inverse were asked for
+        self._eigen: tuple[Tensor, Tensor] | None = None
 
     def spectrum(self, settled: Settled | None = None) -> Spectrum:
         if self._gram is None:
@@ -299,6 +302,18 @@ class DualState(State):
         gram[m:, m:] = added.gram()
         require_finite(gram.diagonal(), "the Gram matrix of the Jacobian rows")
         return DualState(self.solver, operator, gram)
+
+    def inverse_blocks(self, shift: float, spans: Sequence[slice]) -> Tensor | None:
+        m = self.operator.shape[0]
+        if m > EXACT_UP_TO or 32 * m**2 > self.room:
+            return None
+        if self._eigen is None:
+            values, vectors = eigh(self.recovered_gram())
+            self._eigen = values.clamp(min=0), vectors
+        values, vectors = self._eigen
+        index = torch.stack([torch.arange(s.start, s.stop) for s in spans]).to(vectors.device)
+        parts = vectors[index]  # (n, k, M)
+        return (parts / (values + shift)) @ parts.mT
 
     def left_out(self, vectors: Tensor, spans: Sequence[slice]) -> list[Tensor] | None:
         # K⁻¹ A v of a row is the residual that it would have, times its entry of K⁻¹.

@@ -237,6 +237,16 @@ class PrimalState(State):
             out.append(solve(free, beyond).T)
         return out
 
+    def inverse_blocks(self, shift: float, spans: Sequence[slice]) -> Tensor | None:
+        share = 1.0 / (shift + self.sigma.square())
+        out = []
+        for span in spans:
+            rows = self.operator.own_rows(torch.arange(span.start, span.stop)).double()
+            seen = rows @ self.basis.T  # (k, r)
+            eye = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+            out.append((eye - (seen * share) @ seen.T) / shift)
+        return torch.stack(out)
+
     def explained(self, rows: RowOperator, width: int = 1) -> Tensor:
         seen = rows.matvec(self.basis.to(rows.dtype)).double()  # (r, R)
         return blocks(seen * (1.0 - self.share**self._power).sqrt()[:, None], width)

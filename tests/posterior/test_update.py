@@ -113,7 +113,8 @@ def test_an_iterative_solver_solves_again(kind: Any, prior: Any) -> None:
 def test_regression_keeps_its_noise() -> None:
     model, ((x, _), (more, _)) = network(1), parts(8, 8)
     y, targets = x[:, :1] + 0.3, more[:, :1]
-    grown = nb.NullSpacePosterior(model, "regression").fit((x, y), 4, **QUIET)
+    grown = nb.NullSpacePosterior(model, nb.Regression(estimate="training"))
+    grown.fit((x, y), 4, **QUIET)
     noise = grown.likelihood.noise_variance
     assert noise is not None
     grown.calibrate((inputs(9, 5), inputs(9, 5)[:, :1]), progress=False)

@@ -44,7 +44,7 @@ class Method:
         key: a short name; title: for people.
         likelihood: with the observation noise that goes with it.
         scale: of samples at prior precision one; None: the network alone.
-        beta: the inverse temperature of the network's outputs.
+        beta: the inverse temperature of outputs.
         setting: what was chosen, for a table: ``"prior precision 12.3"``.
         linearised: whether outputs of samples come with their mirror images about the network's.
     """
@@ -63,6 +63,8 @@ class Method:
             point = point if self.beta == 1 else self.beta * point
             return point[None], point
         outputs = moved(self.scale)
+        if self.beta != 1:
+            outputs, point = self.beta * outputs, self.beta * point
         return mirrored(outputs, point) if self.linearised else outputs, point
 
 
@@ -173,8 +175,11 @@ def _calibrated(posterior: Subject) -> Method:
     path = posterior.calibration
     assert path is not None
     made = _method(posterior, (CALIBRATED, f"{_name(posterior)}, calibrated"))
-    if path.noise_scale is None:
+    if path.tuned == "prior":
         return made
+    if path.noise_scale is None:
+        heat = path.chosen_temperature
+        return replace(made, beta=1 / heat, setting=f"temperature {heat:.4g}")
     return replace(made, setting=f"noise variance × {path.noise_scale[path.chosen]:.4g}")
 
 

@@ -1,0 +1,43 @@
+"""Figures of joint predictions and of intervals against plain loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from experiments import intervals, joint
+
+
+def test_joint_log_likelihood() -> None:
+    g = torch.Generator().manual_seed(0)
+    p = torch.rand(5, 20, 3, generator=g, dtype=torch.float64)
+    p = p / p.sum(2, keepdim=True)
+    y = torch.randint(0, 3, (20,), generator=g)
+    found = joint.figures(p, y, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    anchors = torch.randint(0, 20, (joint.GROUPS, 2), generator=generator).tolist()
+    which = torch.randint(0, 2, (joint.GROUPS, joint.LABELS), generator=generator).tolist()
+    total = 0.0
+    for pair, labels in zip(anchors, which, strict=True):
+        chance = torch.ones(5, dtype=torch.float64)  # of all ten labels, under each sample
+        for k in labels:
+            chance = chance * p[:, pair[k], y[pair[k]]]
+        total -= float(chance.mean().log())
+    assert found["joint"] == pytest.approx(total / joint.GROUPS / joint.LABELS)
+    assert found["nll"] == pytest.approx(
+        -float(p.mean(0)[torch.arange(20), y].log().mean()), rel=1e-6
+    )
+
+
+def test_one_network_multiplies_its_marginals() -> None:
+    p = torch.tensor([[[0.25, 0.75], [0.5, 0.5]]], dtype=torch.float64)
+    y = torch.tensor([0, 0])
+    found = joint.figures(p, y, seed=0)["joint"]
+    assert 0.5 < found / 1.0397 < 1.0  # between -log .5 and -log .25, whose mean is 1.04
+
+
+def test_tables_are_split_without_overlap() -> None:
+    data = intervals.split("diabetes", 10)
+    rows = torch.cat([data.train.inputs, data.validation.inputs, data.test.inputs])
+    assert len(rows.unique(dim=0)) == len(rows)
+    assert float(data.train.targets.mean()) == pytest.approx(0, abs=1e-9)

@@ -11,6 +11,7 @@ from nullbayes.jacobian.operator import RowOperator
 from nullbayes.solvers import Projection, Status
 from nullbayes.solvers.agreement import Agreed
 from nullbayes.solvers.base import relative
+from nullbayes.solvers.block_cg import row_norms
 
 
 def measured_rows(
@@ -42,7 +43,7 @@ def _worst(statuses: list[Status]) -> Status:
 
 def squared(vectors: Tensor) -> float:
     """Sum over all samples ``(S, P)``."""
-    return float(rownorms_of(vectors).square().sum())
+    return float(row_norms(vectors).square().sum())
 
 
 def norms_of(operator: RowOperator, image: Tensor) -> Tensor:

@@ -59,6 +59,7 @@ from nullbayes.model.adapters import remarks
 from nullbayes.model.fingerprint import fingerprint, quick_digest
 from nullbayes.model.parameters import padding_notes
 from nullbayes.solvers import Choice, Projection, State
+from nullbayes.solvers.block_cg import row_norms
 
 # Seconds that the audit of examples may take beside a fit: a share of it, and at least so many.
 AUDIT_SHARE, LEAST_AUDIT = 0.05, 1.0
@@ -393,7 +394,7 @@ def new_samples(fit: Fit, done: Projection, prior: Tensor, after: Tensor) -> dic
         "residual": residual_of(norms, norms_of(operator, operator.mine.matvec(prior))),
         "row_drift": (float(norms.square().sum()) / count / fit.alpha) ** 0.5,
         "prior_share": float(
-            rownorms_of(done.value).square().sum() / rownorms_of(prior).square().sum()
+            row_norms(done.value).square().sum() / row_norms(prior).square().sum()
         ),
         "status": done.status,
         "iterations": done.iterations,

@@ -237,10 +237,8 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
 
         Raises: InputError, ModelError, NonFiniteError, MemoryBudgetError, SolverError, StorageError
         """
-        place = None
-        if checkpoint is not None:
-            every = check_positive(checkpoint_every, "checkpoint_every")
-            place = Checkpoint(checkpoint, every)
+        every = check_positive(checkpoint_every, "checkpoint_every")
+        place = None if checkpoint is None else Checkpoint(checkpoint, every)
         run = Run(
             check_count(num_samples, "num_samples"),
             check_count(seed, "seed", 0),
@@ -258,7 +256,7 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
                 if everyone is not None:
                     check_alike(self.problem, self._settings, run, everyone)
             if processes is not None:
-                run = replace(run, progress=run.progress and processes.leads)
+                run = replace(run, progress=progress and processes.leads)
                 train_loader = shared(train_loader, processes, "train_loader", run.max_examples)
             self._take(build(self.problem, self._settings, train_loader, run))
         self.calibration = None

@@ -222,8 +222,8 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
             seed: sample ``s`` depends on ``(seed, s)`` alone. Global random state is not touched.
             max_examples: constrain the first so many examples only.
             progress: bars on standard error.
-            checkpoint: file for the state of an iterative solver, written every ``checkpoint_every`` seconds; after a
-                kill, the same call goes on from there. Removed when the fit is done.
+            checkpoint: file for the state of an iterative solver, written every ``checkpoint_every`` seconds, removed
+                when the fit is done; after a kill, the same call goes on from there.
             audit: training examples, drawn from all the data, on which the guarantee is measured once more without
                 the fit's rows (``certificate.audit``); fewer than the default are noted there. None: 16, or as many
                 as a twentieth of the fit's time allows; a number is audited whole, however long that takes. At least
@@ -252,9 +252,8 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
         with self._together("fit") as processes:
             train_loader = self._data(train_loader, "train_loader")
             run = replace(run, crowd=Crowd.of(self.sample_group))
-            for everyone in (processes, run.crowd.processes):
-                if everyone is not None:
-                    check_alike(self.problem, self._settings, run, everyone)
+            for everyone in filter(None, (processes, run.crowd.processes)):
+                check_alike(self.problem, self._settings, run, everyone)
             if processes is not None:
                 run = replace(run, progress=progress and processes.leads)
                 train_loader = shared(train_loader, processes, "train_loader", run.max_examples)

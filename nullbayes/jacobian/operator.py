@@ -97,6 +97,10 @@ class RowOperator(ABC):
         unit[torch.arange(len(index)), index.to(self.device)] = 1
         return self.rmatvec(unit)
 
+    def holds(self, span: slice) -> bool:
+        """Whether this process has these rows, by their numbers among all."""
+        return span.start >= 0 and span.stop <= self.shape[0]
+
     def own_rows(self, index: Tensor) -> Tensor:
         """Those of ``rows`` that this process holds, without asking the others."""
         return self.rows(index)

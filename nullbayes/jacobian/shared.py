@@ -110,6 +110,10 @@ class SharedOperator(JacobianOperator):
             out[here] = self.mine.rows(index[here] - self.part.start)
         return self.others.sum_(out)
 
+    def holds(self, span: slice) -> bool:
+        """Whether this process has these rows, by their numbers among all."""
+        return self.part.start <= span.start and span.stop <= self.part.stop
+
     def own_rows(self, index: Tensor) -> Tensor:
         """Local: rows of this process, by their numbers among all."""
         return self.mine.rows(index - self.part.start)

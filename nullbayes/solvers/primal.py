@@ -238,14 +238,16 @@ class PrimalState(State):
         return out
 
     def inverse_blocks(self, shift: float, spans: Sequence[slice]) -> Tensor | None:
-        share = 1.0 / (shift + self.sigma.square())
+        share, processes = 1.0 / (shift + self.sigma.square()), self.operator.processes
         out = []
-        for span in spans:
+        for span in filter(self.operator.holds, spans):
             rows = self.operator.own_rows(torch.arange(span.start, span.stop)).double()
             seen = rows @ self.basis.T  # (k, r)
             eye = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
-            out.append((eye - (seen * share) @ seen.T) / shift)
-        return torch.stack(out)
+            out.append(((eye - (seen * share) @ seen.T) / shift).cpu())
+        if processes is not None:  # spans come process by process
+            out = [block for blocks in processes.gather(out) for block in blocks]
+        return torch.stack(out).to(self.sigma.device)
 
     def explained(self, rows: RowOperator, width: int = 1) -> Tensor:
         seen = rows.matvec(self.basis.to(rows.dtype)).double()  # (r, R)

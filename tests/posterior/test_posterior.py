@@ -482,7 +482,7 @@ def test_regression_noise_and_intervals() -> None:
             (model(x) - y).square().mean().backward()
             optimiser.step()
     model.eval()
-    posterior = nb.NullSpacePosterior(model, "regression").fit(
+    posterior = nb.NullSpacePosterior(model, nb.Regression(estimate="training")).fit(
         loader(x, y, 30), num_samples=100, **QUIET
     )
     residual = (model(x) - y).detach().square().mean()

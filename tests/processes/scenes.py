@@ -286,7 +286,7 @@ def posterior() -> nb.NullSpacePosterior:
 
 
 def layers(count: int, seed: int = 1) -> nb.LayerNullSpacePosterior:
-    return nb.LayerNullSpacePosterior(network(), delta=0.1).fit(
+    return nb.LayerNullSpacePosterior(network(), process_group=False, delta=0.1).fit(
         data(count, seed=seed), progress=False
     )
 
@@ -322,11 +322,11 @@ def split_and_refused() -> dict[str, Any]:
     edges = [20 * r // size for r in range(size + 1)]
     part = DataLoader(Streamed(edges[rank], edges[rank + 1]), batch_size=BATCH)
     out["shards"] = fitted(posterior(), Shard(part))["unit"]
-    layers = nb.LayerNullSpacePosterior(network(), prior_precision=1.0)
-    layers.fit(Shard(part), 2, progress=False)
-    out["layer shards"] = _of_layers(layers, torch.float64)
-    layers.fit(loader(20), 2, progress=False)
-    out["layer whole"] = _of_layers(layers, torch.float64)
+    by_layer = nb.LayerNullSpacePosterior(network(), prior_precision=1.0)
+    by_layer.fit(Shard(part), 2, progress=False)
+    out["layer shards"] = _of_layers(by_layer, torch.float64)
+    by_layer.fit(loader(20), 2, progress=False)
+    out["layer whole"] = _of_layers(by_layer, torch.float64)
     plain = posterior()
     out["whole"] = fitted(plain, loader(20))["unit"]
     rows = plain._fitted().rows

@@ -63,12 +63,11 @@ class GuaranteeCheck:
             if found is None:
                 found = linearised_outputs(functional, plan, samples.to(problem.dtype), inputs)
             self.batches.append((found[0], crowd.joined(found[1]), targets))
+        #: the number of the first sample here, among all
+        self.first = 0
         if crowd.processes is not None:
             crowd.agree("examples", [float(point.double().sum()) for point, _, _ in self.batches])
-            before = crowd.processes.place(len(samples))[0]
-            self.sampled = samples[: max(0, SAMPLED_DRAWS - before)]
-        else:
-            self.sampled = samples[:SAMPLED_DRAWS]
+            self.first = crowd.processes.place(len(samples))[0]
         #: some of them, each as under a posterior that has not seen it (``leave_one_out.py``)
         self.left_out: list[Batch] = []
         self.has_left_out = False
@@ -87,7 +86,6 @@ class GuaranteeCheck:
         """The same examples under more samples ``(S', P)``; those left out stay with the samples that they had."""
         more = copy.copy(self)
         more.samples = torch.cat([self.samples, samples])
-        more.sampled = more.samples[:SAMPLED_DRAWS]
         more.batches = [
             (point, torch.cat([unit, self._changes(inputs, samples.to(unit))]), targets)
             for (point, unit, targets), inputs in zip(self.batches, self.inputs, strict=True)
@@ -103,6 +101,11 @@ class GuaranteeCheck:
             for (point, unit, targets), inputs in zip(self.batches, self.inputs, strict=True)
         ]
         return other
+
+    @property
+    def sampled(self) -> Tensor:
+        """Those of the samples with which the re-weighted network itself is run."""
+        return self.samples[: max(0, SAMPLED_DRAWS - self.first)]
 
     def _changes(self, inputs: Inputs, samples: Tensor) -> Tensor:
         return linearised_outputs(self.problem.functional, self.plan, samples, inputs)[1]

@@ -49,6 +49,9 @@ def test_compact_is_the_fit_with_fewer_samples():
     assert posterior._fit.rows is None
     with pytest.raises(nb.NotFittedError, match="compacted"):
         posterior.draw(1)
+    small.prior_precision = float(posterior.prior_precision)  # fewer samples chose another one
+    theirs = small.certificate
+    assert ours.sampled_drift == pytest.approx(theirs.sampled_drift, rel=2e-3)
 
 
 def test_narrow_samples_are_measured_as_they_are_stored():

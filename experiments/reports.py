@@ -10,7 +10,7 @@ from typing import Any
 from experiments import figures
 from experiments.methods import METHODS
 from experiments.store import by_method
-from experiments.tables import Column, Figures, Page, Row, at
+from experiments.tables import Column, Figures, Page, Row, at, provenance
 from experiments.tasks import Scale
 
 OURS_DECLARED = (
@@ -249,7 +249,7 @@ def about(runs: Sequence[dict[str, Any]], scale: Scale, command: str) -> str:
         f"cosine schedule, weight decay {recipe.weight_decay:g}. ECE and MCE: 15 equal bins of the top class; "
         "above chance: less the mean ECE of labels drawn from the same probabilities. In bold: "
         f"the best of a column, and the variant that stands for each method; †: more than one network. "
-        f"torch {where['torch']}, {where['cores']} cores, commit {', '.join(commits)}. `{command}`"
+        + provenance(where, ", ".join(commits), command)
     )
 
 

@@ -112,6 +112,13 @@ def as_dict(rows: Sequence[Row], columns: Sequence[Column]) -> dict[str, Any]:
     }
 
 
+def provenance(environment: Mapping[str, Any], commit: str, command: str) -> str:
+    """What figures were made with, and the command that makes them."""
+    return (
+        f"torch {environment['torch']}, {environment['cores']} cores, commit {commit}. `{command}`"
+    )
+
+
 @dataclass
 class Page:
     """A page of tables as it grows, for ``<name>.md`` and ``<name>.json``."""

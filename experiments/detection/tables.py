@@ -11,7 +11,7 @@ from experiments.detection.base import SCORES
 from experiments.detection.families import FAMILIES, JUDGING
 from experiments.detection.rivals import InputNeighbour
 from experiments.detection.running import NAME, SOLVED, both, representatives
-from experiments.tables import Column, Figures, Page, Row
+from experiments.tables import Column, Figures, Page, Row, provenance
 
 OURS = ("null space", "layer null space")
 
@@ -27,8 +27,7 @@ def write(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
         "the *tuning* problems, which appear in no table but the last. * marks a set that a nearest neighbour in the "
         f"*inputs* solves (mean AUROC over {SOLVED}): it needs no network and counts for nothing; `counted` is the "
         "mean of the sets that remain.",
-        f"torch {first['torch']}, {first['cores']} cores, commit {first['commit']}. "
-        f"`python -m experiments {NAME} --setting {setting}`",
+        provenance(first, first["commit"], f"python -m experiments {NAME} --setting {setting}"),
     )
     judged = {
         family: [r for r in results if r["family"] == family and r["role"] == JUDGING]

@@ -6,6 +6,7 @@ Families of which members are for tuning come with both; tasks of which there is
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -110,11 +111,19 @@ def _moons(_: float) -> torch.nn.Module:
 # -- families ------------------------------------------------------------------------------------
 
 
-def _one(name: str, words: str, seeds: int, setting: str, size: Size) -> Family:
-    make = functools.partial(settled, setting=setting)
-    both = {"small": size, "full": size}
+def _one(
+    name: str,
+    words: str,
+    make: Callable[..., Problem],
+    seeds: tuple[int, int],
+    size: Size,
+    member: str = "",
+) -> Family:
+    """One problem, named ``member`` if not as the family; ``seeds``: of the small and of the full setting."""
+    only, settings = member or name, ("small", "full")
+    sizes = dict.fromkeys(settings, size)
     return Family(
-        name, words, {name: JUDGING}, make, both, {"small": seeds, "full": seeds}, (name,)
+        name, words, {only: JUDGING}, make, sizes, dict(zip(settings, seeds, strict=True)), (only,)
     )
 
 
@@ -124,6 +133,7 @@ def families(setting: str) -> dict[str, Family]:
     sequence = replace(few, recipe=Recipe(40, 32, 3e-3, 1e-2))
     text = replace(few, recipe=Recipe(12, 64, 2e-3, 1e-2), preserved=300)
     clothes = Size(3000, 300, 100, 200, Recipe(6, 64, 3e-3, 1e-2))
+    own = functools.partial(settled, setting=setting)
     found = [
         replace(
             FAMILIES["digits"],
@@ -143,29 +153,13 @@ def families(setting: str) -> dict[str, Family]:
             "tabular",
             "regression of whole tables; two hidden layers of 50 tanh units, float64",
             dict.fromkeys(tabular.SETS, JUDGING),
-            functools.partial(settled, setting=setting),
+            own,
             {"small": few, "full": few},
             {"small": 3, "full": 10},
             tabular.SETS,
         ),
-        Family(
-            "pictures",
-            "a curve with a gap",
-            {"curve": JUDGING},
-            pictures,
-            {"small": few, "full": few},
-            {"small": 3, "full": 10},
-            ("curve",),
-        ),
-        Family(
-            "moons",
-            "two moons in the plane; two hidden layers of 32 tanh units, float64",
-            {"moons": JUDGING},
-            pictures,
-            {"small": few, "full": few},
-            {"small": 3, "full": 10},
-            ("moons",),
-        ),
+        _one("pictures", "a curve with a gap", pictures, (3, 10), few, "curve"),
+        _one("moons", "two moons in the plane; two hidden layers of 32 tanh units, float64", pictures, (3, 10), few),
         *(
             Family(name, words, members, make, dict.fromkeys(("small", "full"), size), seeds, tuple(members)[:2])
             for name, words, members, make, size, seeds in (
@@ -186,14 +180,14 @@ def families(setting: str) -> dict[str, Family]:
                 ),
             )
         ),
-        _one("fashion_lenet", "Fashion-MNIST, LeNet", 3, setting, replace(few, preserved=300)),
-        _one("fashion_resnet", "Fashion-MNIST, residual network with BatchNorm", 3, setting, few),
+        _one("fashion_lenet", "Fashion-MNIST, LeNet", own, (3, 3), replace(few, preserved=300)),
+        _one("fashion_resnet", "Fashion-MNIST, residual network with BatchNorm", own, (3, 3), few),
         replace(
             FAMILIES["clothes"],
             seeds={"small": 3, "full": 3},
             sizes={"small": clothes, "full": FAMILIES["clothes"].sizes["full"]},
         ),
-        _one("swin", "Fashion-MNIST, Swin transformer", 1, setting, replace(few, preserved=100)),
+        _one("swin", "Fashion-MNIST, Swin transformer", own, (1, 1), replace(few, preserved=100)),
     ]  # fmt: skip
     return {family.name: family for family in found}
 

@@ -12,7 +12,7 @@ from experiments.detection.families import JUDGING
 from experiments.detection.running import SOLVED
 from experiments.layers.problems import families
 from experiments.layers.running import NAME
-from experiments.tables import Column, Page, Row, summarise
+from experiments.tables import Column, Page, Row, provenance, summarise
 
 LAYERS, LEVERAGE, NEAREST = "layers", "layers, leverage", "nearest input"
 #: Rows in order: key, title, and the score where the row is one of several with the same predictions.
@@ -193,8 +193,7 @@ def write(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
         "from 150 validation examples; the layer null space has none unless it says so. Scores: the library's default "
         "of ours; of every other row the one score, and the setting, that was best on the *tuning* problems, which "
         "appear in no table. `NullSpacePosterior` is fitted on at most 500 examples.",
-        f"torch {first['torch']}, {first['cores']} cores, commit {first['commit']}. "
-        f"`python -m experiments {NAME} --setting {setting}`",
+        provenance(first, first["commit"], f"python -m experiments {NAME} --setting {setting}"),
     )
     page.table("Problems", *problems(found, setting), first="family")
     for measure in MEASURES:

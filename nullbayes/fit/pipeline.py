@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -55,6 +55,7 @@ from nullbayes.fit.room import chosen_solver, within
 from nullbayes.fit.target import DELTA
 from nullbayes.fit.together import any_of, own_budget, processes_of
 from nullbayes.jacobian.linearise import linearised_outputs
+from nullbayes.likelihood import Likelihood
 from nullbayes.model.adapters import remarks
 from nullbayes.model.fingerprint import fingerprint, quick_digest
 from nullbayes.model.parameters import padding_notes
@@ -96,9 +97,10 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
         notes += not_kept(loader, rows, run.max_examples)
         notes += doubts(reading, rows, run.max_examples)
         notes += padding_notes(problem.functional.model, problem.space)
-        noised = fitting.noised(notes)
+        noise = fitting.left_out_noise(notes)
     check_undisturbed(problem, before)
-    return noised(fitting.finish(check, evidence, audit, notes))
+    fit = fitting.finish(check, evidence, audit, notes)
+    return fit if noise is None else fit.explained_by(noise)
 
 
 def check_undisturbed(problem: Problem, before: int) -> None:
@@ -280,14 +282,13 @@ class Fitting:
             self.alpha = check.bounded_precision(evidence)
         return check, evidence
 
-    def noised(self, notes: list[str]) -> Callable[[Fit], Fit]:
-        """Reads a fit with observation noise by leave-one-out residuals, of which the notes say something."""
+    def left_out_noise(self, notes: list[str]) -> Likelihood | None:
+        """The likelihood with observation noise by leave-one-out residuals, of which the notes say something."""
         if not self.settings.target.preserves:
-            # Laplace doubts the training data as well (docs/evaluation/regression.md).
-            return lambda fit: fit
+            return None  # Laplace doubts the training data as well (docs/evaluation/regression.md)
         found, note = with_left_out_noise(self.problem, self.rows, self.state, self.alpha)
         notes += [] if note is None else [note]
-        return lambda fit: fit if found is None else fit.explained_by(found)
+        return found
 
     def audit(self) -> Audit:
         """What samples do to examples of all the data, by someone else than the rows."""

@@ -83,9 +83,10 @@ def updated(fit: Fit, settings: Settings, loader: Iterable[Any], run: Run) -> Fi
         audit = fitting.audit()
         kept = [note for note in fit.certificate.notes if _ADDED in note]
         notes = [*fitting.notes, *where_kept(rows.operator), *kept, _note(more, earlier)]
-        noised = fitting.noised(notes)
+        noise = fitting.left_out_noise(notes)
     check_undisturbed(problem, before)
-    return noised(fitting.finish(check, evidence, audit, notes))
+    fit = fitting.finish(check, evidence, audit, notes)
+    return fit if noise is None else fit.explained_by(noise)
 
 
 def _earlier(fit: Fit) -> _Earlier:

@@ -10,8 +10,8 @@ from nullbayes.common.processes import once
 from nullbayes.common.progress import FACTORISATION, GRAM, PROJECTION
 from nullbayes.errors import SolverError
 from nullbayes.jacobian.operator import RowOperator, Tick
-from nullbayes.solvers.base import Cost, Size, Solver, require_finite
-from nullbayes.solvers.primal import PrimalState
+from nullbayes.solvers.base import Cost, Size, require_finite
+from nullbayes.solvers.primal import Primal, PrimalState
 from nullbayes.solvers.refinement import DIRECT_PASSES
 from nullbayes.solvers.rehearsal import Rehearsal, timed
 
@@ -19,7 +19,7 @@ from nullbayes.solvers.rehearsal import Rehearsal, timed
 BLOCK, ROWS = 1024, 1024
 
 
-class PrimalEigen(Solver):
+class PrimalEigen(Primal):
     """Sum up ``AᵀA (P, P)`` in float64, then one eigendecomposition.
 
     A fifth of the work of `PrimalQR`, for rows in single precision alone: squaring loses singular values below 1e-8 of
@@ -33,9 +33,6 @@ class PrimalEigen(Solver):
     """
 
     name = "primal eigen"
-
-    def __init__(self, tolerance: float | None = None, cutoff: float | None = None) -> None:
-        self.tolerance, self.cutoff = tolerance, cutoff
 
     def cost(self, size: Size) -> Cost:
         # Half of AᵀA by symmetry; about 9 P³ for all eigenvectors, most of it at half the speed of a product; float64
@@ -59,14 +56,9 @@ class PrimalEigen(Solver):
             PROJECTION: rehearsal.drawing + (0.5 + 0.5 * DIRECT_PASSES) * rehearsal.one_pass,
         }
 
-    def prepare(self, operator: RowOperator, tick: Tick | None = None) -> PrimalState:
-        r = torch.zeros(0, operator.shape[1], dtype=torch.float64, device=operator.device)
-        return self.absorbed(r, operator, operator, tick)
-
     def absorbed(
         self, r: Tensor, added: RowOperator, operator: RowOperator, tick: Tick | None = None
     ) -> PrimalState:
-        """A state for ``operator``, of whose rows all but those of ``added`` are in ``r (k, P)``: ``rᵀr``."""
         if added.dtype == torch.float64:
             raise SolverError(
                 "'primal eigen' squares the rows' singular values, and of float64 rows that loses half the digits; use "
@@ -88,8 +80,7 @@ class PrimalEigen(Solver):
         if tick:
             tick(1.0)
         sigma = values.clamp(min=0).sqrt().flip(0)
-        keep = sigma > (self.cutoff or 32 * torch.finfo(operator.dtype).eps) * sigma[:1]
-        return PrimalState(self, operator, sigma[keep], vectors.T.flip(0)[keep])
+        return PrimalState(self, operator, sigma, vectors.T.flip(0))
 
 
 def _add(total: Tensor, rows: Tensor) -> None:

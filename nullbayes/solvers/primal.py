@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,7 +30,24 @@ from nullbayes.solvers.refinement import DIRECT_PASSES, iterate
 from nullbayes.solvers.rehearsal import Rehearsal, timed
 
 
-class PrimalQR(Solver):
+class Primal(Solver):
+    """What makes a `PrimalState`, to which more rows can be added."""
+
+    def __init__(self, tolerance: float | None = None, cutoff: float | None = None) -> None:
+        self.tolerance, self.cutoff = tolerance, cutoff
+
+    def prepare(self, operator: RowOperator, tick: Tick | None = None) -> PrimalState:
+        r = torch.zeros(0, operator.shape[1], dtype=torch.float64, device=operator.device)
+        return self.absorbed(r, operator, operator, tick)
+
+    @abstractmethod
+    def absorbed(
+        self, r: Tensor, added: RowOperator, operator: RowOperator, tick: Tick | None = None
+    ) -> PrimalState:
+        """A state for ``operator``, of whose rows all but those of ``added`` are in ``r (k, P)``: ``rᵀr``."""
+
+
+class PrimalQR(Primal):
     """Stream the rows through a QR factorisation, then one singular value decomposition.
 
     ``R`` with ``RᵀR = AᵀA`` is all that is kept of the rows, ``P²`` numbers however many there are.
@@ -44,9 +61,6 @@ class PrimalQR(Solver):
     """
 
     name = "primal QR"
-
-    def __init__(self, tolerance: float | None = None, cutoff: float | None = None) -> None:
-        self.tolerance, self.cutoff = tolerance, cutoff
 
     def cost(self, size: Size) -> Cost:
         # QR of stacked chunks costs about 2.5 P² a row, the SVD about 20 P³; float64 counts twice.
@@ -66,14 +80,9 @@ class PrimalQR(Solver):
             PROJECTION: rehearsal.drawing + (0.5 + 0.5 * DIRECT_PASSES) * rehearsal.one_pass,
         }
 
-    def prepare(self, operator: RowOperator, tick: Tick | None = None) -> PrimalState:
-        r = torch.zeros(0, operator.shape[1], dtype=torch.float64, device=operator.device)
-        return self.absorbed(r, operator, operator, tick)
-
     def absorbed(
         self, r: Tensor, added: RowOperator, operator: RowOperator, tick: Tick | None = None
     ) -> PrimalState:
-        """A state for ``operator``, of whose rows all but those of ``added`` are in ``r (k, P)``: ``rᵀr``."""
         added = added.mine
         m, p = added.shape
         chunk = max(1024, 3 * min(m, p))
@@ -128,16 +137,6 @@ class PrimalQR(Solver):
         if r.device.type != "cpu":
             return torch.linalg.qr(stacked, mode="r").R
         return torch.geqrf(stacked, out=(stacked, r.new_empty(p)))[0][:p].triu()
-
-
-class Primal(Protocol):
-    """What made a `PrimalState`."""
-
-    cutoff: float | None
-
-    def tolerance_for(self, dtype: torch.dtype) -> float: ...
-
-    def absorbed(self, r: Tensor, added: RowOperator, operator: RowOperator) -> PrimalState: ...
 
 
 class PrimalState(State):

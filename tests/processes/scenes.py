@@ -176,7 +176,7 @@ def same_of_a_posterior() -> dict[str, Any]:
     for name in ("dual", "primal"):
         p = nb.NullSpacePosterior(network(), solver=SOLVERS[name](1e-10), delta=1e-2)
         p.fit(loader(23), 4, progress=False)
-        some, far = loader(31, seed=5), [(3 * x, y) for x, y in batches(9)]
+        some = loader(31, seed=5)
         prediction = p.predict(some)
         found = {"mean": prediction.mean, "outputs": prediction.outputs}
         found |= {score: p.novelty(some, score=score) for score in ("information", "share")}
@@ -184,25 +184,37 @@ def same_of_a_posterior() -> dict[str, Any]:
         out[name] = found
         if name == "primal":
             continue
-        path = p.calibrate(some, ood_loader=far, progress=False)
-        assert path.ece is not None
-        assert path.auroc is not None
-        found["path"] = torch.tensor([path.nll, path.accuracy, path.ece, path.auroc])
-        evaluation = p.evaluate(
-            some,
-            shifted={"far": far},
-            train=loader(23),
-            validation=loader(9, seed=6),
-            slices={"class 0": lambda inputs, targets: targets == 0},
-            progress=False,
-        )
-        table = evaluation.as_dict()
-        found |= {key: table[key] for key in ("figures", "detection", "slices", "thresholds")}
+        found |= asked_of_data(p)
         p.draw(2)
         found["drawn"] = p._fitted().unit
         p.prior_precision = 3.0
         found["drift"] = torch.tensor([p.certificate.drift, p.certificate.posterior_score])
     return out
+
+
+def asked_of_data(p: Any, exact: bool | None = None) -> dict[str, Any]:
+    """What a posterior says of loaders: novelty, a choice, a calibration and an evaluation."""
+    some, far = loader(31, seed=5), [(3 * x, y) for x, y in batches(9)]
+    found: dict[str, Any] = {s: p.novelty(some, score=s, exact=exact) for s in ("share", "entropy")}
+    found = {f"{score} of a loader": values for score, values in found.items()}
+    for criterion in ("pool", "weights"):
+        found[criterion] = p.select(some, 6, criterion=criterion)
+    found["one to choose from"] = p.select(loader(1), 1)
+    path = p.calibrate(some, ood_loader=far, progress=False)
+    assert path.ece is not None
+    assert path.auroc is not None
+    found["path"] = torch.tensor([path.nll, path.accuracy, path.ece, path.auroc])
+    evaluation = p.evaluate(
+        some,
+        shifted={"far": far},
+        train=loader(23),
+        validation=loader(9, seed=6),
+        slices={"class 0": lambda inputs, targets: targets == 0},
+        progress=False,
+    )
+    table = evaluation.as_dict()
+    parts = ("figures", "differences", "train", "detection", "slices", "thresholds")
+    return found | {key: table[key] for key in parts}
 
 
 def same_on_a_mesh() -> dict[str, Any]:
@@ -235,9 +247,9 @@ def same_on_a_mesh() -> dict[str, Any]:
             out[name][score] = p.novelty(x, score=score, exact=exact)
             out[name][score + ", sampled"] = p.novelty(x, score=score, exact=False)
         out[name]["joint"] = p.joint(x, exact=False).covariance
+        if name in ("dual", "searched"):
+            out[name] |= asked_of_data(p, exact)
         if name == "dual":
-            path = p.calibrate(some, progress=False)
-            out[name]["path"] = torch.tensor([path.nll, path.accuracy])
             p.prior_precision = 3.0
             out[name]["drift"] = torch.tensor([p.certificate.drift, p.certificate.sampled_drift])
         if mesh is not None:

@@ -90,7 +90,7 @@ def left_out(
         return []
     out, at = [], 0
     for which, numbers, index in chosen:
-        which_examples = torch.tensor(numbers)[index] + rows.relabelled
+        which_examples = torch.tensor([rows.label(numbers[i]) for i in index.tolist()])
         point, unit, targets = check.batches[which]
         index = index.to(point.device)
         point, unit = point[index], unit[:, index]
@@ -105,18 +105,14 @@ def left_out(
 
 def _chosen(rows: TrainingRows, limit: int) -> list[tuple[int, range, Tensor]]:
     """Evenly spaced examples, ``limit`` at most: which checked batch, its examples' numbers, and which of them."""
-    total = sum(len(numbers) for numbers in rows.checked_numbers)
-    before, processes = 0, rows.operator.processes
-    if processes is not None:  # of those of all
-        before, total = processes.place(total)
+    places, total = rows.checked_places()
     step = max(1.0, total / limit)
     wanted = torch.arange(0, total, step).long().unique()
     out = []
-    for which, numbers in enumerate(rows.checked_numbers):
+    for which, (numbers, before) in enumerate(zip(rows.checked_numbers, places, strict=True)):
         index = wanted[(wanted >= before) & (wanted < before + len(numbers))] - before
         if len(index):
             out.append((which, numbers, index))
-        before += len(numbers)
     return out
 
 

@@ -198,8 +198,8 @@ class Predicts:
         """Which ``k`` inputs of ``pool`` to label next: their indices ``(k,)``, the most valuable first.
 
         Chosen one after the other, each given those before it, so that no two tell the same; from the stored samples
-        (their number bounds what they can tell apart: `draw` more for a large ``k``), and no label. Of several processes
-        each reads a part of a loader, and all get the same choice.
+        (their number bounds what they can tell apart: `draw` more for a large ``k``), and no label. Of several
+        processes each reads a part of a loader, and all get the same choice.
 
         Args:
             pool: inputs, or a loader or data set of which targets are left out; read in order, once.

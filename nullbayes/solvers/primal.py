@@ -83,7 +83,9 @@ class PrimalQR(Primal):
     def absorbed(
         self, r: Tensor, added: RowOperator, operator: RowOperator, tick: Tick | None = None
     ) -> PrimalState:
-        added = added.mine
+        processes, added = operator.processes, added.mine
+        if processes is not None and not processes.leads:
+            r = r[:0]  # it counts once
         m, p = added.shape
         chunk = max(1024, 3 * min(m, p))
         pending: list[Tensor] = []
@@ -97,7 +99,6 @@ class PrimalQR(Primal):
                 if tick:
                     tick(done / m)
         r = self._absorb(r, pending)
-        processes = operator.processes
         if processes is not None:
             r = self._of_all(r, processes)
         require_finite(r, "the triangular factor of the Jacobian rows")

@@ -49,14 +49,19 @@ def loader(count: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Dat
     return DataLoader(TensorDataset(*data(count, dtype, seed)), batch_size=BATCH)
 
 
-def batches(count: int) -> list[tuple[Tensor, Tensor]]:
-    x, y = data(count)
+def batches(count: int, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
+    x, y = data(count, seed=seed)
     return list(zip(x.split(BATCH), y.split(BATCH), strict=True))
 
 
 def fitted(posterior: Any, train: Any, samples: int = 4, **kwargs: Any) -> dict[str, Any]:
     """What a fit leaves; nothing in it depends on how many processes there are."""
     posterior.fit(train, samples, progress=False, **kwargs)
+    return certified(posterior)
+
+
+def certified(posterior: Any) -> dict[str, Any]:
+    """Samples and certificate."""
     c = posterior.certificate
     names = "residual row_drift drift output_drift sampled_drift left_out_divergence prior_share prior_precision"
     counts = "rank examples checked_examples constraints held network_score posterior_score"
@@ -122,6 +127,56 @@ def same_by_rows() -> dict[str, Any]:
     out["first"] = fitted(nb.NullSpacePosterior(network()), loader(23), max_examples=11)
     dropped = DataLoader(TensorDataset(*data(23)), batch_size=BATCH, drop_last=True)
     out["dropped"] = fitted(nb.NullSpacePosterior(network()), dropped)
+    return out
+
+
+def same_after_updates() -> dict[str, Any]:
+    """More data, twice: less than there are processes, and more."""
+    out: dict[str, Any] = {}
+    kinds: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+        "dual": (nb.NullSpacePosterior, solvers.DualCholesky(1e-13), {}),
+        "exact": (nb.NullSpacePosterior, solvers.DualCholesky(1e-13), {"delta": 0}),
+        "primal": (nb.NullSpacePosterior, solvers.PrimalQR(), {}),
+        "searched": (nb.NullSpacePosterior, CG(1e-10), {"delta": 1e-2}),
+        "subset": (nb.NullSpacePosterior, SOLVERS["subset"](1e-10), {"delta": 1e-2}),
+        "alternating": (nb.NullSpacePosterior, SOLVERS["alternating"](1e-10), {"delta": 1e-2}),
+        "Laplace": (nb.LaplacePosterior, solvers.DualCholesky(1e-13), {}),
+        "layers": (
+            nb.NullSpacePosterior,
+            solvers.DualCholesky(1e-13),
+            {"prior_precision": "evidence-by-layer"},
+        ),
+        "sampled": (
+            nb.NullSpacePosterior,
+            solvers.DualCholesky(1e-13),
+            {"preserve": "sampled-fisher"},
+        ),
+    }
+    for name, (make, solver, options) in kinds.items():
+        p = make(network(), solver=solver, **options)
+        # (Projections in turn: whole batches, for no other process splits those of the loader where one does.)
+        make_data = batches if name == "alternating" else loader
+        fitted(p, make_data(13))
+        p.update(make_data(2, seed=2), progress=False)
+        p.update(make_data(14, seed=3), progress=False)
+        out[name] = certified(p)
+        x = data(5, seed=7)[0]
+        out[name]["mean"] = p.predict(x).mean
+        if name != "exact":  # there what is left of a variance is rounding
+            exact = name not in ("searched", "subset", "alternating")
+            out[name]["novelty"] = p.novelty(x, exact=exact)
+        if name == "dual":
+            p.draw(2)
+            out[name]["drawn"] = p._fitted().unit
+    single = nb.NullSpacePosterior(network(torch.float32), solver=solvers.PrimalEigen(), delta=1e-2)
+    single.fit(loader(13, torch.float32), 4, progress=False)
+    single.update(loader(9, torch.float32, 2), progress=False)
+    out["eigen, float32"] = certified(single)
+    regression = nb.NullSpacePosterior(network(), "regression", solver="primal QR")
+    x = data(23)[0]
+    regression.fit((x, x.sin()), 4, progress=False).update((-x[:9], -x[:9].sin()), progress=False)
+    out["regression"] = certified(regression)
+    out["noise"] = {"unit": torch.as_tensor(regression.likelihood.with_noise(1.0).noise_variance)}
     return out
 
 
@@ -230,9 +285,11 @@ def same_on_a_mesh() -> dict[str, Any]:
         "exact": {"solver": solvers.DualCholesky(1e-13), "delta": 0},
         "primal": {"solver": solvers.PrimalQR()},
         "searched": {"solver": CG(1e-11), "delta": 1e-2},
+        "Laplace": {"solver": solvers.DualCholesky(1e-13)},
     }
     for name, options in cases.items():
-        p = nb.NullSpacePosterior(network(), device_mesh=mesh, **options)
+        make = nb.LaplacePosterior if name == "Laplace" else nb.NullSpacePosterior
+        p = make(network(), device_mesh=mesh, **options)
         found = fitted(p, loader(23), 5)
         held = found.pop("unit")
         out[name] = found | {"samples": p.num_samples}
@@ -242,21 +299,57 @@ def same_on_a_mesh() -> dict[str, Any]:
         out[name] |= {"mean": prediction.mean, "outputs": prediction.outputs}
         out[name]["sampled"] = p.predict(x, method="sampled").outputs
         # Without a shift what the factorisation tells of an input is a difference that rounding reaches.
-        exact = None if name in ("dual", "primal") else False
+        exact = None if name in ("dual", "primal", "Laplace") else False
         for score in ("information", "variance", "share", "entropy"):
             out[name][score] = p.novelty(x, score=score, exact=exact)
             out[name][score + ", sampled"] = p.novelty(x, score=score, exact=False)
         out[name]["joint"] = p.joint(x, exact=False).covariance
-        if name in ("dual", "searched"):
+        if name in ("searched", "Laplace"):
             out[name] |= asked_of_data(p, exact)
-        if name == "dual":
+        if name in ("dual", "Laplace"):
             p.prior_precision = 3.0
             out[name]["drift"] = torch.tensor([p.certificate.drift, p.certificate.sampled_drift])
+            p.update(loader(7, seed=9), progress=False)
+            held = p._fitted().unit
+            out[name]["updated"] = certified(p) | {"mean": p.predict(some).mean}
+            out[name]["updated"].pop("unit")
+            out[name]["updated"].pop("audit")
         if mesh is not None:
             assert len(held) == 2 + mesh.get_local_rank("samples")
             for refused in (lambda p=p: p.draw(1), lambda p=p: p.sample()):  # type: ignore[misc]
                 kind, text = told(refused)
                 assert (kind, "device_mesh" in text) == ("InputError", True)
+    return out
+
+
+def same_on_flat_meshes() -> dict[str, Any]:
+    """All processes along one of the two dimensions; both posteriors."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    out: dict[str, Any] = {}
+    for shape in ((1, -1), (-1, 1)):
+        mesh = None
+        if dist.is_initialized():
+            from torch.distributed.device_mesh import init_device_mesh
+
+            sides = tuple(size if side < 0 else side for side in shape)
+            mesh = init_device_mesh("cpu", sides, mesh_dim_names=("data", "samples"))
+        for name, make in {
+            "null space": nb.NullSpacePosterior,
+            "Laplace": nb.LaplacePosterior,
+        }.items():
+            p = make(network(), solver=solvers.DualCholesky(1e-13), device_mesh=mesh)
+            found = fitted(p, loader(23), 5)
+            found.pop("unit")
+            # By how much: each process moves the examples by samples of its own.
+            found["audit"] = found["audit"][:3]
+            x = data(5, seed=7)[0]
+            found |= {"mean": p.predict(x).mean, "novelty": p.novelty(x)}
+            out[f"{name}, {shape}"] = found
+    if mesh is not None:
+        kind, text = told(
+            lambda: nb.LaplacePosterior(network(), process_group=False, device_mesh=mesh)
+        )
+        assert (kind, "process_group" in text) == ("InputError", True)
     return out
 
 
@@ -344,6 +437,8 @@ def split_and_refused() -> dict[str, Any]:
     rows = plain._fitted().rows
     assert rows is not None
     out["rows"] = rows.operator.nbytes
+    plain.process_group = False
+    out["update alone"] = told(lambda: plain.update(loader(4, seed=9), progress=False))
     alone = nb.NullSpacePosterior(network(), solver="dual Cholesky", process_group=False)
     out["alone"] = fitted(alone, loader(20))["unit"]
     rows = alone._fitted().rows
@@ -366,16 +461,9 @@ def split_and_refused() -> dict[str, Any]:
     out["other weights"] = told(lambda: other.fit(loader(20), 2, progress=False))
     out["failed"] = told(lambda: posterior().fit(_Late(rank), 2, progress=False))
     out["after"] = fitted(posterior(), loader(20))["unit"]
-    out["update"] = told(lambda: _updated())
     plan = posterior().plan(loader(20), num_samples=4)
     out["plan"] = (plan.processes, plan.rows, plan.sent > 0, sorted(plan.seconds))
     return out
-
-
-def _updated() -> None:
-    p = posterior()
-    p.fit(loader(20), 2, progress=False)
-    p.update(loader(4, seed=9), progress=False)
 
 
 class _Late(Dataset[Any]):
@@ -528,6 +616,8 @@ def main(scenes: str, rank: int, size: int, folder: Path) -> None:
     every: dict[str, Callable[[], dict[str, Any]]] = {
         "solver": same_by_solver,
         "rows": same_by_rows,
+        "updates": same_after_updates,
+        "flat": same_on_flat_meshes,
         "within": same_within_layers,
         "posterior": same_of_a_posterior,
         "layer": same_by_layer,

@@ -206,6 +206,19 @@ def same_by_layer() -> dict[str, Any]:
     p = nb.LayerNullSpacePosterior(network()).fit(loader(23), 3, progress=False)
     out["more"] = _of_layers(p.update(loader(9, seed=3), progress=False), torch.float64)
     out["less"] = _of_layers(p.remove(loader(9, seed=3), progress=False), torch.float64)
+    fitted_on = batches(23)
+    p.remove([tuple(t[:1] for t in fitted_on[0])], progress=False)  # less than there are processes
+    out["one less"] = _of_layers(p, torch.float64)
+    # Once too often, and that in another process than the first time.
+    kind, text = told(lambda: p.remove(fitted_on[2:3] * 2, progress=False))
+    assert (kind, "not in this posterior" in text) == ("InputError", True)
+    some = loader(31, seed=5)
+    path = p.calibrate(some, ood_loader=[(3 * x, y) for x, y in batches(9)], progress=False)
+    assert path.auroc is not None
+    found = {"path": torch.tensor([path.nll, path.accuracy, path.auroc])}
+    evaluation = p.evaluate(some, shifted={"far": batches(9, 7)}, progress=False).as_dict()
+    found |= {key: evaluation[key] for key in ("figures", "detection", "thresholds")}
+    out["asked"] = found | {"divergence": p.divergence(some), "precision": p.prior_precision}
     return out
 
 

@@ -20,6 +20,7 @@ from nullbayes.constraints.training_rows import TrainingRows
 from nullbayes.model.batch import Inputs, batch_size, select
 from nullbayes.solvers import State
 from nullbayes.solvers.dual import rows_left_out
+from nullbayes.solvers.norms import fetched
 
 # Examples left out at most, each by itself, and multiplications of all that: about a second's work.
 MOST_EXAMPLES = 500
@@ -98,8 +99,10 @@ def left_out(
         values = [check.crowd.joined(v) for v in found[at : at + len(index)]]
         at += len(index)
         cotangents = problem.cotangents(point, targets, which_examples).values.double()
+        # One small matrix after the other: the processor's, and read at once.
+        (unit,), (cotangents,) = fetched(unit), fetched(cotangents)
         changes = [_changed(unit[:, b], cotangents[:, b], values[b]) for b in range(len(index))]
-        out.append((point, torch.stack(changes, 1), targets))
+        out.append((point, torch.stack(changes, 1).to(point.device), targets))
     return out
 
 

@@ -272,13 +272,17 @@ class _Capturing:
             problem.in_coordinates,
         )
         self.examples, self.captured = 0, 0
-        self.trace, self.discarded = 0.0, 0.0
+        # Summed where they are: read once, at the end.
+        self.trace, self.discarded = self._zero(), self._zero()
         self.checked: list[tuple[Inputs, Any]] = []
         self.checked_numbers: list[range] = []
         # The first of all examples, of which those before ``start`` are other processes'.
         self.left, self.count = memory.check, min(start % APART, CHECK_EXAMPLES)
-        self.loss, self.least_loss, self.observed = 0.0, 0.0, 0
+        self.loss, self.least_loss, self.observed = self._zero(), self._zero(), 0
         self.outputs = Probabilities(problem.likelihood)
+
+    def _zero(self) -> Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self.problem.device)
 
     def add(self, inputs: Inputs, outputs: Tensor, targets: Any) -> None:
         """The rows of one batch, of which the examples are numbered on."""
@@ -290,9 +294,9 @@ class _Capturing:
         self.outputs.look(self.problem.functional, inputs, outputs)
         likelihood = self.problem.likelihood
         with torch.no_grad():
-            self.loss += float(likelihood.loss(outputs, targets).double().sum())
+            self.loss += likelihood.loss(outputs, targets).double().sum()
             if isinstance(likelihood, Regression):
-                self.least_loss += float(likelihood.loss(outputs, outputs).double().sum())
+                self.least_loss += likelihood.loss(outputs, outputs).double().sum()
                 self.observed += outputs.numel()
         self.batches += 1
         self.examples += batch_size(inputs)
@@ -315,8 +319,8 @@ class _Capturing:
             mine, numbers = numbers[: block.examples], numbers[block.examples :]
             self.keeper.add(block, piece, made.values, mine)
             self.captured += 1
-            self.trace += float(made.trace.double().sum())
-            self.discarded += float(made.discarded.double().sum())
+            self.trace += made.trace.double().sum()
+            self.discarded += made.discarded.double().sum()
 
     def _check_later(self, inputs: Inputs, outputs: Tensor, targets: Any) -> None:
         size = batch_size(inputs)
@@ -331,7 +335,8 @@ class _Capturing:
 
     def finish(self) -> TrainingRows:
         operator = JacobianOperator(self.problem.space, self.keeper.finish())
-        share = self.discarded / self.trace if self.trace > 0 else 0.0
+        trace, loss, least_loss = float(self.trace), float(self.loss), float(self.least_loss)
+        share = float(self.discarded) / trace if trace > 0 else 0.0
         spans = _spans(operator, self.keeper.numbers, self.examples)
         return TrainingRows(
             operator,
@@ -343,10 +348,10 @@ class _Capturing:
             spans,
             self.audited.drawn,
             self.batches,
-            self.loss,
-            self.least_loss,
+            loss,
+            least_loss,
             self.observed,
-            self.trace,
+            trace,
             self.problem,
             [Stretch(0, self.examples)],
             chances=self.audited.chances,

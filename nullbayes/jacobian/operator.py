@@ -363,10 +363,14 @@ def chosen_parts(
 
 def check_block(block: Block, index: int) -> None:
     """Raise :class:`NonFiniteError` naming the parameters whose rows are not finite."""
-    for names, factor in block.factors.items():
-        if not all(bool(t.isfinite().all()) for t in factor.tensors()):
-            raise NonFiniteError(
-                f"the Jacobian rows of {list(names)} hold NaN or infinity (block {index}). "
-                "The outputs were finite, so a derivative overflowed: use float64 "
-                "(`model.double()`) or look for sqrt, log or division near zero."
-            )
+    finite = {
+        names: torch.stack([t.isfinite().all() for t in factor.tensors()]).all()
+        for names, factor in block.factors.items()
+    }
+    if not finite or bool(torch.stack(list(finite.values())).all()):
+        return
+    bad = next(names for names, good in finite.items() if not bool(good))
+    raise NonFiniteError(
+        f"the Jacobian rows of {list(bad)} hold NaN or infinity (block {index}). The outputs were finite, so a "
+        "derivative overflowed: use float64 (`model.double()`) or look for sqrt, log or division near zero."
+    )

@@ -40,6 +40,7 @@ WAITS = {
     aten.repeat_interleave,
     aten._linalg_check_errors,  # a decomposition that raises where it fails; those named `_ex` do not
 }
+INDEXES = {aten.index, aten.index_put, aten.index_put_}
 #: methods that give the processor a tensor's numbers, and are no operation of their own on the CPU
 COPIES = {
     Tensor.cpu: "cpu()",
@@ -108,9 +109,10 @@ class _Operations(TorchDispatchMode):
             packet = func.overloadpacket
             if packet in WAITS and not (packet is aten.repeat_interleave and "int" in str(func)):
                 self.reads.note(packet.__name__)
-            elif packet in (aten.index, aten.index_put, aten.index_put_):
-                if any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1]):
-                    self.reads.note("a mask as an index")
+            elif packet in INDEXES and any(
+                isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1]
+            ):
+                self.reads.note("a mask as an index")
         out = func(*args, **kwargs)
         if here:
             self.device.add(out)

@@ -195,6 +195,9 @@ def test_what_differs_or_fails_ends_all_and_is_named(
         assert rank == 1 or "process 1" in text
         kind, text = split["update alone"]
         assert (kind, "process_group" in text) == ("InputError", True)
+        products, step = split["host reads"]
+        assert products == 0
+        assert step <= 4
         processes, rows, sent, stages = split["plan"]
         assert (processes, rows, sent) == (size, 40, True)
         assert "communication" in stages

@@ -105,6 +105,19 @@ class RowOperator(ABC):
         """Those of ``rows`` that this process holds, without asking the others."""
         return self.rows(index)
 
+    def own_span(self, span: slice) -> slice:
+        """Where rows that this process holds, by their numbers among all, are in products of ``mine``."""
+        return span
+
+    def own(self, values: Tensor) -> Tensor:
+        """This process's part of ``values (S, M)``."""
+        return values
+
+    @property
+    def turns(self) -> list[tuple[int, slice]]:
+        """All rows in their order, stretch by stretch: whose each is, and which of this process's rows that are."""
+        return [(0, slice(0, self.shape[0]))]
+
     @property
     def product_flops(self) -> float:
         """Floating-point operations of ``A v`` for one vector."""
@@ -176,6 +189,14 @@ class JacobianOperator(RowOperator):
         for block in self.blocks:
             out[block.where] = out.get(block.where, 0) + block.nbytes
         return out
+
+    def followed_by(self, more: JacobianOperator) -> JacobianOperator:
+        """These rows, and those of ``more`` behind them; nothing is copied."""
+        return JacobianOperator(self.space, [*self.blocks, *more.blocks])
+
+    def over(self, blocks: Sequence[Openable]) -> JacobianOperator:
+        """The same rows made of other ``blocks``, as many as this process has."""
+        return JacobianOperator(self.space, blocks)
 
     def move_out(self, room: int) -> None:
         """Keep no more than ``room`` bytes in memory, where the disk can take the rest."""
@@ -342,10 +363,14 @@ def chosen_parts(
 
 def check_block(block: Block, index: int) -> None:
     """Raise :class:`NonFiniteError` naming the parameters whose rows are not finite."""
-    for names, factor in block.factors.items():
-        if not all(bool(t.isfinite().all()) for t in factor.tensors()):
-            raise NonFiniteError(
-                f"the Jacobian rows of {list(names)} hold NaN or infinity (block {index}). "
-                "The outputs were finite, so a derivative overflowed: use float64 "
-                "(`model.double()`) or look for sqrt, log or division near zero."
-            )
+    finite = {
+        names: torch.stack([t.isfinite().all() for t in factor.tensors()]).all()
+        for names, factor in block.factors.items()
+    }
+    if not finite or bool(torch.stack(list(finite.values())).all()):
+        return
+    bad = next(names for names, good in finite.items() if not bool(good))
+    raise NonFiniteError(
+        f"the Jacobian rows of {list(bad)} hold NaN or infinity (block {index}). The outputs were finite, so a "
+        "derivative overflowed: use float64 (`model.double()`) or look for sqrt, log or division near zero."
+    )

@@ -167,13 +167,14 @@ def _mismatches(functional: FunctionalModel, rows: Tensor, truth: Tensor) -> lis
     allowed = tolerance(functional.rounding)
     # A gradient that is zero in exact arithmetic (a key's bias under softmax) is pure rounding:
     # it is held against the whole row, not against itself.
-    floor = 10 * torch.finfo(truth.dtype).eps * float(truth.norm())
-    bad = []
+    floor = 10 * torch.finfo(truth.dtype).eps * truth.norm().double()
+    good = []
     for slot in functional.space.slots:
         ours, theirs = rows[:, slot.start : slot.stop], truth[:, slot.start : slot.stop]
-        if not float((ours - theirs).norm()) <= allowed * float(theirs.norm()) + floor:
-            bad.append(slot.name)
-    return bad
+        away, size = (ours - theirs).norm().double(), theirs.norm().double()
+        good.append(away <= allowed * size + floor)
+    told = torch.stack(good).tolist()
+    return [slot.name for slot, fine in zip(functional.space.slots, told, strict=True) if not fine]
 
 
 def _repair(plan: CapturePlan, bad: list[str]) -> None:

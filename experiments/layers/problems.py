@@ -179,7 +179,7 @@ def _one(
     )
 
 
-#: What a piece of these depends on beside its size: what is held out; or which texts, for they come with Python and torch.
+#: What a piece of these depends on beside its size: what is held out; or which texts.
 MARKS: dict[str, Any] = {
     **{key: {"held_out": list(HELD_OUT)} for key in ("fashion_lenet", "fashion_resnet", "swin")},
     "tabular": {"below": 0.8},

@@ -211,7 +211,7 @@ def guessed(targets: Tensor, classes: int, seed: int) -> dict[str, Any]:
     weaker = on(targets[:WEAKER])
     return {
         "seconds": 0.0, "temperature": 1.0, "clean": on(targets), "shifted": on(targets),
-        "strengths": {level: weaker for level in "12345"},
+        "strengths": dict.fromkeys("12345", weaker),
     }  # fmt: skip
 
 

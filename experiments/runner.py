@@ -80,13 +80,14 @@ def run(
 
     def one(number: int, job: Job) -> None:
         record = store.get(job.key, job.config) if resume else None
+        if record is None and until is not None and time.monotonic() > until:
+            outcome.stopped.append(str(job.key))
+            return
         where = f"[{number + 1}/{len(jobs)}] {job.key}"
         started, spent = time.perf_counter(), 0.0
         if record is None:
             say(console, f"{where} … {clock.left(number, workers)} left")
             try:
-                if not fresh and until is not None and time.monotonic() > until:
-                    raise OutOfTime
                 result = (
                     isolated(job.function, *job.args, until=until)
                     if fresh

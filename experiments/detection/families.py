@@ -113,6 +113,7 @@ def placed(found: Problem, place: torch.device) -> Problem:
     """The network and all inputs on ``place``; targets stay on the CPU, where scores are compared."""
     if place.type == "cpu":
         return found
+    torch.backends.cudnn.allow_tf32 = False  # products of ten bits are no float32
     given, test = found.given, found.test
     near, far = ({k: v.to(place) for k, v in sets.items()} for sets in (found.near, found.far))
     given = replace(

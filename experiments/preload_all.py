@@ -1,0 +1,16 @@
+"""What pieces of several experiments need, imported once by the server that their processes are forked from."""
+
+from contextlib import suppress
+
+with suppress(ImportError):  # a method that needs one of these says so itself
+    from experiments.detection.published import detectors
+
+    detectors()
+with suppress(ImportError):
+    pass
+with suppress(ImportError):
+    pass
+with suppress(ImportError):
+    pass
+
+__all__: list[str] = []

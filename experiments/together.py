@@ -23,7 +23,7 @@ from rich.console import Console
 from experiments import devices, runner
 from experiments.__main__ import load
 from experiments.runner import Job, run, say
-from experiments.store import OUT, Store
+from experiments.store import OUT, Store, collected
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             archive.extractall(store.folder, filter="data")
     if options.device:
         os.environ[devices.VARIABLE] = options.device
+    for experiment, setting in {(part.experiment, part.setting) for part in PARTS}:
+        store.adopt(collected(setting, experiment))  # what the committed tables are made of
     torch.set_num_threads(options.threads)
     runner.PRELOAD += ["experiments.preload_all"]
     if options.list:

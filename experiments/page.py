@@ -121,7 +121,7 @@ def brief(lines: list[str], source: Path) -> str:
     for title in BRIEF_QUESTIONS:
         _, table = section(lines, title, source)
         out = out or [f"| measure {table[0]}", f"|---{table[1]}"]
-        rows = {row.split("|")[1].strip(" *†"): row for row in table[2:]}
+        rows = {row.split("|")[1].strip(" *†‡"): row for row in table[2:]}
         for method in BRIEF_METHODS:
             if method not in rows:
                 raise ValueError(f"{source}, {title!r}, has no row {method!r}.")

@@ -481,7 +481,7 @@ def test_the_overview_has_a_column_for_each_task_and_a_row_for_each_method(tmp_p
     overview.write("small", claims.CLASSIFICATION, folder)
     text = (folder / "overview.md").read_text()
     table = text.split("## AUROC")[1]
-    assert "| method | digits_heldout | fashion_lenet |" in table
+    assert "| method | digits_heldout (1 seed) | fashion_lenet (1 seed) |" in table
     assert "| **null-space** | **0.900** | 0.700 |" in table
     assert "| **point** | 0.800 | – |" in table  # what a task lacks is no figure
     overview.write("full", claims.CLASSIFICATION, tmp_path / "full")

@@ -21,7 +21,6 @@ from experiments.layers.sequences import VOCABULARY, Encoder, docstring_splits
 from experiments.networks import identity
 from experiments.runner import Job
 from experiments.store import Key
-from experiments.tables import Column, Page, Row, at
 from experiments.tasks import digits_network, lenet, mlp, small_resnet
 from nullbayes import datasets
 from nullbayes.datasets import Split
@@ -34,6 +33,8 @@ TITLE = "Joint predictions"
 VERSION = 2
 IMAGES = ("digits", "clothes", "clothes, residual")
 TASKS = ("breast cancer", "schools", "weather", *IMAGES, "texts")
+#: Tables on which ways to set the prior are compared before the tasks above are looked at.
+TUNING = ("cars", "travel", "wine")
 SEEDS = {"small": 2, "full": 10}
 TRAIN = 300  # images; of tables at most
 SAMPLES, MEMBERS = 50, 5
@@ -162,7 +163,7 @@ def jobs(
     return [
         Job(Key(NAME, setting, seed, name), config, measure_job, (name, seed))
         for seed in range(SEEDS[setting])
-        for name in TASKS
+        for name in (*TUNING, *TASKS)
     ]
 
 
@@ -344,47 +345,9 @@ def tuned(draws: Draws, check: tuple[Tensor, Tensor]) -> float:
     return min(tried, key=nll)
 
 
-def _seeds(runs: Sequence[dict[str, Any]]) -> str:
-    counts = {task: sum(r["result"]["task"] == task for r in runs) for task in TASKS}
-    return "Seeds: " + ", ".join(f"{task} {n}" for task, n in counts.items() if n) + "."
-
-
 def report(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
-    """A table a measure, tasks as columns; means over tasks last."""
-    if not runs:
-        return
-    page = Page(NAME, f"{TITLE} ({setting})")
-    page.say(WORDS, f"{_seeds(runs)} † trains more networks than one.")
-    tables = (
-        ("joint", "clean", "Joint NLL by a label"),
-        ("joint", "shifted", "Joint NLL by a label, shifted"),
-        ("nll", "clean", "NLL"),
-        ("nll", "shifted", "NLL, shifted"),
-        ("ece", "clean", "ECE"),
-        ("ece", "shifted", "ECE, shifted"),
-        ("accuracy", "clean", "Accuracy"),
-    )
-    strong = tuple(
-        (("strengths", level, "joint"), f"Joint NLL by a label, strength {level}")
-        for level in "12345"
-    )
-    every = [((part, measure), title) for measure, part, title in tables]
-    seeds = sorted({run["seed"] for run in runs})
-    for path, title in (*every, *strong):
-        measure = path[-1]
-        better = 1 if measure == "accuracy" else -1
-        columns = [
-            Column(task, at(task, *path), better, 3)
-            for task in TASKS
-            if any(r["result"]["task"] == task for r in runs)
-        ]
-        rows = []
-        for key, words in TITLES.items():
-            found = [
-                {"seed": s}
-                | {r["result"]["task"]: r["result"]["methods"][key] for r in runs if r["seed"] == s}
-                for s in seeds
-            ]
-            rows.append(Row(words, found))
-        page.table(title, rows, columns, first="method")
-    page.write(folder, runs)
+    """``joint.md`` and ``.json``; nothing where there are no runs."""
+    from experiments.joint_tables import write
+
+    if runs:
+        write(setting, runs, folder)

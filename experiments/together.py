@@ -54,6 +54,7 @@ PARTS = (
     Part("layers", "layers", "small", lambda job: not _family(*SLOW)(job)),
     Part("joint", "joint", "full", _joint),
     Part("digits", "detection", "full", _family("digits")),
+    Part("intervals", "intervals", "full", lambda job: True),
     Part("joint, more seeds", "joint", "full", lambda job: not _joint(job)),
 )
 

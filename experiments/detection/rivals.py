@@ -164,7 +164,8 @@ class _Rows(Score):
         self.buffers = dict(given.network.named_buffers())
         count = sum(w.numel() for w in self.weights.values())
         classes = given.logits(given.train.inputs[:1]).shape[1]
-        examples = max(1, min(given.preserved, ROWS_BYTES // (4 * count * classes)))
+        room = ROWS_BYTES[given.train.inputs.device.type]
+        examples = max(1, min(given.preserved, room // (4 * count * classes)))
         some = given.train.inputs[:examples].split(max(1, examples // 4))
         rows = torch.cat([self.weighted(part).flatten(0, 1) for part in some])
         gram = (rows @ rows.T).double()
@@ -195,7 +196,7 @@ class _Rows(Score):
 
     def batches(self, x: Tensor) -> list[Tensor]:
         count = sum(w.numel() for w in self.weights.values()) * len(self.network(x[:1])[0])
-        return list(x.split(max(1, ROWS_BYTES // (8 * count))))
+        return list(x.split(max(1, ROWS_BYTES[x.device.type] // (8 * count))))
 
 
 @score

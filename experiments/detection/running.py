@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def jobs(
                 if seed >= family.seeds[setting]:
                     continue
                 key = Key(NAME, setting, seed, f"{family.name}, {member}")
-                config = {"size": asdict(size), "version": VERSION, "role": role}
+                config = {"size": size.config(), "version": VERSION, "role": role}
                 out.append(Job(key, config, measure_job, (family.name, member, role, seed, size)))
     return out
 
@@ -85,7 +84,7 @@ def measured(cls: Any, problem: Problem) -> dict[str, Any]:
 
 def finite(scores: Tensor) -> Tensor:
     """float64; raises where a score is not a number."""
-    scores = scores.detach().double()
+    scores = scores.detach().cpu().double()
     if not scores.isfinite().all():
         raise ValueError("scores are not finite")
     return scores

@@ -49,9 +49,12 @@ def write(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
     page.write(folder, runs)
 
 
+REGRESSIONS = ("gaps",)
+RANK, RANKED_CLASSES = "rank", "rank, classes"
 OVERVIEW = (
     "Mean over the counted sets of a family; `rank`: mean rank over families, of the scores that all of them have "
-    "figures for. A dash: every set is solved by the inputs; or the score needs class probabilities, for a regression."
+    "figures for; `rank, classes`: over the families of classifications, which more scores have figures "
+    "for. A dash: every set is solved by the inputs; or the score needs class probabilities, for a regression."
 )
 TUNING = "Near and far sets count alike. Settings were chosen by the mean over families."
 
@@ -166,20 +169,24 @@ def overview(
         for family, found in values.items()
     }
     # A family of which every set is solved by the inputs ranks nobody.
-    ranks = ranked(means, [p for p in judged if any(p in found for found in means.values())])
+    there = [p for p in judged if any(p in found for found in means.values())]
+    ranks = {
+        RANK: ranked(means, there),
+        RANKED_CLASSES: ranked(means, [p for p in there if p not in REGRESSIONS]),
+    }
     rows = []
     for family, found in values.items():
         bold = "**" if family in OURS else ""
-        rank = {"problems": "rank", "value": ranks.get(family)}
-        rows.append(Row(f"{bold}{family}{bold}", [*found, rank]))
+        places = [{"problems": title, "value": r.get(family)} for title, r in ranks.items()]
+        rows.append(Row(f"{bold}{family}{bold}", [*found, *places]))
     columns = [
         Column(
             problems,
             _only(problems),
-            1 if problems != "rank" else -1,
-            3 if problems != "rank" else 1,
+            -1 if problems in ranks else 1,
+            1 if problems in ranks else 3,
         )
-        for problems in (*judged, "rank")
+        for problems in (*judged, *ranks)
     ]
     return rows, columns
 

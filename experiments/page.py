@@ -29,6 +29,7 @@ PAGES = (
             "detection",
             "layers",
             "joint",
+            "language",
             "ablations",
             "method",
         )
@@ -37,7 +38,7 @@ PAGES = (
 PICTURES = "pictures"  # folder of copied figures, beside the page
 MARKER = re.compile(r"(<!-- begin (?P<what>[^\n]*?) -->\n)(?P<old>.*?)(<!-- end -->)", re.DOTALL)
 #: Pages whose long tables are shown whole: ours and all rivals.
-WHOLE = ("detection", "layers")
+WHOLE = ("detection", "layers", "language")
 ALSO_SHOWN = "null-space, by evidence"
 LONG = 16  # rows of a table from which on it is shortened
 # The one table of the README: tables of the overview, and which of their rows.

@@ -60,6 +60,7 @@ class Reader:
         counts = torch.bincount(problem.train.inputs.flatten(), minlength=settings["vocab_size"])
         counts[:103] = 0  # padding, marks of the tokenizer
         often = counts.argsort(descending=True, stable=True)[: shape.known - 2]
+        often = often[counts[often] > 0]
         self.index = torch.full((settings["vocab_size"],), UNKNOWN)
         self.index[:103] = 0
         self.index[often] = torch.arange(2, 2 + len(often))

@@ -24,7 +24,7 @@ from nullbayes.datasets import Split
 
 PREDICTED = 64  # texts of a batch whose outputs are linearised with all samples at once
 PRIORS = tuple(float(k) for k in range(-2, 6))
-FROM_ONE = tuple(float(k) for k in range(-2, 6))  # decades of laplace-torch's prior precisions
+FROM_ONE = tuple(float(k) for k in range(9))  # decades of laplace-torch's prior precisions; the last is the network
 SHARE = 0.05
 MEMORY = "12GB"
 Rows = dict[str, Row]

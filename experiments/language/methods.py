@@ -24,7 +24,9 @@ from nullbayes.datasets import Split
 
 PREDICTED = 64  # texts of a batch whose outputs are linearised with all samples at once
 PRIORS = tuple(float(k) for k in range(-2, 6))
-FROM_ONE = tuple(float(k) for k in range(9))  # decades of laplace-torch's prior precisions; the last is the network
+FROM_ONE = tuple(
+    float(k) for k in range(9)
+)  # decades of laplace-torch's prior precisions; the last is the network
 SHARE = 0.05
 MEMORY = "12GB"
 Rows = dict[str, Row]
@@ -124,7 +126,8 @@ def linearised(posterior: Any, problem: Problem, key: str, title: str, declared:
 
         return draws
 
-    point, change = unit(posterior, validation.inputs)
+    at(alpha)(validation.inputs)
+    _, point, change = last
 
     def path(values: list[float]) -> list[float]:
         return [nll(Draws(point + change * a**-0.5, point), validation.targets) for a in values]
@@ -382,12 +385,13 @@ def _nearest(embed: Any, network: Any, train: Tensor) -> Callable[[Tensor], Tens
     return score
 
 
+#: In the order in which they are measured.
 GROUPS: dict[str, Callable[[Problem], Rows]] = {
-    "networks": networks,
-    "features": features,
-    "last layer": last_layer,
-    "layers": layers,
     "null space": null_space,
+    "features": features,
+    "networks": networks,
+    "layers": layers,
+    "last layer": last_layer,
     "Laplace": full_laplace,
     "Kronecker": kronecker,
 }

@@ -34,7 +34,7 @@ class Size:
     """
 
     limit: int | None = None
-    sets: int = 400
+    sets: int = 300
     test: int | None = None
     tokens: int = 48
     samples: int = 30

@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from experiments.language import causal, encoder, methods, problem, running, texts
 from experiments.language.problem import Problem, Size
 from experiments.runner import run
 from experiments.store import Store
-from safetensors.torch import save_file
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -37,7 +38,9 @@ def packed(tmp_path, monkeypatch):
         bert = BertModel(BertConfig(**SETTINGS), add_pooling_layer=False)
         names = {"classes": texts.CLASSES, "near": texts.NEAR, "far": texts.FAR}
         tokens = {
-            f"{kind}/{k:02d}/{name}": torch.randint(104 + 4 * k, 108 + 4 * k, (20, 8)).to(torch.int16)
+            f"{kind}/{k:02d}/{name}": torch.randint(104 + 4 * k, 108 + 4 * k, (20, 8)).to(
+                torch.int16
+            )
             for kind, each in names.items()
             for k, name in enumerate(each)
         }
@@ -78,7 +81,9 @@ def test_packing_a_pack_changes_no_weight_that_texts_use(packed, tmp_path, monke
     encoder.texts.cache_clear()
     used = torch.cat([t.flatten() for t in tokens.classes.values()]).unique()
     after = encoder.pretrained()[1]
-    torch.testing.assert_close(after[encoder.TABLE][used], before[encoder.TABLE][used], rtol=0, atol=0)
+    torch.testing.assert_close(
+        after[encoder.TABLE][used], before[encoder.TABLE][used], rtol=0, atol=0
+    )
     assert all(torch.equal(after[k], before[k]) for k in before if k != encoder.TABLE)
     assert torch.equal(encoder.texts().far["Russian"], tokens.far["Russian"])
 
@@ -104,7 +109,9 @@ def test_parts_share_no_text_and_depend_on_the_seed(packed):
     sizes = [len(split) for split in found.splits]
     assert sizes == [72, 18, 24]
     assert not torch.equal(found.train.inputs, Problem("LoRA", 1, TINY).train.inputs)
-    assert set(found.sets()["far"]) == {n for n, (role, _) in texts.FAR.items() if role == "judging"}
+    assert set(found.sets()["far"]) == {
+        n for n, (role, _) in texts.FAR.items() if role == "judging"
+    }
 
 
 def test_a_reader_keeps_frequent_tokens_and_asks_at_the_end(packed):
@@ -147,9 +154,16 @@ def test_every_piece_runs_and_is_reported(packed, tmp_path):
     assert not errors
     running.report("small", outcome.runs, tmp_path)
     text = (tmp_path / "language.md").read_text()
-    for title in ("LoRA, r = 8: predictions", "All weights fine-tuned: scores", "The prior of the evidence", "free text"):
+    for title in (
+        "LoRA, r = 8: predictions",
+        "All weights fine-tuned: scores",
+        "The prior of the evidence",
+        "free text",
+    ):
         assert title in text
-    null = next(r for r in outcome.runs if r["method"] == "LoRA: null space")["result"]["rows"]["null"]
+    null = next(r for r in outcome.runs if r["method"] == "LoRA: null space")["result"]["rows"][
+        "null"
+    ]
     assert null["details"]["held"]
     regime = null["details"]["regime"]
     assert regime["evidence"]["length"] > regime["bounded"]["length"] or (

@@ -1,4 +1,4 @@
-"""The language experiment on a tiny encoder with random weights and texts of random tokens, packed as the real one is."""
+"""The language experiment on a tiny encoder with random weights and texts of random tokens, packed as the real one."""
 
 from __future__ import annotations
 

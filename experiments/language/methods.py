@@ -15,14 +15,13 @@ from experiments.detection import published, rivals  # noqa: F401 - they enter t
 from experiments.detection.base import SCORES
 from experiments.devices import device
 from experiments.language import encoder
-from experiments.language.problem import Problem, Row, nll, parts
+from experiments.language.problem import PREDICTED, Problem, Row, nll, parts, unit
 from experiments.methods.base import Draws, Tuned, joined, tune
 from experiments.methods.peer_laplace import quiet, require_laplace
 from experiments.methods.point import EIGHTHS, FINER
 from experiments.methods.weights import Linearised, last_weights
 from nullbayes.datasets import Split
 
-PREDICTED = 64  # texts of a batch whose outputs are linearised with all samples at once
 PRIORS = tuple(float(k) for k in range(-2, 6))
 FROM_ONE = tuple(
     float(k) for k in range(9)
@@ -96,14 +95,6 @@ def at_temperature(
 
 
 # -- the library ---------------------------------------------------------------------------------
-
-
-def unit(posterior: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """``f(θ̂, x) (N, C)``, and linearised changes at prior precision one ``(S, N, C)``; on the processor."""
-    found = [posterior.predict(part) for part in parts(x, PREDICTED)]
-    point = torch.cat([p.point.cpu() for p in found])
-    change = torch.cat([(p.outputs - p.point).cpu() for p in found], 1)
-    return point, change * posterior.prior_precision**0.5
 
 
 def novelty(posterior: Any) -> Callable[[Tensor], Tensor]:

@@ -21,6 +21,7 @@ from experiments.methods.base import Draws
 from experiments.store import OUT
 from nullbayes.datasets import Split
 
+PREDICTED = 64  # texts of a batch whose outputs are linearised with all samples at once
 NETWORKS = OUT / "networks" / "language"
 
 
@@ -34,19 +35,20 @@ class Size:
     """
 
     limit: int | None = None
-    sets: int = 300
-    test: int | None = None
-    tokens: int = 48
-    samples: int = 30
+    sets: int = 150
+    test: int | None = 400
+    tokens: int = 32
+    samples: int = 20
     members: int = 5
     preserved: int = 400
     seeds: int = 3
     ways: tuple[str, ...] = encoder.WAYS
     epochs: int | None = None
+    validation: int = 200
 
 
 SIZES = {
-    "small": Size(100, 24, 72, 24, 8, 2, 60, 1, ("LoRA",), 4),
+    "small": Size(90, 20, 60, 20, 6, 2, 60, 1, ("LoRA",), 4),
     "full": Size(),
 }
 
@@ -86,7 +88,7 @@ class Problem:
         train, validation, test = (
             Split(p.inputs[:, : self.size.tokens], p.targets, p.name) for p in parts
         )
-        return train, validation, test[: self.size.test]
+        return train, validation[: self.size.validation], test[: self.size.test]
 
     @property
     def train(self) -> Split:
@@ -167,3 +169,11 @@ def nll(draws: Draws, targets: Tensor) -> float:
     """Mean negative log likelihood, nats a text."""
     picked = draws.probabilities().gather(1, targets[:, None])
     return float(-picked.clamp_min(torch.finfo(torch.float32).tiny).log().mean())
+
+
+def unit(posterior: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``f(θ̂, x) (N, C)``, and linearised changes at prior precision one ``(S, N, C)``; on the processor."""
+    found = [posterior.predict(part) for part in parts(x, PREDICTED)]
+    point = torch.cat([p.point.cpu() for p in found])
+    change = torch.cat([(p.outputs - p.point).cpu() for p in found], 1)
+    return point, change * posterior.prior_precision**0.5

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from experiments import measures
-from experiments.language.problem import Problem, nll, parts
+from experiments.language.problem import Problem, nll, parts, unit
 from experiments.methods.base import Draws
 from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE
 
 BATCH = 128
-CHECKED = 256  # training texts whose predictions are compared
+CHECKED = 128  # training texts whose predictions are compared
 STEP = 10 ** (1 / 3)
 STEPS = 24
 
@@ -31,7 +31,7 @@ def regime(posterior: Any, problem: Problem) -> dict[str, Any]:
     named = {n: p.detach() for n, p in posterior.model.named_parameters()}
     weights = [named[n].double().cpu() for n in posterior.space.by_name]
     size = float(sum(w.square().sum() for w in weights)) ** 0.5
-    unit = _lengths(posterior, named) * own**0.5
+    length = _lengths(posterior, named) * own**0.5 / size
     train = problem.train[:CHECKED]
     out: dict[str, Any] = {
         "weights": certificate.parameters,
@@ -39,16 +39,27 @@ def regime(posterior: Any, problem: Problem) -> dict[str, Any]:
         "length of the weights": size,
         "expected": (certificate.null_dim / max(1, certificate.rank)) ** 0.5,
     }
+    units = {
+        "test": unit(posterior, problem.test.inputs),
+        "train": unit(posterior, train.inputs),
+    }
     try:
-        for name, alpha in (("evidence", evidence), ("bounded", own)):
-            out[name] = _figures(posterior, problem, train.inputs, alpha, unit / size)
-        alpha = _bounded(posterior, train.inputs, own)
-        out["bounded, sampled networks"] = _figures(
-            posterior, problem, train.inputs, alpha, unit / size
-        )
+        found = _bounded(posterior, train.inputs, own, units["train"])
+        for name, alpha in (
+            ("evidence", evidence),
+            ("bounded", own),
+            ("bounded, sampled networks", found),
+        ):
+            posterior.prior_precision = alpha
+            out[name] = {"prior_precision": alpha, "length": length * alpha**-0.5}
+            for method in ("linearised", "sampled"):
+                out[name][method] = _figures(posterior, problem, train.inputs, method, units)
     finally:
         posterior.prior_precision = own
     return out
+
+
+Units = dict[str, tuple[Tensor, Tensor]]
 
 
 def _lengths(posterior: Any, named: dict[str, Tensor]) -> float:
@@ -63,44 +74,41 @@ def _lengths(posterior: Any, named: dict[str, Tensor]) -> float:
 
 
 def _figures(
-    posterior: Any, problem: Problem, train: Tensor, alpha: float, unit: float
-) -> dict[str, Any]:
-    posterior.prior_precision = alpha
-    out: dict[str, Any] = {"prior_precision": alpha, "length": unit * alpha**-0.5}
-    for method in ("linearised", "sampled"):
-        test = _draws(posterior, problem.test.inputs, method)
-        quality = measures.classification(test.probabilities(), problem.test.targets)
-        found = {k: quality[k] for k in ("accuracy", "ece")}
-        found["nll"] = nll(test, problem.test.targets)
-        found["divergence"] = divergence(posterior, train, method)
-        out[method] = found
-    return out
+    posterior: Any, problem: Problem, train: Tensor, method: str, units: Units
+) -> dict[str, float]:
+    """Of the posterior at its prior precision: quality on test texts, divergence on training texts."""
+    test, known = (
+        _draws(posterior, x, method, units[name])
+        for name, x in (("test", problem.test.inputs), ("train", train))
+    )
+    quality = measures.classification(test.probabilities(), problem.test.targets)
+    return {
+        **{k: quality[k] for k in ("accuracy", "ece")},
+        "nll": nll(test, problem.test.targets),
+        "divergence": divergence(units["train"][0], known.outputs),
+    }
 
 
-def _draws(posterior: Any, x: Tensor, method: str) -> Draws:
-    found = [posterior.predict(part, method=method) for part in parts(x, BATCH)]
-    outputs = torch.cat([p.outputs.cpu() for p in found], 1)
-    if method == "sampled":
-        return Draws(outputs)
-    return Draws(outputs, torch.cat([p.point.cpu() for p in found]))
+def _draws(posterior: Any, x: Tensor, method: str, unit: tuple[Tensor, Tensor]) -> Draws:
+    if method == "linearised":
+        point, change = unit
+        return Draws(point + change * posterior.prior_precision**-0.5, point)
+    found = [posterior.predict(part, method=method).outputs.cpu() for part in parts(x, BATCH)]
+    return Draws(torch.cat(found, 1))
 
 
-def divergence(posterior: Any, x: Tensor, method: str) -> float:
-    """Mean Kullback-Leibler divergence from the network's prediction to that of one sample, nats a text."""
-    total = 0.0
-    for part in parts(x, BATCH):
-        found = posterior.predict(part, method=method)
-        before = found.point.double().log_softmax(-1)
-        after = found.outputs.double().log_softmax(-1)
-        total += float((before.exp() * (before - after)).sum(-1).mean(0).sum())
-    return total / len(x)
+def divergence(point: Tensor, outputs: Tensor) -> float:
+    """Mean Kullback-Leibler divergence from the network's prediction ``(N, C)`` to that of one sample ``(S, N, C)``."""
+    before, after = (t.double().log_softmax(-1) for t in (point, outputs))
+    return float((before.exp() * (before - after)).sum(-1).mean())
 
 
-def _bounded(posterior: Any, train: Tensor, alpha: float) -> float:
+def _bounded(posterior: Any, train: Tensor, alpha: float, units: tuple[Tensor, Tensor]) -> float:
     """The first of ``alpha · 10^(k/3)`` at which sampled networks move training predictions by 0.005 nats at most."""
     for _ in range(STEPS):
         posterior.prior_precision = alpha
-        if divergence(posterior, train, "sampled") <= ALLOWED_DIVERGENCE:
+        drawn = _draws(posterior, train, "sampled", units).outputs
+        if divergence(units[0], drawn) <= ALLOWED_DIVERGENCE:
             break
         alpha *= STEP
     return alpha

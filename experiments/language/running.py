@@ -29,6 +29,7 @@ from nullbayes.posterior.measuring.records import joint_nll
 NAME = "language"
 VERSION = 1
 CAUSAL = ("choices", "free text")
+AFTER_CAUSAL = "layers"  # the group of methods that comes next
 
 
 def jobs(
@@ -49,14 +50,16 @@ def jobs(
         job(seed, f"{way}: networks trained", train_job, (way, seed, size), keep=False)
         for way, seed in each
     ]
-    out += [
-        job(seed, f"{way}: {group}", measure_job, (way, seed, group, size))
-        for group in GROUPS
-        for way, seed in each
-    ]
-    for kind in CAUSAL:
+    for group in GROUPS:
+        if group == AFTER_CAUSAL:
+            out += [
+                job(seed, f"GPT-2: {kind}", causal.measure_job, (kind, seed, size))
+                for kind in CAUSAL
+                for seed in chosen
+            ]
         out += [
-            job(seed, f"GPT-2: {kind}", causal.measure_job, (kind, seed, size)) for seed in chosen
+            job(seed, f"{way}: {group}", measure_job, (way, seed, group, size))
+            for way, seed in each
         ]
     return out
 

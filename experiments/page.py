@@ -30,6 +30,7 @@ PAGES = (
             "detection",
             "layers",
             "joint",
+            "language",
             "ablations",
             "method",
         )
@@ -38,7 +39,7 @@ PAGES = (
 PICTURES = "pictures"  # folder of copied figures, beside the page
 MARKER = re.compile(r"(<!-- begin (?P<what>[^\n]*?) -->\n)(?P<old>.*?)(<!-- end -->)", re.DOTALL)
 #: Pages whose long tables are shown whole: ours and all rivals.
-WHOLE = ("detection", "layers")
+WHOLE = ("detection", "layers", "language")
 ALSO_SHOWN = "null-space, by evidence"
 LONG = 16  # rows of a table from which on it is shortened
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import nullbayes as nb
+from benchmarks.networks import Residual
 from experiments import shifts
 from experiments.detection import tabular
 from experiments.layers.sequences import VOCABULARY, Encoder, docstring_splits
@@ -56,7 +57,7 @@ TITLES = {
     "null, prior": "null space, prior tuned (`calibrate` as it is)",
     "null, joint": "null space, prior tuned by joint NLL",
     "null, temperature": "null space, temperature tuned",
-    "null, two layers": "null space, last two layers, by evidence",
+    "null, two layers": "null space, last two layers or last block, by evidence",
     "null, last layer": "null space, last layer, by evidence",
     "layers": "layer null space, by the guarantee",
     "layers, prior": "layer null space, prior tuned",
@@ -251,10 +252,9 @@ def methods(network: nn.Module, data: Data, seed: int) -> dict[str, tuple[Draws,
     """By key: output draws ``(S, N, O)``, the temperature, seconds to fit."""
     pairs = (data.train.inputs, data.train.targets)
     check = (data.validation.inputs, data.validation.targets)
-    names = [name for name, _ in network.named_parameters()]
     makers: dict[str, Callable[[], Any]] = {
         "null": lambda: nb.NullSpacePosterior(network),
-        "null, two layers": lambda: nb.NullSpacePosterior(network, parameters=names[-4:]),
+        "null, two layers": lambda: nb.NullSpacePosterior(network, parameters=last_block(network)),
         "null, last layer": lambda: nb.NullSpacePosterior(network, parameters="last-layer"),
         "laplace": lambda: nb.LaplacePosterior(network),
         "last-layer laplace": lambda: nb.LaplacePosterior(network, parameters="last-layer"),
@@ -289,6 +289,17 @@ def methods(network: nn.Module, data: Data, seed: int) -> dict[str, tuple[Draws,
     out["ensemble"] = (several, 1.0, seconds)
     out["ensemble, temperature"] = (several, tuned(several, check), seconds)
     return out
+
+
+def last_block(network: nn.Module) -> list[str]:
+    """Names of the weights of the last two layers; of networks made of blocks, of the last block and the head."""
+    names = [name for name, _ in network.named_parameters()]
+    if isinstance(network, Encoder):
+        return [n for n in names if n.startswith(("mix.linear", "mix.norm2", "head"))]
+    blocks = [name for name, module in network.named_modules() if isinstance(module, Residual)]
+    if blocks:
+        return names[names.index(next(n for n in names if n.startswith(f"{blocks[-1]}."))) :]
+    return names[-4:]
 
 
 def _of_networks(networks: Sequence[nn.Module]) -> Draws:

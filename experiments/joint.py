@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import nullbayes as nb
+from benchmarks.networks import Residual
 from experiments import shifts
 from experiments.detection import tabular
 from experiments.layers.sequences import VOCABULARY, Encoder, docstring_splits
@@ -56,7 +57,7 @@ TITLES = {
     "null, prior": "null space, prior tuned (`calibrate` as it is)",
     "null, joint": "null space, prior tuned by joint NLL",
     "null, temperature": "null space, temperature tuned",
-    "null, two layers": "null space, last two layers, by evidence",
+    "null, two layers": "null space, last two layers or last block, by evidence",
     "null, last layer": "null space, last layer, by evidence",
     "layers": "layer null space, by the guarantee",
     "layers, prior": "layer null space, prior tuned",
@@ -251,10 +252,9 @@ def methods(network: nn.Module, data: Data, seed: int) -> dict[str, tuple[Draws,
     """By key: output draws ``(S, N, O)``, the temperature, seconds to fit."""
     pairs = (data.train.inputs, data.train.targets)
     check = (data.validation.inputs, data.validation.targets)
-    names = [name for name, _ in network.named_parameters()]
     makers: dict[str, Callable[[], Any]] = {
         "null": lambda: nb.NullSpacePosterior(network),
-        "null, two layers": lambda: nb.NullSpacePosterior(network, parameters=names[-4:]),
+        "null, two layers": lambda: nb.NullSpacePosterior(network, parameters=last_block(network)),
         "null, last layer": lambda: nb.NullSpacePosterior(network, parameters="last-layer"),
         "laplace": lambda: nb.LaplacePosterior(network),
         "last-layer laplace": lambda: nb.LaplacePosterior(network, parameters="last-layer"),
@@ -269,18 +269,19 @@ def methods(network: nn.Module, data: Data, seed: int) -> dict[str, tuple[Draws,
         own = pairs[0] if key == "layers" else pairs
         posterior = build().fit(own, SAMPLES, progress=False)
         seconds = time.perf_counter() - started
-        own_draws = _of_posterior(posterior, posterior.prior_precision)
+        alpha = posterior.prior_precision
+        own_draws = _of_posterior(posterior)
         out[key] = (own_draws, 1.0, seconds)
         if key in ("null", "laplace"):
             width = widened(own_draws, check, seed)
             out[f"{key}, joint"] = (spread(own_draws, width), 1.0, seconds)
         if key in ("null", "layers"):
-            alpha = posterior.prior_precision
             heat = posterior.calibrate(check, tune="temperature", progress=False).chosen_temperature
-            out[f"{key}, temperature"] = (_of_posterior(posterior, alpha), heat, seconds)
+            out[f"{key}, temperature"] = (own_draws, heat, seconds)
             posterior.calibrate(check, tune="prior", progress=False)
-            new = posterior.prior_precision
-            out[f"{key}, prior"] = (_of_posterior(posterior, new), 1.0, seconds)
+            width = (alpha / posterior.prior_precision) ** 0.5
+            posterior.prior_precision = alpha
+            out[f"{key}, prior"] = (spread(own_draws, width), 1.0, seconds)
     started = time.perf_counter()
     members = [network, *(trained(data, 1000 * (i + 1) + seed) for i in range(MEMBERS - 1))]
     several = _of_networks(members)
@@ -288,6 +289,17 @@ def methods(network: nn.Module, data: Data, seed: int) -> dict[str, tuple[Draws,
     out["ensemble"] = (several, 1.0, seconds)
     out["ensemble, temperature"] = (several, tuned(several, check), seconds)
     return out
+
+
+def last_block(network: nn.Module) -> list[str]:
+    """Names of the weights of the last two layers; of networks made of blocks, of the last block and the head."""
+    names = [name for name, _ in network.named_parameters()]
+    if isinstance(network, Encoder):
+        return [n for n in names if n.startswith(("mix.linear", "mix.norm2", "head"))]
+    blocks = [name for name, module in network.named_modules() if isinstance(module, Residual)]
+    if blocks:
+        return names[names.index(next(n for n in names if n.startswith(f"{blocks[-1]}."))) :]
+    return names[-4:]
 
 
 def _of_networks(networks: Sequence[nn.Module]) -> Draws:
@@ -298,13 +310,19 @@ def _of_networks(networks: Sequence[nn.Module]) -> Draws:
     return draws
 
 
-def _of_posterior(posterior: Any, alpha: float) -> Draws:
+def _of_posterior(posterior: Any) -> Draws:
+    """At the prior precision that it has now, with mirror images, as predictions are; computed once for each input."""
+    alpha, known = posterior.prior_precision, dict[int, tuple[Tensor, Tensor]]()
+
     def draws(x: Tensor) -> Tensor:
-        posterior.prior_precision = alpha
-        parts = [posterior.predict(part, method="linearised") for part in x.split(250)]
-        outputs = torch.cat([part.outputs for part in parts], 1)
-        point = torch.cat([part.point for part in parts])
-        return torch.cat([outputs, 2 * point - outputs])  # with mirror images, as predictions are
+        if id(x) not in known:
+            before, posterior.prior_precision = posterior.prior_precision, alpha
+            parts = [posterior.predict(part, method="linearised") for part in x.split(250)]
+            posterior.prior_precision = before
+            outputs = torch.cat([part.outputs for part in parts], 1)
+            point = torch.cat([part.point for part in parts])
+            known[id(x)] = x, torch.cat([outputs, 2 * point - outputs])  # x: its id stays its own
+        return known[id(x)][1]
 
     return draws
 

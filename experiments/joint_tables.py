@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.joint import NAME, TASKS, TITLE, TITLES, TUNING, WORDS
-from experiments.tables import Column, Page, Row, at, provenance
+from experiments.tables import Column, Page, Row, at, provenances
 
 MEASURES = (
     ("joint", "clean", "Joint NLL by a label"),
@@ -35,11 +35,10 @@ CHOICE = (
 
 def write(setting: str, runs: Sequence[dict[str, Any]], folder: Path) -> None:
     page = Page(NAME, f"{TITLE} ({setting})")
-    where = runs[0]["environment"]
     page.say(
         WORDS,
         f"{seeds(runs)} † trains more networks than one.",
-        provenance(where, where["commit"], f"python -m experiments {NAME} --setting {setting}"),
+        provenances(runs, f"python -m experiments {NAME} --setting {setting}"),
     )
     for measure, part, title in MEASURES:
         words = GUESS if measure == "joint" else ""

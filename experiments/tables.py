@@ -119,6 +119,19 @@ def provenance(environment: Mapping[str, Any], commit: str, command: str) -> str
     )
 
 
+def provenances(runs: Sequence[Mapping[str, Any]], command: str) -> str:
+    """Of pieces of one table: with how many what was measured, and the command that makes them."""
+    counts: dict[str, int] = {}
+    for run in runs:
+        where = run["environment"]
+        words = f"torch {where['torch']}, {where['cores']} cores, commit {where['commit']}"
+        counts[words] = counts.get(words, 0) + 1
+    if len(counts) == 1:
+        return f"{next(iter(counts))}. `{command}`"
+    every = "; ".join(f"{words} ({count} pieces)" for words, count in counts.items())
+    return f"{every}; one core each. `{command}`"
+
+
 @dataclass
 class Page:
     """A page of tables as it grows, for ``<name>.md`` and ``<name>.json``."""

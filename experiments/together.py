@@ -65,7 +65,10 @@ def jobs(names: Sequence[str]) -> list[Job]:
     for part in PARTS:
         if part.name in names:
             every: list[Job] = load(part.experiment).jobs(part.setting, None, None)
-            found += [job for job in every if part.wanted(job)]
+            mine = [job for job in every if part.wanted(job)]
+            if part.device:  # of few and large ones a whole seed first
+                mine.sort(key=lambda job: job.key.seed)
+            found += mine
     return found
 
 

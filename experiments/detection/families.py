@@ -206,7 +206,7 @@ def _table(table: tabular.Parts, member: str, seed: int, size: Size) -> Problem:
     return Problem(given, table.test[: size.test], near, far, train, table.validation)
 
 
-_LARGE = OneCycle(24, 512, 0.3, 1e-3)  # 48,000 images to 93 % and more
+_LARGE = OneCycle(20, 512, 0.3, 1e-3)  # 48,000 images to 93 % and more
 FAMILIES = {
     family.name: family
     for family in (
@@ -226,7 +226,7 @@ FAMILIES = {
             clothes,
             {
                 "small": Size(5000, 500, 200, 300, Recipe(6, 64, 3e-3, 1e-2)),
-                "full": Size(None, 2000, 800, 500, _LARGE, (32, 64, 128), 1),
+                "full": Size(None, 1000, 300, 500, _LARGE, (32, 64, 128), 1),
             },
             {"small": 1, "full": 3},
             ("T-shirt and shirt", "sandal and sneaker"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from experiments.detection import posteriors, published, rivals  # noqa: F401 - they enter their scores
 from experiments.detection.base import SCORES
 from experiments.detection.families import FAMILIES, JUDGING, Problem, Size
+from experiments.devices import device
 from experiments.measures import detection
 from experiments.networks import identity
 from experiments.runner import Job
@@ -45,13 +47,16 @@ def jobs(
 
 def measure_job(family: str, member: str, role: str, seed: int, size: Size) -> dict[str, Any]:
     """Every score that applies: AUROC and FPR95 of each set, seconds."""
+    started = time.perf_counter()
     problem = FAMILIES[family].make(member, seed, size)
+    made = time.perf_counter() - started
     out: dict[str, Any] = {
         "family": family,
         "member": member,
         "role": role,
         "network": identity(problem.given.network),
         "accuracy": problem.accuracy,
+        "network_seconds": made,
         "train": len(problem.given.train),
         "parameters": sum(p.numel() for p in problem.given.network.parameters()),
         "scores": {},
@@ -59,6 +64,9 @@ def measure_job(family: str, member: str, role: str, seed: int, size: Size) -> d
     for name, cls in SCORES.items():
         if cls.applies(problem.given.kind):
             out["scores"][name] = measured(cls, problem)
+            if device().type != "cpu":  # pieces of minutes: where they are
+                at = f"{family}, {member}, seed {seed}: {name}, {time.perf_counter() - started:.1f} s"
+                print(f"{at}, accuracy {out['accuracy']:.4f}", file=sys.stderr, flush=True)
     return out
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from experiments import intervals, joint
+from experiments.layers.sequences import Encoder
+from experiments.tasks import mlp, small_resnet
 from nullbayes.datasets import Dataset, Split
 
 
@@ -69,3 +71,14 @@ def test_a_gaussian_process_covers_what_is_one() -> None:
     found = intervals.gaussian_process(Dataset("some", *parts))
     assert 0.8 < found["coverage_90"] < 0.98
     assert found["width"] == pytest.approx(2 * 1.645 * 0.2, rel=0.25)
+
+
+def test_the_last_block_is_whole_layers_from_the_end() -> None:
+    residual = small_resnet(3, widths=(4, 6))
+    assert all(n.startswith(("4.", "7.")) for n in joint.last_block(residual))
+    weights = dict(residual.named_parameters())
+    inside = [n for n in weights if n.startswith(("4.", "7."))]
+    assert joint.last_block(residual) == inside
+    assert "mix.linear1.weight" in joint.last_block(Encoder(3))
+    assert "mix.self_attn.in_proj_weight" not in joint.last_block(Encoder(3))
+    assert joint.last_block(mlp(4, 2)) == ["2.weight", "2.bias", "4.weight", "4.bias"]

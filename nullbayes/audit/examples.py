@@ -258,7 +258,7 @@ class _Examiner:
         rows = question.rows(outputs, example).detach()
         rows = rows.reshape(len(rows), -1).double()  # (C, out)
         which = question.which(place)
-        both = torch.cat([question.samples[which], question.prior])
+        both = torch.cat([question.samples[which].to(question.prior), question.prior])
         changes = along(example.inputs, both)
         values = (changes.reshape(len(both), -1).double() @ rows.T).norm(dim=1)
         ours, prior = values[: len(which)], values[len(which) :]

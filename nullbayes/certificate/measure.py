@@ -61,7 +61,7 @@ class GuaranteeCheck:
         for n, (inputs, targets) in enumerate(examples):
             found = known[n] if n < len(known) else None
             if found is None:
-                found = linearised_outputs(functional, plan, samples.to(problem.dtype), inputs)
+                found = linearised_outputs(functional, plan, samples, inputs)
             self.batches.append((found[0], crowd.joined(found[1]), targets))
         #: the number of the first sample here, among all
         self.first = 0
@@ -87,7 +87,7 @@ class GuaranteeCheck:
         more = copy.copy(self)
         more.samples = torch.cat([self.samples, samples])
         more.batches = [
-            (point, torch.cat([unit, self._changes(inputs, samples.to(unit))]), targets)
+            (point, torch.cat([unit, self._changes(inputs, samples)]), targets)
             for (point, unit, targets), inputs in zip(self.batches, self.inputs, strict=True)
         ]
         return more
@@ -97,7 +97,7 @@ class GuaranteeCheck:
         other = copy.copy(self)
         other.samples = samples
         other.batches = [
-            (point, self._changes(inputs, samples.to(unit)), targets)
+            (point, self._changes(inputs, samples), targets)
             for (point, unit, targets), inputs in zip(self.batches, self.inputs, strict=True)
         ]
         return other
@@ -199,8 +199,8 @@ class GuaranteeCheck:
                 outputs.add(likelihood.centre(scale * unit))
             sampled = _Rms()
             for inputs, targets in self.few:
-                some = self.sampled.to(self.problem.dtype)
-                point, moved = sampled_outputs(self.problem.functional, some, inputs, scale=scale)
+                functional = self.problem.functional
+                point, moved = sampled_outputs(functional, self.sampled, inputs, scale=scale)
                 moved = self.crowd.joined(moved)
                 sampled.add(self.problem.change(point, moved, targets, linear=False))
         for rms in (change, outputs, sampled):

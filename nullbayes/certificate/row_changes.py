@@ -80,8 +80,6 @@ def _changes(
     if len(missing):
         some = select(inputs, missing.to(problem.device))
         with torch.no_grad():
-            direct = linearised_outputs(
-                problem.functional, rows.plan, samples.to(problem.dtype), some
-            )[1]
+            direct = linearised_outputs(problem.functional, rows.plan, samples, some)[1]
         unit[:, missing] = problem.likelihood.centre(direct).to(unit)
     return point, unit

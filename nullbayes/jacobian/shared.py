@@ -76,6 +76,9 @@ class SharedOperator(JacobianOperator):
     def rmatvec(self, weights: Tensor) -> Tensor:
         return self.others.sum_(self.mine.rmatvec(weights[:, self.part]))
 
+    def subtract_(self, vectors: Tensor, weights: Tensor) -> Tensor:
+        return vectors.sub_(self.rmatvec(weights))
+
     def normal(self, vectors: Tensor, row_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         some = None if row_scale is None else row_scale[self.part]
         out, square = self.mine.normal(vectors, some)

@@ -20,6 +20,7 @@ from nullbayes.constraints.shared_rows import APART, everyones, is_probe, start_
 from nullbayes.jacobian.block_storage import Keeper
 from nullbayes.jacobian.capture.batches import capture_batch, ready
 from nullbayes.jacobian.capture.plan import CapturePlan
+from nullbayes.jacobian.live_tokens import by_length
 from nullbayes.jacobian.operator import JacobianOperator, check_block
 from nullbayes.likelihood import Regression
 from nullbayes.model.batch import Inputs, batch_size, select, take, tensor_leaves
@@ -251,7 +252,12 @@ class _Capturing:
             check_block(block, self.captured)
             block = self.problem.in_coordinates(block)
             mine, numbers = numbers[: block.examples], numbers[block.examples :]
-            self.keeper.add(block, piece, made.values, mine)
+            for index, some, length in by_length(block):
+                if index is None:
+                    self.keeper.add(some, piece, made.values, mine, length)
+                    continue
+                their, these = made.values[:, index], mine[index.to(mine.device)]
+                self.keeper.add(some, select(piece, index), their, these, length)
             self.captured += 1
             self.trace += float(made.trace.double().sum())
             self.discarded += float(made.discarded.double().sum())

@@ -37,6 +37,7 @@ from nullbayes.jacobian.capture.capture import (
 )
 from nullbayes.jacobian.capture.plan import CapturePlan, Site
 from nullbayes.jacobian.capture.single_module import LocalFailed
+from nullbayes.jacobian.capture.spreading import no_longer_spread
 from nullbayes.model.batch import Inputs, batch_size, select
 from nullbayes.model.functional import FunctionalModel
 
@@ -314,6 +315,8 @@ def _other_way(
         if plan.vmapped:
             plan.vmapped = False
             return
+    elif no_longer_spread(plan):
+        return
     elif plan.batched_backward:
         plan.batched_backward = False
         return
@@ -350,7 +353,7 @@ def _mend(plan: CapturePlan, bad: list[str], where: str) -> None:
     """The next explanation for each parameter whose rows are wrong."""
     wrong = set(bad)
     local = [site for site in plan.local if wrong & set(site.names)]
-    served = {name for site in plan.local for name in site.names}
+    served = {name for site in plan.local for name in site.names} | set(plan.spread)
     stuck = sorted((wrong & set(plan.generic)) - served)
     if stuck and not plan.vmapped:
         raise ModelError(
@@ -362,6 +365,7 @@ def _mend(plan: CapturePlan, bad: list[str], where: str) -> None:
     if stuck:
         plan.vmapped = False
     plan.local = [site for site in plan.local if site not in local]
+    plan.spread = [name for name in plan.spread if name not in wrong]
     for name in bad:
         for site in plan.owners(name):
             next_layout(plan, site, "its rows did not match automatic differentiation")
@@ -369,6 +373,9 @@ def _mend(plan: CapturePlan, bad: list[str], where: str) -> None:
 
 def next_layout(plan: CapturePlan, site: Site, reason: str) -> None:
     """Batch on the second axis (sequence-first layers); after that, or where the axis is proved, the generic path."""
+    if site.spread:
+        site.spread = False
+        return
     if site.batch_axis == 0 and not site.axis_proved:
         site.batch_axis = 1
         return

@@ -19,6 +19,7 @@ from nullbayes.jacobian.block import Block
 from nullbayes.jacobian.capture.checking import cannot, captured, next_layout
 from nullbayes.jacobian.capture.plan import CapturePlan, make_plan
 from nullbayes.jacobian.capture.single_module import LocalFailed, LocalSite, ancestors
+from nullbayes.jacobian.capture.spreading import candidates
 from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.model.functional import FunctionalModel
 
@@ -48,7 +49,9 @@ def prove(functional: FunctionalModel, inputs: Inputs) -> CapturePlan:
         if not bad:
             break
         _repair(plan, bad)
-    if plan.generic and size > 1 and functional.randomness is None:
+    if plan.generic and size > 1:
+        _spread(functional, plan, inputs, cots, truth)
+    if set(plan.generic) - set(plan.spread) and size > 1 and functional.randomness is None:
         _localise(functional, plan, inputs, cots, truth)
     plan.written_out.clear()
     for site in plan.sites:
@@ -206,6 +209,21 @@ def _repair(plan: CapturePlan, bad: list[str]) -> None:
         next_layout(plan, site, "its rows did not match automatic differentiation")
 
 
+def _spread(
+    functional: FunctionalModel, plan: CapturePlan, inputs: Inputs, cots: Tensor, truth: Tensor
+) -> None:
+    """Give to each example those parameters that all share, where that yields the right rows."""
+    plan.spread = candidates(plan, functional.space)
+    while plan.spread:
+        block = _captured(functional, plan, inputs, cots)
+        wrong = set(_mismatches(functional, block, truth))
+        if not wrong:
+            break
+        kept = [name for name in plan.spread if name not in wrong]
+        # Given to each, one parameter may change what arrives at another.
+        plan.spread = kept if len(kept) < len(plan.spread) else []
+
+
 def _localise(
     functional: FunctionalModel, plan: CapturePlan, inputs: Inputs, cots: Tensor, truth: Tensor
 ) -> None:
@@ -217,7 +235,8 @@ def _localise(
     modules = dict(functional.model.named_modules())
     owners = _owners(functional)
     # What is yet to be tried. Only the whole model leaves out single weights.
-    alone = [name for name in plan.generic if name not in functional.space.masks]
+    done = functional.space.masks.keys() | set(plan.spread)
+    alone = [name for name in plan.generic if name not in done]
     line = {name: list(ancestors(owners[name])) for name in alone}
     trying = _sites(line, modules, list(line))
     kept: list[LocalSite] = []

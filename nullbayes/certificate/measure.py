@@ -20,14 +20,15 @@ from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.linearise import linearised_outputs, sampled_outputs
 from nullbayes.likelihood.helpers import mirrored
 from nullbayes.model.batch import Inputs, batch_size, take
+from nullbayes.model.size import is_large
 
 SAMPLED_EXAMPLES = 128
 # Temporaries of the size of the sampled outputs that a look at them takes, in float64.
 LOOKED_AT = 8
 SAMPLED_DRAWS = 10
 
-# Of large networks, each pass of which is dear, fewer; from so many weights.
-SAMPLED_OF_LARGE, LARGE = 24, 2**22
+# Of large networks, each pass of which is dear, fewer.
+SAMPLED_OF_LARGE = 8
 
 # Outputs ``(B, *out)``, what samples at prior precision one do to them ``(S, B, *out)``, and targets.
 Batch = tuple[Tensor, Tensor, Any]
@@ -200,7 +201,10 @@ class GuaranteeCheck:
             sampled = _Rms()
             for inputs, targets in self.few:
                 functional = self.problem.functional
-                point, moved = sampled_outputs(functional, self.sampled, inputs, scale=scale)
+                # Training examples: each was shown to be a function of itself when its rows were captured.
+                point, moved = sampled_outputs(
+                    functional, self.sampled, inputs, scale=scale, proved=True
+                )
                 moved = self.crowd.joined(moved)
                 sampled.add(self.problem.change(point, moved, targets, linear=False))
         for rms in (change, outputs, sampled):
@@ -219,8 +223,7 @@ class GuaranteeCheck:
 
 def sampled_examples(problem: Problem) -> int:
     """On how many the re-weighted network itself is looked at."""
-    weights = sum(p.numel() for p in problem.functional.model.parameters())
-    return SAMPLED_EXAMPLES if weights < LARGE else SAMPLED_OF_LARGE
+    return SAMPLED_OF_LARGE if is_large(problem.functional.model) else SAMPLED_EXAMPLES
 
 
 def _pieces(batches: Sequence[Batch]) -> Iterator[Batch]:

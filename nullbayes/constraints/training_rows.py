@@ -29,6 +29,8 @@ from nullbayes.model.shares import share_of
 
 # Examples at most: predicting them linearised costs as much as capturing their rows.
 CHECK_EXAMPLES = 10_000
+# Numbers in the output of an example up to which they are held on to.
+FEW_OUTPUTS = 256
 
 
 @dataclass
@@ -41,6 +43,8 @@ class TrainingRows:
     discarded_trace: float
     checked: list[tuple[Inputs, Any]] = field(default_factory=list)  # examples for the certificate
     checked_numbers: list[range] = field(default_factory=list)  # which of the data set's those are
+    # Outputs of those, where they are few numbers an example; none for rows of several calls.
+    checked_outputs: list[Tensor | None] = field(default_factory=list)
     spans: list[slice] = field(default_factory=list)  # by example: its rows
     audited: list[Drawn] = field(default_factory=list)  # drawn from all examples, for the audit
     batches: int = 0  # batches whose rows were proved
@@ -84,6 +88,7 @@ class TrainingRows:
             discarded / trace if trace > 0 else 0.0,
             [*self.checked, *checked],
             [*self.checked_numbers, *(range(r.start + n, r.stop + n) for r in numbers)],
+            [],
             [*self.spans, *(slice(s.start + m, s.stop + m) for s in more.spans)],
             self._drawn(more, min(audited, n + more.examples)),
             self.batches + more.batches,
@@ -170,7 +175,10 @@ def capture_training(
         where = f"{name}, batch {index}"
         outputs = functional.outputs(inputs, where)
         targets = problem.checked_targets(outputs, targets, where)
-        plan, inputs = ready(functional, plan, inputs, outputs, where, index)
+        padded = functional.padded
+        plan, taken = ready(functional, plan, inputs, outputs, where, index)
+        if taken is not inputs or functional.padded != padded:  # with other axes, or mended
+            inputs, outputs = taken, functional.outputs(taken, where)
         if capturing is None:
             problem.likelihood.check_reach(outputs, targets)
             if functional.last_layer:
@@ -214,6 +222,7 @@ class _Capturing:
         self.trace, self.discarded = 0.0, 0.0
         self.checked: list[tuple[Inputs, Any]] = []
         self.checked_numbers: list[range] = []
+        self.checked_outputs: list[Tensor | None] = []
         # The first of all examples, of which those before ``start`` are other processes'.
         self.left, self.count = memory.check, min(start % APART, CHECK_EXAMPLES)
         self.loss, self.least_loss, self.observed = 0.0, 0.0, 0
@@ -270,6 +279,8 @@ class _Capturing:
         if fits:
             self.checked.append((take(inputs, 0, fits), take(targets, 0, fits, size)))
             self.checked_numbers.append(range(self.examples, self.examples + fits))
+            few = outputs[0].numel() <= FEW_OUTPUTS
+            self.checked_outputs.append(outputs[:fits].clone() if few else None)
             self.count += fits
         self.left = self.left - fits * each if fits == size else 0
 
@@ -284,6 +295,7 @@ class _Capturing:
             share,
             self.checked,
             self.checked_numbers,
+            self.checked_outputs,
             spans,
             self.audited.drawn,
             self.batches,

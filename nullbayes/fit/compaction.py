@@ -59,7 +59,7 @@ def _measured(fit: Fit, stored: Tensor) -> Certificate:
     rounded = problem.isotropic(unit)
     effects = operator.mine.matvec(rounded)
     v, _ = standard_normal(fit.seed, range(len(unit)), operator.shape[1], 0, unit[:1])
-    prior = Remembered.of(problem.space.fix_(v), operator)
+    prior = Remembered.of(problem.space.fix_(v), operator, problem.functional.model)
     del v
     known = fit.certificate
     done = Projection(

@@ -62,7 +62,7 @@ from nullbayes.model.parameters import padding_notes
 from nullbayes.solvers import Choice, Projection, State
 
 # Seconds that the audit of examples may take beside a fit: a share of it, and at least so many.
-AUDIT_SHARE, LEAST_AUDIT = 0.05, 1.0
+AUDIT_SHARE, LEAST_AUDIT = 0.05, 0.5
 
 
 def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run) -> Fit:
@@ -218,7 +218,7 @@ class Fitting:
         mine = self.crowd.part(self.run.num_samples)
         v, noise = standard_normal(seed, mine, p, noise_rows, self.theta)
         self.problem.space.fix_(v)
-        self.prior = Remembered.of(v, self.rows.operator)
+        self.prior = Remembered.of(v, self.rows.operator, problem.functional.model)
         work = Work(
             self.state,
             self.rows,
@@ -368,7 +368,7 @@ def extended(fit: Fit, settings: Settings, count: int) -> Fit:
     noise_rows = settings.target.noise_rows(m)
     v, noise = standard_normal(fit.seed, indices, p, noise_rows, fit.unit[:1])
     fit.problem.space.fix_(v)
-    prior = Remembered.of(v, operator)
+    prior = Remembered.of(v, operator, fit.problem.functional.model)
     done = fit.state.consume(v, noise if noise_rows else None)
     del v
     if operator.processes is not None:

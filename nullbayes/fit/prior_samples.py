@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nullbayes.audit.examples import prior_vectors
 from nullbayes.jacobian.operator import RowOperator
@@ -47,9 +47,9 @@ class Remembered:
     few: Tensor
 
     @staticmethod
-    def of(vectors: Tensor, operator: RowOperator) -> Remembered:
+    def of(vectors: Tensor, operator: RowOperator, model: nn.Module) -> Remembered:
         """To be asked for before the projection; ``operator``: all rows."""
-        count = prior_vectors(len(vectors), vectors.shape[1], vectors.element_size())
+        count = prior_vectors(vectors, model)
         image = operator.mine.matvec(vectors)
         squared = float(row_norms(vectors).square().sum())
         return Remembered(image, squared, vectors[:count].clone())

@@ -273,9 +273,19 @@ def sampled_outputs(
     inputs: Inputs,
     where: str = "the inputs",
     scale: float = 1.0,
+    *,
+    proved: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``f(θ̂, x) (B, *out)`` and ``f(θ̂ + scale Δ_s, x) (S, B, *out)``: the network itself, re-weighted."""
-    inputs, point = separate_at_use(functional, inputs, where)
+    """``f(θ̂, x) (B, *out)`` and ``f(θ̂ + scale Δ_s, x) (S, B, *out)``: the network itself, re-weighted.
+
+    Args:
+        proved: these very examples were shown to be functions of themselves.
+    """
+    if proved:
+        inputs = functional.batch(inputs)
+        point = functional.outputs(inputs, where)
+    else:
+        inputs, point = separate_at_use(functional, inputs, where)
     functional.expect_shape(inputs, point.shape[1:], where)
     weights = functional.weights()
     out = []

@@ -38,7 +38,6 @@ from nullbayes.common.progress import (
     Stages,
     stages,
 )
-from nullbayes.constraints.memory_budget import FitMemory
 from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import TrainingRows, capture_training, with_fitted_noise
 from nullbayes.errors import ModelError
@@ -51,7 +50,7 @@ from nullbayes.fit.prior_samples import Remembered, standard_normal
 from nullbayes.fit.projection import Work, projected, stored_
 from nullbayes.fit.remarks import doubts, not_kept, where_kept
 from nullbayes.fit.result import Fit, Run, Settings
-from nullbayes.fit.room import chosen_solver, within
+from nullbayes.fit.room import chosen_solver, divided, within
 from nullbayes.fit.target import DELTA
 from nullbayes.fit.together import any_of, own_budget, processes_of
 from nullbayes.jacobian.linearise import linearised_outputs
@@ -73,7 +72,7 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
     """
     laps, before = Laps(), quick_digest(problem.functional.model)
     budget = settings.memory or own_budget(problem.device, processes_of(loader))
-    memory = FitMemory.of(budget, run.num_samples, problem.space.total, problem.dtype)
+    memory = divided(settings, problem.space, run.num_samples, budget)
     with within(budget, memory), stages(show=run.progress) as stage:
         # (Of several processes, each reads its own share.)
         reading = Rereading(loader) if processes_of(loader) is None else None
@@ -85,7 +84,8 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
         if problem.by_layer:
             room = budget - memory.beside - rows.operator.resident
             problem, rows = by_layer(problem, rows, room, stage.fraction(PRIOR))
-        choice = chosen_solver(settings, rows.operator, run.num_samples, budget - memory.beside)
+        beside = memory.beside + run.stored_bytes(problem.space)
+        choice = chosen_solver(settings, rows.operator, run.num_samples, budget - beside)
         fitting = Fitting(problem, settings, run, rows, choice, stage, laps)
         fitting.factorise()
         fitting.project()

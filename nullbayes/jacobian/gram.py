@@ -53,8 +53,9 @@ def _by_layers(
         with ExitStack() as stack:
             opened = [stack.enter_context(block.opened()) for block in blocks]
             whole = [block.factors[key] for block in opened]
-            if _wide(whole):
-                add_panels(whole, out, min(PANEL_ROWS_BYTES, _room(out)))
+            wide = _wide(whole)
+            if wide:
+                add_panels(wide, out, min(PANEL_ROWS_BYTES, _room(out)))
                 if tick:
                     tick((k + 1) / len(keys))
                 continue
@@ -68,16 +69,19 @@ def _by_layers(
                     tick((k + ((i + 1) / len(factors)) ** 2) / len(keys))
 
 
-def _wide(factors: Sequence[Factor]) -> bool:
-    """Whether a layer's rows are best written out, some of its outputs at a time, for all examples."""
-    return all(
-        isinstance(f, OuterFactor)
+def _wide(factors: Sequence[Factor]) -> list[OuterFactor]:
+    """``factors`` of a layer whose rows are best written out, some outputs of all examples at a time; else none."""
+    outer = [
+        f
+        for f in factors
+        if isinstance(f, OuterFactor)
         and f.groups == 1
         and not f.transposed
         and f.a.is_contiguous()
         and f.width_in * f.width_out >= WIDE
-        for f in factors
-    ) and any(f.written_rows_bytes is not None for f in factors)
+    ]
+    written = any(f.written_rows_bytes is not None for f in outer)
+    return outer if written and len(outer) == len(factors) else []
 
 
 def _by_panels(

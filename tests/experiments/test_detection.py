@@ -234,7 +234,16 @@ def test_rows_by_layers_only_where_every_weight_has_its_rule() -> None:
     assert rivals.by_layers(nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten()))
 
 
-SOME = ("null space", "layer null space", "KNN, k=1", "ViM, a quarter", "ReAct", "GradNorm", "nearest input", "SCOD")  # fmt: skip
+SOME = (
+    "null space",
+    "layer null space",
+    "KNN, k=1",
+    "ViM, a quarter",
+    "ReAct",
+    "GradNorm",
+    "nearest input",
+    "SCOD",
+)
 
 
 @pytest.mark.skipif(elsewhere is None, reason="this PyTorch has no devices written in Python")

@@ -316,7 +316,7 @@ class _Loader(list[tuple[Tensor, Tensor]]):
 def _changing(fitted: Any, problem: Problem) -> Callable[[float], Tensor]:
     """Weight draws less their mean ``(S, P)`` by prior precision: the same noise at each."""
 
-    @functools.cache
+    @functools.lru_cache(1)  # gigabytes each
     def changes(alpha: float) -> Tensor:
         with quiet():
             fitted.prior_precision = torch.tensor(alpha, device=fitted.mean.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import struct
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 from experiments.language import causal, encoder, methods, problem, running, texts
 from experiments.language.problem import Problem, Size
-from experiments.runner import run
+from experiments.runner import Unavailable, run
 from experiments.store import Store
 
 pytest.importorskip("transformers")
@@ -102,6 +103,45 @@ def test_fine_tuning_moves_what_it_may_and_is_kept(packed, way, tmp_path):
     again = own.member(0)  # from its file
     x = own.test.inputs
     torch.testing.assert_close(encoder.outputs(again, x), encoder.outputs(network, x))
+
+
+def catalogue(path, entries):
+    """A gettext file: sorted pairs, their lengths and places, then the strings."""
+    pairs = sorted((a.encode(), b.encode()) for a, b in entries.items())
+    start, table, data = 28 + 16 * len(pairs), ([], []), b""
+    for which in (0, 1):
+        for pair in pairs:
+            table[which].extend((len(pair[which]), start + len(data)))
+            data += pair[which] + b"\0"
+    head = struct.pack("<7I", 0x950412DE, 0, len(pairs), 28, 28 + 8 * len(pairs), 0, 0)
+    numbers = struct.pack(f"<{4 * len(pairs)}I", *table[0], *table[1])
+    path.parent.mkdir(parents=True)
+    path.write_bytes(head + numbers + data)
+
+
+def test_messages_are_long_translated_and_none_comes_twice(tmp_path, monkeypatch):
+    long, foreign = "the file could not be opened " * 3, "die Datei ließ sich nicht öffnen " * 2
+    entries = {
+        "": "Content-Type: text/plain; charset=UTF-8\n",
+        long: foreign,
+        long + "!": foreign,
+        "no": "nein",
+    }
+    catalogue(tmp_path / "de" / "LC_MESSAGES" / "a.mo", entries)
+    catalogue(tmp_path / "xx" / "LC_MESSAGES" / "a.mo", {"": entries[""], long: long})
+    monkeypatch.setattr(texts, "CATALOGUES", (tmp_path,))
+    monkeypatch.setattr(texts.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path / "none")})
+    assert texts.messages("de") == [foreign.strip()]
+    assert texts.messages("de", original=True) == [long.strip(), long + "!"]
+    assert texts.messages("xx") == []  # not translated
+
+
+def test_without_catalogues_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "CATALOGUES", (tmp_path,))
+    monkeypatch.setattr(texts, "topic", lambda where: ["a text"] * 200)
+    monkeypatch.setattr(texts.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
+    with pytest.raises(Unavailable, match=r"0 texts of 'messages'.*apt install"):
+        texts.raw()
 
 
 def test_parts_share_no_text_and_depend_on_the_seed(packed):

@@ -120,16 +120,17 @@ def provenance(environment: Mapping[str, Any], commit: str, command: str) -> str
 
 
 def provenances(runs: Sequence[Mapping[str, Any]], command: str) -> str:
-    """Of pieces of one table: with how many what was measured, and the command that makes them."""
+    """Of pieces of one table: on which machines how many were measured, of which commits, and the command."""
     counts: dict[str, int] = {}
+    commits: dict[str, None] = {}
     for run in runs:
         where = run["environment"]
-        words = f"torch {where['torch']}, {where['cores']} cores, commit {where['commit']}"
+        words = f"torch {where['torch']}, {where['cores']} cores"
         counts[words] = counts.get(words, 0) + 1
-    if len(counts) == 1:
-        return f"{next(iter(counts))}. `{command}`"
+        commits[where["commit"]] = None
     every = "; ".join(f"{words} ({count} pieces)" for words, count in counts.items())
-    return f"{every}; one core each. `{command}`"
+    machines = every if len(counts) > 1 else next(iter(counts))
+    return f"{machines}, one core each; commits {', '.join(commits)}. `{command}`"
 
 
 @dataclass

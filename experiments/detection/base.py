@@ -17,6 +17,11 @@ BATCH = 200
 ROWS_BYTES = {"cpu": 3 * 10**8, "cuda": 2 * 10**9}
 
 
+def room_on(x: Tensor) -> int:
+    """Bytes for rows where ``x`` is."""
+    return ROWS_BYTES.get(x.device.type, ROWS_BYTES["cpu"])
+
+
 @dataclass(frozen=True)
 class Given:
     """A trained network and its training data; all that a score may use.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from torch.nn import functional as F
 
-from experiments.detection.base import ROWS_BYTES, Given, Score, score
+from experiments.detection.base import Given, Score, room_on, score
 
 
 @score
@@ -233,7 +233,7 @@ class _Rows(Score):
         self.buffers = dict(given.network.named_buffers())
         count = sum(w.numel() for w in self.weights.values())
         classes = given.logits(given.train.inputs[:1]).shape[1]
-        room = ROWS_BYTES[given.train.inputs.device.type]
+        room = room_on(given.train.inputs)
         examples = max(1, min(given.preserved, room // (4 * count * classes)))
         some = given.train.inputs[:examples].split(max(1, examples // 4))
         rows = torch.cat([self.weighted(part).flatten(0, 1) for part in some])
@@ -267,7 +267,7 @@ class _Rows(Score):
 
     def batches(self, x: Tensor) -> list[Tensor]:
         count = sum(w.numel() for w in self.weights.values()) * len(self.network(x[:1])[0])
-        return list(x.split(max(1, ROWS_BYTES[x.device.type] // (8 * count))))
+        return list(x.split(max(1, room_on(x) // (8 * count))))
 
 
 @score

@@ -15,7 +15,7 @@ from experiments.detection import published, rivals  # noqa: F401 - they enter t
 from experiments.detection.base import SCORES
 from experiments.devices import device
 from experiments.language import encoder
-from experiments.language.problem import PREDICTED, Problem, Row, nll, parts, unit
+from experiments.language.problem import Problem, Row, nll, parts, remembered, unit
 from experiments.methods.base import Draws, Tuned, joined, tune
 from experiments.methods.peer_laplace import quiet, require_laplace
 from experiments.methods.point import EIGHTHS, FINER
@@ -38,11 +38,12 @@ def networks(problem: Problem) -> Rows:
     dropped = _with_dropout(problem)
     count, what = problem.size.members, "adapters" if problem.way == "LoRA" else "networks"
     out: Rows = {}
-    for key, title, draws in (
+    for key, title, own in (
         ("point", "network alone", point),
         ("dropout", "MC dropout", dropped),
         ("ensemble", f"{count} {what} †", several),
     ):
+        draws = remembered(own)
         found = tempered(draws, problem.validation)
         score = "entropy" if key == "point" else "mutual_information"
         heated = "temperature scaling" if key == "point" else f"{title}, temperature"
@@ -99,7 +100,7 @@ def at_temperature(
 
 def novelty(posterior: Any) -> Callable[[Tensor], Tensor]:
     """The default score."""
-    return lambda x: torch.cat([posterior.novelty(part).cpu() for part in parts(x, PREDICTED)])
+    return lambda x: torch.cat([posterior.novelty(part).cpu() for part in parts(x)])
 
 
 def linearised(posterior: Any, problem: Problem, key: str, title: str, declared: str) -> Rows:
@@ -185,7 +186,7 @@ def layers(problem: Problem) -> Rows:
     def at(value: float) -> Callable[[Tensor], Draws]:
         def draws(x: Tensor) -> Draws:
             posterior.prior_precision = value
-            found = [posterior.predict(part).outputs.cpu() for part in parts(x, PREDICTED)]
+            found = [posterior.predict(part).outputs.cpu() for part in parts(x)]
             posterior.prior_precision = own
             return Draws(torch.cat(found, 1))
 
@@ -288,7 +289,7 @@ def kronecker(problem: Problem) -> Rows:
     def at(alpha: float, x: Tensor) -> Draws:
         change = changes(alpha)
         found = []
-        for part in parts(x, PREDICTED):
+        for part in parts(x):
             point, moved = products(change, part)
             found.append(Draws((point + moved).cpu(), point.cpu()))
         return joined(found)

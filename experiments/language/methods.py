@@ -45,11 +45,10 @@ def networks(problem: Problem) -> Rows:
     ):
         draws = remembered(own)
         found = tempered(draws, problem.validation)
-        score = "entropy" if key == "point" else "mutual_information"
         heated = "temperature scaling" if key == "point" else f"{title}, temperature"
-        out[key] = Row(title, draws, declared=score)
+        out[key] = Row(title, draws)
         out[f"{key}_temperature"] = Row(
-            heated, at_temperature(draws, found), {}, "temperature", found, score
+            heated, at_temperature(draws, found), {}, "temperature", found
         )
     return out
 
@@ -329,7 +328,7 @@ def _changing(fitted: Any, problem: Problem) -> Callable[[float], Tensor]:
 
 
 def _laplace_row(title: str, draws: Callable[[Tensor], Draws], best: Tuned) -> Row:
-    return Row(title, draws, {}, "prior precision", best.value, "variance")
+    return Row(title, draws, {}, "prior precision", best.value)
 
 
 # -- scores --------------------------------------------------------------------------------------

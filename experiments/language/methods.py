@@ -140,31 +140,34 @@ def linearised(posterior: Any, problem: Problem, key: str, title: str, declared:
 
 
 def null_space(problem: Problem) -> Rows:
-    """Adapters and head on all texts; in full the last twentieth on all, and all weights on some."""
+    """Adapters and head on all texts; all weights of a fully tuned network on some."""
+    if problem.way == "LoRA":
+        return _null_space(problem, "null", "null space", problem.train, None)
+    some = problem.train[: problem.size.preserved]
+    return _null_space(problem, "null", f"null space, all weights, {len(some)} texts", some, None)
+
+
+def last_twentieth(problem: Problem) -> Rows:
+    """The last twentieth of a fully tuned network's weights, which leave room for all texts."""
+    names = last_weights(problem.network, SHARE)
+    return _null_space(problem, "null_part", "null space, last twentieth", problem.train, names)
+
+
+def _null_space(
+    problem: Problem, key: str, title: str, split: Split, names: list[str] | None
+) -> Rows:
     from experiments.language.regime import regime
 
-    network, out = problem.network, {}
-    choices: list[tuple[str, str, Split, Any]] = [
-        ("null", "null space", problem.train, None),
-    ]
-    if problem.way == "full":
-        some, last = problem.train[: problem.size.preserved], last_weights(network, SHARE)
-        choices = [
-            ("null_part", "null space, last twentieth", problem.train, last),
-            ("null", f"null space, all weights, {len(some)} texts", some, None),
-        ]
-    for key, title, split, names in choices:
-        posterior = nb.NullSpacePosterior(network, parameters=names, memory=MEMORY)
-        posterior.fit(problem.batches(split), problem.size.samples, problem.seed, progress=False)
-        rows = linearised(posterior, problem, key, title, "novelty")
-        certificate = posterior.certificate
-        rows[key].details = {
-            **{name: getattr(certificate, name) for name in CERTIFIED},
-            "stages": dict(certificate.stages),
-            "regime": regime(posterior, problem),
-        }
-        out |= rows
-    return out
+    posterior = nb.NullSpacePosterior(problem.network, parameters=names, memory=MEMORY)
+    posterior.fit(problem.batches(split), problem.size.samples, problem.seed, progress=False)
+    rows = linearised(posterior, problem, key, title, "novelty")
+    certificate = posterior.certificate
+    rows[key].details = {
+        **{name: getattr(certificate, name) for name in CERTIFIED},
+        "stages": dict(certificate.stages),
+        "regime": regime(posterior, problem),
+    }
+    return rows
 
 
 CERTIFIED = (
@@ -376,11 +379,14 @@ def _nearest(embed: Any, network: Any, train: Tensor) -> Callable[[Tensor], Tens
     return score
 
 
+#: Of fully tuned networks alone.
+IN_FULL = ("last twentieth",)
 #: In the order in which they are measured.
 GROUPS: dict[str, Callable[[Problem], Rows]] = {
     "null space": null_space,
     "features": features,
     "networks": networks,
+    "last twentieth": last_twentieth,
     "layers": layers,
     "last layer": last_layer,
     "Laplace": full_laplace,

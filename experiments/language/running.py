@@ -40,7 +40,8 @@ def jobs(
 
     size = SIZES[setting]
     chosen = [seed for seed in seeds or range(size.seeds) if seed < size.seeds]
-    config: dict[str, Any] = {"size": asdict(size), "version": VERSION}
+    depends = {k: v for k, v in asdict(size).items() if k not in ("seeds", "ways")}
+    config: dict[str, Any] = {"size": depends, "version": VERSION}
 
     def job(seed: int, name: str, function: Any, args: tuple[Any, ...], keep: bool = True) -> Job:
         return Job(Key(NAME, setting, seed, name), config, function, args, keep)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nullbayes.audit.audit import Audit
 from nullbayes.audit.derivative import DIFFERENCES, FORWARD, Derivative
@@ -24,9 +24,10 @@ from nullbayes.common.processes import Processes
 from nullbayes.errors import ModelError
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.precision import ALIKE
+from nullbayes.model.size import is_large
 
-# Samples that each audited example is moved by, and as many prior directions.
-SAMPLES = 6
+# Samples that each audited example is moved by, and as many prior directions; of large networks fewer.
+SAMPLES, SAMPLES_OF_LARGE = 6, 3
 # What those may occupy; fewer where weights are very many.
 DIRECTION_BYTES = 2**28
 # By how much of what the prior would do an example's change may differ from what the rows say of it: rounding of
@@ -122,9 +123,11 @@ class Together:
 ALONE = Together()
 
 
-def prior_vectors(samples: int, parameters: int, itemsize: int) -> int:
-    """How many prior vectors, and at most as many samples at a time, examples are moved by."""
-    return max(1, min(SAMPLES, samples, DIRECTION_BYTES // (2 * itemsize * parameters)))
+def prior_vectors(samples: Tensor, model: nn.Module) -> int:
+    """How many prior vectors, and at most as many of ``samples (S, P)`` at a time, examples are moved by."""
+    most = SAMPLES_OF_LARGE if is_large(model) else SAMPLES
+    fits = DIRECTION_BYTES // max(1, 2 * samples.element_size() * samples.shape[1])
+    return max(1, min(most, len(samples), fits))
 
 
 def audit_examples(
@@ -261,7 +264,7 @@ class _Examiner:
         rows = question.rows(outputs, example).detach()
         rows = rows.reshape(len(rows), -1).double()  # (C, out)
         which = question.which(place)
-        both = torch.cat([question.samples[which], question.prior])
+        both = torch.cat([question.samples[which].to(question.prior), question.prior])
         changes = along(example.inputs, both)
         values = (changes.reshape(len(both), -1).double() @ rows.T).norm(dim=1)
         ours, prior = values[: len(which)], values[len(which) :]

@@ -62,7 +62,11 @@ def held_out(problem: Problem, rows: TrainingRows, vectors: Tensor) -> list[Held
 
 
 def left_out(
-    problem: Problem, state: State, prior: Tensor, rows: TrainingRows, check: GuaranteeCheck
+    problem: Problem,
+    state: State,
+    prior: tuple[Tensor | None, Tensor],
+    rows: TrainingRows,
+    check: GuaranteeCheck,
 ) -> list[Batch]:
     """Some checked examples with what samples at prior precision one do to each if it is left out.
 
@@ -70,7 +74,7 @@ def left_out(
     under the posterior itself. With ``preserve="predictions"`` and all directions, rows are all that counts.
 
     Args:
-        prior: ``(S, P)``, what the samples were projected from.
+        prior: ``v (S, P)``, what the samples were projected from, None where that was written over; and ``A v (S, M)``.
 
     Returns:
         Batches as ``check`` has them; empty where the solver cannot tell, or for a likelihood whose predictions
@@ -86,7 +90,7 @@ def left_out(
     limit = min(limit, MOST_BYTES // max(1, each), MOST_EXAMPLES)
     chosen = _chosen(rows, max(1, limit))
     spans = [rows.span(numbers[i]) for _, numbers, index in chosen for i in index.tolist()]
-    found = state.left_out(prior, spans)
+    found = state.left_out(prior[0], spans, prior[1])
     if found is None:
         return []
     out, at = [], 0

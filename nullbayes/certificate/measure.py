@@ -21,14 +21,15 @@ from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.linearise import linearised_outputs, sampled_outputs
 from nullbayes.likelihood.helpers import mirrored
 from nullbayes.model.batch import Inputs, batch_size, take
+from nullbayes.model.size import is_large
 
 SAMPLED_EXAMPLES = 128
 # Temporaries of the size of the sampled outputs that a look at them takes, in float64.
 LOOKED_AT = 8
 SAMPLED_DRAWS = 10
 
-# Of large networks, each pass of which is dear, fewer; from so many weights.
-SAMPLED_OF_LARGE, LARGE = 24, 2**22
+# Of large networks, each pass of which is dear, fewer.
+SAMPLED_OF_LARGE = 8
 
 # Outputs ``(B, *out)``, what samples at prior precision one do to them ``(S, B, *out)``, and targets.
 Batch = tuple[Tensor, Tensor, Any]
@@ -66,7 +67,7 @@ class GuaranteeCheck:
         for n, (inputs, targets) in enumerate(examples):
             found = known[n] if n < len(known) else None
             if found is None:
-                found = linearised_outputs(functional, plan, samples.to(problem.dtype), inputs)
+                found = linearised_outputs(functional, plan, samples, inputs)
             self.batches.append((found[0], crowd.joined(found[1]), targets))
         #: the number of the first sample here, among all
         self.first = 0
@@ -93,7 +94,7 @@ class GuaranteeCheck:
         more = copy.copy(self)
         more.samples = torch.cat([self.samples, samples])
         more.batches = [
-            (point, torch.cat([unit, self._changes(inputs, samples.to(unit))]), targets)
+            (point, torch.cat([unit, self._changes(inputs, samples)]), targets)
             for (point, unit, targets), inputs in zip(self.batches, self.inputs, strict=True)
         ]
         return more
@@ -103,7 +104,7 @@ class GuaranteeCheck:
         other = copy.copy(self)
         other.samples = samples
         other.batches = [
-            (point, self._changes(inputs, samples.to(unit)), targets)
+            (point, self._changes(inputs, samples), targets)
             for (point, unit, targets), inputs in zip(self.batches, self.inputs, strict=True)
         ]
         return other
@@ -205,8 +206,11 @@ class GuaranteeCheck:
                 outputs.add(likelihood.centre(scale * unit))
             sampled = _Rms()
             for inputs, targets in self.few:
-                some = self.sampled.to(self.problem.dtype)
-                point, moved = sampled_outputs(self.problem.functional, some, inputs, scale=scale)
+                functional = self.problem.functional
+                # Training examples: each was shown to be a function of itself when its rows were captured.
+                point, moved = sampled_outputs(
+                    functional, self.sampled, inputs, scale=scale, proved=True
+                )
                 moved = self.crowd.joined(moved)
                 sampled.add(self.problem.change(point, moved, targets, linear=False))
         for rms in (change, outputs, sampled):
@@ -225,8 +229,7 @@ class GuaranteeCheck:
 
 def sampled_examples(problem: Problem) -> int:
     """On how many the re-weighted network itself is looked at."""
-    weights = sum(p.numel() for p in problem.functional.model.parameters())
-    return SAMPLED_EXAMPLES if weights < LARGE else SAMPLED_OF_LARGE
+    return SAMPLED_OF_LARGE if is_large(problem.functional.model) else SAMPLED_EXAMPLES
 
 
 def _pieces(batches: Sequence[Batch]) -> Iterator[Batch]:

@@ -22,6 +22,7 @@ from nullbayes.constraints.shared_rows import APART, everyones, is_probe, start_
 from nullbayes.jacobian.block_storage import Keeper
 from nullbayes.jacobian.capture.batches import capture_batch, ready
 from nullbayes.jacobian.capture.plan import CapturePlan
+from nullbayes.jacobian.live_tokens import by_length
 from nullbayes.jacobian.operator import JacobianOperator, check_block
 from nullbayes.likelihood import Regression
 from nullbayes.model.batch import Inputs, batch_size, select, take, tensor_leaves
@@ -30,6 +31,8 @@ from nullbayes.model.shares import share_of
 
 # Examples at most: predicting them linearised costs as much as capturing their rows.
 CHECK_EXAMPLES = 10_000
+# Numbers in the output of an example up to which they are held on to.
+FEW_OUTPUTS = 256
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class TrainingRows:
     discarded_trace: float
     checked: list[tuple[Inputs, Any]] = field(default_factory=list)  # examples for the certificate
     checked_numbers: list[range] = field(default_factory=list)  # which of the data set's those are
+    # Outputs of those, where they are few numbers an example; none for rows of several calls.
+    checked_outputs: list[Tensor | None] = field(default_factory=list)
     spans: list[slice] = field(default_factory=list)  # by example: its rows
     audited: list[Drawn] = field(default_factory=list)  # drawn from all examples, for the audit
     batches: int = 0  # batches whose rows were proved
@@ -124,6 +129,7 @@ class TrainingRows:
             discarded / trace if trace > 0 else 0.0,
             [*self.checked, *checked],
             [*self.checked_numbers, *(range(r.start + n, r.stop + n) for r in numbers)],
+            [],
             [*self.spans, *(slice(s.start + m, s.stop + m) for s in more.spans)],
             drawn,
             self.batches + more.batches,
@@ -231,7 +237,10 @@ def capture_training(
         where = f"{name}, batch {index}"
         outputs = functional.outputs(inputs, where)
         targets = problem.checked_targets(outputs, targets, where)
-        plan, inputs = ready(functional, plan, inputs, outputs, where, index)
+        padded = functional.padded
+        plan, taken = ready(functional, plan, inputs, outputs, where, index)
+        if taken is not inputs or functional.padded != padded:  # with other axes, or mended
+            inputs, outputs = taken, functional.outputs(taken, where)
         if capturing is None:
             problem.likelihood.check_reach(outputs, targets)
             if functional.last_layer:
@@ -276,6 +285,7 @@ class _Capturing:
         self.trace, self.discarded = self._zero(), self._zero()
         self.checked: list[tuple[Inputs, Any]] = []
         self.checked_numbers: list[range] = []
+        self.checked_outputs: list[Tensor | None] = []
         # The first of all examples, of which those before ``start`` are other processes'.
         self.left, self.count = memory.check, min(start % APART, CHECK_EXAMPLES)
         self.loss, self.least_loss, self.observed = self._zero(), self._zero(), 0
@@ -317,7 +327,12 @@ class _Capturing:
             check_block(block, self.captured)
             block = self.problem.in_coordinates(block)
             mine, numbers = numbers[: block.examples], numbers[block.examples :]
-            self.keeper.add(block, piece, made.values, mine)
+            for index, some, length in by_length(block):
+                if index is None:
+                    self.keeper.add(some, piece, made.values, mine, length)
+                    continue
+                their, these = made.values[:, index], mine[index.to(mine.device)]
+                self.keeper.add(some, select(piece, index), their, these, length)
             self.captured += 1
             self.trace += made.trace.double().sum()
             self.discarded += made.discarded.double().sum()
@@ -330,6 +345,8 @@ class _Capturing:
         if fits:
             self.checked.append((take(inputs, 0, fits), take(targets, 0, fits, size)))
             self.checked_numbers.append(range(self.examples, self.examples + fits))
+            few = outputs[0].numel() <= FEW_OUTPUTS
+            self.checked_outputs.append(outputs[:fits].clone() if few else None)
             self.count += fits
         self.left = self.left - fits * each if fits == size else 0
 
@@ -345,6 +362,7 @@ class _Capturing:
             share,
             self.checked,
             self.checked_numbers,
+            self.checked_outputs,
             spans,
             self.audited.drawn,
             self.batches,

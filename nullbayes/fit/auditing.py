@@ -14,7 +14,6 @@ from nullbayes.audit.examples import (
     Question,
     Together,
     audit_examples,
-    prior_vectors,
 )
 from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import TrainingRows
@@ -58,15 +57,16 @@ def audited(
     """The audit of ``samples (S, P)`` at prior precision one.
 
     Args:
-        prior: ``(k, P)``, what they were projected from, in the solver's coordinates.
+        samples: in the dtype in which they are stored.
+        prior: ``(k, P)``, some of what they were projected from, in the solver's coordinates; as many samples at a
+            time move an example.
         effects: ``A Δ (S, M)``, as the rows have it: those of this process.
         seconds: that it may take, once the fewest examples are done.
     """
-    few = prior_vectors(len(samples), samples.shape[1], samples.element_size())
     question = Question(
         problem.functional,
         samples,
-        problem.weight_changes(prior[:few]),
+        problem.weight_changes(prior),
         lambda outputs, example: (
             problem.cotangents(
                 outputs,

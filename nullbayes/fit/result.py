@@ -22,6 +22,7 @@ from nullbayes.errors import InputError
 from nullbayes.fit.target import Target
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.likelihood import Likelihood
+from nullbayes.model.parameters import ParameterSpace
 from nullbayes.solvers import Size, Solver, State, choose
 
 
@@ -91,6 +92,12 @@ class Run:
     stored: torch.dtype | None = None
     crowd: Crowd = ALONE
     patient: bool = False  # whether all examples of the audit are, however long that takes
+
+    def stored_bytes(self, space: ParameterSpace) -> int:
+        """What samples take that are stored in another dtype, beside those in the working one."""
+        if self.stored is None or self.stored == space.dtype:
+            return 0
+        return self.num_samples * space.total * self.stored.itemsize
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.common.crowd import ALONE, Crowd
+from nullbayes.common.memory import working_bytes
 from nullbayes.common.processes import Processes
 from nullbayes.errors import NonFiniteError
 from nullbayes.jacobian.block import Block
@@ -46,6 +47,10 @@ class RowOperator(ABC):
     @abstractmethod
     def rmatvec(self, weights: Tensor) -> Tensor:
         """``Aᵀ w`` for ``S`` vectors at once: ``(S, M)`` -> ``(S, P)``."""
+
+    def subtract_(self, vectors: Tensor, weights: Tensor) -> Tensor:
+        """``v -= Aᵀ w`` in place, ``vectors (S, P)``: samples of large networks are gigabytes."""
+        return vectors.sub_(self.rmatvec(weights))
 
     def normal(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """``AᵀA v (S, P)`` and ``‖A v‖² (S,)`` float64, in one pass over the rows."""
@@ -212,6 +217,10 @@ class JacobianOperator(RowOperator):
         known = self._images.of(vectors)
         if known is not None:
             return known
+        if vectors.dtype != self.dtype:  # samples that are stored in half precision, some at a time
+            step = max(1, working_bytes() // max(1, self.shape[1] * self.dtype.itemsize))
+            parts = [self.matvec(some.to(self.dtype)) for some in vectors.split(step)]
+            return torch.cat(parts) if parts else vectors.new_zeros(0, self.shape[0])
         out = vectors.new_zeros(len(vectors), self.shape[0])
         if not len(vectors):  # such as the basis of rows that are all zero
             return out
@@ -225,6 +234,12 @@ class JacobianOperator(RowOperator):
 
     def rmatvec(self, weights: Tensor) -> Tensor:
         out = weights.new_zeros(len(weights), self.shape[1])
+        return self._add_to(out, weights)
+
+    def subtract_(self, vectors: Tensor, weights: Tensor) -> Tensor:
+        return self._add_to(vectors, -weights)
+
+    def _add_to(self, out: Tensor, weights: Tensor) -> Tensor:
         if not len(weights):
             return out
         for kept, start in zip(self.blocks, self.starts, strict=False):

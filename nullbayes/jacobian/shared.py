@@ -151,6 +151,9 @@ class SharedOperator(JacobianOperator):
             found if self._order is None else found.index_select(dim, self._order.to(found.device))
         )
 
+    def subtract_(self, vectors: Tensor, weights: Tensor) -> Tensor:
+        return vectors.sub_(self.rmatvec(weights))
+
     def normal(self, vectors: Tensor, row_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         some = None if row_scale is None else self.own(row_scale[None])[0]
         out, square = self.mine.normal(vectors, some)

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from nullbayes.moments.rule import InputRule, Layout, Read, Seen, Summed, Summer, argument, register
 from nullbayes.moments.shifts import PatchSums, ShiftedSums
+from nullbayes.moments.spectral import Axis, SpectralSums
 
 # Bytes of patches written out at a time.
 _PATCH_BYTES = 2**25
@@ -170,10 +171,11 @@ def _pairs(slices: Tensor, taps: int, step: int) -> list[Tensor]:
 
 
 class ConvSummer(Summer):
-    """Sums over patches by the way that is least work: see ``shifts.py`` and :func:`sliding_sums`.
+    """Sums over patches by the way that is least work: ``spectral.py``, ``shifts.py``, :func:`sliding_sums`.
 
-    With many channels and stride one, products of shifted inputs; with many channels and strides, patches with channels
-    last; with few, slices. A kernel of one tap, or one that never overlaps itself, is for :meth:`ConvInputs.inputs`.
+    With many channels and stride one, products of Fourier coefficients, or of shifted inputs where examples are few;
+    with many channels and strides, patches with channels last; with few, slices. A kernel of one tap, or one that never
+    overlaps itself, is for :meth:`ConvInputs.inputs`.
     """
 
     def __init__(self, module: Any, dtype: torch.dtype) -> None:
@@ -181,10 +183,13 @@ class ConvSummer(Summer):
         channels = module.in_channels // groups
         self.shifts: ShiftedSums | None = None
         self.patches: PatchSums | None = None
+        self.spectral: SpectralSums | None = None
         if len(kernel) == 2 and channels >= _MANY_CHANNELS:
             if tuple(module.stride) == (1, 1):
                 if groups <= _FEW_GROUPS:
                     self.shifts = ShiftedSums(kernel, module.dilation, groups, dtype)
+                    biased = module.bias is not None
+                    self.spectral = SpectralSums(_axes(module), groups, dtype, biased=biased)
             elif groups == 1:
                 self.patches = PatchSums(kernel, channels, dtype)
         self.slices: Summed | None = None
@@ -197,7 +202,11 @@ class ConvSummer(Summer):
             return False
         x = _batched(argument(args, kwargs, 0, "input"), spatial)
         positions = output.shape[-spatial:]
-        if self.shifts is not None and self.shifts.fits(positions):
+        zeros = module.padding_mode == "zeros"
+        space = x.shape[2:] if zeros else _padded_space(module, x)
+        if self.spectral is not None and self.spectral.pays(len(x), space):
+            self.spectral.add(x if zeros else padded(module, x))
+        elif self.shifts is not None and self.shifts.fits(positions):
             self.shifts.add(padded(module, x), positions)
         elif self.patches is not None:
             self.patches.add(padded(module, x), module.stride, module.dilation)
@@ -220,7 +229,7 @@ class ConvSummer(Summer):
         return True
 
     def flush(self) -> Iterator[Summed]:
-        for part in (self.shifts, self.patches):
+        for part in (self.spectral, self.shifts, self.patches):
             if part is not None:
                 yield from part.flush()
         if self.slices is not None:
@@ -228,11 +237,29 @@ class ConvSummer(Summer):
         self.slices = None
 
     def mark(self) -> Tensor | None:
-        marks = [part.mark() for part in (self.shifts, self.patches) if part is not None]
+        parts = (self.spectral, self.shifts, self.patches)
+        marks = [part.mark() for part in parts if part is not None]
         if self.slices is not None:
             marks.append(self.slices.gram.diagonal(dim1=1, dim2=2).sum())
         some = [mark.double() for mark in marks if mark is not None]
         return torch.stack(some).sum() if some else None
+
+
+def _axes(module: Any) -> list[Axis]:
+    """Of a convolution, with the zeros that it puts around its input; others are put there before."""
+    amounts = list(module._reversed_padding_repeated_twice)
+    if module.padding_mode != "zeros":
+        amounts = [0] * len(amounts)
+    before, after = amounts[-2::-2], amounts[-1::-2]
+    parts = zip(module.kernel_size, module.dilation, before, after, strict=True)
+    return [Axis(*part) for part in parts]
+
+
+def _padded_space(module: Any, x: Tensor) -> list[int]:
+    """Sizes of ``x`` along its axes of space, padded."""
+    amounts = list(module._reversed_padding_repeated_twice)
+    around = zip(x.shape[2:], amounts[-2::-2], amounts[-1::-2], strict=True)
+    return [n + before + after for n, before, after in around]
 
 
 def _sum(a: Summed, b: Summed) -> Summed:

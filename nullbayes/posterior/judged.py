@@ -160,7 +160,7 @@ class RowJudged(Judged):
 
     def _moved(self, inputs: Inputs, where: str) -> tuple[Tensor, Moved]:
         own = cast("Posterior", self)
-        plan, unit = own._capture_plan(inputs), own._fitted().unit
+        plan, unit = own._capture_plan(inputs), own._fitted().stored
         point, change = linearised_outputs(own.functional, plan, unit, inputs, where)
         change = own._fitted().crowd.joined(change)
         return point, lambda scale: point + scale * change

@@ -152,11 +152,11 @@ class Predicts:
         if how.method != METHODS[0]:
             if how.differentiable:
                 return point_with_graph(functional, x), sampled_with_graph(fit, x)
-            point, outputs = sampled_outputs(functional, fit.unit, x, "`x`", scale)
+            point, outputs = sampled_outputs(functional, fit.stored, x, "`x`", scale)
             return point, fit.crowd.joined(outputs)
         plan = own._capture_plan(x)
         with torch.no_grad():
-            point, change = linearised_outputs(functional, plan, fit.unit, x, "`x`")
+            point, change = linearised_outputs(functional, plan, fit.stored, x, "`x`")
             change = fit.crowd.joined(change)
         if how.differentiable:
             point = point_with_graph(functional, x)
@@ -301,7 +301,8 @@ def sampled_with_graph(fit: Fit, x: Inputs) -> Tensor:
     functional = fit.problem.functional
     weights, x = functional.weights(), functional.batch(x)
     with torch.enable_grad():
-        moved = (functional.space.unflatten(delta * fit.alpha**-0.5) for delta in fit.unit)
+        scaled = (delta.to(fit.problem.dtype) * fit.alpha**-0.5 for delta in fit.stored)
+        moved = map(functional.space.unflatten, scaled)
         return torch.stack(
             [functional({n: weights[n] + d for n, d in change.items()}, x) for change in moved]
         )

@@ -46,6 +46,8 @@ from nullbayes.solvers.rehearsal import Rehearsal, timed
 from nullbayes.solvers.spectrum import EXACT_UP_TO, PROBES, STEPS, gram_spectrum, shared_spectrum
 
 TRACE_PROBES = 32
+# Numbers of the samples from which they take the place of what they are projected from.
+WRITTEN_OVER = 2**20
 # The side of dense trials: large enough for the speed that large matrices have.
 TRIAL_SIDE = 2500
 # Rows left out at most, each example by itself, and multiplications of all that: about a second's work.
@@ -85,7 +87,9 @@ class DualCholesky(Solver):
 
     def cost(self, size: Size) -> Cost:
         # Gram in the rows' dtype, half of it by symmetry; Cholesky in float64 counts twice.
-        vectors = 4 * size.samples * size.columns * size.itemsize
+        numbers = size.samples * size.columns
+        in_place = size.written_over and numbers >= WRITTEN_OVER
+        vectors = round((1 if in_place else 4) * numbers * size.itemsize)
         flops = size.gram_flops + 2 * size.rows**3 / 3 + 8 * size.samples * size.product_flops
         return Cost(flops, 2 * 8 * size.rows**2 + vectors)
 
@@ -233,10 +237,25 @@ class DualState(State):
         goal = Refinement(tolerance, self.solver.max_iterations)
         return conjugate_gradients(equations, self._solve, goal)
 
+    def consume(
+        self, vectors: Tensor, noise: Tensor | None = None, watch: Watch = QUIET
+    ) -> Projection:
+        if not self.numerical or vectors.numel() < WRITTEN_OVER:
+            return self.project(vectors, noise, watch)
+        tolerance = self.solver.tolerance_for(self.operator.dtype)
+        done = iterate(self.operator, vectors, self._pass_, self.passes, tolerance, self.enough)
+        self.passes = done.iterations
+        return done
+
     def _pass(self, x: Tensor) -> Tensor:
         z = self._solve(self.operator.matvec(x).double())
         along = self.operator.rmatvec(z.to(x.dtype))
         return torch.sub(x, along, out=along)  # samples of large networks are gigabytes
+
+    def _pass_(self, x: Tensor) -> Tensor:
+        """:meth:`_pass`, written over ``x``."""
+        z = self._solve(self.operator.matvec(x).double())
+        return self.operator.subtract_(x, z.to(x.dtype))
 
     def covariance_times(self, vectors: Tensor) -> Tensor:
         if self.numerical:
@@ -316,9 +335,14 @@ class DualState(State):
         parts = vectors[index]  # (n, k, M)
         return (parts / (values + shift)) @ parts.mT
 
-    def left_out(self, vectors: Tensor, spans: Sequence[slice]) -> list[Tensor] | None:
+    def left_out(
+        self, vectors: Tensor | None, spans: Sequence[slice], image: Tensor | None = None
+    ) -> list[Tensor] | None:
         # K⁻¹ A v of a row is the residual that it would have, times its entry of K⁻¹.
-        image = self.operator.matvec(vectors).double()  # (S, M)
+        if vectors is not None:
+            image = self.operator.matvec(vectors)
+        assert image is not None
+        image = image.double()  # (S, M)
         out: list[Tensor] = []
         # A solve holds the right sides, scaled and transposed, and the solutions, likewise.
         for some in _grouped(spans, max(1, working_bytes() // (6 * 8 * len(self.chol)))):

@@ -223,8 +223,10 @@ class PrimalState(State):
     def _power(self) -> int:
         return 2 * self.passes if self.numerical and self.passes else 1
 
-    def left_out(self, vectors: Tensor, spans: Sequence[slice]) -> list[Tensor] | None:
-        if not self.shift > 0:
+    def left_out(
+        self, vectors: Tensor | None, spans: Sequence[slice], image: Tensor | None = None
+    ) -> list[Tensor] | None:
+        if not self.shift > 0 or vectors is None:
             return None  # without a shift, what is left of a row is rounding
         x, pairs = vectors.double(), []
         gone = 1 - self.share  # of each direction: σ² / (shift + σ²)

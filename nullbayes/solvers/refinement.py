@@ -144,7 +144,7 @@ class _Refining:
     ) -> None:
         self.operator, self.shift = equations.operator, equations.shift
         self.extra, self.precondition, self.goal = equations.extra, precondition, goal
-        self.x = equations.vectors.clone()
+        self.x = equations.vectors
         self.z = self.x.new_zeros(len(self.x), self.operator.shape[0], dtype=torch.float64)
         self.r = self._residual(self.x, self.z)
         (size,) = fetched(self.r.norm(dim=1))
@@ -176,7 +176,8 @@ class _Refining:
         """One step ``z += precondition(r)``; whether another one pays."""
         y = self.precondition(self.r)
         self.iterations += 1
-        x = self.x - self.operator.rmatvec(y.to(self.x.dtype))
+        along = self.operator.rmatvec(y.to(self.x.dtype))
+        x = torch.sub(self.x, along, out=along)
         return self._offer(x, self.z + y, 1 / GAP)
 
     def cycle(self, steps: int) -> bool:
@@ -189,7 +190,8 @@ class _Refining:
             q = self.operator.rmatvec(p.to(dtype))
             w = self.operator.matvec(q).double() + self.shift * p
             step = relative(ry, (p * w).sum(1).clamp(min=0))
-            x = x - step[:, None].to(dtype) * q
+            q *= step[:, None].to(dtype)
+            x = torch.sub(x, q, out=q) if x is self.x else x.sub_(q)
             z = z + step[:, None] * p
             r = r - step[:, None] * w
             # Stop a little below the tolerance: the true residual is checked right after.

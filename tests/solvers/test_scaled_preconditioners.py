@@ -12,6 +12,7 @@ from zoo import dense_jacobian
 import nullbayes as nb
 from nullbayes import solvers
 from nullbayes.jacobian.operator import DenseOperator
+from nullbayes.solvers import Size, choose
 from nullbayes.solvers.preconditioners import Subset
 from nullbayes.solvers.row_scaling import RowScaled, RowWeighted
 
@@ -118,3 +119,15 @@ def test_the_scale_of_rows_is_that_of_all() -> None:
     index = DenseOperator(a).subset(10, torch.Generator().manual_seed(0)).chosen
     assert index is not None
     assert_close(some.matvec(torch.eye(30, dtype=torch.float64)).T, whole[index])
+
+
+def test_a_finer_tolerance_gets_a_preconditioner_where_it_fits() -> None:
+    size, room = Size(540_000, 61_706, 30), 8 * 2**30
+    plain, finer = (choose("auto", size, room, t).solver for t in (None, 0.01))
+    assert isinstance(plain, solvers.ConjugateGradient)
+    assert isinstance(finer, solvers.ConjugateGradient)
+    assert (plain.preconditioner, finer.preconditioner) == ("none", "subset")
+    assert plain.equilibrate == finer.equilibrate > 0
+    less = choose("auto", size, 2**30, 0.01).solver
+    assert isinstance(less, solvers.ConjugateGradient)
+    assert less.preconditioner == "none"

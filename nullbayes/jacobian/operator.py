@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.common.crowd import ALONE, Crowd
+from nullbayes.common.memory import working_bytes
 from nullbayes.common.processes import Processes
 from nullbayes.errors import NonFiniteError
 from nullbayes.jacobian.block import Block
@@ -44,6 +45,10 @@ class RowOperator(ABC):
     @abstractmethod
     def rmatvec(self, weights: Tensor) -> Tensor:
         """``Aᵀ w`` for ``S`` vectors at once: ``(S, M)`` -> ``(S, P)``."""
+
+    def subtract_(self, vectors: Tensor, weights: Tensor) -> Tensor:
+        """``v -= Aᵀ w`` in place, ``vectors (S, P)``: samples of large networks are gigabytes."""
+        return vectors.sub_(self.rmatvec(weights))
 
     def normal(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """``AᵀA v (S, P)`` and ``‖A v‖² (S,)`` float64, in one pass over the rows."""
@@ -104,6 +109,19 @@ class RowOperator(ABC):
     def own_rows(self, index: Tensor) -> Tensor:
         """Those of ``rows`` that this process holds, without asking the others."""
         return self.rows(index)
+
+    def own_span(self, span: slice) -> slice:
+        """Where rows that this process holds, by their numbers among all, are in products of ``mine``."""
+        return span
+
+    def own(self, values: Tensor) -> Tensor:
+        """This process's part of ``values (S, M)``."""
+        return values
+
+    @property
+    def turns(self) -> list[tuple[int, slice]]:
+        """All rows in their order, stretch by stretch: whose each is, and which of this process's rows that are."""
+        return [(0, slice(0, self.shape[0]))]
 
     @property
     def product_flops(self) -> float:
@@ -177,6 +195,14 @@ class JacobianOperator(RowOperator):
             out[block.where] = out.get(block.where, 0) + block.nbytes
         return out
 
+    def followed_by(self, more: JacobianOperator) -> JacobianOperator:
+        """These rows, and those of ``more`` behind them; nothing is copied."""
+        return JacobianOperator(self.space, [*self.blocks, *more.blocks])
+
+    def over(self, blocks: Sequence[Openable]) -> JacobianOperator:
+        """The same rows made of other ``blocks``, as many as this process has."""
+        return JacobianOperator(self.space, blocks)
+
     def move_out(self, room: int) -> None:
         """Keep no more than ``room`` bytes in memory, where the disk can take the rest."""
         self.blocks = moved_out(self.blocks, room)
@@ -185,6 +211,10 @@ class JacobianOperator(RowOperator):
         known = self._images.of(vectors)
         if known is not None:
             return known
+        if vectors.dtype != self.dtype:  # samples that are stored in half precision, some at a time
+            step = max(1, working_bytes() // max(1, self.shape[1] * self.dtype.itemsize))
+            parts = [self.matvec(some.to(self.dtype)) for some in vectors.split(step)]
+            return torch.cat(parts) if parts else vectors.new_zeros(0, self.shape[0])
         out = vectors.new_zeros(len(vectors), self.shape[0])
         if not len(vectors):  # such as the basis of rows that are all zero
             return out
@@ -198,6 +228,12 @@ class JacobianOperator(RowOperator):
 
     def rmatvec(self, weights: Tensor) -> Tensor:
         out = weights.new_zeros(len(weights), self.shape[1])
+        return self._add_to(out, weights)
+
+    def subtract_(self, vectors: Tensor, weights: Tensor) -> Tensor:
+        return self._add_to(vectors, -weights)
+
+    def _add_to(self, out: Tensor, weights: Tensor) -> Tensor:
         if not len(weights):
             return out
         for kept, start in zip(self.blocks, self.starts, strict=False):
@@ -342,10 +378,14 @@ def chosen_parts(
 
 def check_block(block: Block, index: int) -> None:
     """Raise :class:`NonFiniteError` naming the parameters whose rows are not finite."""
-    for names, factor in block.factors.items():
-        if not all(bool(t.isfinite().all()) for t in factor.tensors()):
-            raise NonFiniteError(
-                f"the Jacobian rows of {list(names)} hold NaN or infinity (block {index}). "
-                "The outputs were finite, so a derivative overflowed: use float64 "
-                "(`model.double()`) or look for sqrt, log or division near zero."
-            )
+    finite = {
+        names: torch.stack([t.isfinite().all() for t in factor.tensors()]).all()
+        for names, factor in block.factors.items()
+    }
+    if not finite or bool(torch.stack(list(finite.values())).all()):
+        return
+    bad = next(names for names, good in finite.items() if not bool(good))
+    raise NonFiniteError(
+        f"the Jacobian rows of {list(bad)} hold NaN or infinity (block {index}). The outputs were finite, so a "
+        "derivative overflowed: use float64 (`model.double()`) or look for sqrt, log or division near zero."
+    )

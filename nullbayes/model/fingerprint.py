@@ -38,24 +38,43 @@ def quick_digest(model: nn.Module) -> int:
     For changes that PyTorch's version counters do not see: through ``.data``, a NumPy view, another process. Not a
     cryptographic one; :func:`fingerprint` says which tensors differ.
     """
-    total = 0
+    places, sums = [], []
     for place, tensor in enumerate((*model.parameters(), *model.buffers()), 1):
         if tensor.device.type != "meta":
-            total += place * digest(tensor)
+            parts = _weighted_sums(tensor)
+            places += [place] * len(parts)
+            sums += parts
+    total = sum(place * value for place, value in zip(places, _read(sums), strict=True))
     return total & ((1 << 64) - 1)
 
 
 def digest(tensor: Tensor) -> int:
     """One number from every bit of a tensor."""
-    total = 0
+    return sum(_read(_weighted_sums(tensor)))
+
+
+def _weighted_sums(tensor: Tensor) -> list[Tensor]:
+    out = []
     with torch.no_grad():
         words = bits_of(tensor)
         for start in range(0, words.numel(), _CHUNK):
             part = words[start : start + _CHUNK].to(torch.int64)
             # Sums of integers wrap around and are the same in any order; the weights tell places apart.
             at = torch.arange(start + 1, start + len(part) + 1, device=part.device)
-            total += int((part * (2 * at + 1)).sum())
-    return total
+            out.append((part * (2 * at + 1)).sum())
+    return out
+
+
+def _read(values: list[Tensor]) -> list[int]:
+    """Integers of tensors without axes, by one copy from each device, not one for each."""
+    places: dict[torch.device, list[int]] = {}
+    for i, value in enumerate(values):
+        places.setdefault(value.device, []).append(i)
+    out = [0] * len(values)
+    for which in places.values():
+        for i, value in zip(which, torch.stack([values[i] for i in which]).tolist(), strict=True):
+            out[i] = value
+    return out
 
 
 class Watch:
@@ -82,7 +101,7 @@ class Watch:
                     if words.data_ptr() == tensor.data_ptr():
                         view = _wide(words[start:stop])
                     self.pieces.append((tensor, view, start, stop))
-            self.sums = [int(self._sum(*piece)) for piece in self.pieces]
+            self.sums = _read([self._sum(*piece) for piece in self.pieces])
         numbers = sum(stop - start for _, _, start, stop in self.pieces)
         self.at_once = max(_ALWAYS, numbers // 64)
         self.next = 0
@@ -103,7 +122,7 @@ class Watch:
             self.next = (self.next + 1) % len(self.pieces)
         with torch.no_grad():
             now = [self._sum(*self.pieces[i]) for i in places]
-        return [int(n) for n in now] == [self.sums[i] for i in places]
+        return _read(now) == [self.sums[i] for i in places]
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(t.data_ptr(), t._version) for t in self.tensors]

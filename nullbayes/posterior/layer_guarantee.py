@@ -49,6 +49,7 @@ class Measured:
         divergence: mean Kullback-Leibler divergence from the network's prediction, nats an observation.
         change: root mean square change of the raw outputs, relative to that of the outputs.
         network_score, posterior_score: of the trained network and of the samples' mean prediction; None without labels.
+        observed: numbers of which ``divergence`` is the mean.
     """
 
     divergence: float
@@ -56,6 +57,7 @@ class Measured:
     network_score: float | None
     posterior_score: float | None
     examples: int
+    observed: int
 
 
 def targets_for(likelihood: Likelihood, point: Tensor, targets: Any, inputs: Inputs) -> Any:
@@ -134,7 +136,7 @@ def _measured(
     with torch.no_grad():
         for (inputs, targets, point), outputs in each:
             if not bool(outputs.isfinite().all()):
-                return Measured(math.inf, math.inf, None, None, 0)
+                return Measured(math.inf, math.inf, None, None, 0, 1)
             labels = targets_for(likelihood, point, targets, inputs)
             values = likelihood.divergence(point, outputs, labels)
             divergence += float(values.double().sum())
@@ -151,11 +153,11 @@ def _measured(
                 )
                 sums[0] += total
                 sums[1] += number
-    scores = [
+    first, last = (
         likelihood.final_score(s[0], int(s[1])) if labelled else None for s in (before, after)
-    ]
+    )
     change = math.sqrt(moved / size) if size else 0.0
-    return Measured(divergence / max(1, count), change, scores[0], scores[1], examples)
+    return Measured(divergence / max(1, count), change, first, last, examples, count)
 
 
 def _outputs(

@@ -66,7 +66,10 @@ class Scorer:
     @cached_property
     def isotropic(self) -> Tensor:
         """Samples ``(S, P)`` in the coordinates of the rows, where the prior is isotropic."""
-        return self.problem.isotropic(self.fit.unit)
+        problem, fit = self.problem, self.fit
+        if problem.within is None and problem.precision_by_name is None:
+            return fit.stored  # rows widen what is stored in half precision, some of it at a time
+        return problem.isotropic(fit.unit)
 
     def outputs(self, x: Inputs) -> int:
         """Numbers in the output of one example."""
@@ -96,7 +99,7 @@ class Scorer:
 
     def changes(self, x: Inputs) -> Tensor:
         """``J(x) Δ_s (S, B, *out)`` at prior precision one, sample by sample."""
-        found = forward_mode(self.problem.functional, self.plan, self.fit.unit, x)
+        found = forward_mode(self.problem.functional, self.plan, self.fit.stored, x)
         return self.fit.crowd.joined(found)
 
     def rows(

@@ -30,6 +30,7 @@ from nullbayes.solvers.block_cg import (
     Start,
     block_cg,
     blocks,
+    fetched,
     inner,
     row_norms,
     sample_size,
@@ -189,6 +190,7 @@ class ConjugateGradientState(IterativeState):
             return self._numerical(vectors, watch)
         tolerance, limit = self.solver.tolerance_for(vectors.dtype), self.solver.max_iterations
         scale = self._scale(vectors, noise)
+        scale = None if scale is None else scale.cpu()
         if self._preconditioner is not None and self._preconditioner.dual:
             goal_of = Refinement(tolerance, limit, scale)
             return self._dual(vectors, noise, goal_of)
@@ -309,7 +311,8 @@ class ConjugateGradientState(IterativeState):
         if begin is not None:  # goals are relative to the anchor, not to where the search begins
             gradient, square = self._rows.normal(objective.anchor)
             assert start.carried is not None
-            start.carried.update({"image": square.sqrt(), "gradient": row_norms(gradient)})
+            image, size = fetched(square.sqrt(), row_norms(gradient))
+            start.carried.update({"image": image, "gradient": size})
         start = replace(start, begin=begin)
         return block_cg(objective, goal, limit, precondition=apply, watch=watch, start=start)
 
@@ -319,7 +322,8 @@ class ConjugateGradientState(IterativeState):
         return conjugate_gradients(equations, self._preconditioner.apply, refinement)
 
     def _image(self, x: Tensor) -> Tensor:
-        return self.operator.image_norms(x)
+        """``‖A x‖ (S,)`` on the processor, where goals are judged."""
+        return self.operator.image_norms(x).cpu()
 
 
 @dataclass(frozen=True)
@@ -345,7 +349,7 @@ class _FirstNorms:
         #: one dictionary for the whole search: it is handed over before the first measurement
         self.carried: dict[str, Tensor] = {}
         if resumed is not None:
-            self.carried.update({name: resumed[name] for name in ("image", "gradient")})
+            self.carried.update({name: resumed[name].cpu() for name in ("image", "gradient")})
 
     def see(self, image: Tensor, gradient: Tensor) -> None:
         """The first measurement is the one that counts."""

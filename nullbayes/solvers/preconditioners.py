@@ -182,7 +182,7 @@ class Kronecker(Preconditioner):
 
 def _filter_shift(values: Tensor, left: float) -> float:
     """The shift ``s`` with ``Σ λ (s / (λ + s))² = left² Σ λ``, by bisection in the logarithm."""
-    values = values.clamp(min=0)
+    values = values.clamp(min=0).cpu()  # sixty steps, each of which asks for a number
     total = float(values.sum())
     if total <= 0:
         return 1.0

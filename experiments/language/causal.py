@@ -205,11 +205,16 @@ def choices(asked: Asked) -> dict[str, Row]:
     posterior = nb.NullSpacePosterior(asked.model, nb.Choices(reader.answers))
     posterior.fit(data, size.samples, problem.seed, progress=False)
 
+    last: list[Tensor] = []
+
     def unit(x: Tensor) -> tuple[Tensor, Tensor]:
+        if last and last[0] is x:
+            return last[1], last[2]
         found = [posterior.predict(reader.prompts(part)) for part in x.split(64)]
         point = torch.cat([p.point.cpu() for p in found])
         change = torch.cat([(p.outputs - p.point).cpu() for p in found], 1)
-        return point, change * posterior.prior_precision**0.5
+        last[:] = [x, point, change * posterior.prior_precision**0.5]
+        return last[1], last[2]
 
     def at(alpha: float) -> Callable[[Tensor], Draws]:
         def draws(x: Tensor) -> Draws:

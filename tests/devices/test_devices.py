@@ -1,8 +1,8 @@
 """Posteriors on a device that is not the CPU: the same answers, and few questions of the host.
 
 With a GPU at hand every scene runs there, in a process of its own: torch takes one kind of accelerator at a time.
-Without one, a device stands in whose tensors are told apart as a GPU's are (`tests/elsewhere.py`): what would fail there
-for tensors on two devices fails here, and each transfer is counted.
+Without one, a device stands in whose tensors are told apart as a GPU's are (`tests/elsewhere.py`): what would fail
+there for tensors on two devices fails here, and each transfer is counted.
 """
 
 from __future__ import annotations

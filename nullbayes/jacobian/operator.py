@@ -32,6 +32,8 @@ class RowOperator(ABC):
     processes: Processes | None = None
     #: those that project other samples with the same rows
     crowd: Crowd = ALONE
+    #: of a `subset`: the numbers of its rows among those it was taken from; None: all of them
+    chosen: Tensor | None = None
 
     @property
     def mine(self) -> RowOperator:
@@ -90,7 +92,9 @@ class RowOperator(ABC):
         keep = torch.randperm(self.shape[0], generator=generator)[:rows].sort().values
         unit = torch.zeros(len(keep), self.shape[0], dtype=self.dtype)
         unit[torch.arange(len(keep)), keep] = 1
-        return DenseOperator(self.rmatvec(unit.to(self.device)))
+        made = DenseOperator(self.rmatvec(unit.to(self.device)))
+        made.chosen = keep
+        return made
 
     def cross_gram(self, other: RowOperator) -> Tensor:
         """``A A'ᵀ`` with the rows of another operator over the same columns: ``(M, M')`` float64."""
@@ -153,7 +157,9 @@ class DenseOperator(RowOperator):
 
     def subset(self, rows: int, generator: torch.Generator) -> DenseOperator:
         keep = torch.randperm(self.shape[0], generator=generator)[:rows].sort().values
-        return DenseOperator(self.matrix[keep.to(self.device)])
+        made = DenseOperator(self.matrix[keep.to(self.device)])
+        made.chosen = keep
+        return made
 
 
 class JacobianOperator(RowOperator):
@@ -279,11 +285,24 @@ class JacobianOperator(RowOperator):
         if rows >= self.shape[0]:
             return self
         sizes = [block.examples for block in self.blocks]
-        parts = [
-            Part(self.blocks[i], start, start + count)
-            for i, start, count in chosen_parts(sizes, rows / self.shape[0], generator)
+        share = rows / self.shape[0]
+        chosen = list(chosen_parts(sizes, share, generator)) or [(0, 0, 1)]
+        return self.parts(chosen, self.starts)
+
+    def parts(
+        self, chosen: Sequence[tuple[int, int, int]], starts: Sequence[int]
+    ) -> JacobianOperator:
+        """Of some blocks so many examples from one on; ``starts``: the numbers of the blocks' first rows."""
+        made = JacobianOperator(
+            self.space, [Part(self.blocks[i], start, start + count) for i, start, count in chosen]
+        )
+        spans = [
+            torch.arange(start * width, (start + count) * width) + starts[i]
+            for i, start, count in chosen
+            for width in (self.blocks[i].cotangents,)
         ]
-        return JacobianOperator(self.space, parts or [Part(self.blocks[0], 0, 1)])
+        made.chosen = torch.cat(spans) if spans else torch.zeros(0, dtype=torch.long)
+        return made
 
     def cross_gram(self, other: RowOperator) -> Tensor:
         if not isinstance(other, JacobianOperator):

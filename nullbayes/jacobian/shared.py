@@ -19,7 +19,7 @@ from torch import Tensor
 from nullbayes.common.processes import Processes
 from nullbayes.errors import InputError
 from nullbayes.jacobian.block import Block
-from nullbayes.jacobian.block_storage import Openable, Part, replaced
+from nullbayes.jacobian.block_storage import Openable, replaced
 from nullbayes.jacobian.factors.base import Factor
 from nullbayes.jacobian.operator import JacobianOperator, RowOperator, Tick, chosen_parts
 
@@ -242,15 +242,17 @@ class SharedOperator(JacobianOperator):
         ours = self.others.rank
         where = [(s.owner, i) for s in self.stretches for i in s.blocks]
         sizes = [counts[rank][i] for rank, i in where]
-        parts, taken = [], 0
-        for which, start, count in chosen_parts(sizes, rows / self.shape[0], generator):
-            rank, i = where[which]
-            taken += count
-            if rank == ours:
-                parts.append(Part(self.blocks[i], start, start + count))
-        if not taken and ours == where[0][0]:
-            parts = [Part(self.blocks[0], 0, 1)]
-        return SharedOperator(JacobianOperator(self.space, parts), self.others)
+        chosen = list(chosen_parts(sizes, rows / self.shape[0], generator)) or [(0, 0, 1)]
+        own = [
+            (where[which][1], start, count)
+            for which, start, count in chosen
+            if where[which][0] == ours
+        ]
+        mine = self.mine.parts(own, self._starts())
+        made = SharedOperator(mine, self.others)
+        assert mine.chosen is not None
+        made.chosen = self.others.joined(mine.chosen, 0)
+        return made
 
     # -- products of rows --------------------------------------------------------------------------
 

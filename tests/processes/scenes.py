@@ -83,6 +83,8 @@ SOLVERS: dict[str, Callable[[float], Any]] = {
     "equilibrated": lambda t: CG(t, equilibrate=0.5),
     "kronecker": lambda t: CG(t, preconditioner="kronecker"),
     "subset": lambda t: CG(t, preconditioner=solvers.preconditioners.Subset(12)),
+    "scaled subset": lambda t: CG(t, 300, solvers.preconditioners.Subset(12), 0.5),
+    "scaled kronecker": lambda t: CG(t, 300, "kronecker", 0.5),
     "sketch": lambda t: CG(t, preconditioner="sketch"),
     "pivoted": lambda t: CG(t, preconditioner="pivoted"),
     "alternating": lambda t: solvers.AlternatingProjections(t, max_cycles=30, batch_rows=2 * BATCH),

@@ -101,17 +101,19 @@ class Together:
     """The processes among which audited examples are spread; None: this one has them all.
 
     Attributes:
-        before: how many of the examples are those of earlier processes.
+        places: which of all that are audited this process's examples are; empty: these are all.
     """
 
     processes: Processes | None = None
-    before: int = 0
+    places: Sequence[int] = ()
 
     def gathered(self, found: list[Measured]) -> list[Measured]:
         """What all processes have measured, in the order of the data."""
         if self.processes is None:
             return found
-        return [m for part in self.processes.gather(found) for m in part]
+        return sorted(
+            (m for part in self.processes.gather(found) for m in part), key=lambda m: m.number
+        )
 
     def total(self, count: int) -> int:
         """Summed over the processes."""
@@ -150,7 +152,8 @@ def audit_examples(
     started = time.perf_counter()
     examiner = _Examiner(question)
     found: list[Measured] = []
-    for place, (example, claim) in enumerate(zip(drawn, claims, strict=True), together.before):
+    places = together.places or range(len(drawn))
+    for place, example, claim in zip(places, drawn, claims, strict=True):
         if len(found) >= FEWEST and time.perf_counter() - started > seconds:
             break
         found.append(examiner.examine(example, place, claim))

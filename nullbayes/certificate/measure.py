@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -49,8 +50,12 @@ class GuaranteeCheck:
         processes: Processes | None = None,
         crowd: Crowd | None = None,
         known: Sequence[tuple[Tensor, Tensor] | None] = (),
+        places: Sequence[int] | None = None,
     ) -> None:
-        """``known``: outputs and their changes of the first of ``examples``, where rows say that (`row_changes`)."""
+        """``known``: outputs and their changes of the first of ``examples``, where rows say that (`row_changes`).
+
+        ``places``: for each of ``examples``, how many of all processes' come before it; None: these are all.
+        """
         #: those that hold the other samples
         self.crowd = crowd = crowd or ALONE
         #: those that hold the other examples; what is said is of all of them
@@ -75,13 +80,14 @@ class GuaranteeCheck:
         self.few: list[tuple[Inputs, Any]] = []
         own = sum(len(point) for point, _, _ in self.batches)
         before, self.examples = (0, own) if processes is None else processes.place(own)
-        room = max(0, sampled_examples(problem) - before)
-        for inputs, targets in examples:
+        if places is None:
+            sizes = (len(point) for point, _, _ in self.batches)
+            places = list(itertools.accumulate(sizes, initial=before))[:-1]
+        for (inputs, targets), place in zip(examples, places, strict=True):
             whole = batch_size(inputs)
-            size = min(room, whole)
+            size = min(max(0, sampled_examples(problem) - place), whole)
             if size:
                 self.few.append((take(inputs, 0, size), take(targets, 0, size, whole)))
-            room -= size
 
     def with_more(self, samples: Tensor) -> GuaranteeCheck:
         """The same examples under more samples ``(S', P)``; those left out stay with the samples that they had."""

@@ -35,7 +35,7 @@ def known_changes(
         effects: ``A Δ (S, M)``, by the rows that this process has.
     """
     wanted = samples.numel() >= FROM and not problem.preserve.numbered
-    first = getattr(rows.operator, "part", slice(0)).start or 0
+    own = rows.operator.own_span
     out: list[Changes | None] = []
     outputs = rows.checked_outputs or [None] * len(rows.checked)
     examples = zip(rows.checked, rows.checked_numbers, outputs, strict=True)
@@ -45,7 +45,7 @@ def known_changes(
         if not wanted or len(widths) != 1 or len(spans) != batch_size(inputs):
             out.append(None)
             continue
-        index = torch.tensor([range(s.start - first, s.stop - first) for s in spans])
+        index = torch.tensor([range(s.start, s.stop) for s in map(own, spans)])
         moved = effects[:, index.to(effects.device)]  # (S, B, C)
         out.append(_changes(problem, rows, (inputs, targets, point), moved, samples))
     return out

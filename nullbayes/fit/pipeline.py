@@ -267,8 +267,9 @@ class Fitting:
         problem, rows = self.problem, self.rows
         self.effects = rows.operator.mine.matvec(self.done.value)
         known = known_changes(problem, rows, self.stored, self.effects)
+        places, _ = rows.checked_places()
         check = GuaranteeCheck(
-            problem, rows.plan, rows.checked, self.stored, self.processes, self.crowd, known
+            problem, rows.plan, rows.checked, self.stored, self.processes, self.crowd, known, places
         )
         if self.settings.target.preserves:
             seen = [

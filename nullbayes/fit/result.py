@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -107,8 +108,8 @@ class Auditing:
         drawn: examples of all the data; ``spans``: by their numbers, the rows that each has among this process's.
         total, batches: how many examples are constrained, and in how many batches their rows were proved.
         reduced: what is audited less than usual, and why.
-        processes, before: those that audit the other examples, and how many of these come first.
-        relabelled: what to add to an example's number for the one that its rows were made under.
+        labels: by their numbers, those under which their rows were made.
+        processes: those that audit the other examples; ``places``: which of all that are audited these are.
     """
 
     drawn: list[Drawn]
@@ -116,9 +117,9 @@ class Auditing:
     total: int
     batches: int
     reduced: str | None
+    labels: dict[int, int]
+    places: Sequence[int]
     processes: Processes | None = None
-    before: int = 0
-    relabelled: int = 0
 
 
 @dataclass(frozen=True)

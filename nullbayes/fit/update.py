@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nullbayes.common.progress import AUDIT, ROWS, Laps, stages
 from nullbayes.constraints.training_rows import TrainingRows, capture_training
-from nullbayes.errors import InputError, NotFittedError
+from nullbayes.errors import NotFittedError
 from nullbayes.fit.pipeline import Fitting, check_undisturbed
 from nullbayes.fit.remarks import where_kept
 from nullbayes.fit.result import Fit, Run, Settings
@@ -52,15 +52,9 @@ def updated(fit: Fit, settings: Settings, loader: Iterable[Any], run: Run) -> Fi
         MemoryBudgetError: the rows and the solver do not fit the budget.
     """
     earlier = _earlier(fit)
-    if earlier.rows.operator.processes is not None:
-        raise InputError(
-            "`update` after a fit on several processes would put new rows among the earlier ones, behind those of each "
-            "process, while factorisation, left-out examples and audit go by the order of all data. Call `fit` on all "
-            "of the data; a `LayerNullSpacePosterior` takes updates on several processes."
-        )
     problem = earlier.rows.asked
     laps, before = Laps(), quick_digest(problem.functional.model)
-    budget = settings.memory or own_budget(problem.device, None)
+    budget = settings.memory or own_budget(problem.device, earlier.rows.operator.processes)
     memory = divided(settings, problem.space, run.num_samples, budget)
     with within(budget, memory), stages(show=run.progress) as stage:
         earlier.rows.plan.numbered = earlier.rows.examples

@@ -32,6 +32,8 @@ class RowOperator(ABC):
     processes: Processes | None = None
     #: those that project other samples with the same rows
     crowd: Crowd = ALONE
+    #: of a `subset`: the numbers of its rows among those it was taken from; None: all of them
+    chosen: Tensor | None = None
 
     @property
     def mine(self) -> RowOperator:
@@ -90,7 +92,9 @@ class RowOperator(ABC):
         keep = torch.randperm(self.shape[0], generator=generator)[:rows].sort().values
         unit = torch.zeros(len(keep), self.shape[0], dtype=self.dtype)
         unit[torch.arange(len(keep)), keep] = 1
-        return DenseOperator(self.rmatvec(unit.to(self.device)))
+        made = DenseOperator(self.rmatvec(unit.to(self.device)))
+        made.chosen = keep
+        return made
 
     def cross_gram(self, other: RowOperator) -> Tensor:
         """``A A'ᵀ`` with the rows of another operator over the same columns: ``(M, M')`` float64."""
@@ -109,6 +113,19 @@ class RowOperator(ABC):
     def own_rows(self, index: Tensor) -> Tensor:
         """Those of ``rows`` that this process holds, without asking the others."""
         return self.rows(index)
+
+    def own_span(self, span: slice) -> slice:
+        """Where rows that this process holds, by their numbers among all, are in products of ``mine``."""
+        return span
+
+    def own(self, values: Tensor) -> Tensor:
+        """This process's part of ``values (S, M)``."""
+        return values
+
+    @property
+    def turns(self) -> list[tuple[int, slice]]:
+        """All rows in their order, stretch by stretch: whose each is, and which of this process's rows that are."""
+        return [(0, slice(0, self.shape[0]))]
 
     @property
     def product_flops(self) -> float:
@@ -140,7 +157,9 @@ class DenseOperator(RowOperator):
 
     def subset(self, rows: int, generator: torch.Generator) -> DenseOperator:
         keep = torch.randperm(self.shape[0], generator=generator)[:rows].sort().values
-        return DenseOperator(self.matrix[keep.to(self.device)])
+        made = DenseOperator(self.matrix[keep.to(self.device)])
+        made.chosen = keep
+        return made
 
 
 class JacobianOperator(RowOperator):
@@ -181,6 +200,14 @@ class JacobianOperator(RowOperator):
         for block in self.blocks:
             out[block.where] = out.get(block.where, 0) + block.nbytes
         return out
+
+    def followed_by(self, more: JacobianOperator) -> JacobianOperator:
+        """These rows, and those of ``more`` behind them; nothing is copied."""
+        return JacobianOperator(self.space, [*self.blocks, *more.blocks])
+
+    def over(self, blocks: Sequence[Openable]) -> JacobianOperator:
+        """The same rows made of other ``blocks``, as many as this process has."""
+        return JacobianOperator(self.space, blocks)
 
     def move_out(self, room: int) -> None:
         """Keep no more than ``room`` bytes in memory, where the disk can take the rest."""
@@ -258,11 +285,24 @@ class JacobianOperator(RowOperator):
         if rows >= self.shape[0]:
             return self
         sizes = [block.examples for block in self.blocks]
-        parts = [
-            Part(self.blocks[i], start, start + count)
-            for i, start, count in chosen_parts(sizes, rows / self.shape[0], generator)
+        share = rows / self.shape[0]
+        chosen = list(chosen_parts(sizes, share, generator)) or [(0, 0, 1)]
+        return self.parts(chosen, self.starts)
+
+    def parts(
+        self, chosen: Sequence[tuple[int, int, int]], starts: Sequence[int]
+    ) -> JacobianOperator:
+        """Of some blocks so many examples from one on; ``starts``: the numbers of the blocks' first rows."""
+        made = JacobianOperator(
+            self.space, [Part(self.blocks[i], start, start + count) for i, start, count in chosen]
+        )
+        spans = [
+            torch.arange(start * width, (start + count) * width) + starts[i]
+            for i, start, count in chosen
+            for width in (self.blocks[i].cotangents,)
         ]
-        return JacobianOperator(self.space, parts or [Part(self.blocks[0], 0, 1)])
+        made.chosen = torch.cat(spans) if spans else torch.zeros(0, dtype=torch.long)
+        return made
 
     def cross_gram(self, other: RowOperator) -> Tensor:
         if not isinstance(other, JacobianOperator):
@@ -357,10 +397,14 @@ def chosen_parts(
 
 def check_block(block: Block, index: int) -> None:
     """Raise :class:`NonFiniteError` naming the parameters whose rows are not finite."""
-    for names, factor in block.factors.items():
-        if not all(bool(t.isfinite().all()) for t in factor.tensors()):
-            raise NonFiniteError(
-                f"the Jacobian rows of {list(names)} hold NaN or infinity (block {index}). "
-                "The outputs were finite, so a derivative overflowed: use float64 "
-                "(`model.double()`) or look for sqrt, log or division near zero."
-            )
+    finite = {
+        names: torch.stack([t.isfinite().all() for t in factor.tensors()]).all()
+        for names, factor in block.factors.items()
+    }
+    if not finite or bool(torch.stack(list(finite.values())).all()):
+        return
+    bad = next(names for names, good in finite.items() if not bool(good))
+    raise NonFiniteError(
+        f"the Jacobian rows of {list(bad)} hold NaN or infinity (block {index}). The outputs were finite, so a "
+        "derivative overflowed: use float64 (`model.double()`) or look for sqrt, log or division near zero."
+    )

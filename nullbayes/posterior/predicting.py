@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -199,7 +198,8 @@ class Predicts:
         """Which ``k`` inputs of ``pool`` to label next: their indices ``(k,)``, the most valuable first.
 
         Chosen one after the other, each given those before it, so that no two tell the same; from the stored samples
-        (their number bounds what they can tell apart: `draw` more for a large ``k``), and no label.
+        (their number bounds what they can tell apart: `draw` more for a large ``k``), and no label. Of several
+        processes each reads a part of a loader, and all get the same choice.
 
         Args:
             pool: inputs, or a loader or data set of which targets are left out; read in order, once.
@@ -212,17 +212,24 @@ class Predicts:
         """
         own = cast("Posterior", self)
         check_choice(criterion, CRITERIA, "criterion")
-        wanted, fit = check_count(k, "k"), own._fitted()
-        parts = _streamed(own, pool, None) if is_stream(pool) else iter([pool])
-        checked = (own._inputs(part, [0]) for part in parts)
-        first = next(checked, None)
-        assert first is not None  # an empty stream is an error already
-        features = Features.of(fit, own._capture_plan(first), itertools.chain([first], checked))
+        wanted = check_count(k, "k")
+        own._fitted()
+        if is_stream(pool):
+            with own._together("select") as processes:
+                features = self._features(_streamed(own, pool, processes), processes)
+        else:
+            features = self._features(iter([pool]), None)
         if len(features) < wanted:
             raise InputError(
                 f"`k` is {wanted}, but `pool` holds {len(features)} inputs; ask for fewer."
             )
         return select(features, wanted, criterion)[0]
+
+    def _features(self, parts: Iterator[Any], processes: Processes | None) -> Features:
+        """Of all inputs of a pool, of which ``parts`` are what this process reads."""
+        own = cast("Posterior", self)
+        checked = (own._inputs(part, [0]) for part in parts)
+        return Features.of(own._fitted(), own._capture_plan, checked, processes)
 
     @formerly_positional("score", "exact", "targets")
     def novelty(

@@ -34,6 +34,7 @@ from nullbayes.solvers.base import (
 )
 from nullbayes.solvers.block_cg import blocks
 from nullbayes.solvers.checkpoint import QUIET, Watch
+from nullbayes.solvers.norms import fetched
 from nullbayes.solvers.refinement import (
     DIRECT_PASSES,
     DualEquations,
@@ -355,10 +356,16 @@ class DualState(State):
         units[torch.arange(len(chosen), device=image.device), chosen] = 1.0
         inverse = self._solve(units)  # rows of K⁻¹: (k, M)
         weights = image @ inverse.T  # (S, k)
-        out, at = [], 0
+        own, at = [], 0
         for span in spans:
             size = span.stop - span.start
-            block = inverse[at : at + size, span]
+            own.append(inverse[at : at + size, span])
+            at += size
+        # Small matrices, one after the other, are the processor's; they are read at once.
+        weights, *own = fetched(weights, *own)
+        out, at = [], 0
+        for span, block in zip(spans, own, strict=True):
+            size = span.stop - span.start
             # At unit diagonal: rows of one example may differ by orders of magnitude. A row of zeros (of an example of
             # which the network is certain) has no entry, and no residual.
             diagonal = block.diagonal()

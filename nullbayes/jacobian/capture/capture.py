@@ -146,20 +146,28 @@ def check_places(
     places = [(r.site.batch_axis, list(r.site.names.values())) for r in records]
     places += [(u.site.axis, u.site.names) for u in uses]
     allowed = tolerance(functional.rounding, functional.device)
-    wrong: list[str] = []
-    for (axis, names), g in zip(places, grads, strict=True):
-        if g is not None and not _in_place(g, axis + 1, tags, allowed):
-            wrong += names
+    found = [
+        (names, _in_place(g, axis + 1, tags, allowed))
+        for (axis, names), g in zip(places, grads, strict=True)
+        if g is not None
+    ]
+    if not found:
+        return
+    right: list[bool] = torch.stack([good for _, good in found]).tolist()
+    wrong = [
+        name for (names, _), good in zip(found, right, strict=True) if not good for name in names
+    ]
     if wrong:
         raise Misplaced(wrong)
 
 
-def _in_place(g: Tensor, axis: int, tags: Tensor, allowed: float) -> bool:
+def _in_place(g: Tensor, axis: int, tags: Tensor, allowed: float) -> Tensor:
+    """Whether the examples are on that axis: a boolean without axes, on the device."""
     if g.ndim <= axis or g.shape[axis] % len(tags):
-        return False
+        return torch.zeros((), dtype=torch.bool, device=g.device)
     plain, tagged = g.movedim(axis, 1).unflatten(1, (len(tags), -1)).double()
     wanted = plain * tags.double().reshape(-1, *[1] * (plain.ndim - 1))
-    return float((tagged - wanted).norm()) <= allowed * float(wanted.norm())
+    return (tagged - wanted).norm() <= allowed * wanted.norm()
 
 
 def capture(

@@ -170,26 +170,24 @@ def _mismatches(functional: FunctionalModel, block: Block, truth: Tensor) -> lis
     All rows of a network of 100 million weights would take as much memory as its samples.
     """
     space = functional.space
-    apart, found = {slot.name: 0.0 for slot in space.slots}, set[str]()
+    away: dict[str, Tensor] = {}
     for factor in block.factors.values():  # each parameter is in one of them
         values, at = factor.rows(), 0
         for slot in factor.slots:
             theirs = truth[:, slot.start : slot.stop]
-            apart[slot.name] = float((values[:, at : at + slot.numel] - theirs).norm())
-            found.add(slot.name)
+            away[slot.name] = (values[:, at : at + slot.numel] - theirs).norm()
             at += slot.numel
         del values
     allowed = tolerance(functional.rounding)
     # A gradient that is zero in exact arithmetic (a key's bias under softmax) is pure rounding:
     # it is held against the whole row, not against itself.
-    floor = 10 * torch.finfo(truth.dtype).eps * float(truth.norm())
-    bad = []
+    floor = 10 * torch.finfo(truth.dtype).eps * truth.norm().double()
+    good = []
     for slot in space.slots:
-        size = float(truth[:, slot.start : slot.stop].norm())
-        away = apart[slot.name] if slot.name in found else size
-        if not away <= allowed * size + floor:
-            bad.append(slot.name)
-    return bad
+        size = truth[:, slot.start : slot.stop].norm()
+        good.append(away.get(slot.name, size).double() <= allowed * size.double() + floor)
+    told = torch.stack(good).tolist()  # of all parameters by one read
+    return [slot.name for slot, fine in zip(space.slots, told, strict=True) if not fine]
 
 
 def _repair(plan: CapturePlan, bad: list[str]) -> None:

@@ -185,7 +185,7 @@ class JacobianOperator(RowOperator):
         known = self._images.of(vectors)
         if known is not None:
             return known
-        out = vectors.new_zeros(len(vectors), self.shape[0])
+        out = torch.zeros(len(vectors), self.shape[0], dtype=self.dtype, device=vectors.device)
         if not len(vectors):  # such as the basis of rows that are all zero
             return out
         for kept, start in zip(self.blocks, self.starts, strict=False):

@@ -211,7 +211,7 @@ class _Walk:
 
     def _outputs(self, inputs: Inputs, where: str) -> tuple[Tensor, Tensor]:
         functional = self.fit.problem.functional
-        point, change = linearised_outputs(functional, self.plan, self.fit.unit, inputs, where)
+        point, change = linearised_outputs(functional, self.plan, self.fit.stored, inputs, where)
         return point, self.fit.crowd.joined(change)
 
     def add(self, inputs: Inputs, targets: Any, where: str) -> None:

@@ -62,7 +62,7 @@ def joint(scorer: Scorer, x: Inputs) -> Joint:
     outputs = check_size(scorer, x)
     fit, dtype = scorer.fit, scorer.problem.dtype
     if not factorised(scorer):
-        point, change = linearised_outputs(scorer.problem.functional, scorer.plan, fit.unit, x)
+        point, change = linearised_outputs(scorer.problem.functional, scorer.plan, fit.stored, x)
         flat = fit.crowd.joined(change).double().flatten(1)
         return Joint(point, (flat.T @ flat / (len(flat) * fit.alpha)).to(dtype))
     point, operator = output_operator(scorer, x, outputs)

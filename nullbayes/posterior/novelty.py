@@ -26,9 +26,9 @@ from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.linearise import (
     REVERSE_OUTPUTS_PER_SAMPLE,
     blaming_inputs,
-    first_output,
     forward_mode,
     output_rows,
+    output_shape,
 )
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.likelihood import Likelihood
@@ -65,12 +65,13 @@ class Scorer:
 
     @cached_property
     def isotropic(self) -> Tensor:
-        """Samples ``(S, P)`` in the coordinates of the rows, where the prior is isotropic."""
-        return self.problem.isotropic(self.fit.unit)
+        """Samples ``(S, P)``, as they are stored, in the coordinates of the rows, where the prior is isotropic."""
+        plain = self.problem.precision_by_name is None and self.problem.within is None
+        return self.fit.stored if plain else self.problem.isotropic(self.fit.unit)
 
     def outputs(self, x: Inputs) -> int:
         """Numbers in the output of one example."""
-        return first_output(self.problem.functional, x, "`x`").numel()
+        return output_shape(self.problem.functional, self.plan, x, "`x`").numel()
 
     def is_exact(self, outputs: int) -> bool:
         """What was asked for, or what costs little."""
@@ -96,7 +97,7 @@ class Scorer:
 
     def changes(self, x: Inputs) -> Tensor:
         """``J(x) Δ_s (S, B, *out)`` at prior precision one, sample by sample."""
-        found = forward_mode(self.problem.functional, self.plan, self.fit.unit, x)
+        found = forward_mode(self.problem.functional, self.plan, self.fit.stored, x)
         return self.fit.crowd.joined(found)
 
     def rows(
@@ -127,12 +128,7 @@ class Scorer:
         With another one the order of inputs would be another; `calibrate` shall not change the novelty of an input.
         One where the weights have no size.
         """
-        if self.problem.precision_by_name is not None:
-            return 1.0
-        size = float(self.problem.departure().double().square().sum())
-        certificate = self.fit.certificate
-        gamma = certificate.rank if certificate.gamma is None else certificate.gamma
-        return max(1, gamma) / size if size else 1.0
+        return self.fit.natural_precision
 
 
 # -- the scores ------------------------------------------------------------------------------------

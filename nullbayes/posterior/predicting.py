@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from nullbayes.common.deprecation import formerly_positional
 from nullbayes.common.processes import Processes
 from nullbayes.errors import InputError
 from nullbayes.fit.result import Fit
-from nullbayes.jacobian.linearise import linearised_outputs, sampled_outputs
+from nullbayes.jacobian.linearise import by_known_shapes, linearised_outputs, sampled_outputs
 from nullbayes.jacobian.shared import serve
 from nullbayes.likelihood.links import LINKS, linked
 from nullbayes.model.batch import Inputs
@@ -157,7 +158,7 @@ class Predicts:
             return point, fit.crowd.joined(outputs)
         plan = own._capture_plan(x)
         with torch.no_grad():
-            point, change = linearised_outputs(functional, plan, fit.unit, x, "`x`")
+            point, change = linearised_outputs(functional, plan, fit.stored, x, "`x`")
             change = fit.crowd.joined(change)
         if how.differentiable:
             point = point_with_graph(functional, x)
@@ -285,7 +286,8 @@ class Predicts:
         for draw in drawn:
             some = own.functional.keyed(x, [draw])
             scorer = Scorer(own._fitted(), own._capture_plan(some), exact)
-            values.append(ROW_SCORES[score](scorer, some, targets))
+            ask = partial(ROW_SCORES[score], scorer, some, targets)
+            values.append(by_known_shapes(scorer.plan, ask))
         return torch.stack(values).mean(0)
 
 

@@ -55,7 +55,7 @@ class Features:
 
 def _features(fit: Fit, plan: CapturePlan, x: Inputs) -> Tensor:
     functional, likelihood = fit.problem.functional, fit.problem.likelihood
-    point, change = linearised_outputs(functional, plan, fit.unit, x, "`pool`")
+    point, change = linearised_outputs(functional, plan, fit.stored, x, "`pool`")
     change = fit.crowd.joined(change)
     factor = expected_factor(likelihood, point).double().flatten(2)  # (C, B, D)
     change = change.double().flatten(2)  # (S, B, D)

@@ -75,7 +75,7 @@ class LookupFactor(Factor):
         step = max(1, products.chunk_elements() // max(1, index.numel() * self.dim))
         return torch.cat(
             [
-                torch.einsum("bctd,sbtd->sbc", self.g, some[:, index] * here)
+                torch.einsum("bctd,sbtd->sbc", self.g, some[:, index].to(self.g.dtype) * here)
                 for some in table.split(step)
             ]
         ).reshape(len(vectors), -1)

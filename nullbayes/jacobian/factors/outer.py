@@ -162,7 +162,8 @@ class OuterFactor(Factor):
             return self._matvec_copied(vectors)
         out = (self._matvec_rows if by_rows else self._matvec_in_place)(vectors)
         if self.bias is not None:
-            out.addmm_(vectors[:, self.bias.start : self.bias.stop], self._bias_rows().T)
+            shifts = vectors[:, self.bias.start : self.bias.stop].to(out.dtype)
+            out.addmm_(shifts, self._bias_rows().T)
         return out
 
     def rmatvec(self, weights: Tensor, out: Tensor) -> None:
@@ -223,12 +224,16 @@ class OuterFactor(Factor):
                     yield slice(n * c, (n + b) * c), columns, rows
 
     def _matvec_rows(self, vectors: Tensor) -> Tensor:
-        out = vectors.new_zeros(len(vectors), self.num_rows)
+        out = self.g.new_zeros(len(vectors), self.num_rows)
+        if self.num_rows <= sizes.FEW_ROWS:
+            for at, columns, rows in self._row_blocks(single=True):
+                out[:, at] += sizes.few_rows(vectors[:, columns], rows)
+            return out
         part, of = vectors, slice(0, 0)
         # One example's rows alone would read the vectors once for very few products.
         for at, columns, rows in self._row_blocks(single=self.cotangents >= ALONE):
             if columns != of:
-                part, of = vectors[:, columns].contiguous(), columns
+                part, of = vectors[:, columns].to(out.dtype).contiguous(), columns
             out[:, at] += product(part, rows)
         return out
 
@@ -245,12 +250,12 @@ class OuterFactor(Factor):
     def _joint(self, vectors: Tensor) -> Tensor:
         """The columns of this layer as matrices ``(G, S, O, I)``, the bias as the last input."""
         s, (g, o) = len(vectors), (self.groups, self.width_out)
-        w = vectors[:, self.weight.start : self.weight.stop]
+        w = vectors[:, self.weight.start : self.weight.stop].to(self.g.dtype)
         if self.transposed:
             return w.reshape(s, g, self.width_in, o).permute(1, 0, 3, 2)
         w = w.reshape(s, g, o, -1)
         if self.bias is not None:
-            b = vectors[:, self.bias.start : self.bias.stop].reshape(s, g, o, 1)
+            b = vectors[:, self.bias.start : self.bias.stop].reshape(s, g, o, 1).to(w.dtype)
             w = torch.cat([w, b], dim=-1)
         return w.transpose(0, 1)
 
@@ -302,14 +307,14 @@ class OuterFactor(Factor):
         self.settle()
         o, c = self.width_out, self.cotangents
         w = vectors[:, self.weight.start : self.weight.stop].unflatten(1, (o, -1))  # (S, O, I)
-        out = vectors.new_empty(len(vectors), self.num_rows)
+        out = self.g.new_empty(len(vectors), self.num_rows)
         start = 0
         for part in self.chunks(self.tokens * o):
             b = part.examples
             a, g = part._inputs.flatten(0, 2).contiguous(), part.g.reshape(b, c, -1)
             step = max(1, near_elements() // (len(a) * o))
             for k, some in zip(range(0, len(w), step), w.split(step), strict=True):
-                u = torch.stack([product(a, one) for one in some])  # (s, B*T, O)
+                u = torch.stack([product(a, one) for one in some.to(a.dtype)])  # (s, B*T, O)
                 y = torch.bmm(g, u.view(len(some), b, -1).permute(1, 2, 0))  # (B, C, s)
                 out[k : k + step, start : start + b * c] = y.permute(2, 0, 1).flatten(1)
             start += b * c

@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from nullbayes.common.crowd import ALONE, Crowd
 from nullbayes.common.processes import Processes
+from nullbayes.common.work import RowWork
 from nullbayes.errors import NonFiniteError
 from nullbayes.jacobian.block import Block
 from nullbayes.jacobian.block_storage import Openable, Part, moved_out
@@ -114,6 +116,13 @@ class RowOperator(ABC):
     def gram_flops(self) -> float:
         """Floating-point operations of ``A Aᵀ``, half of it by symmetry."""
         return float(self.shape[0] ** 2 * self.shape[1])
+
+    @property
+    def row_work(self) -> RowWork:
+        """What one row costs."""
+        m, p = max(1, self.shape[0]), float(self.shape[1])
+        pair = 2 * self.gram_flops / m**2
+        return RowWork(self.product_flops / m, pair, read=p, stored=p * self.dtype.itemsize)
 
 
 class DenseOperator(RowOperator):
@@ -272,6 +281,18 @@ class JacobianOperator(RowOperator):
                 parts.append(total)
         return torch.cat(parts)
 
+    def own_products(self) -> Tensor:
+        """Products of the rows of each example with one another: ``(B, C, C)`` float64."""
+        parts = []
+        for kept in self.blocks:
+            with kept.opened() as block:
+                shape = (block.examples, block.cotangents, block.cotangents)
+                total = torch.zeros(shape, dtype=torch.float64, device=self.device)
+                for factor in block.factors.values():
+                    total += factor.own_products()
+                parts.append(total)
+        return torch.cat(parts)
+
     def iter_rows(self, at_most: int) -> Iterator[Tensor]:
         for kept in self.blocks:
             step = max(1, at_most // kept.cotangents)
@@ -313,6 +334,22 @@ class JacobianOperator(RowOperator):
         with self.blocks[0].opened() as block:
             per_pair = sum(f.gram_flops_per_pair for f in block.factors.values())
         return per_pair * self.shape[0] ** 2 / 2
+
+    @cached_property
+    def row_work(self) -> RowWork:
+        if not self.blocks:
+            return RowWork()
+        with self.blocks[0].opened() as block:
+            factors, rows = list(block.factors.values()), max(1, block.num_rows)
+            return RowWork(
+                sum(f.product_flops for f in factors) / rows,
+                sum(f.gram_flops_per_pair for f in factors),
+                sum(f.written_flops for f in factors) / rows,
+                sum(f.captured_flops for f in factors) / rows,
+                sum(f.numbers_read for f in factors) / max(1, block.examples),
+                block.nbytes / rows,
+                len(factors),
+            )
 
     def check_finite(self) -> None:
         """Raise :class:`NonFiniteError` naming the parameters whose rows are not finite."""

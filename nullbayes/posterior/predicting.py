@@ -250,7 +250,8 @@ class Predicts:
                 prediction; ``"mutual_information"`` between label and weights; ``"loss"``: the epistemic
                 variance of each example's own loss, which costs one row however many outputs there are.
             exact: variance, information and share from the factorisation instead of the samples. None: where the
-                posterior was fitted here and it costs less than 3e8 operations an example.
+                posterior was fitted here and it takes at most twice as long, by the operations and bytes that are
+                counted, for one input and for 32.
             targets: for ``"loss"``; may be left out with a callable loss, which then gets the inputs.
         """
         check_choice(score, SCORES, "score")

@@ -352,6 +352,16 @@ class OuterFactor(Factor):
         return 2.0 * self.groups * min(costs)
 
     @property
+    def written_flops(self) -> float:
+        size = self.tokens * self.groups * self.width_out * self.width_in
+        return 2.0 * self.num_rows * size if self.gram_by_rows else 0.0
+
+    @property
+    def captured_flops(self) -> float:
+        size = self.tokens * self.groups * self.width_out * self.width_in
+        return 2.0 * self.examples * (1 + self.cotangents) * size
+
+    @property
     def written_rows_bytes(self) -> int | None:
         if not self.gram_by_rows:
             return None
@@ -361,6 +371,19 @@ class OuterFactor(Factor):
     @property
     def as_outer(self) -> OuterFactor | None:
         return self
+
+    def own_products(self) -> Tensor:
+        c, t, i, o = self.cotangents, self.tokens, self.width_in, self.width_out
+        if t * (i + c * c * o) * t > c * o * i * (t + c):  # cheaper from written-out rows
+            return super().own_products()
+        out = torch.zeros(self.examples, c, c, dtype=torch.float64, device=self.g.device)
+        for k in range(self.groups):
+            a, g = self.a[:, :, k].double(), self.g[:, :, :, k].double()  # (B, T, I), (B, C, T, O)
+            inputs = a @ a.mT
+            grads = g.flatten(1, 2) @ g.flatten(1, 2).mT
+            shaped = grads.view(-1, c, t, c, t).mul_(inputs[:, None, :, None])
+            out += shaped.sum((2, 4))
+        return out
 
     def squared_norms(self) -> Tensor:
         if self.tokens > 1:

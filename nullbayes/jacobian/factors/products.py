@@ -16,6 +16,8 @@ from nullbayes.model.parameters import Slot
 CHUNK_ELEMENTS = 64 * 2**20
 # Rows of a matrix that are added to another of a wider dtype at a time: adding them at once would make a copy in it.
 ADDED_ROWS = 256
+# Elements of a float64 copy that is read again at once: 2 MB.
+NEAR_DOUBLES = 2**18
 # Multiplications from which a matrix product is given to oneDNN, see `product`.
 ONEDNN_PRODUCT = 2**20
 # Rows up to which a product with vectors is as fast as these can be read: where they lie, then. With more, it pays to

@@ -1,21 +1,27 @@
 """What a posterior of a fine-tuned encoder costs: 22.7 million weights, or a low-rank adapter on them.
 
-    python -m benchmarks.language [--texts 8] [--samples 10] [--length 48]
+    python -m benchmarks.language [--texts 8] [--more 0] [--many 0] [--samples 10] [--length 48] [--before CHECKOUT]
 
 The encoder has the sizes of a small sentence transformer (vocabulary 30,522, width 384, six layers, twelve heads),
 random weights, four classes, texts of random tokens: time and memory do not depend on what it knows. Each fit is a
 fresh process with one thread. Seconds are those of its processor, so that what else runs on the machine does not count.
-Rows "as before" repeat products of the rows with the same vectors, sum squares in large pieces, capture the rows of the
-examples that the certificate looks at once more, multiply those of one example at a time, and look at as many
-examples as for small networks.
+
+``--before`` names a checkout of an earlier version, whose code then runs the same cases on ``--texts`` texts. As many
+as ``--more`` says are fitted with all weights, as ``--many`` says with an adapter.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import os
+import subprocess
+import sys
 import time
 import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +29,7 @@ from torch import Tensor, nn
 
 import nullbayes as nb
 from benchmarks import common
-from nullbayes.certificate import measure, row_changes
-from nullbayes.jacobian import images
-from nullbayes.jacobian.capture import checking
-from nullbayes.jacobian.factors import outer
-from nullbayes.solvers import norms
+from nullbayes.common.memory import peak_bytes
 
 SIZES = {
     "vocab_size": 30522,
@@ -39,13 +41,8 @@ SIZES = {
 }
 BATCH = 16
 SHORTEST = 16
-CASES = (
-    "all weights, as before",
-    "all weights",
-    "LoRA, r = 8, as before",
-    "LoRA, r = 8",
-    "LoRA, r = 8, bfloat16 base",
-)
+ALL, LORA, HALF_BASE = "all weights", "LoRA, r = 8", "LoRA, r = 8, bfloat16 base"
+HALF_SAMPLES = "all weights, samples in bfloat16"
 #: stages of a fit: those that make it, and those that judge it
 MAKE = ("Jacobian rows", "Gram matrix, QR", "prior precision", "factorisation", "projection")
 JUDGE = ("certificate", "audit")
@@ -87,29 +84,36 @@ def texts(count: int, length: int) -> list[dict[str, Tensor]]:
     return [{k: v[i : i + BATCH] for k, v in batch.items()} for i in range(0, count, BATCH)]
 
 
-def measured(case: str, count: int, samples: int, length: int) -> dict[str, Any]:
-    """One fit in this process: seconds of each stage, and of a forward pass."""
+@dataclass(frozen=True)
+class Case:
+    """One fit: what moves, of how many texts of how many tokens at most, and how many samples."""
+
+    name: str
+    texts: int
+    samples: int
+    length: int
+    before: bool = False
+
+
+def measured(case: Case) -> dict[str, Any]:
+    """The fit in this process: seconds of each stage, and of a forward pass."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    if case.endswith("before"):
-        images.FROM, norms._COLUMNS = 1 << 62, 1 << 20
-        row_changes.FROM, outer.ALONE = 1 << 62, 0
-        measure.LARGE = checking.LARGE = 1 << 62
     time.perf_counter = time.process_time  # stages by the processor's clock, in this process
-    model, data = encoder(), texts(count, length)
-    if "LoRA" in case:
-        model = with_lora(model.bfloat16() if "bfloat16" in case else model)
+    model, data = encoder(), texts(case.texts, case.length)
+    if "LoRA" in case.name:
+        model = with_lora(model.bfloat16() if case.name == HALF_BASE else model)
+    stored = {"sample_dtype": torch.bfloat16} if case.name == HALF_SAMPLES else {}
     started = time.process_time()
     with torch.no_grad():
         for batch in data:
             model(batch["input_ids"], attention_mask=batch["attention_mask"])
     forward, started = time.process_time() - started, time.process_time()
-    posterior = nb.NullSpacePosterior(model).fit(data, samples, progress=False)
+    posterior = nb.NullSpacePosterior(model).fit(data, case.samples, progress=False, **stored)
     total, certificate = time.process_time() - started, posterior.certificate
     return {
-        "case": case,
         "weights": certificate.parameters,
         "rows": certificate.constraints,
         "solver": certificate.solver,
@@ -117,7 +121,19 @@ def measured(case: str, count: int, samples: int, length: int) -> dict[str, Any]
         "forward": forward,
         "total": total,
         "stages": dict(certificate.stages),
+        "peak_bytes": peak_bytes(torch.device("cpu")),
     }
+
+
+def elsewhere(case: Case, checkout: Path) -> dict[str, Any]:
+    """:func:`measured` in a new process, with the library of ``checkout``."""
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    command = [sys.executable, str(Path(__file__).resolve()), "--one", json.dumps(asdict(case))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{case.name} failed in its own process: {done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return asdict(case) | found
 
 
 def table(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
@@ -126,22 +142,24 @@ def table(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
     lines = [
         "# Language models: what a fit costs",
         "",
-        f"An encoder with the sizes of a small sentence transformer, {options.texts} texts of {SHORTEST} to "
-        f"{options.length} tokens, four classes, {options.samples} samples. Processor seconds of one thread, each fit "
-        "in a process of its own; memory is the peak of the process, the encoder and its libraries included.",
-        f"`python -m benchmarks.language --texts {options.texts} --samples {options.samples} "
-        f"--length {options.length}`",
+        f"An encoder with the sizes of a small sentence transformer, texts of {SHORTEST} to {options.length} tokens "
+        f"padded to {options.length}, four classes, {options.samples} samples. Processor seconds of one thread, each "
+        "fit in a process of its own: on an idle machine no fit takes longer than that. Memory is the peak of the "
+        'process, the encoder and its libraries included. "Before" is an earlier version of the library.',
+        f"`python -m benchmarks.language --texts {options.texts} --more {options.more} --many {options.many} "
+        f"--samples {options.samples} --length {options.length} --before CHECKOUT`",
         "",
-        "| | weights that move | rows | one forward pass | fit | "
+        "| | texts | weights that move | rows | one forward pass | fit | "
         + " | ".join(names)
         + " | judged / made | peak GB |",
-        "|" + "---|" * (len(names) + 7),
+        "|" + "---|" * (len(names) + 8),
     ]
     for r in results:
         stages = r["stages"]
         made, judged = (sum(stages.get(n, 0.0) for n in part) for part in (MAKE, JUDGE))
         cells = [
-            r["case"],
+            r["name"] + (", before" if r["before"] else ""),
+            str(r["texts"]),
             f"{r['weights']:,}",
             str(r["rows"]),
             f"{r['forward']:.1f} s",
@@ -154,19 +172,39 @@ def table(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
     return "\n".join(lines) + "\n"
 
 
+def cases(options: argparse.Namespace) -> list[Case]:
+    size = (options.samples, options.length)
+    out = []
+    for name in (ALL, HALF_SAMPLES, LORA, HALF_BASE):
+        if options.before is not None:
+            out.append(Case(name, options.texts, *size, before=True))
+        out.append(Case(name, options.texts, *size))
+    out += [Case(LORA, options.many, *size)] if options.many else []
+    out += [Case(ALL, options.more, *size)] if options.more else []
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--texts", type=int, default=8)
+    parser.add_argument("--more", type=int, default=0)
+    parser.add_argument("--many", type=int, default=0)
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--length", type=int, default=48)
+    parser.add_argument("--before", type=Path)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    results = []
-    for case in CASES:
-        size = (options.texts, options.samples, options.length)
-        results.append(common.fresh_process(measured, case, *size))
+    if options.one:
+        print(json.dumps(measured(Case(**json.loads(options.one)))))
+        return
+    here, results = Path(__file__).resolve().parent.parent, []
+    asked = {k: v for k, v in vars(options).items() if k not in ("before", "one")}
+    for case in cases(options):
+        results.append(elsewhere(case, options.before if case.before else here))
         print(results[-1], flush=True)
-    found = {"results": results, "options": vars(options), "environment": common.environment()}
-    print(common.write_results("language", found, table(results, options)))
+        found = {"results": results, "options": asked, "environment": common.environment()}
+        written = common.write_results("language", found, table(results, options))
+    print(written)
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def curve(path: str, options: argparse.Namespace) -> dict[str, Any]:
         # The evidence's prior precision of these samples, had the fit ended here.
         alpha = (1 - kept) * operator.shape[1] / norm
         check = GuaranteeCheck(posterior.problem, end.plan, [(batches[0][0], batches[0][1])], unit)
-        posterior._fit = replace(end, unit=unit, alpha=alpha)
+        posterior._fit = replace(end, stored=unit, alpha=alpha)
         rows.append(
             {
                 "seconds": at,

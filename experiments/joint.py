@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 import nullbayes as nb
+from benchmarks.networks import Residual
+from experiments import shifts
 from experiments.detection import tabular
+from experiments.layers.sequences import VOCABULARY, Encoder, docstring_splits
 from experiments.networks import identity
 from experiments.runner import Job
 from experiments.store import Key
-from experiments.tables import Column, Page, Row, at
-from experiments.tasks import digits_network, lenet, mlp
+from experiments.tasks import digits_network, lenet, mlp, small_resnet
 from nullbayes import datasets
 from nullbayes.datasets import Split
 from nullbayes.demo.models import seeded
@@ -27,23 +31,33 @@ from nullbayes.metrics import classification_metrics
 
 NAME = "joint"
 TITLE = "Joint predictions"
-VERSION = 1
-TASKS = ("breast cancer", "schools", "weather", "digits", "clothes")
-IMAGES = ("digits", "clothes")
+VERSION = 2
+IMAGES = ("digits", "clothes", "clothes, residual")
+TASKS = ("breast cancer", "schools", "weather", *IMAGES, "texts")
+#: Tables on which ways to set the prior are compared before the tasks above are looked at.
+TUNING = ("cars", "travel", "wine")
 SEEDS = {"small": 2, "full": 10}
 TRAIN = 300  # images; of tables at most
 SAMPLES, MEMBERS = 50, 5
 GROUPS, LABELS = 1000, 10
+WEAKER = 300  # test inputs that are corrupted, five times each
+WORDS_CHANGED = (0.1, 0.2, 0.3, 0.4, 0.5)
+SPREADS = (0.25, 0.5, 1.0, 1.5, 2.0)  # of noise in tables, in standard deviations of a column
+#: Factors on the samples' spread that are tried where the prior is tuned by joint NLL.
+WIDTHS = tuple(10 ** (k / 8) for k in range(-16, 17))
 RECIPE = Recipe(epochs=60, batch_size=32, learning_rate=3e-3)
 TITLES = {
+    "guess": "functions that guess (no network)",
     "network": "network",
     "temperature": "network, temperature",
     "last-layer laplace": "last-layer Laplace",
     "laplace": "Laplace, all weights",
+    "laplace, joint": "Laplace, all weights, prior tuned by joint NLL",
     "null": "null space, by evidence",
     "null, prior": "null space, prior tuned (`calibrate` as it is)",
+    "null, joint": "null space, prior tuned by joint NLL",
     "null, temperature": "null space, temperature tuned",
-    "null, two layers": "null space, last two layers, by evidence",
+    "null, two layers": "null space, last two layers or last block, by evidence",
     "null, last layer": "null space, last layer, by evidence",
     "layers": "layer null space, by the guarantee",
     "layers, prior": "layer null space, prior tuned",
@@ -56,43 +70,90 @@ WORDS = (
     "log of the joint probability of the ten by a label, 1,000 groups; one network multiplies its marginals. "
     "Shifted: images rotated by 45 degrees, columns of tables with Gaussian noise of one standard deviation. 300 "
     "images or rows for training, others for tuning (temperature, prior precision), others again are measured. "
-    "50 samples. Digits: two convolutions; clothes: LeNet; tables: two hidden layers of 50 tanh units."
+    "50 samples. Digits: two convolutions; clothes: LeNet, and a residual network with BatchNorm; tables: two hidden "
+    "layers of 50 tanh units; texts: one transformer layer over 40 words, shifted by other words in place of 30 % of "
+    "them. Five strengths: of Gaussian noise, blur and contrast (images), of noise (tables), of words replaced (texts)."
 )
+
+
+Draws = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a network is trained on, tuned on and judged on; ``shifted`` has the labels of ``test``."""
+    """What a network is trained on, tuned on and judged on; ``shifted`` has the labels of ``test``.
+
+    ``corrupted``: by kind, at five strengths, the first of the test inputs.
+    """
 
     train: Split
     validation: Split
     test: Split
     shifted: Tensor
     build: Callable[[float], nn.Module]
+    corrupted: dict[str, list[Tensor]]
 
 
 def make(name: str, seed: int) -> Data:
     if name in IMAGES:
-        if name == "digits":
-            found: Any = datasets.digits(train=TRAIN, validation=300, seed=seed)
-            build: Any = lambda rate: digits_network(10, rate)  # noqa: E731
-        else:
-            found = datasets.fashion_mnist(train=TRAIN, validation=300, test=1000, seed=seed)
-            build = lambda rate: lenet(10, rate)  # noqa: E731
-        shifted = datasets.rotated(found.test.inputs, 45.0)
-        return Data(found.train, found.validation, found.test, shifted, build)
+        return _images(name, seed)
+    return _texts(seed) if name == "texts" else _table(name, seed)
+
+
+def _images(name: str, seed: int) -> Data:
+    found: Any
+    if name == "digits":
+        found = datasets.digits(train=TRAIN, validation=300, seed=seed)
+    else:
+        found = datasets.fashion_mnist(train=TRAIN, validation=300, test=1000, seed=seed)
+    residual = functools.partial(small_resnet, 10, widths=(8, 16, 32))
+    builds: dict[str, Callable[[float], nn.Module]] = {
+        "digits": functools.partial(digits_network, 10),
+        "clothes": functools.partial(lenet, 10),
+        "clothes, residual": residual,
+    }
+    some = found.test.inputs[:WEAKER]
+    strengths = {"noise": shifts.NOISE, "blur": shifts.BLUR, "contrast": shifts.CONTRAST}
+    corrupted = {
+        kind: [shifts.SHIFTS[kind][0](some, strength, seed) for strength in every]
+        for kind, every in strengths.items()
+    }
+    shifted = datasets.rotated(found.test.inputs, 45.0)
+    return Data(found.train, found.validation, found.test, shifted, builds[name], corrupted)
+
+
+def _table(name: str, seed: int) -> Data:
     parts = tabular.shifted(name, seed)
     width, classes = parts.train.inputs.shape[1], int(parts.train.targets.max()) + 1
     noise = torch.randn(parts.test.inputs.shape, generator=torch.Generator().manual_seed(seed))
     whole = parts.train
     some = replace(whole, inputs=whole.inputs[:TRAIN], targets=whole.targets[:TRAIN])
+    x = parts.test.inputs
     return Data(
         some,
         parts.validation,
         parts.test,
-        parts.test.inputs + noise,
+        x + noise,
         lambda rate: mlp(width, classes, rate, dtype=torch.float32),
+        {"noise": [(x + spread * noise)[:WEAKER] for spread in SPREADS]},
     )
+
+
+def _texts(seed: int) -> Data:
+    """Docstrings by what they are about, with no subject held out."""
+    found = docstring_splits(seed, None)
+    splits, classes = found.splits, found.classes
+    train, validation, test = splits[0][:TRAIN], splits[1][:300], splits[2][:1000]
+
+    def replaced(x: Tensor, share: float) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        other = torch.randint(2, VOCABULARY, x.shape, generator=generator).to(x)
+        which = (torch.rand(x.shape, generator=generator) < share) & (x > 0)
+        return torch.where(which, other, x)
+
+    x = test.inputs
+    corrupted = {"words": [replaced(x[:WEAKER], share) for share in WORDS_CHANGED]}
+    return Data(train, validation, test, replaced(x, 0.3), lambda rate: Encoder(classes), corrupted)
 
 
 def jobs(
@@ -102,9 +163,8 @@ def jobs(
     config = {"version": VERSION, "train": TRAIN, "samples": SAMPLES}
     return [
         Job(Key(NAME, setting, seed, name), config, measure_job, (name, seed))
-        for tasks in (TASKS[:3], TASKS[3:])  # the quick ones first
         for seed in range(SEEDS[setting])
-        for name in tasks
+        for name in (*TUNING, *TASKS)
     ]
 
 
@@ -126,7 +186,53 @@ def measure_job(name: str, seed: int) -> dict[str, Any]:
             for part, x in (("clean", data.test.inputs), ("shifted", data.shifted)):
                 p = (draws(x) / temperature).double().softmax(2)
                 found[part] = figures(p, data.test.targets, seed)
+            found["strengths"] = by_strength(draws, temperature, data, seed)
             out["methods"][key] = found
+    classes = int(max(split.targets.max() for split in (data.train, data.test))) + 1
+    out["methods"]["guess"] = guessed(data.test.targets, classes, seed)
+    return out
+
+
+def guessed(targets: Tensor, classes: int, seed: int) -> dict[str, Any]:
+    """Of functions that give each input one label, any of them alike: what a joint NLL is without any knowledge.
+
+    A group with two different inputs has the probability ``classes⁻²``, so that wide posteriors gain in this measure
+    by being consistent alone.
+    """
+
+    def on(some: Tensor) -> dict[str, float]:
+        anchors, which = groups(len(some), seed)
+        used = anchors.gather(1, which)
+        distinct = 1 + (used.amin(1) != used.amax(1)).double()
+        logs = torch.tensor(float(classes)).log()
+        return {
+            "nll": float(logs), "ece": 0.0, "accuracy": 1 / classes,
+            "joint": float(distinct.mean() * logs) / LABELS,
+        }  # fmt: skip
+
+    weaker = on(targets[:WEAKER])
+    return {
+        "seconds": 0.0, "temperature": 1.0, "clean": on(targets), "shifted": on(targets),
+        "strengths": dict.fromkeys("12345", weaker),
+    }  # fmt: skip
+
+
+def groups(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Two inputs of each group ``(GROUPS, 2)``, and which of them each label is of ``(GROUPS, LABELS)``."""
+    generator = torch.Generator().manual_seed(seed)
+    anchors = torch.randint(0, count, (GROUPS, 2), generator=generator)
+    return anchors, torch.randint(0, 2, (GROUPS, LABELS), generator=generator)
+
+
+def by_strength(draws: Draws, temperature: float, data: Data, seed: int) -> dict[str, Any]:
+    """Figures at strengths 1 to 5, means over the kinds of corruption."""
+    out: dict[str, Any] = {}
+    for level in range(5):
+        each = []
+        for inputs in data.corrupted.values():
+            p = (draws(inputs[level]) / temperature).double().softmax(2)
+            each.append(figures(p, data.test.targets[:WEAKER], seed))
+        out[str(level + 1)] = {k: statistics.fmean(f[k] for f in each) for k in each[0]}
     return out
 
 
@@ -134,9 +240,7 @@ def figures(p: Tensor, targets: Tensor, seed: int) -> dict[str, float]:
     """NLL, ECE and accuracy of the mean of ``p (S, N, O)``, and the joint NLL by a label."""
     found = classification_metrics(p.mean(0), targets)
     own = p[:, torch.arange(len(targets)), targets].clamp(min=1e-300).log()  # (S, N)
-    generator = torch.Generator().manual_seed(seed)
-    anchors = torch.randint(0, len(targets), (GROUPS, 2), generator=generator)
-    which = torch.randint(0, 2, (GROUPS, LABELS), generator=generator)
+    anchors, which = groups(len(targets), seed)
     joint = own[:, anchors.gather(1, which)].sum(2).logsumexp(0) - torch.tensor(len(p)).log()
     return {
         **{k: float(found[k]) for k in ("nll", "ece", "accuracy")},
@@ -144,17 +248,13 @@ def figures(p: Tensor, targets: Tensor, seed: int) -> dict[str, float]:
     }
 
 
-Draws = Callable[[Tensor], Tensor]
-
-
 def methods(network: nn.Module, data: Data, seed: int) -> dict[str, tuple[Draws, float, float]]:
     """By key: output draws ``(S, N, O)``, the temperature, seconds to fit."""
     pairs = (data.train.inputs, data.train.targets)
     check = (data.validation.inputs, data.validation.targets)
-    names = [name for name, _ in network.named_parameters()]
     makers: dict[str, Callable[[], Any]] = {
         "null": lambda: nb.NullSpacePosterior(network),
-        "null, two layers": lambda: nb.NullSpacePosterior(network, parameters=names[-4:]),
+        "null, two layers": lambda: nb.NullSpacePosterior(network, parameters=last_block(network)),
         "null, last layer": lambda: nb.NullSpacePosterior(network, parameters="last-layer"),
         "laplace": lambda: nb.LaplacePosterior(network),
         "last-layer laplace": lambda: nb.LaplacePosterior(network, parameters="last-layer"),
@@ -169,14 +269,19 @@ def methods(network: nn.Module, data: Data, seed: int) -> dict[str, tuple[Draws,
         own = pairs[0] if key == "layers" else pairs
         posterior = build().fit(own, SAMPLES, progress=False)
         seconds = time.perf_counter() - started
-        out[key] = (_of_posterior(posterior, posterior.prior_precision), 1.0, seconds)
+        alpha = posterior.prior_precision
+        own_draws = _of_posterior(posterior)
+        out[key] = (own_draws, 1.0, seconds)
+        if key in ("null", "laplace"):
+            width = widened(own_draws, check, seed)
+            out[f"{key}, joint"] = (spread(own_draws, width), 1.0, seconds)
         if key in ("null", "layers"):
-            alpha = posterior.prior_precision
             heat = posterior.calibrate(check, tune="temperature", progress=False).chosen_temperature
-            out[f"{key}, temperature"] = (_of_posterior(posterior, alpha), heat, seconds)
+            out[f"{key}, temperature"] = (own_draws, heat, seconds)
             posterior.calibrate(check, tune="prior", progress=False)
-            new = posterior.prior_precision
-            out[f"{key}, prior"] = (_of_posterior(posterior, new), 1.0, seconds)
+            width = (alpha / posterior.prior_precision) ** 0.5
+            posterior.prior_precision = alpha
+            out[f"{key}, prior"] = (spread(own_draws, width), 1.0, seconds)
     started = time.perf_counter()
     members = [network, *(trained(data, 1000 * (i + 1) + seed) for i in range(MEMBERS - 1))]
     several = _of_networks(members)
@@ -184,6 +289,17 @@ def methods(network: nn.Module, data: Data, seed: int) -> dict[str, tuple[Draws,
     out["ensemble"] = (several, 1.0, seconds)
     out["ensemble, temperature"] = (several, tuned(several, check), seconds)
     return out
+
+
+def last_block(network: nn.Module) -> list[str]:
+    """Names of the weights of the last two layers; of networks made of blocks, of the last block and the head."""
+    names = [name for name, _ in network.named_parameters()]
+    if isinstance(network, Encoder):
+        return [n for n in names if n.startswith(("mix.linear", "mix.norm2", "head"))]
+    blocks = [name for name, module in network.named_modules() if isinstance(module, Residual)]
+    if blocks:
+        return names[names.index(next(n for n in names if n.startswith(f"{blocks[-1]}."))) :]
+    return names[-4:]
 
 
 def _of_networks(networks: Sequence[nn.Module]) -> Draws:
@@ -194,15 +310,45 @@ def _of_networks(networks: Sequence[nn.Module]) -> Draws:
     return draws
 
 
-def _of_posterior(posterior: Any, alpha: float) -> Draws:
+def _of_posterior(posterior: Any) -> Draws:
+    """At the prior precision that it has now, with mirror images, as predictions are; computed once for each input."""
+    alpha, known = posterior.prior_precision, dict[int, tuple[Tensor, Tensor]]()
+
     def draws(x: Tensor) -> Tensor:
-        posterior.prior_precision = alpha
-        parts = [posterior.predict(part, method="linearised") for part in x.split(250)]
-        outputs = torch.cat([part.outputs for part in parts], 1)
-        point = torch.cat([part.point for part in parts])
-        return torch.cat([outputs, 2 * point - outputs])  # with mirror images, as predictions are
+        if id(x) not in known:
+            before, posterior.prior_precision = posterior.prior_precision, alpha
+            parts = [posterior.predict(part, method="linearised") for part in x.split(250)]
+            posterior.prior_precision = before
+            outputs = torch.cat([part.outputs for part in parts], 1)
+            point = torch.cat([part.point for part in parts])
+            known[id(x)] = x, torch.cat([outputs, 2 * point - outputs])  # x: its id stays its own
+        return known[id(x)][1]
 
     return draws
+
+
+def spread(draws: Draws, width: float) -> Draws:
+    """The same samples about their mean, which is the network's output, ``width`` times as far from it."""
+
+    def wider(x: Tensor) -> Tensor:
+        outputs = draws(x)
+        point = outputs.mean(0)
+        return point + width * (outputs - point)
+
+    return wider
+
+
+def widened(draws: Draws, check: tuple[Tensor, Tensor], seed: int) -> float:
+    """The factor on the samples' spread with the lowest joint NLL on validation data; the prior precision by its
+    square."""
+    outputs = draws(check[0]).double()
+    point = outputs.mean(0)
+
+    def joint(width: float) -> float:
+        p = (point + width * (outputs - point)).softmax(2)
+        return figures(p, check[1], seed)["joint"]
+
+    return min(WIDTHS, key=joint)
 
 
 def tuned(draws: Draws, check: tuple[Tensor, Tensor]) -> float:
@@ -217,41 +363,9 @@ def tuned(draws: Draws, check: tuple[Tensor, Tensor]) -> float:
     return min(tried, key=nll)
 
 
-def _seeds(runs: Sequence[dict[str, Any]]) -> str:
-    counts = {task: sum(r["result"]["task"] == task for r in runs) for task in TASKS}
-    return "Seeds: " + ", ".join(f"{task} {n}" for task, n in counts.items() if n) + "."
-
-
 def report(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
-    """A table a measure, tasks as columns; means over tasks last."""
-    if not runs:
-        return
-    page = Page(NAME, f"{TITLE} ({setting})")
-    page.say(WORDS, f"{_seeds(runs)} † trains more networks than one.")
-    tables = (
-        ("joint", "clean", "Joint NLL by a label"),
-        ("joint", "shifted", "Joint NLL by a label, shifted"),
-        ("nll", "clean", "NLL"),
-        ("nll", "shifted", "NLL, shifted"),
-        ("ece", "clean", "ECE"),
-        ("ece", "shifted", "ECE, shifted"),
-        ("accuracy", "clean", "Accuracy"),
-    )
-    seeds = sorted({run["seed"] for run in runs})
-    for measure, part, title in tables:
-        better = 1 if measure == "accuracy" else -1
-        columns = [
-            Column(task, at(task, part, measure), better, 3)
-            for task in TASKS
-            if any(r["result"]["task"] == task for r in runs)
-        ]
-        rows = []
-        for key, words in TITLES.items():
-            found = [
-                {"seed": s}
-                | {r["result"]["task"]: r["result"]["methods"][key] for r in runs if r["seed"] == s}
-                for s in seeds
-            ]
-            rows.append(Row(words, found))
-        page.table(title, rows, columns, first="method")
-    page.write(folder, runs)
+    """``joint.md`` and ``.json``; nothing where there are no runs."""
+    from experiments.joint_tables import write
+
+    if runs:
+        write(setting, runs, folder)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.store import RESULTS, ROOT
@@ -29,6 +30,7 @@ PAGES = (
             "detection",
             "layers",
             "joint",
+            "language",
             "ablations",
             "method",
         )
@@ -37,21 +39,48 @@ PAGES = (
 PICTURES = "pictures"  # folder of copied figures, beside the page
 MARKER = re.compile(r"(<!-- begin (?P<what>[^\n]*?) -->\n)(?P<old>.*?)(<!-- end -->)", re.DOTALL)
 #: Pages whose long tables are shown whole: ours and all rivals.
-WHOLE = ("detection", "layers")
+WHOLE = ("detection", "layers", "language")
 ALSO_SHOWN = "null-space, by evidence"
 LONG = 16  # rows of a table from which on it is shortened
-# The one table of the README: tables of the overview, and which of their rows.
-BRIEF_QUESTIONS = ("NLL", "NLL under shift", "AUROC")
-BRIEF_METHODS = (
-    "point estimate",
-    "temperature scaling",
-    "last-layer Laplace",
-    "Kronecker Laplace",
-    "full Laplace",
-    "ensemble of 5, tuned temperature",
-    "null-space",
-    ALSO_SHOWN,
-)
+
+
+@dataclass(frozen=True)
+class Brief:
+    """A table of the README: sections of a page of results by the name of the measure, and which of their rows."""
+
+    measures: dict[str, str]
+    methods: tuple[str, ...]
+
+
+BRIEFS = {
+    "overview": Brief(
+        {"NLL": "NLL", "NLL under shift": "NLL under shift"},
+        (
+            "point estimate",
+            "temperature scaling",
+            "last-layer Laplace",
+            "Kronecker Laplace",
+            "full Laplace",
+            "ensemble of 5, tuned temperature",
+            "null-space",
+            ALSO_SHOWN,
+        ),
+    ),
+    "detection": Brief(
+        {"AUROC": "Overview"},
+        (
+            "null space",
+            "layer null space",
+            "max-softmax",
+            "energy",
+            "Mahalanobis",
+            "KNN",
+            "ViM",
+            "DDU",
+            "nearest input",
+        ),
+    ),
+}
 
 
 def update(page: Path, results: Path = RESULTS) -> None:
@@ -118,16 +147,17 @@ def brief(lines: list[str], source: Path) -> str:
     The cells are the source's, bold face included: the best of all methods, shown here or not.
     """
     out: list[str] = []
-    for title in BRIEF_QUESTIONS:
+    wanted = BRIEFS[source.stem]
+    for measure, title in wanted.measures.items():
         _, table = section(lines, title, source)
         out = out or [f"| measure {table[0]}", f"|---{table[1]}"]
-        rows = {row.split("|")[1].strip(" *†"): row for row in table[2:]}
-        for method in BRIEF_METHODS:
+        rows = {row.split("|")[1].strip(" *†‡"): row for row in table[2:]}
+        for method in wanted.methods:
             if method not in rows:
                 raise ValueError(f"{source}, {title!r}, has no row {method!r}.")
             cells = rows[method].split("|")
             cells[1] = cells[1].replace("**", "")
-            out.append(f"| {title} {'|'.join(cells)}")
+            out.append(f"| {measure} {'|'.join(cells)}")
     return "\n".join(out)
 
 

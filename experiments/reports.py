@@ -20,6 +20,10 @@ OURS_DECLARED = (
 )
 
 
+#: Methods with a setting that was settled on the very images that a table shows.
+HINDSIGHT = ("null_part", "null_part_outputs")
+
+
 def variant_rows(runs: Sequence[dict[str, Any]]) -> dict[str, Row]:
     """Every variant of every method, in the order of the tables; figures carry what belongs to the method."""
     found = by_method(runs)
@@ -30,6 +34,7 @@ def variant_rows(runs: Sequence[dict[str, Any]]) -> dict[str, Row]:
         for key in keys:
             flat = [flattened(run, key) for run in mine if key in run["result"]["variants"]]
             mark = "" if flat[0]["single_network"] else " †"
+            mark += " ‡" if method in HINDSIGHT else ""
             bold = "**" if flat[0]["headline"] else ""
             out[key] = Row(f"{bold}{flat[0]['title']}{bold}{mark}", flat)
     return out
@@ -248,8 +253,8 @@ def about(runs: Sequence[dict[str, Any]], scale: Scale, command: str) -> str:
         f"AdamW, {recipe.epochs} epochs, batches of {recipe.batch_size}, learning rate {recipe.learning_rate:g}, "
         f"cosine schedule, weight decay {recipe.weight_decay:g}. ECE and MCE: 15 equal bins of the top class; "
         "above chance: less the mean ECE of labels drawn from the same probabilities. In bold: "
-        f"the best of a column, and the variant that stands for each method; †: more than one network. "
-        + provenance(where, ", ".join(commits), command)
+        "the best of a column, and the variant that stands for each method; †: more than one network; ‡: a setting "
+        "chosen in hindsight, on these images. " + provenance(where, ", ".join(commits), command)
     )
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import itertools
 import multiprocessing
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +33,7 @@ class Job:
     function: Callable[..., dict[str, Any]]
     args: tuple[Any, ...] = ()
     keep: bool = True  # False: made for later jobs (a trained network), no row of a table
+    after: Key | None = None  # a job that makes what this one needs too (a trained network)
 
 
 @dataclass
@@ -43,10 +43,15 @@ class Outcome:
     runs: list[dict[str, Any]] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    stopped: list[str] = field(default_factory=list)  # for want of time
 
 
 class Unavailable(Exception):
     """A method needs a package that is not installed; the message says how to get it."""
+
+
+class OutOfTime(Exception):
+    """A job was ended, or not begun, because the time of the run was over."""
 
 
 def run(
@@ -57,6 +62,7 @@ def run(
     fresh: bool = True,
     resume: bool = True,
     workers: int = 1,
+    seconds: float | None = None,
 ) -> Outcome:
     """Do ``jobs`` in order; what ``store`` holds already is taken from there.
 
@@ -65,19 +71,31 @@ def run(
     Args:
         fresh: a process for each job, so that its peak memory is its own. False: here, one after the other.
         resume: False: do everything again.
-        workers: processes at a time. Networks are trained before the methods that need them.
+        workers: processes at a time. A job begins when what it needs is made, see :func:`needs`.
+        seconds: how long the run may take. What is then at work is ended, and done by the next run.
     """
     console = console or Console(stderr=True)
     outcome, clock = Outcome(), Clock(jobs, store)
+    until = None if seconds is None else time.monotonic() + seconds
 
     def one(number: int, job: Job) -> None:
         record = store.get(job.key, job.config) if resume else None
+        if record is None and until is not None and time.monotonic() > until:
+            outcome.stopped.append(str(job.key))
+            return
         where = f"[{number + 1}/{len(jobs)}] {job.key}"
         started, spent = time.perf_counter(), 0.0
         if record is None:
             say(console, f"{where} … {clock.left(number, workers)} left")
             try:
-                result = isolated(job.function, *job.args) if fresh else job.function(*job.args)
+                result = (
+                    isolated(job.function, *job.args, until=until)
+                    if fresh
+                    else job.function(*job.args)
+                )
+            except OutOfTime:
+                outcome.stopped.append(str(job.key))
+                return
             except Unavailable as missing:
                 outcome.skipped[job.key.method] = str(missing)
                 say(console, f"{where}: skipped. {missing}")
@@ -97,19 +115,48 @@ def run(
     if not fresh or workers == 1:
         for number, job in enumerate(jobs):
             one(number, job)
-        return outcome
-    groups = itertools.groupby(enumerate(jobs), key=lambda pair: pair[1].keep)
-    for _, group in groups:
-        with ThreadPoolExecutor(workers) as pool:
-            waiting = [pool.submit(one, number, job) for number, job in group]
-            try:
-                for future in waiting:
-                    future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    outcome.runs.sort(key=lambda run: (run["seed"], run["method"]))
+    else:
+        spread(jobs, one, workers)
+        outcome.runs.sort(key=lambda run: (run["seed"], run["method"]))
+    if outcome.stopped:
+        say(console, f"time is over: {len(outcome.stopped)} pieces are left to the next run")
     return outcome
+
+
+def spread(jobs: Sequence[Job], one: Callable[[int, Job], None], workers: int) -> None:
+    """``one`` for every job, ``workers`` at a time, each as early as it can begin; else in order."""
+    wanted = needs(jobs)
+    waiting, finished = list(range(len(jobs))), set[int]()
+    at_work: dict[Future[None], int] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            while waiting or at_work:
+                ready = [i for i in waiting if wanted[i] <= finished]
+                for i in ready[: workers - len(at_work)]:
+                    waiting.remove(i)
+                    at_work[pool.submit(one, i, jobs[i])] = i
+                for future in wait(at_work, return_when=FIRST_COMPLETED).done:
+                    finished.add(at_work.pop(future))
+                    future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def needs(jobs: Sequence[Job]) -> list[set[int]]:
+    """By job, which jobs come first: the one it names, and the networks of its experiment and seed that are listed
+    before it. A failed one counts as made: who needs it tries again."""
+    numbers = {job.key: number for number, job in enumerate(jobs)}
+    networks: dict[tuple[str, str, int], set[int]] = {}
+    out: list[set[int]] = []
+    for number, job in enumerate(jobs):
+        whose = job.key.experiment, job.key.setting, job.key.seed
+        first = set(networks.get(whose, ())) if job.keep else set()
+        named = numbers.get(job.after, number) if job.after is not None else number
+        out.append(first | ({named} if named < number else set()))
+        if not job.keep:
+            networks.setdefault(whose, set()).add(number)
+    return out
 
 
 class Clock:
@@ -162,14 +209,22 @@ def say(console: Console, text: str) -> None:
 # -- processes -----------------------------------------------------------------------------------
 
 
-def isolated(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+def isolated(
+    function: Callable[..., dict[str, Any]], *args: Any, until: float | None = None
+) -> dict[str, Any]:
     """Run in a process that holds nothing but the imported packages.
 
+    Args:
+        until: when it is ended, by ``time.monotonic()``; None: never.
+
     Raises:
+        OutOfTime: it is not finished by then.
         Unavailable: as the function did.
         RuntimeError: the function failed, with its traceback; or its process was killed.
     """
     methods = multiprocessing.get_all_start_methods()
+    if until is not None and time.monotonic() > until:
+        raise OutOfTime
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:  # packages are imported once, before any thread is started
         context.set_forkserver_preload(PRELOAD)
@@ -178,6 +233,8 @@ def isolated(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, A
     process.start()
     sender.close()
     try:
+        if until is not None and not receiver.poll(max(0.0, until - time.monotonic())):
+            raise OutOfTime
         kind, value = receiver.recv()
     except EOFError:
         process.join()

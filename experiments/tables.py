@@ -119,6 +119,20 @@ def provenance(environment: Mapping[str, Any], commit: str, command: str) -> str
     )
 
 
+def provenances(runs: Sequence[Mapping[str, Any]], command: str) -> str:
+    """Of pieces of one table: on which machines how many were measured, of which commits, and the command."""
+    counts: dict[str, int] = {}
+    commits: dict[str, None] = {}
+    for run in runs:
+        where = run["environment"]
+        words = f"torch {where['torch']}, {where['cores']} cores"
+        counts[words] = counts.get(words, 0) + 1
+        commits[where["commit"]] = None
+    every = "; ".join(f"{words} ({count} pieces)" for words, count in counts.items())
+    machines = every if len(counts) > 1 else next(iter(counts))
+    return f"{machines}, one core each; commits {', '.join(commits)}. `{command}`"
+
+
 @dataclass
 class Page:
     """A page of tables as it grows, for ``<name>.md`` and ``<name>.json``."""

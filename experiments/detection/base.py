@@ -13,8 +13,13 @@ from torch import Tensor, nn
 from nullbayes.datasets import Split
 
 BATCH = 200
-#: Rows of the Jacobian that are written out whole, for rivals that need them: bytes.
-ROWS_BYTES = 3 * 10**8
+#: Rows of the Jacobian that are written out whole, for rivals that need them: bytes, by kind of device.
+ROWS_BYTES = {"cpu": 3 * 10**8, "cuda": 2 * 10**9}
+
+
+def room_on(x: Tensor) -> int:
+    """Bytes for rows where ``x`` is."""
+    return ROWS_BYTES.get(x.device.type, ROWS_BYTES["cpu"])
 
 
 @dataclass(frozen=True)
@@ -22,8 +27,8 @@ class Given:
     """A trained network and its training data; all that a score may use.
 
     Attributes:
-        network: in evaluation mode; ends in a linear layer.
-        train: inputs ``(N, …)`` and targets: integers ``(N,)``, or numbers ``(N, 1)`` of a regression.
+        network: in evaluation mode; ends in a linear layer. On an accelerator its inputs are there too.
+        train: inputs ``(N, …)`` and targets: integers ``(N,)``, or numbers ``(N, 1)`` of a regression, on the CPU.
         reference: inputs ``(V, …)`` of the training distribution that the network was not trained on; a score that
             needs a scale (``combined``) takes it from these.
         kind: ``"classification"`` or ``"regression"``.
@@ -44,24 +49,35 @@ class Given:
         return found[-1]
 
     @cached_property
+    def head_here(self) -> nn.Linear:
+        """The same on the CPU, where features are."""
+        weight, bias = self.head.weight.detach().cpu(), self.head.bias
+        made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, dtype=weight.dtype)
+        with torch.no_grad():
+            made.weight.copy_(weight)
+            if bias is not None:
+                made.bias.copy_(bias)
+        return made
+
+    @cached_property
     def train_features(self) -> Tensor:
         """``(N, D)``."""
         return self.features(self.train.inputs)
 
     def features(self, x: Tensor) -> Tensor:
-        """Inputs ``(B, …)`` of the last linear layer as ``(B, D)``, float32."""
+        """Inputs ``(B, …)`` of the last linear layer as ``(B, D)``, float32, on the CPU."""
         seen: list[Tensor] = []
         handle = self.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
             self.logits(x)
         finally:
             handle.remove()
-        return torch.cat(seen).flatten(1)
+        return torch.cat(seen).flatten(1).cpu()
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
-        """``(B, C)``."""
-        return torch.cat([self.network(part) for part in x.split(BATCH)])
+        """``(B, C)``, on the CPU."""
+        return torch.cat([self.network(part) for part in x.split(BATCH)]).cpu()
 
 
 class Score(ABC):

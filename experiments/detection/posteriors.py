@@ -9,9 +9,16 @@ from torch import Tensor
 
 import nullbayes as nb
 from experiments.detection.base import BATCH, Given, Score, score
+from nullbayes.datasets import Split
 
 SAMPLES = 30
 MEMORY = "4GB"
+
+
+def batched(split: Split) -> list[tuple[Tensor, Tensor]]:
+    """In order, targets where the inputs are."""
+    targets = split.targets.to(split.inputs.device)
+    return list(zip(split.inputs.split(BATCH), targets.split(BATCH), strict=True))
 
 
 class _NullSpace(Score):
@@ -23,7 +30,7 @@ class _NullSpace(Score):
 
     def fit(self, given: Given) -> None:
         some = given.train[: given.preserved]
-        batches = list(zip(some.inputs.split(BATCH), some.targets.split(BATCH), strict=True))
+        batches = batched(some)
         self.posterior = nb.NullSpacePosterior(
             given.network, given.kind, preserve=self.preserve, memory=MEMORY
         )
@@ -55,7 +62,7 @@ class _Layers(Score):
 
     def fit(self, given: Given) -> None:
         every = given.train
-        batches = list(zip(every.inputs.split(BATCH), every.targets.split(BATCH), strict=True))
+        batches = batched(every)
         self.posterior = nb.LayerNullSpacePosterior(given.network, given.kind)
         self.posterior.fit(batches, progress=False)
 

@@ -164,7 +164,7 @@ class _ViM(_Features):
 
     def arguments(self, given: Given) -> tuple[tuple[Any, ...], dict[str, Any]]:
         width = given.head.in_features
-        weight, bias = given.head.weight.detach(), given.head.bias
+        weight, bias = given.head_here.weight.detach(), given.head_here.bias
         shift = torch.zeros(len(weight)) if bias is None else bias.detach()
         return (None, max(1, round(self.share * width)), weight, shift), {}
 
@@ -186,7 +186,7 @@ class FDBD(_Features):
     detector = "fDBD"
 
     def arguments(self, given: Given) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (torch.nn.Identity(), given.head), {}
+        return (torch.nn.Identity(), given.head_here), {}
 
 
 @score
@@ -196,7 +196,7 @@ class NNGuide(_Features):
     detector = "NNGuide"
 
     def arguments(self, given: Given) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (torch.nn.Identity(), given.head), {"k": min(10, len(given.train))}
+        return (torch.nn.Identity(), given.head_here), {"k": min(10, len(given.train))}
 
 
 class _Shaped(Score):
@@ -207,7 +207,7 @@ class _Shaped(Score):
 
     def fit(self, given: Given) -> None:
         self.given = given
-        head = given.head
+        head = given.head_here
         make = getattr(detectors(), self.detector)
         self.made = make(torch.nn.Identity(), lambda maps: head(maps.flatten(1)), **self.options)
         if hasattr(self.made, "fit_feature_maps"):
@@ -251,4 +251,4 @@ class GradNorm(Score):
         self.made = detectors().GradNorm(given.network, param_filter=lambda name: name in names)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.cat([self.made.predict(part) for part in x.split(BATCH)])
+        return torch.cat([self.made.predict(part).cpu() for part in x.split(BATCH)])

@@ -7,10 +7,11 @@ import warnings
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
+from torch.nn import functional as F
 
-from experiments.detection.base import ROWS_BYTES, Given, Score, score
+from experiments.detection.base import Given, Score, room_on, score
 
 
 @score
@@ -148,6 +149,74 @@ class GaussianProcess(Score):
         return torch.from_numpy(deviation)
 
 
+#: Layers whose rows follow from what they receive and from the derivatives by what they give, each used once.
+PLAIN = (nn.Linear, nn.Conv2d, nn.BatchNorm2d)
+
+
+def by_layers(network: nn.Module) -> bool:
+    """Whether every weight is one of a layer in ``PLAIN`` without groups and with padding by zeros."""
+    owners = [m for m in network.modules() if list(m.parameters(recurse=False))]
+    convolutions = [m for m in owners if isinstance(m, nn.Conv2d)]
+    return all(isinstance(m, PLAIN) for m in owners) and all(
+        m.groups == 1 and m.padding_mode == "zeros" and not isinstance(m.padding, str)
+        for m in convolutions
+    )
+
+
+def rows_by_layers(network: nn.Module, x: Tensor) -> Tensor:
+    """The same as by forward and backward passes of each example: one backward pass of the batch for each output.
+
+    Examples do not meet in evaluation mode, so that the derivatives of a sum over examples are those of each.
+    """
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    layers = [m for m in network.modules() if isinstance(m, PLAIN)]
+
+    def noted(layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        if layer in seen:
+            raise ValueError("a layer is used more than once")
+        seen[layer] = inputs[0].detach(), out
+
+    handles = [m.register_forward_hook(noted) for m in layers]
+    try:
+        with torch.enable_grad():
+            outputs = network(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    given = [seen[m][1] for m in layers]
+    per_output = []
+    for k in range(outputs.shape[1]):
+        by = torch.autograd.grad(outputs[:, k].sum(), given, retain_graph=True)
+        parts: dict[str, Tensor] = {}
+        for name, module in network.named_modules():
+            if module in seen:
+                found = _layer_rows(module, seen[module][0], by[layers.index(module)])
+                parts |= {f"{name}.{key}" if name else key: value for key, value in found.items()}
+        per_output.append(
+            torch.cat([parts[n].flatten(1) for n, _ in network.named_parameters()], 1)
+        )
+    return torch.stack(per_output, 1)
+
+
+def _layer_rows(layer: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """By name of the layer's parameters, ``(B, …)``: from its inputs and the derivatives by its outputs."""
+    if isinstance(layer, nn.Linear):
+        found = {"weight": g[:, :, None] * a[:, None, :], "bias": g}
+    elif isinstance(layer, nn.Conv2d):
+        size, dilation = layer.kernel_size, layer.dilation
+        patches = F.unfold(a, size, dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+        weight = g.flatten(2) @ patches.mT
+        found = {"weight": weight, "bias": g.flatten(2).sum(2)}
+    else:
+        assert isinstance(layer, nn.BatchNorm2d)
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        scale = (layer.running_var + layer.eps).rsqrt()
+        normed = (a - layer.running_mean[:, None, None]) * scale[:, None, None]
+        found = {"weight": (g * normed).sum((2, 3)), "bias": g.sum((2, 3))}
+    return {name: found[name] for name, _ in layer.named_parameters(recurse=False)}
+
+
 class _Rows(Score):
     """Jacobian rows of as many training examples as fit, weighted by the root of the likelihood's Hessian.
 
@@ -164,7 +233,8 @@ class _Rows(Score):
         self.buffers = dict(given.network.named_buffers())
         count = sum(w.numel() for w in self.weights.values())
         classes = given.logits(given.train.inputs[:1]).shape[1]
-        examples = max(1, min(given.preserved, ROWS_BYTES // (4 * count * classes)))
+        room = room_on(given.train.inputs)
+        examples = max(1, min(given.preserved, room // (4 * count * classes)))
         some = given.train.inputs[:examples].split(max(1, examples // 4))
         rows = torch.cat([self.weighted(part).flatten(0, 1) for part in some])
         gram = (rows @ rows.T).double()
@@ -177,6 +247,8 @@ class _Rows(Score):
 
     def rows(self, x: Tensor) -> Tensor:
         """``∂f/∂θ (B, C, P)``."""
+        if by_layers(self.network):
+            return rows_by_layers(self.network, x)
 
         def outputs(weights: dict[str, Tensor], one: Tensor) -> Tensor:
             found: Tensor = functional_call(self.network, {**weights, **self.buffers}, (one[None],))
@@ -195,7 +267,7 @@ class _Rows(Score):
 
     def batches(self, x: Tensor) -> list[Tensor]:
         count = sum(w.numel() for w in self.weights.values()) * len(self.network(x[:1])[0])
-        return list(x.split(max(1, ROWS_BYTES // (8 * count))))
+        return list(x.split(max(1, room_on(x) // (8 * count))))
 
 
 @score

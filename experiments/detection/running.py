@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from experiments.detection import posteriors, published, rivals  # noqa: F401 - they enter their scores
 from experiments.detection.base import SCORES
 from experiments.detection.families import FAMILIES, JUDGING, Problem, Size
+from experiments.devices import device
 from experiments.measures import detection
 from experiments.networks import identity
 from experiments.runner import Job
@@ -39,20 +40,23 @@ def jobs(
                 if seed >= family.seeds[setting]:
                     continue
                 key = Key(NAME, setting, seed, f"{family.name}, {member}")
-                config = {"size": asdict(size), "version": VERSION, "role": role}
+                config = {"size": size.config(), "version": VERSION, "role": role}
                 out.append(Job(key, config, measure_job, (family.name, member, role, seed, size)))
     return out
 
 
 def measure_job(family: str, member: str, role: str, seed: int, size: Size) -> dict[str, Any]:
     """Every score that applies: AUROC and FPR95 of each set, seconds."""
+    started = time.perf_counter()
     problem = FAMILIES[family].make(member, seed, size)
+    made = time.perf_counter() - started
     out: dict[str, Any] = {
         "family": family,
         "member": member,
         "role": role,
         "network": identity(problem.given.network),
         "accuracy": problem.accuracy,
+        "network_seconds": made,
         "train": len(problem.given.train),
         "parameters": sum(p.numel() for p in problem.given.network.parameters()),
         "scores": {},
@@ -60,6 +64,9 @@ def measure_job(family: str, member: str, role: str, seed: int, size: Size) -> d
     for name, cls in SCORES.items():
         if cls.applies(problem.given.kind):
             out["scores"][name] = measured(cls, problem)
+            if device().type != "cpu":  # pieces of minutes: where they are
+                at = f"{family}, {member}, seed {seed}: {name}, {time.perf_counter() - started:.1f} s"
+                print(f"{at}, accuracy {out['accuracy']:.4f}", file=sys.stderr, flush=True)
     return out
 
 
@@ -85,7 +92,7 @@ def measured(cls: Any, problem: Problem) -> dict[str, Any]:
 
 def finite(scores: Tensor) -> Tensor:
     """float64; raises where a score is not a number."""
-    scores = scores.detach().double()
+    scores = scores.detach().cpu().double()
     if not scores.isfinite().all():
         raise ValueError("scores are not finite")
     return scores

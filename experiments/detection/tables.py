@@ -11,7 +11,7 @@ from experiments.detection.base import SCORES
 from experiments.detection.families import FAMILIES, JUDGING
 from experiments.detection.rivals import InputNeighbour
 from experiments.detection.running import NAME, SOLVED, both, representatives
-from experiments.tables import Column, Figures, Page, Row, provenance
+from experiments.tables import Column, Figures, Page, Row, provenances
 
 OURS = ("null space", "layer null space")
 
@@ -20,14 +20,13 @@ def write(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
     results = [run["result"] for run in runs]
     chosen = representatives(results)
     page = Page(NAME, f"Which score finds what ({setting})")
-    first = runs[0]["environment"]
     page.say(
         "AUROC of each set against test inputs; mean ± standard error over judging problems (and seeds). All scores "
         "need one trained network and its training data. Each score family stands with the setting that was best on "
         "the *tuning* problems, which appear in no table but the last. * marks a set that a nearest neighbour in the "
         f"*inputs* solves (mean AUROC over {SOLVED}): it needs no network and counts for nothing; `counted` is the "
         "mean of the sets that remain.",
-        provenance(first, first["commit"], f"python -m experiments {NAME} --setting {setting}"),
+        provenances(runs, f"python -m experiments {NAME} --setting {setting}"),
     )
     judged = {
         family: [r for r in results if r["family"] == family and r["role"] == JUDGING]
@@ -49,9 +48,12 @@ def write(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
     page.write(folder, runs)
 
 
+REGRESSIONS = ("gaps",)
+RANK, RANKED_CLASSES = "rank", "rank, classes"
 OVERVIEW = (
     "Mean over the counted sets of a family; `rank`: mean rank over families, of the scores that all of them have "
-    "figures for. A dash: every set is solved by the inputs; or the score needs class probabilities, for a regression."
+    "figures for; `rank, classes`: over the families of classifications, which more scores have figures "
+    "for. A dash: every set is solved by the inputs; or the score needs class probabilities, for a regression."
 )
 TUNING = "Near and far sets count alike. Settings were chosen by the mean over families."
 
@@ -59,11 +61,15 @@ TUNING = "Near and far sets count alike. Settings were chosen by the mean over f
 def words_of(family: str, found: Sequence[dict[str, Any]], results: Sequence[Any]) -> str:
     tuning = {r["member"] for r in results if r["family"] == family and r["role"] != JUDGING}
     judging = {r["member"] for r in found}
-    quality = statistics.fmean(r["accuracy"] for r in found)
+    quality = [r["accuracy"] for r in found]
+    counts = [sum(r["member"] == member for r in found) for member in judging]
+    seeds = f" with {max(counts)} seeds each" if max(counts) > 1 else ""
     what = "R²" if family == "gaps" else "accuracy"
     return (
-        f"{FAMILIES[family].words}. {len(judging)} problems judged, {len(tuning)} for tuning; mean test {what} "
-        f"{quality:.3f}."
+        f"{FAMILIES[family].words}. {len(judging)} problems judged{seeds}, {len(tuning)} for tuning; "
+        f"{statistics.fmean(r['train'] for r in found):,.0f} training examples, "
+        f"{statistics.fmean(r['parameters'] for r in found):,.0f} weights; mean test {what} "
+        f"{statistics.fmean(quality):.3f}, lowest {min(quality):.3f}."
     )
 
 
@@ -166,20 +172,24 @@ def overview(
         for family, found in values.items()
     }
     # A family of which every set is solved by the inputs ranks nobody.
-    ranks = ranked(means, [p for p in judged if any(p in found for found in means.values())])
+    there = [p for p in judged if any(p in found for found in means.values())]
+    ranks = {
+        RANK: ranked(means, there),
+        RANKED_CLASSES: ranked(means, [p for p in there if p not in REGRESSIONS]),
+    }
     rows = []
     for family, found in values.items():
         bold = "**" if family in OURS else ""
-        rank = {"problems": "rank", "value": ranks.get(family)}
-        rows.append(Row(f"{bold}{family}{bold}", [*found, rank]))
+        places = [{"problems": title, "value": r.get(family)} for title, r in ranks.items()]
+        rows.append(Row(f"{bold}{family}{bold}", [*found, *places]))
     columns = [
         Column(
             problems,
             _only(problems),
-            1 if problems != "rank" else -1,
-            3 if problems != "rank" else 1,
+            -1 if problems in ranks else 1,
+            1 if problems in ranks else 3,
         )
-        for problems in (*judged, "rank")
+        for problems in (*judged, *ranks)
     ]
     return rows, columns
 

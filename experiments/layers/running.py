@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from experiments import measures
 from experiments.detection import running as detection
 from experiments.detection.base import SCORES
-from experiments.layers.problems import VALIDATION, Problem, Size, families
+from experiments.layers.problems import MARKS, VALIDATION, Problem, Size, families
 from experiments.methods import METHODS, Case, Draws, Method
 from experiments.methods.ensemble import DeepEnsemble
 from experiments.methods.peer_laplace import DiagonalLaplace, KroneckerLaplace, PeerLaplace
@@ -85,14 +85,14 @@ def fitted_full(case: Case) -> Any:
 
 #: group -> methods and scores of single networks; each group is a piece.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "layers": ("layers",),
-    "networks": ("point", "temperature", "ensemble"),
-    "Laplace": ("laplace_diag", "laplace_kron", "laplace_last", "laplace_full"),
-    "rows": ("null_predictions",),
     "features": (
         "max-softmax", "energy", "Mahalanobis", "KNN, k=1", "KNN, k=10", "KNN, k=50", "ViM, half the directions",
         "ViM, a quarter", "DDU", "nearest input",
     ),
+    "layers": ("layers",),
+    "networks": ("point", "temperature", "ensemble"),
+    "Laplace": ("laplace_diag", "laplace_kron", "laplace_last", "laplace_full"),
+    "rows": ("null_predictions",),
 }  # fmt: skip
 OWN: dict[str, type[Method]] = {
     "ensemble": Ensemble, "laplace_diag": Diagonal, "laplace_kron": Kronecker, "laplace_full": SmallLaplace,
@@ -123,10 +123,14 @@ def jobs(
                     key = Key(NAME, setting, seed, f"{family.name}, {member}: {group}")
                     versions = {n: METHODS[n].version for n in names if n in METHODS}
                     config = {
-                        "size": asdict(size), "role": role, "version": VERSION, "methods": versions,
+                        "size": size.config(), "role": role, "version": VERSION, "methods": versions,
+                        **MARKS.get(family.name, {}),
                     }  # fmt: skip
                     where = (setting, family.name, member, seed)
-                    out.append(Job(key, config, measure_job, (where, role, group, size)))
+                    # One group trains the network, the others find it.
+                    after = Key(NAME, setting, seed, f"{family.name}, {member}: features")
+                    args = (where, role, group, size)
+                    out.append(Job(key, config, measure_job, args, after=after))
     return out
 
 

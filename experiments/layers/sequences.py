@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -81,10 +82,20 @@ def outline_network(classes: int) -> nn.Module:
 # -- problems ------------------------------------------------------------------------------------
 
 
-def docstrings(member: str, seed: int, size: Size) -> Problem:
-    """What a docstring is about, one subject held out; far: C++ headers, web pages, words in any order."""
+@dataclass(frozen=True)
+class Docstrings:
+    """Training, validation and test texts as numbers, and those of the subject held out."""
+
+    splits: list[Split]
+    held_out: Tensor
+    classes: int
+    encode: Callable[[list[str]], Tensor]
+
+
+def docstring_splits(seed: int, member: str | None) -> Docstrings:
+    """Docstrings of all subjects but ``member``, 60, 15 and 25 %, in words of the first part."""
     found = {n: texts.docstrings(modules)[:KINDS] for n, modules in texts.FAMILIES.items()}
-    outside = found.pop(member)
+    outside = found.pop(member) if member is not None else []
     kinds = [(text, label) for label, each in enumerate(found.values()) for text in each]
     order = torch.randperm(len(kinds), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = [kinds[i] for i in order]
@@ -95,16 +106,23 @@ def docstrings(member: str, seed: int, size: Size) -> Problem:
     splits = [
         Split(numbers([t for t, _ in part]), torch.tensor([y for _, y in part])) for part in parts
     ]
-    test = splits[2].inputs
+    return Docstrings(splits, numbers(outside), len(found), numbers)
+
+
+def docstrings(member: str, seed: int, size: Size) -> Problem:
+    """What a docstring is about, one subject held out; far: C++ headers, web pages, words in any order."""
+    made = docstring_splits(seed, member)
+    test = made.splits[2].inputs
     far = {
-        "C++ headers": numbers(_pieces(texts.headers(LETTERS))),
-        "web pages": numbers(_pieces(texts.web_pages(LETTERS))),
+        "C++ headers": made.encode(_pieces(texts.headers(LETTERS))),
+        "web pages": made.encode(_pieces(texts.web_pages(LETTERS))),
         "any words": torch.where(
             test > 0, torch.randint(2, VOCABULARY, test.shape, generator=_by(seed)), 0
         ).float(),
     }
-    build = functools.partial(_plain, Encoder, len(found))
-    return _problem("texts", member, build, splits, seed, size, ({member: numbers(outside)}, far))
+    build = functools.partial(_plain, Encoder, made.classes)
+    outside = ({member: made.held_out}, far)
+    return _problem("texts", member, build, made.splits, seed, size, outside)
 
 
 def voices(member: str, seed: int, size: Size) -> Problem:

@@ -12,7 +12,7 @@ from experiments.detection.families import JUDGING
 from experiments.detection.running import SOLVED
 from experiments.layers.problems import families
 from experiments.layers.running import NAME
-from experiments.tables import Column, Page, Row, provenance, summarise
+from experiments.tables import Column, Page, Row, provenances, summarise
 
 LAYERS, LEVERAGE, NEAREST = "layers", "layers, leverage", "nearest input"
 #: Rows in order: key, title, and the score where the row is one of several with the same predictions.
@@ -185,7 +185,6 @@ def auroc(problem: Result, chosen: tuple[str, str], distance: str) -> float | No
 def write(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
     found = Found(runs)
     page = Page(NAME, f"The layer null space beside its rivals ({setting})")
-    first = runs[0]["environment"]
     page.say(
         "`nb.LayerNullSpacePosterior` on all training examples beside what else there is around one trained network, "
         "and five networks (†: five trainings). Mean ± standard error over the judging problems and seeds of a family. "
@@ -193,7 +192,7 @@ def write(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
         "from 150 validation examples; the layer null space has none unless it says so. Scores: the library's default "
         "of ours; of every other row the one score, and the setting, that was best on the *tuning* problems, which "
         "appear in no table. `NullSpacePosterior` is fitted on at most 500 examples.",
-        provenance(first, first["commit"], f"python -m experiments {NAME} --setting {setting}"),
+        provenances(runs, f"python -m experiments {NAME} --setting {setting}"),
     )
     page.table("Problems", *problems(found, setting), first="family")
     for measure in MEASURES:

@@ -125,8 +125,8 @@ def random_weights(cotangents: Tensor, seed: int, index: int) -> tuple[Tensor, T
         [torch.linalg.vector_norm(c.reshape(size, -1), dim=1) for c in cotangents], 1
     )
     largest = norms.max()
-    if float(largest) > 0:
-        weights = weights * (largest / norms.clamp_min(largest / MOST_WEIGHT)).to(weights)
+    factor = largest / norms.clamp_min(largest / MOST_WEIGHT)
+    weights = weights * torch.where(largest > 0, factor, torch.ones_like(factor)).to(weights)
     weights = weights.to(cotangents)
     total = torch.zeros_like(cotangents[0])
     shape = (size, *[1] * (cotangents.ndim - 2))
@@ -165,25 +165,29 @@ def gradient_mismatches(
     """
     rounding = rounding or space.dtype
     allowed = tolerance(rounding, space.device)
-    whole = _norm(expected) if scale is None else scale
+    parts = [slice(slot.start, slot.stop) for slot in space.slots]
+    measured = [_norm(expected)] if scale is None else []
+    measured += [_norm(expected[part]) for part in parts]
+    # Numbers that agree are subtracted without an error, so no copy in float64 is needed.
+    measured += [_norm(found[part] - expected[part]) for part in parts]
+    measured += [] if noise is None else [_norm(noise[part]) for part in parts]
+    values: list[float] = torch.stack(measured).tolist()  # of all parameters by one read
+    whole = values.pop(0) if scale is None else scale
     floor = min(FLOOR * torch.finfo(rounding).eps, allowed) * whole
-    bad = []
-    for slot in space.slots:
-        right, ours = expected[slot.start : slot.stop], found[slot.start : slot.stop]
-        size, apart = _norm(right), floor
+    count, bad = len(parts), []
+    for i, slot in enumerate(space.slots):
+        size, away, apart = values[i], values[count + i], floor
         if noise is not None:
-            seen = NOISE * _norm(noise[slot.start : slot.stop])
-            apart = max(floor, min(seen, LARGEST * size))
-        # Numbers that agree are subtracted without an error, so no copy in float64 is needed.
-        if not _norm(ours - right) <= allowed * size + apart:  # not a number is a mismatch
+            apart = max(floor, min(NOISE * values[2 * count + i], LARGEST * size))
+        if not away <= allowed * size + apart:  # not a number is a mismatch
             bad.append(slot.name)
     return bad
 
 
-def _norm(values: Tensor) -> float:
+def _norm(values: Tensor) -> Tensor:
     """Summed in float64, in pieces that stay in a cache: a copy of 27 million numbers takes five times as long."""
     squares = [_square(piece.double()) for piece in values.reshape(-1).split(CACHED)]
-    return float(torch.stack(squares).sum().sqrt())
+    return torch.stack(squares).sum().sqrt()
 
 
 def _square(values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nullbayes.audit.audit import Audit
 from nullbayes.audit.derivative import DIFFERENCES, FORWARD, Derivative
@@ -24,9 +24,10 @@ from nullbayes.common.processes import Processes
 from nullbayes.errors import ModelError
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.precision import ALIKE
+from nullbayes.model.size import is_large
 
-# Samples that each audited example is moved by, and as many prior directions.
-SAMPLES = 6
+# Samples that each audited example is moved by, and as many prior directions; of large networks fewer.
+SAMPLES, SAMPLES_OF_LARGE = 6, 3
 # What those may occupy; fewer where weights are very many.
 DIRECTION_BYTES = 2**28
 # By how much of what the prior would do an example's change may differ from what the rows say of it: rounding of
@@ -100,17 +101,19 @@ class Together:
     """The processes among which audited examples are spread; None: this one has them all.
 
     Attributes:
-        before: how many of the examples are those of earlier processes.
+        places: which of all that are audited this process's examples are; empty: these are all.
     """
 
     processes: Processes | None = None
-    before: int = 0
+    places: Sequence[int] = ()
 
     def gathered(self, found: list[Measured]) -> list[Measured]:
         """What all processes have measured, in the order of the data."""
         if self.processes is None:
             return found
-        return [m for part in self.processes.gather(found) for m in part]
+        return sorted(
+            (m for part in self.processes.gather(found) for m in part), key=lambda m: m.number
+        )
 
     def total(self, count: int) -> int:
         """Summed over the processes."""
@@ -120,9 +123,11 @@ class Together:
 ALONE = Together()
 
 
-def prior_vectors(samples: int, parameters: int, itemsize: int) -> int:
-    """How many prior vectors, and at most as many samples at a time, examples are moved by."""
-    return max(1, min(SAMPLES, samples, DIRECTION_BYTES // (2 * itemsize * parameters)))
+def prior_vectors(samples: Tensor, model: nn.Module) -> int:
+    """How many prior vectors, and at most as many of ``samples (S, P)`` at a time, examples are moved by."""
+    most = SAMPLES_OF_LARGE if is_large(model) else SAMPLES
+    fits = DIRECTION_BYTES // max(1, 2 * samples.element_size() * samples.shape[1])
+    return max(1, min(most, len(samples), fits))
 
 
 def audit_examples(
@@ -147,7 +152,8 @@ def audit_examples(
     started = time.perf_counter()
     examiner = _Examiner(question)
     found: list[Measured] = []
-    for place, (example, claim) in enumerate(zip(drawn, claims, strict=True), together.before):
+    places = together.places or range(len(drawn))
+    for place, example, claim in zip(places, drawn, claims, strict=True):
         if len(found) >= FEWEST and time.perf_counter() - started > seconds:
             break
         found.append(examiner.examine(example, place, claim))
@@ -258,7 +264,7 @@ class _Examiner:
         rows = question.rows(outputs, example).detach()
         rows = rows.reshape(len(rows), -1).double()  # (C, out)
         which = question.which(place)
-        both = torch.cat([question.samples[which], question.prior])
+        both = torch.cat([question.samples[which].to(question.prior), question.prior])
         changes = along(example.inputs, both)
         values = (changes.reshape(len(both), -1).double() @ rows.T).norm(dim=1)
         ours, prior = values[: len(which)], values[len(which) :]

@@ -44,7 +44,7 @@ class Probabilities:
         if not self.rows:
             self.last = last_operation(functional, inputs)
         self.rows += len(outputs)
-        low, high = float(outputs.min()), float(outputs.max())
+        low, high = torch.stack(outputs.aminmax()).tolist()
         self.inside = self.inside and low >= 0 and high <= 1 + SUMS
         if self.summing:
             sums = outputs.sum(-1)

@@ -20,6 +20,7 @@ from nullbayes.constraints.training_rows import TrainingRows
 from nullbayes.model.batch import Inputs, batch_size, select
 from nullbayes.solvers import State
 from nullbayes.solvers.dual import rows_left_out
+from nullbayes.solvers.norms import fetched
 
 # Examples left out at most, each by itself, and multiplications of all that: about a second's work.
 MOST_EXAMPLES = 500
@@ -61,7 +62,11 @@ def held_out(problem: Problem, rows: TrainingRows, vectors: Tensor) -> list[Held
 
 
 def left_out(
-    problem: Problem, state: State, prior: Tensor, rows: TrainingRows, check: GuaranteeCheck
+    problem: Problem,
+    state: State,
+    prior: tuple[Tensor | None, Tensor],
+    rows: TrainingRows,
+    check: GuaranteeCheck,
 ) -> list[Batch]:
     """Some checked examples with what samples at prior precision one do to each if it is left out.
 
@@ -69,7 +74,7 @@ def left_out(
     under the posterior itself. With ``preserve="predictions"`` and all directions, rows are all that counts.
 
     Args:
-        prior: ``(S, P)``, what the samples were projected from.
+        prior: ``v (S, P)``, what the samples were projected from, None where that was written over; and ``A v (S, M)``.
 
     Returns:
         Batches as ``check`` has them; empty where the solver cannot tell, or for a likelihood whose predictions
@@ -85,12 +90,12 @@ def left_out(
     limit = min(limit, MOST_BYTES // max(1, each), MOST_EXAMPLES)
     chosen = _chosen(rows, max(1, limit))
     spans = [rows.span(numbers[i]) for _, numbers, index in chosen for i in index.tolist()]
-    found = state.left_out(prior, spans)
+    found = state.left_out(prior[0], spans, prior[1])
     if found is None:
         return []
     out, at = [], 0
     for which, numbers, index in chosen:
-        which_examples = torch.tensor(numbers)[index] + rows.relabelled
+        which_examples = torch.tensor([rows.label(numbers[i]) for i in index.tolist()])
         point, unit, targets = check.batches[which]
         index = index.to(point.device)
         point, unit = point[index], unit[:, index]
@@ -98,25 +103,23 @@ def left_out(
         values = [check.crowd.joined(v) for v in found[at : at + len(index)]]
         at += len(index)
         cotangents = problem.cotangents(point, targets, which_examples).values.double()
+        # One small matrix after the other: the processor's, and read at once.
+        (unit,), (cotangents,) = fetched(unit), fetched(cotangents)
         changes = [_changed(unit[:, b], cotangents[:, b], values[b]) for b in range(len(index))]
-        out.append((point, torch.stack(changes, 1), targets))
+        out.append((point, torch.stack(changes, 1).to(point.device), targets))
     return out
 
 
 def _chosen(rows: TrainingRows, limit: int) -> list[tuple[int, range, Tensor]]:
     """Evenly spaced examples, ``limit`` at most: which checked batch, its examples' numbers, and which of them."""
-    total = sum(len(numbers) for numbers in rows.checked_numbers)
-    before, processes = 0, rows.operator.processes
-    if processes is not None:  # of those of all
-        before, total = processes.place(total)
+    places, total = rows.checked_places()
     step = max(1.0, total / limit)
     wanted = torch.arange(0, total, step).long().unique()
     out = []
-    for which, numbers in enumerate(rows.checked_numbers):
+    for which, (numbers, before) in enumerate(zip(rows.checked_numbers, places, strict=True)):
         index = wanted[(wanted >= before) & (wanted < before + len(numbers))] - before
         if len(index):
             out.append((which, numbers, index))
-        before += len(numbers)
     return out
 
 

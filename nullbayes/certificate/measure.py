@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,14 +21,15 @@ from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.linearise import linearised_outputs, sampled_outputs
 from nullbayes.likelihood.helpers import mirrored
 from nullbayes.model.batch import Inputs, batch_size, take
+from nullbayes.model.size import is_large
 
 SAMPLED_EXAMPLES = 128
 # Temporaries of the size of the sampled outputs that a look at them takes, in float64.
 LOOKED_AT = 8
 SAMPLED_DRAWS = 10
 
-# Of large networks, each pass of which is dear, fewer; from so many weights.
-SAMPLED_OF_LARGE, LARGE = 24, 2**22
+# Of large networks, each pass of which is dear, fewer.
+SAMPLED_OF_LARGE = 8
 
 # Outputs ``(B, *out)``, what samples at prior precision one do to them ``(S, B, *out)``, and targets.
 Batch = tuple[Tensor, Tensor, Any]
@@ -48,8 +50,12 @@ class GuaranteeCheck:
         processes: Processes | None = None,
         crowd: Crowd | None = None,
         known: Sequence[tuple[Tensor, Tensor] | None] = (),
+        places: Sequence[int] | None = None,
     ) -> None:
-        """``known``: outputs and their changes of the first of ``examples``, where rows say that (`row_changes`)."""
+        """``known``: outputs and their changes of the first of ``examples``, where rows say that (`row_changes`).
+
+        ``places``: for each of ``examples``, how many of all processes' come before it; None: these are all.
+        """
         #: those that hold the other samples
         self.crowd = crowd = crowd or ALONE
         #: those that hold the other examples; what is said is of all of them
@@ -61,7 +67,7 @@ class GuaranteeCheck:
         for n, (inputs, targets) in enumerate(examples):
             found = known[n] if n < len(known) else None
             if found is None:
-                found = linearised_outputs(functional, plan, samples.to(problem.dtype), inputs)
+                found = linearised_outputs(functional, plan, samples, inputs)
             self.batches.append((found[0], crowd.joined(found[1]), targets))
         #: the number of the first sample here, among all
         self.first = 0
@@ -74,20 +80,21 @@ class GuaranteeCheck:
         self.few: list[tuple[Inputs, Any]] = []
         own = sum(len(point) for point, _, _ in self.batches)
         before, self.examples = (0, own) if processes is None else processes.place(own)
-        room = max(0, sampled_examples(problem) - before)
-        for inputs, targets in examples:
+        if places is None:
+            sizes = (len(point) for point, _, _ in self.batches)
+            places = list(itertools.accumulate(sizes, initial=before))[:-1]
+        for (inputs, targets), place in zip(examples, places, strict=True):
             whole = batch_size(inputs)
-            size = min(room, whole)
+            size = min(max(0, sampled_examples(problem) - place), whole)
             if size:
                 self.few.append((take(inputs, 0, size), take(targets, 0, size, whole)))
-            room -= size
 
     def with_more(self, samples: Tensor) -> GuaranteeCheck:
         """The same examples under more samples ``(S', P)``; those left out stay with the samples that they had."""
         more = copy.copy(self)
         more.samples = torch.cat([self.samples, samples])
         more.batches = [
-            (point, torch.cat([unit, self._changes(inputs, samples.to(unit))]), targets)
+            (point, torch.cat([unit, self._changes(inputs, samples)]), targets)
             for (point, unit, targets), inputs in zip(self.batches, self.inputs, strict=True)
         ]
         return more
@@ -97,7 +104,7 @@ class GuaranteeCheck:
         other = copy.copy(self)
         other.samples = samples
         other.batches = [
-            (point, self._changes(inputs, samples.to(unit)), targets)
+            (point, self._changes(inputs, samples), targets)
             for (point, unit, targets), inputs in zip(self.batches, self.inputs, strict=True)
         ]
         return other
@@ -199,8 +206,11 @@ class GuaranteeCheck:
                 outputs.add(likelihood.centre(scale * unit))
             sampled = _Rms()
             for inputs, targets in self.few:
-                some = self.sampled.to(self.problem.dtype)
-                point, moved = sampled_outputs(self.problem.functional, some, inputs, scale=scale)
+                functional = self.problem.functional
+                # Training examples: each was shown to be a function of itself when its rows were captured.
+                point, moved = sampled_outputs(
+                    functional, self.sampled, inputs, scale=scale, proved=True
+                )
                 moved = self.crowd.joined(moved)
                 sampled.add(self.problem.change(point, moved, targets, linear=False))
         for rms in (change, outputs, sampled):
@@ -219,8 +229,7 @@ class GuaranteeCheck:
 
 def sampled_examples(problem: Problem) -> int:
     """On how many the re-weighted network itself is looked at."""
-    weights = sum(p.numel() for p in problem.functional.model.parameters())
-    return SAMPLED_EXAMPLES if weights < LARGE else SAMPLED_OF_LARGE
+    return SAMPLED_OF_LARGE if is_large(problem.functional.model) else SAMPLED_EXAMPLES
 
 
 def _pieces(batches: Sequence[Batch]) -> Iterator[Batch]:

@@ -35,29 +35,32 @@ def known_changes(
         effects: ``A Δ (S, M)``, by the rows that this process has.
     """
     wanted = samples.numel() >= FROM and not problem.preserve.numbered
-    first = getattr(rows.operator, "part", slice(0)).start or 0
+    own = rows.operator.own_span
     out: list[Changes | None] = []
-    for (inputs, targets), numbers in zip(rows.checked, rows.checked_numbers, strict=True):
+    outputs = rows.checked_outputs or [None] * len(rows.checked)
+    examples = zip(rows.checked, rows.checked_numbers, outputs, strict=True)
+    for (inputs, targets), numbers, point in examples:
         spans = [rows.span(n) for n in numbers]
         widths = {s.stop - s.start for s in spans}
         if not wanted or len(widths) != 1 or len(spans) != batch_size(inputs):
             out.append(None)
             continue
-        index = torch.tensor([range(s.start - first, s.stop - first) for s in spans])
+        index = torch.tensor([range(s.start, s.stop) for s in map(own, spans)])
         moved = effects[:, index.to(effects.device)]  # (S, B, C)
-        out.append(_changes(problem, rows, (inputs, targets), moved, samples))
+        out.append(_changes(problem, rows, (inputs, targets, point), moved, samples))
     return out
 
 
 def _changes(
     problem: Problem,
     rows: TrainingRows,
-    examples: tuple[Inputs, object],
+    examples: tuple[Inputs, object, Tensor | None],
     moved: Tensor,
     samples: Tensor,
 ) -> Changes | None:
-    inputs, targets = examples
-    point = problem.functional.outputs(inputs)
+    inputs, targets, point = examples
+    if point is None:
+        point = problem.functional.outputs(inputs)
     size, outputs = len(point), point[0].numel()
     if outputs > MOST_OUTPUTS:
         return None
@@ -80,8 +83,6 @@ def _changes(
     if len(missing):
         some = select(inputs, missing.to(problem.device))
         with torch.no_grad():
-            direct = linearised_outputs(
-                problem.functional, rows.plan, samples.to(problem.dtype), some
-            )[1]
+            direct = linearised_outputs(problem.functional, rows.plan, samples, some)[1]
         unit[:, missing] = problem.likelihood.centre(direct).to(unit)
     return point, unit

@@ -81,13 +81,16 @@ class Processes:
             self.pulse.stop()
         self._opened, self._broken = self._opened + 1, False
         name = f"nullbayes/{','.join(map(str, self._ranks))}/{self._opened}"
-        self.pulse = Pulse(PrefixStore(name, self._store), self.rank, self.size)
+        store = PrefixStore(name, self._store)
+        store.set(f"card/{self.rank}", _card())
+        self.pulse = Pulse(store, self.rank, self.size)
         self.pulse.meet()
-        nccl = dist.is_nccl_available() and torch.cuda.is_available()
+        cards = {bytes(store.get(f"card/{rank}")) for rank in range(self.size)}
         self._group = dist.new_group(
             self._ranks,
             timeout=_LIMIT,
-            backend="cpu:gloo,cuda:nccl" if nccl else "gloo",
+            # NCCL refuses two processes on one card, and Gloo takes tensors of a GPU as well.
+            backend="cpu:gloo,cuda:nccl" if len(cards - {b""}) == self.size else "gloo",
             use_local_synchronization=True,
         )
 
@@ -289,6 +292,15 @@ class Processes:
             self.pulse.end()
         self.seconds += time.perf_counter() - started
         self.sent += nbytes
+
+
+def _card() -> str:
+    """Which GPU this process computes on (``torch.cuda.set_device``) by a name of its own; empty without NCCL."""
+    if not (dist.is_nccl_available() and torch.cuda.is_available()):
+        return ""
+    current = torch.cuda.current_device()
+    known = getattr(torch.cuda.get_device_properties(current), "uuid", current)
+    return f"{socket.gethostname()} {known}"
 
 
 def once(

@@ -42,9 +42,15 @@ class FitMemory:
     libraries: int = 0
 
     @staticmethod
-    def of(budget: int, samples: int, columns: int, dtype: torch.dtype) -> FitMemory:
-        """Rows take most of it at first; a solver that needs more sends some of them to disk later."""
-        vectors = SOLVER_VECTORS * samples * columns * dtype.itemsize
+    def of(
+        budget: int, samples: int, columns: int, dtype: torch.dtype, each: int = SOLVER_VECTORS
+    ) -> FitMemory:
+        """Rows take most of it at first; a solver that needs more sends some of them to disk later.
+
+        Args:
+            each: vectors of ``columns`` numbers that the solver holds for a sample.
+        """
+        vectors = each * samples * columns * dtype.itemsize
         block = min(BLOCK_BYTES, budget // 16)
         temporaries = min(WORKING_BYTES, budget // 8)
         check = min(CHECK_BYTES, budget // 16)

@@ -78,7 +78,7 @@ def _joined(rows: TrainingRows, processes: Processes, loader: Share, audited: in
     known = 0 if loader.start is not None else start - APART * processes.rank
     lowest = sorted(c for _, chances in everyone for c in chances)[:audited]
     drawn = [
-        replace(d, number=d.number + known)
+        (chance, replace(d, number=d.number + known))
         for d, chance in zip(rows.audited, rows.chances, strict=True)
         if lowest and chance <= lowest[-1]
     ]
@@ -92,12 +92,11 @@ def _joined(rows: TrainingRows, processes: Processes, loader: Share, audited: in
         rows.trace * rows.discarded_trace,
     )
     examples, batches, loss, least, observed, trace, discarded = sums
-    first = operator.part.start
+    first = int(operator.index[0]) if len(operator.index) else 0
     return replace(
         rows,
         operator=operator,
-        start=start,
-        relabelled=-known,
+        stretches=[replace(s, first=start, relabelled=-known) for s in rows.stretches],
         examples=round(examples),
         batches=round(batches),
         loss=loss,
@@ -107,5 +106,6 @@ def _joined(rows: TrainingRows, processes: Processes, loader: Share, audited: in
         discarded_trace=discarded / trace if trace > 0 else 0.0,
         checked_numbers=[range(r.start + start, r.stop + start) for r in rows.checked_numbers],
         spans=[slice(s.start + first, s.stop + first) for s in rows.spans],
-        audited=drawn,
+        audited=[d for _, d in drawn],
+        chances=[chance for chance, _ in drawn],
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +22,7 @@ from nullbayes.constraints.shared_rows import APART, everyones, is_probe, start_
 from nullbayes.jacobian.block_storage import Keeper
 from nullbayes.jacobian.capture.batches import capture_batch, ready
 from nullbayes.jacobian.capture.plan import CapturePlan
+from nullbayes.jacobian.live_tokens import by_length
 from nullbayes.jacobian.operator import JacobianOperator, check_block
 from nullbayes.likelihood import Regression
 from nullbayes.model.batch import Inputs, batch_size, select, take, tensor_leaves
@@ -28,6 +31,22 @@ from nullbayes.model.shares import share_of
 
 # Examples at most: predicting them linearised costs as much as capturing their rows.
 CHECK_EXAMPLES = 10_000
+# Numbers in the output of an example up to which they are held on to.
+FEW_OUTPUTS = 256
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive examples, as one process got them in one call.
+
+    Attributes:
+        first: the number of the first among all; ``count``: how many.
+        relabelled: what to add to a number for the one that its rows were made under.
+    """
+
+    first: int
+    count: int
+    relabelled: int = 0
 
 
 @dataclass
@@ -40,6 +59,8 @@ class TrainingRows:
     discarded_trace: float
     checked: list[tuple[Inputs, Any]] = field(default_factory=list)  # examples for the certificate
     checked_numbers: list[range] = field(default_factory=list)  # which of the data set's those are
+    # Outputs of those, where they are few numbers an example; none for rows of several calls.
+    checked_outputs: list[Tensor | None] = field(default_factory=list)
     spans: list[slice] = field(default_factory=list)  # by example: its rows
     audited: list[Drawn] = field(default_factory=list)  # drawn from all examples, for the audit
     batches: int = 0  # batches whose rows were proved
@@ -48,8 +69,7 @@ class TrainingRows:
     observed: int = 0  # numbers that the targets consist of
     trace: float = 0.0  # of all output Hessians
     problem: Problem | None = None
-    start: int = 0  # the number of the first example that this process has, see ``shared_rows.py``
-    relabelled: int = 0  # what to add to a number for the one that its rows were made under
+    stretches: list[Stretch] = field(default_factory=list)  # the examples that this process has
     chances: list[float] = field(default_factory=list)  # by which those that are audited were drawn
 
     # What to say of outputs that do not look like what the likelihood takes.
@@ -57,7 +77,31 @@ class TrainingRows:
 
     def span(self, number: int) -> slice:
         """The rows of an example that this process has."""
-        return self.spans[number - self.start]
+        before = 0
+        for stretch in self.stretches:
+            if 0 <= number - stretch.first < stretch.count:
+                return self.spans[before + number - stretch.first]
+            before += stretch.count
+        raise KeyError(number)
+
+    def label(self, number: int) -> int:
+        """What an example of this process was numbered when its rows were made."""
+        for stretch in self.stretches:
+            if 0 <= number - stretch.first < stretch.count:
+                return number + stretch.relabelled
+        raise KeyError(number)
+
+    def checked_places(self) -> tuple[list[int], int]:
+        """For each batch of ``checked``, how many of all examples that are looked at come before it; and how many all
+        processes have.
+        """
+        own = [(r.start, len(r)) for r in self.checked_numbers]
+        processes = self.operator.processes
+        found = [own] if processes is None else processes.gather(own)
+        everyone = sorted(pair for part in found for pair in part)
+        starts = [start for start, _ in everyone]
+        before = [0, *itertools.accumulate(count for _, count in everyone)]
+        return [before[bisect_left(starts, start)] for start, _ in own], before[-1]
 
     @property
     def asked(self) -> Problem:
@@ -74,33 +118,57 @@ class TrainingRows:
         m, n = self.operator.shape[0], self.examples
         trace = self.trace + more.trace
         discarded = self.trace * self.discarded_trace + more.trace * more.discarded_trace
-        room = max(0, CHECK_EXAMPLES - sum(map(len, self.checked_numbers)))
-        checked, numbers = _first(more, room)
+        before, _ = more.checked_places()
+        room = CHECK_EXAMPLES - self.checked_places()[1] - min(before, default=0)
+        checked, numbers = _first(more, max(0, room))
+        drawn, chances = self._drawn(more, min(audited, n + more.examples))
         return TrainingRows(
-            JacobianOperator(self.operator.space, [*self.operator.blocks, *more.operator.blocks]),
+            self.operator.followed_by(more.operator),
             more.plan,
             n + more.examples,
             discarded / trace if trace > 0 else 0.0,
             [*self.checked, *checked],
             [*self.checked_numbers, *(range(r.start + n, r.stop + n) for r in numbers)],
+            [],
             [*self.spans, *(slice(s.start + m, s.stop + m) for s in more.spans)],
-            self._drawn(more, min(audited, n + more.examples)),
+            drawn,
             self.batches + more.batches,
             self.loss + more.loss,
             self.least_loss + more.least_loss,
             self.observed + more.observed,
             trace,
             self.problem,
+            [*self.stretches, *(replace(s, first=s.first + n) for s in more.stretches)],
+            chances=chances,
             doubtful=self.doubtful,
         )
 
-    def _drawn(self, more: TrainingRows, count: int) -> list[Drawn]:
-        """``count`` examples of both, in proportion to how many there are."""
+    def _drawn(self, more: TrainingRows, count: int) -> tuple[list[Drawn], list[float]]:
+        """``count`` examples of both, in proportion to how many there are, and by which chances they were drawn."""
         n = self.examples
-        first, second = self.audited, [replace(d, number=d.number + n) for d in more.audited]
+        parts = [
+            list(zip(self.chances, self.audited, strict=True)),
+            [
+                (chance, replace(d, number=d.number + n))
+                for chance, d in zip(more.chances, more.audited, strict=True)
+            ],
+        ]
+        known = [self._of_all([chance for chance, _ in part]) for part in parts]
         share = round(count * n / (n + more.examples))
-        share = min(len(first), max(share, count - len(second)))
-        return [*first[:share], *second[: count - share]]
+        share = min(len(known[0]), max(share, count - len(known[1])))
+        kept = [
+            pair
+            for part, chances, wanted in zip(parts, known, (share, count - share), strict=True)
+            for pair in part
+            if pair[0] in chances[:wanted]
+        ]
+        return [d for _, d in kept], [chance for chance, _ in kept]
+
+    def _of_all(self, chances: list[float]) -> list[float]:
+        """Those of all processes, the smallest first."""
+        processes = self.operator.processes
+        found = [chances] if processes is None else processes.gather(chances)
+        return sorted(chance for part in found for chance in part)
 
 
 def _first(rows: TrainingRows, room: int) -> tuple[list[tuple[Inputs, Any]], list[range]]:
@@ -169,7 +237,10 @@ def capture_training(
         where = f"{name}, batch {index}"
         outputs = functional.outputs(inputs, where)
         targets = problem.checked_targets(outputs, targets, where)
-        plan, inputs = ready(functional, plan, inputs, outputs, where, index)
+        padded = functional.padded
+        plan, taken = ready(functional, plan, inputs, outputs, where, index)
+        if taken is not inputs or functional.padded != padded:  # with other axes, or mended
+            inputs, outputs = taken, functional.outputs(taken, where)
         if capturing is None:
             problem.likelihood.check_reach(outputs, targets)
             if functional.last_layer:
@@ -210,13 +281,18 @@ class _Capturing:
             problem.in_coordinates,
         )
         self.examples, self.captured = 0, 0
-        self.trace, self.discarded = 0.0, 0.0
+        # Summed where they are: read once, at the end.
+        self.trace, self.discarded = self._zero(), self._zero()
         self.checked: list[tuple[Inputs, Any]] = []
         self.checked_numbers: list[range] = []
+        self.checked_outputs: list[Tensor | None] = []
         # The first of all examples, of which those before ``start`` are other processes'.
         self.left, self.count = memory.check, min(start % APART, CHECK_EXAMPLES)
-        self.loss, self.least_loss, self.observed = 0.0, 0.0, 0
+        self.loss, self.least_loss, self.observed = self._zero(), self._zero(), 0
         self.outputs = Probabilities(problem.likelihood)
+
+    def _zero(self) -> Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self.problem.device)
 
     def add(self, inputs: Inputs, outputs: Tensor, targets: Any) -> None:
         """The rows of one batch, of which the examples are numbered on."""
@@ -228,9 +304,9 @@ class _Capturing:
         self.outputs.look(self.problem.functional, inputs, outputs)
         likelihood = self.problem.likelihood
         with torch.no_grad():
-            self.loss += float(likelihood.loss(outputs, targets).double().sum())
+            self.loss += likelihood.loss(outputs, targets).double().sum()
             if isinstance(likelihood, Regression):
-                self.least_loss += float(likelihood.loss(outputs, outputs).double().sum())
+                self.least_loss += likelihood.loss(outputs, outputs).double().sum()
                 self.observed += outputs.numel()
         self.batches += 1
         self.examples += batch_size(inputs)
@@ -251,10 +327,15 @@ class _Capturing:
             check_block(block, self.captured)
             block = self.problem.in_coordinates(block)
             mine, numbers = numbers[: block.examples], numbers[block.examples :]
-            self.keeper.add(block, piece, made.values, mine)
+            for index, some, length in by_length(block):
+                if index is None:
+                    self.keeper.add(some, piece, made.values, mine, length)
+                    continue
+                their, these = made.values[:, index], mine[index.to(mine.device)]
+                self.keeper.add(some, select(piece, index), their, these, length)
             self.captured += 1
-            self.trace += float(made.trace.double().sum())
-            self.discarded += float(made.discarded.double().sum())
+            self.trace += made.trace.double().sum()
+            self.discarded += made.discarded.double().sum()
 
     def _check_later(self, inputs: Inputs, outputs: Tensor, targets: Any) -> None:
         size = batch_size(inputs)
@@ -264,12 +345,15 @@ class _Capturing:
         if fits:
             self.checked.append((take(inputs, 0, fits), take(targets, 0, fits, size)))
             self.checked_numbers.append(range(self.examples, self.examples + fits))
+            few = outputs[0].numel() <= FEW_OUTPUTS
+            self.checked_outputs.append(outputs[:fits].clone() if few else None)
             self.count += fits
         self.left = self.left - fits * each if fits == size else 0
 
     def finish(self) -> TrainingRows:
         operator = JacobianOperator(self.problem.space, self.keeper.finish())
-        share = self.discarded / self.trace if self.trace > 0 else 0.0
+        trace, loss, least_loss = float(self.trace), float(self.loss), float(self.least_loss)
+        share = float(self.discarded) / trace if trace > 0 else 0.0
         spans = _spans(operator, self.keeper.numbers, self.examples)
         return TrainingRows(
             operator,
@@ -278,14 +362,16 @@ class _Capturing:
             share,
             self.checked,
             self.checked_numbers,
+            self.checked_outputs,
             spans,
             self.audited.drawn,
             self.batches,
-            self.loss,
-            self.least_loss,
+            loss,
+            least_loss,
             self.observed,
-            self.trace,
+            trace,
             self.problem,
+            [Stretch(0, self.examples)],
             chances=self.audited.chances,
             doubtful=self.outputs.note,
         )

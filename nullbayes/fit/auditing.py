@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import replace
 
 import torch
@@ -13,7 +14,6 @@ from nullbayes.audit.examples import (
     Question,
     Together,
     audit_examples,
-    prior_vectors,
 )
 from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import TrainingRows
@@ -22,24 +22,20 @@ from nullbayes.fit.result import AUDITED, Auditing
 
 def auditing_of(problem: Problem, rows: TrainingRows, asked: int) -> Auditing:
     """What it takes to audit samples of this fit, now and when more are drawn."""
-    first = getattr(rows.operator, "part", slice(0)).start or 0
-    spans = {}
-    for d in rows.audited:
-        span = rows.span(d.number)
-        spans[d.number] = slice(span.start - first, span.stop - first)
-    before, count = 0, len(rows.audited)
-    if rows.operator.processes is not None:
-        before, count = rows.operator.processes.place(count)
+    own, processes = rows.operator.own_span, rows.operator.processes
+    numbers = [d.number for d in rows.audited]
+    everyone = [numbers] if processes is None else processes.gather(numbers)
+    ordered = sorted(number for part in everyone for number in part)
     less = asked < min(AUDITED, rows.examples)
     return Auditing(
         rows.audited,
-        spans,
+        {number: own(rows.span(number)) for number in numbers},
         rows.examples,
         rows.batches,
-        f"audit={asked} was asked for" if less else _cut(count, asked, rows.examples),
-        rows.operator.processes,
-        before,
-        rows.relabelled,
+        f"audit={asked} was asked for" if less else _cut(len(ordered), asked, rows.examples),
+        {number: rows.label(number) for number in numbers},
+        [bisect_left(ordered, number) for number in numbers],
+        processes,
     )
 
 
@@ -61,20 +57,21 @@ def audited(
     """The audit of ``samples (S, P)`` at prior precision one.
 
     Args:
-        prior: ``(k, P)``, what they were projected from, in the solver's coordinates.
+        samples: in the dtype in which they are stored.
+        prior: ``(k, P)``, some of what they were projected from, in the solver's coordinates; as many samples at a
+            time move an example.
         effects: ``A Δ (S, M)``, as the rows have it: those of this process.
         seconds: that it may take, once the fewest examples are done.
     """
-    few = prior_vectors(len(samples), samples.shape[1], samples.element_size())
     question = Question(
         problem.functional,
         samples,
-        problem.weight_changes(prior[:few]),
+        problem.weight_changes(prior),
         lambda outputs, example: (
             problem.cotangents(
                 outputs,
                 example.targets,
-                torch.full((len(outputs),), example.number + auditing.relabelled),
+                torch.full((len(outputs),), auditing.labels[example.number]),
             ).values
         ),
     )
@@ -87,7 +84,7 @@ def audited(
         claims,
         auditing.total,
         seconds,
-        Together(auditing.processes, auditing.before),
+        Together(auditing.processes, auditing.places),
     )
     less = [text for text in (auditing.reduced, found.reduced) if text]
     return replace(found, batches=auditing.batches, reduced="; ".join(less) or None)

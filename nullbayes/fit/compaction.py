@@ -12,7 +12,7 @@ from nullbayes.certificate import Certificate
 from nullbayes.errors import InputError
 from nullbayes.fit.auditing import audited
 from nullbayes.fit.pipeline import new_samples
-from nullbayes.fit.prior_samples import standard_normal
+from nullbayes.fit.prior_samples import Remembered, standard_normal
 from nullbayes.fit.result import Fit
 from nullbayes.solvers import Projection, Status
 
@@ -58,8 +58,9 @@ def _measured(fit: Fit, stored: Tensor) -> Certificate:
     unit, operator = stored.to(problem.dtype), state.operator
     rounded = problem.isotropic(unit)
     effects = operator.mine.matvec(rounded)
-    prior, _ = standard_normal(fit.seed, range(len(unit)), operator.shape[1], 0, unit[:1])
-    problem.space.fix_(prior)
+    v, _ = standard_normal(fit.seed, range(len(unit)), operator.shape[1], 0, unit[:1])
+    prior = Remembered.of(problem.space.fix_(v), operator, problem.functional.model)
+    del v
     known = fit.certificate
     done = Projection(
         rounded, unit.new_tensor([known.residual]), Status(known.status), known.iterations
@@ -70,5 +71,5 @@ def _measured(fit: Fit, stored: Tensor) -> Certificate:
         changed |= fit.check.of(stored).measure(fit.alpha**-0.5)
     audit = known.audit
     if fit.auditing is not None and audit is not None:
-        audit = audited(problem, fit.auditing, unit, prior, effects, math.inf)
+        audit = audited(problem, fit.auditing, unit, prior.few, effects, math.inf)
     return replace(known, **changed, audit=audit)

@@ -15,16 +15,16 @@ from nullbayes.solvers.block_cg import row_norms
 
 
 def measured_rows(
-    rows: TrainingRows, done: Projection, prior: Tensor, after: Tensor, alpha: float
+    rows: TrainingRows, done: Projection, before: Tensor, after: Tensor, alpha: float
 ) -> dict[str, Any]:
-    """What the certificate says of the rows; ``after (S, M)``: samples by own rows."""
+    """What the certificate says of the rows; ``before``, ``after (S, M)``: prior samples, and samples, by own rows."""
     m, p = rows.operator.shape
     crowd = rows.operator.crowd
     norms = crowd.joined(norms_of(rows.operator, after))
     count = len(norms) * rows.examples
-    before = crowd.joined(norms_of(rows.operator, rows.operator.mine.matvec(prior)))
+    earlier = crowd.joined(norms_of(rows.operator, before))
     return {
-        "residual": residual_of(norms, before),
+        "residual": residual_of(norms, earlier),
         "row_drift": (float(norms.square().sum()) / count / alpha) ** 0.5,
         "constraints": m,
         "parameters": p,

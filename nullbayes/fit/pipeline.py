@@ -38,7 +38,6 @@ from nullbayes.common.progress import (
     Stages,
     stages,
 )
-from nullbayes.constraints.memory_budget import FitMemory
 from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import TrainingRows, capture_training, with_fitted_noise
 from nullbayes.errors import ModelError
@@ -47,11 +46,11 @@ from nullbayes.fit.evidence import fixed_point, null_space_precision
 from nullbayes.fit.layer_evidence import by_layer, layers_of
 from nullbayes.fit.measured_rows import measured_rows, norms_of, residual_of, squared
 from nullbayes.fit.observation_noise import with_left_out_noise
-from nullbayes.fit.prior_samples import standard_normal
-from nullbayes.fit.projection import Work, projected
+from nullbayes.fit.prior_samples import Remembered, standard_normal
+from nullbayes.fit.projection import Work, projected, stored_
 from nullbayes.fit.remarks import doubts, not_kept, where_kept
 from nullbayes.fit.result import Fit, Run, Settings
-from nullbayes.fit.room import chosen_solver, within
+from nullbayes.fit.room import chosen_solver, divided, within
 from nullbayes.fit.target import DELTA
 from nullbayes.fit.together import any_of, own_budget, processes_of
 from nullbayes.jacobian.linearise import linearised_outputs
@@ -60,10 +59,9 @@ from nullbayes.model.adapters import remarks
 from nullbayes.model.fingerprint import fingerprint, quick_digest
 from nullbayes.model.parameters import padding_notes
 from nullbayes.solvers import Choice, Projection, State
-from nullbayes.solvers.block_cg import row_norms
 
 # Seconds that the audit of examples may take beside a fit: a share of it, and at least so many.
-AUDIT_SHARE, LEAST_AUDIT = 0.05, 1.0
+AUDIT_SHARE, LEAST_AUDIT = 0.05, 0.5
 
 
 def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run) -> Fit:
@@ -74,7 +72,7 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
     """
     laps, before = Laps(), quick_digest(problem.functional.model)
     budget = settings.memory or own_budget(problem.device, processes_of(loader))
-    memory = FitMemory.of(budget, run.num_samples, problem.space.total, problem.dtype)
+    memory = divided(settings, problem.space, run.num_samples, budget)
     with within(budget, memory), stages(show=run.progress) as stage:
         # (Of several processes, each reads its own share.)
         reading = Rereading(loader) if processes_of(loader) is None else None
@@ -86,7 +84,8 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
         if problem.by_layer:
             room = budget - memory.beside - rows.operator.resident
             problem, rows = by_layer(problem, rows, room, stage.fraction(PRIOR))
-        choice = chosen_solver(settings, rows.operator, run.num_samples, budget - memory.beside)
+        beside = memory.beside + run.stored_bytes(problem.space)
+        choice = chosen_solver(settings, rows.operator, run.num_samples, budget - beside)
         fitting = Fitting(problem, settings, run, rows, choice, stage, laps)
         fitting.factorise()
         fitting.project()
@@ -219,6 +218,7 @@ class Fitting:
         mine = self.crowd.part(self.run.num_samples)
         v, noise = standard_normal(seed, mine, p, noise_rows, self.theta)
         self.problem.space.fix_(v)
+        self.prior = Remembered.of(v, self.rows.operator, problem.functional.model)
         work = Work(
             self.state,
             self.rows,
@@ -243,10 +243,12 @@ class Fitting:
         if self.processes is not None:  # the samples of one are everyone's, to the last bit
             done = replace(done, value=self.processes.give_(done.value.contiguous()))
         self._lap(PROJECTION)
-        self.prior, self.done, self.held, self.held_changes = v, done, held, found
+        self.done, self.held, self.held_changes = done, held, found
+        #: what was projected, unless it was written over
+        self.projected = None if done.value.data_ptr() == v.data_ptr() else v
         #: squared, of all samples and of what they were projected from
         total = self.crowd.total
-        self.sizes = total(squared(done.value)), total(squared(v))
+        self.sizes = total(squared(done.value)), total(self.prior.squared)
         gone = self.sizes[1] - self.sizes[0]
         passed = target.numerical or self.state.rank is None
         gamma = gone / self.run.num_samples if passed else float(self.state.rank or 0)
@@ -256,18 +258,18 @@ class Fitting:
         self.gamma = min(max(round(gamma), 0), m, p)
         self.rank = self.gamma if known is None else min(max(round(known), 0), m, p)
         self.rank_estimated = known is None
-        self.stored = problem.weight_changes(done.value).to(self.run.stored or problem.dtype)
-        if self.run.stored is not None:  # what is measured is what is stored
-            self.done = replace(done, value=problem.isotropic(self.stored.to(problem.dtype)))
-            self.sizes = total(squared(self.done.value)), self.sizes[1]
+        self.stored = stored_(problem, done.value, self.run.stored)
+        if self.run.stored is not None:
+            self.sizes = total(squared(done.value)), self.sizes[1]
 
     def check(self) -> tuple[GuaranteeCheck, float | None]:
         """What samples do to training examples, and the evidence's precision before that bounded it."""
         problem, rows = self.problem, self.rows
         self.effects = rows.operator.mine.matvec(self.done.value)
         known = known_changes(problem, rows, self.stored, self.effects)
+        places, _ = rows.checked_places()
         check = GuaranteeCheck(
-            problem, rows.plan, rows.checked, self.stored, self.processes, self.crowd, known
+            problem, rows.plan, rows.checked, self.stored, self.processes, self.crowd, known, places
         )
         if self.settings.target.preserves:
             seen = [
@@ -275,7 +277,8 @@ class Fitting:
                 for h, change in zip(self.held, self.held_changes, strict=False)
             ]
             if not any_of(self.processes, seen):
-                seen = left_out(problem, self.state, self.prior, rows, check)
+                prior = self.projected, self.prior.image
+                seen = left_out(problem, self.state, prior, rows, check)
             check.leave_out(seen)
         evidence = self.alpha if self.by_evidence else None
         if evidence is not None:
@@ -297,8 +300,8 @@ class Fitting:
         allowed = max(LEAST_AUDIT, AUDIT_SHARE * self.laps.total)
         if self.run.patient:
             allowed = math.inf
-        unit = self.stored.to(self.problem.dtype)
-        found = audited(self.problem, self.auditing, unit, self.prior, self.effects, allowed)
+        question = self.problem, self.auditing
+        found = audited(*question, self.stored, self.prior.few, self.effects, allowed)
         found = functools.reduce(Audit.joined, self.crowd.gather(found))
         self._lap(AUDIT)
         return replace(found, seconds=self.laps.seconds[AUDIT])
@@ -312,7 +315,7 @@ class Fitting:
     ) -> Fit:
         """The certificate, and all that a posterior holds from now on."""
         problem, target = self.problem, self.settings.target
-        measured = measured_rows(self.rows, self.done, self.prior, self.effects, self.alpha)
+        measured = measured_rows(self.rows, self.done, self.prior.image, self.effects, self.alpha)
         measured["prior_share"] = self.sizes[0] / self.sizes[1]
         measured |= check.measure(self.alpha**-0.5)
         self._lap(CERTIFICATE)
@@ -366,40 +369,37 @@ def extended(fit: Fit, settings: Settings, count: int) -> Fit:
     noise_rows = settings.target.noise_rows(m)
     v, noise = standard_normal(fit.seed, indices, p, noise_rows, fit.unit[:1])
     fit.problem.space.fix_(v)
-    done = fit.state.project(v, noise if noise_rows else None)
+    prior = Remembered.of(v, operator, fit.problem.functional.model)
+    done = fit.state.consume(v, noise if noise_rows else None)
+    del v
     if operator.processes is not None:
         done = replace(done, value=operator.processes.give_(done.value.contiguous()))
-    kept = fit.problem.weight_changes(done.value).to(fit.stored.dtype)
+    kept = stored_(fit.problem, done.value, fit.stored.dtype)
     stored = torch.cat([fit.stored, kept])
     check = fit.check and fit.check.with_more(kept)
-    more = kept.to(fit.problem.dtype)
-    if fit.stored.dtype != fit.problem.dtype:
-        done = replace(done, value=fit.problem.isotropic(more))
     effects = operator.mine.matvec(done.value)
     certificate = fit.certificate.joined(
-        new_samples(fit, done, v, effects),
+        new_samples(fit, done, prior, effects),
         None if check is None else check.measure(fit.alpha**-0.5),
     )
     if fit.auditing is not None and certificate.audit is not None:
-        audit = audited(fit.problem, fit.auditing, more, v, effects, math.inf)
+        audit = audited(fit.problem, fit.auditing, kept, prior.few, effects, math.inf)
         certificate = replace(certificate, audit=certificate.audit.joined(audit))
     return replace(fit, stored=stored, certificate=certificate, check=check)
 
 
-def new_samples(fit: Fit, done: Projection, prior: Tensor, after: Tensor) -> dict[str, Any]:
+def new_samples(fit: Fit, done: Projection, prior: Remembered, after: Tensor) -> dict[str, Any]:
     """What a certificate says of samples that were drawn later, by the fit's rows."""
     assert fit.state is not None
-    count, operator = len(prior) * fit.certificate.examples, fit.state.operator
+    count, operator = len(after) * fit.certificate.examples, fit.state.operator
     norms = norms_of(operator, after)
     return {
-        "residual": residual_of(norms, norms_of(operator, operator.mine.matvec(prior))),
+        "residual": residual_of(norms, norms_of(operator, prior.image)),
         "row_drift": (float(norms.square().sum()) / count / fit.alpha) ** 0.5,
-        "prior_share": float(
-            row_norms(done.value).square().sum() / row_norms(prior).square().sum()
-        ),
+        "prior_share": squared(done.value) / prior.squared,
         "status": done.status,
         "iterations": done.iterations,
-        "num_samples": len(prior),
+        "num_samples": len(after),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from typing import Any
 
@@ -17,6 +17,7 @@ from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import CHECK_EXAMPLES, row_groups
 from nullbayes.errors import MemoryBudgetError, NotFittedError
 from nullbayes.fit.result import Settings
+from nullbayes.fit.room import divided
 from nullbayes.fit.timing import Trial, settled
 from nullbayes.fit.together import own_budget
 from nullbayes.jacobian.block import Block
@@ -125,7 +126,7 @@ def plan_fit(
     """
     parts = 1 if processes is None else processes.size
     budget = settings.memory or own_budget(problem.device, processes)
-    memory = FitMemory.of(budget, num_samples, problem.space.total, problem.dtype)
+    memory = divided(settings, problem.space, num_samples, budget)
     few = _counted(problem, train_loader, max_examples)
     problem, rows, outputs, targets = _tried(problem, few)
     proving, proven = settled(lambda: prove(problem.functional, few.inputs))
@@ -135,7 +136,8 @@ def plan_fit(
     checking = proven.checking_seconds
     operator = JacobianOperator(problem.space, merge_blocks(blocks))
     m = -(-operator.shape[0] * few.examples // size)
-    trial = Trial(problem, proven, few.inputs, targets, operator, size, few.examples, m, memory)
+    of_all = few.examples, m, few.largest
+    trial = Trial(problem, proven, few.inputs, targets, operator, size, *of_all, memory)
     draft = _Draft(
         {
             ROWS: min(trial.factor_bytes // parts, memory.rows),
@@ -248,13 +250,12 @@ def _tried(problem: Problem, few: _Few) -> tuple[Problem, int, Tensor, Any]:
 def _solve(draft: _Draft, trial: Trial, settings: Settings, budget: int, parts: int) -> None:
     """What the solver takes, or why none fits."""
     factors, device = trial.factor_bytes // parts, trial.problem.device
+    size = replace(trial.solved_size, written_over=settings.target.numerical)
     try:
         resident = min(factors, trial.memory.rows)
         movable = resident if fits_on_disk(factors, device) else 0
-        choice = choose(
-            settings.solver, trial.solved_size, budget - resident + movable, settings.tolerance
-        )
-        needed = choice.solver.cost(trial.solved_size).nbytes
+        choice = choose(settings.solver, size, budget - resident + movable, settings.tolerance)
+        needed = choice.solver.cost(size).nbytes
     except MemoryBudgetError as error:
         draft.reason = "the memory budget is too small"
         draft.advice.append(str(error))

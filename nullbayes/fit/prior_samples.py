@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from nullbayes.audit.examples import prior_vectors
+from nullbayes.jacobian.operator import RowOperator
+from nullbayes.solvers.block_cg import row_norms
 
 
 def generator_for(seed: int, index: int) -> torch.Generator:
@@ -24,3 +30,26 @@ def standard_normal(
         v[i].normal_(generator=generator)
         noise[i].normal_(generator=generator)
     return v.to(like.device), noise.to(like.device)
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What a fit needs of prior samples ``v (S, P)`` after their projection, which may write over them.
+
+    Attributes:
+        image: ``A v (S, M)`` by the rows of this process.
+        squared: sum of squares of all of them.
+        few: the first ``(k, P)``, a copy, for the audit.
+    """
+
+    image: Tensor
+    squared: float
+    few: Tensor
+
+    @staticmethod
+    def of(vectors: Tensor, operator: RowOperator, model: nn.Module) -> Remembered:
+        """To be asked for before the projection; ``operator``: all rows."""
+        count = prior_vectors(vectors, model)
+        image = operator.mine.matvec(vectors)
+        squared = float(row_norms(vectors).square().sum())
+        return Remembered(image, squared, vectors[:count].clone())

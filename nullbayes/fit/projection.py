@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nullbayes.certificate.leave_one_out import Held
 from nullbayes.common.processes import Processes
+from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import TrainingRows
 from nullbayes.fit.result import Checkpoint
 from nullbayes.fit.together import any_of, carried, gathered_spans, taken
@@ -23,7 +24,7 @@ from nullbayes.solvers.checkpoint import Report, Watch, describe_problem, probe_
 
 @dataclass(frozen=True)
 class Work:
-    """What is projected: ``vectors (S, P)``.
+    """What is projected: ``vectors (S, P)``, which may be written over.
 
     Attributes:
         problem: tells this fit from others, beside what is measured here.
@@ -75,7 +76,7 @@ def projected(
     if isinstance(found, Projection):
         return found, []
     second.carried = carried(work.processes, found)
-    done = work.state.project(work.vectors, noise, second)
+    done = work.state.consume(work.vectors, noise, second)
     if done.status is not Status.INTERRUPTED:
         second.finish()
     return replace(done, iterations=spent + done.iterations), found
@@ -103,3 +104,18 @@ def _before(
         return done, done.iterations
     with torch.no_grad():
         return changes(done.value), done.iterations
+
+
+def stored_(problem: Problem, value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Weight changes of projected vectors ``value (S, P)`` as they are stored, in ``dtype`` (None: the working one).
+
+    Where that rounds, ``value`` is rounded in place: what is measured is what is stored. One sample at a time, so that
+    beside both there is no third copy.
+    """
+    if dtype is None or dtype == problem.dtype:
+        return problem.weight_changes(value)
+    rows = []
+    for one in value.split(1):
+        rows.append(problem.weight_changes(one).to(dtype))
+        one.copy_(problem.isotropic(rows[-1].to(problem.dtype)))
+    return torch.cat(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -22,6 +23,7 @@ from nullbayes.errors import InputError
 from nullbayes.fit.target import Target
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.likelihood import Likelihood
+from nullbayes.model.parameters import ParameterSpace
 from nullbayes.solvers import Size, Solver, State, choose
 
 
@@ -92,6 +94,12 @@ class Run:
     crowd: Crowd = ALONE
     patient: bool = False  # whether all examples of the audit are, however long that takes
 
+    def stored_bytes(self, space: ParameterSpace) -> int:
+        """What samples take that are stored in another dtype, beside those in the working one."""
+        if self.stored is None or self.stored == space.dtype:
+            return 0
+        return self.num_samples * space.total * self.stored.itemsize
+
 
 @dataclass(frozen=True)
 class Auditing:
@@ -101,8 +109,8 @@ class Auditing:
         drawn: examples of all the data; ``spans``: by their numbers, the rows that each has among this process's.
         total, batches: how many examples are constrained, and in how many batches their rows were proved.
         reduced: what is audited less than usual, and why.
-        processes, before: those that audit the other examples, and how many of these come first.
-        relabelled: what to add to an example's number for the one that its rows were made under.
+        labels: by their numbers, those under which their rows were made.
+        processes: those that audit the other examples; ``places``: which of all that are audited these are.
     """
 
     drawn: list[Drawn]
@@ -110,9 +118,9 @@ class Auditing:
     total: int
     batches: int
     reduced: str | None
+    labels: dict[int, int]
+    places: Sequence[int]
     processes: Processes | None = None
-    before: int = 0
-    relabelled: int = 0
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,26 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from nullbayes.common.memory import explained_out_of_memory, format_bytes, working_within
-from nullbayes.constraints.memory_budget import FitMemory
+from nullbayes.constraints.memory_budget import SOLVER_VECTORS, FitMemory
 from nullbayes.errors import MemoryBudgetError
 from nullbayes.fit.result import Settings
 from nullbayes.jacobian.block_storage import fits_on_disk
 from nullbayes.jacobian.operator import JacobianOperator
-from nullbayes.solvers import Choice, Size, choose
+from nullbayes.model.parameters import ParameterSpace
+from nullbayes.solvers import Choice, DualCholesky, Size, choose
+
+
+def divided(settings: Settings, space: ParameterSpace, samples: int, budget: int) -> FitMemory:
+    """The parts of a fit's ``budget``.
+
+    Rows may take what a direct solver leaves them, which writes samples over the prior's; one that iterates holds
+    more of those, and sends rows to disk before it begins. An accelerator has no disk, so there the rows leave that
+    much at once.
+    """
+    direct = settings.solver == "auto" or isinstance(settings.solver, DualCholesky)
+    few = settings.target.numerical and direct and space.device.type == "cpu"
+    each = 1 if few else SOLVER_VECTORS
+    return FitMemory.of(budget, samples, space.total, space.dtype, each)
 
 
 @contextmanager
@@ -32,7 +46,13 @@ def chosen_solver(
     """
     m, p = operator.shape
     size = Size(
-        m, p, num_samples, operator.product_flops, operator.gram_flops, operator.dtype.itemsize
+        m,
+        p,
+        num_samples,
+        operator.product_flops,
+        operator.gram_flops,
+        operator.dtype.itemsize,
+        settings.target.numerical,
     )
     resident = operator.resident
     movable = resident if fits_on_disk(resident, operator.device) else 0

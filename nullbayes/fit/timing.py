@@ -18,9 +18,10 @@ from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import CHECK_EXAMPLES
 from nullbayes.fit.prior_samples import standard_normal
 from nullbayes.fit.result import AUDITED
-from nullbayes.jacobian.block_storage import merge_blocks
+from nullbayes.jacobian.block_storage import Part, merge_blocks
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.linearise import sampled_outputs
+from nullbayes.jacobian.live_tokens import by_length
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.model.batch import Inputs, take
 from nullbayes.solvers import Size, Solver
@@ -34,6 +35,8 @@ LOOKS = 4
 CHECKED_IN_TRIAL = (8, 96)
 FIRST_USE = 3.0  # seconds
 AUDITED_IN_TRIAL = 2  # examples
+# By how much rows without dead tokens may grow when they are merged with others.
+MERGED = 1.1
 
 T = TypeVar("T")
 
@@ -44,7 +47,7 @@ class Trial:
 
     Attributes:
         operator: rows of the ``size`` examples ``inputs``, ``targets``.
-        examples, rows: N and M of the whole fit; ``memory``: how its budget is divided.
+        examples, rows, batch: N, M and the largest batch of the whole fit; ``memory``: how its budget is divided.
     """
 
     problem: Problem
@@ -55,12 +58,22 @@ class Trial:
     size: int
     examples: int
     rows: int
+    batch: int
     memory: FitMemory
 
     @property
     def factor_bytes(self) -> int:
         """Of the rows of the whole fit."""
-        return self.operator.nbytes * self.examples // self.size
+        blocks = self.operator.blocks
+        kept = 0
+        for whole in blocks:
+            for start in range(0, whole.examples, self.batch):
+                stop = min(start + self.batch, whole.examples)
+                with Part(whole, start, stop).opened() as piece:
+                    kept += sum(part.nbytes for _, part, _ in by_length(piece))
+        # Of about one length, they are merged to that of the longest of more of them.
+        kept = min(self.operator.nbytes, round(MERGED * kept))
+        return kept * self.examples // self.size
 
     @property
     def solved_size(self) -> Size:

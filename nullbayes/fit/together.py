@@ -73,8 +73,8 @@ def _check_within(problem: Problem, processes: Processes) -> None:
     if other:
         raise ProcessError(
             f"the layer posterior of `within=` in process {', '.join(map(str, other))} of {processes.size} is not that "
-            "of process 0. A `LayerNullSpacePosterior` does not work together with other processes: fit it on *all* "
-            "the data in each (no `DistributedSampler`), or in one, save it, and `nb.load` it in the others."
+            "of process 0. Fit it in a call of all processes, each with all of the data or a `Shard` of them; or in "
+            "one process, save it, and `nb.load` it in the others."
         )
 
 

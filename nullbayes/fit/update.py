@@ -15,13 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from nullbayes.common.progress import AUDIT, ROWS, Laps, stages
-from nullbayes.constraints.memory_budget import FitMemory
 from nullbayes.constraints.training_rows import TrainingRows, capture_training
-from nullbayes.errors import InputError, NotFittedError
+from nullbayes.errors import NotFittedError
 from nullbayes.fit.pipeline import Fitting, check_undisturbed
 from nullbayes.fit.remarks import where_kept
 from nullbayes.fit.result import Fit, Run, Settings
-from nullbayes.fit.room import chosen_solver, within
+from nullbayes.fit.room import chosen_solver, divided, within
 from nullbayes.fit.together import own_budget
 from nullbayes.model.fingerprint import quick_digest
 from nullbayes.solvers import Solver, State
@@ -53,16 +52,10 @@ def updated(fit: Fit, settings: Settings, loader: Iterable[Any], run: Run) -> Fi
         MemoryBudgetError: the rows and the solver do not fit the budget.
     """
     earlier = _earlier(fit)
-    if earlier.rows.operator.processes is not None:
-        raise InputError(
-            "`update` after a fit on several processes would put new rows among the earlier ones, behind those of each "
-            "process, while factorisation, left-out examples and audit go by the order of all data. Call `fit` on all "
-            "of the data; a `LayerNullSpacePosterior` takes updates on several processes."
-        )
     problem = earlier.rows.asked
     laps, before = Laps(), quick_digest(problem.functional.model)
-    budget = settings.memory or own_budget(problem.device, None)
-    memory = FitMemory.of(budget, run.num_samples, problem.space.total, problem.dtype)
+    budget = settings.memory or own_budget(problem.device, earlier.rows.operator.processes)
+    memory = divided(settings, problem.space, run.num_samples, budget)
     with within(budget, memory), stages(show=run.progress) as stage:
         earlier.rows.plan.numbered = earlier.rows.examples
         more = capture_training(

@@ -113,7 +113,7 @@ class Block:
         shape = (self.examples, self.cotangents, 1)
         if isinstance(like, OuterFactor):
             a = like.a.new_zeros(self.examples, 1, like.groups, like.width_in)
-            return like._like(a, like.g.new_zeros(*shape, like.groups, like.width_out))
+            return like.like(a, like.g.new_zeros(*shape, like.groups, like.width_out))
         assert isinstance(like, LookupFactor)
         index = like.index.new_full((self.examples, 1), -1)
         return LookupFactor(like.slot, index, like.g.new_zeros(*shape, like.dim))

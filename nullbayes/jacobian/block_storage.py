@@ -65,6 +65,8 @@ class Kept(ABC):
 
 
 Change = Callable[[Block], Block]
+# Rows of an example, and its length: what blocks that are merged have in common.
+_Kind = tuple[int, int]
 
 
 class Openable(Protocol):
@@ -216,8 +218,8 @@ class Keeper:
         self._change = change
         self._functional, self._plan, self._scales, self._room = functional, plan, scales, room
         self._block_bytes = block_bytes
-        self._groups: dict[int, list[tuple[Block, Inputs, Tensor]]] = {}
-        self._numbers: dict[int, list[Tensor]] = {}
+        self._groups: dict[_Kind, list[tuple[Block, Inputs, Tensor]]] = {}
+        self._numbers: dict[_Kind, list[Tensor]] = {}
         self._resident = 0
         # One empty block for each set of factors that came: rules may fail, or layers not be reached, in some batches.
         self._forms: dict[Any, Block] = {}
@@ -226,34 +228,41 @@ class Keeper:
         self.numbers: list[Tensor] = []
 
     def add(
-        self, block: Block, inputs: Inputs, cotangents: Tensor, numbers: Tensor | None = None
+        self,
+        block: Block,
+        inputs: Inputs,
+        cotangents: Tensor,
+        numbers: Tensor | None = None,
+        length: int = 0,
     ) -> None:
         """``inputs`` and ``cotangents (C, B, *out)`` are those that ``block`` was captured from.
 
         Args:
             numbers: ``(B,)``, which examples of the data set these are.
+            length: only blocks with the same are merged.
         """
         form = kinds(block)
         if form not in self._forms:
             self._forms[form] = _form(block)
-        group = self._groups.setdefault(block.cotangents, [])
+        kind = block.cotangents, length
+        group = self._groups.setdefault(kind, [])
         rows = sum(b.num_rows for b, _, _ in group) + block.num_rows
         held = sum(b.nbytes for b, _, _ in group) + block.nbytes
         if group and (rows > BLOCK_ROWS or held > self._block_bytes):
-            self._flush(block.cotangents)
-            group = self._groups[block.cotangents]
+            self._flush(kind)
+            group = self._groups[kind]
         group.append((block, inputs, cotangents))
         if numbers is not None:
-            self._numbers.setdefault(block.cotangents, []).append(numbers)
+            self._numbers.setdefault(kind, []).append(numbers)
 
     def finish(self) -> list[Openable]:
-        """All blocks, in the order in which they came (those with as many rows an example), in the same factors.
+        """All blocks, in the order in which they came (those with as many rows and of one length), in the same factors.
 
         Raises:
             ModelError: a parameter that no example leads to.
         """
-        for cotangents in list(self._groups):
-            self._flush(cotangents)
+        for kind in list(self._groups):
+            self._flush(kind)
         self._plan.check_reached(self._functional.model)
         if len(self._forms) > 1:
             self._arrange(common_layout(self._forms.values()))
@@ -281,11 +290,11 @@ class Keeper:
                         "Raise `memory=`, free disk space, or make batches alike (padding to one length, no routing)."
                     )
 
-    def _flush(self, cotangents: int) -> None:
-        group, self._groups[cotangents] = self._groups[cotangents], []
+    def _flush(self, kind: _Kind) -> None:
+        group, self._groups[kind] = self._groups[kind], []
         if not group:
             return
-        self.numbers += self._numbers.pop(cotangents, [])
+        self.numbers += self._numbers.pop(kind, [])
         nbytes = sum(block.nbytes for block, _, _ in group)
         if self._fits(nbytes):
             self.kept.append(Block.merge([block for block, _, _ in group]))

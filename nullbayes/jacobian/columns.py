@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from nullbayes.jacobian.block import Block
 from nullbayes.jacobian.block_storage import Kept, OnDisk, Openable, Recomputed
 from nullbayes.jacobian.operator import JacobianOperator
-from nullbayes.jacobian.shared import SharedOperator
 
 
 class _Restricted(Kept):
@@ -32,24 +31,18 @@ class _Restricted(Kept):
 
 def restricted(operator: JacobianOperator, names: Collection[str]) -> JacobianOperator:
     """The rows with zeros in the columns of all parameters but ``names``; nothing is copied."""
-    return _alike(operator, [_Restricted(b, names) for b in _own(operator)])
+    return operator.over([_Restricted(b, names) for b in _own(operator)])
 
 
 def rescaled(operator: JacobianOperator, scales: Mapping[str, float]) -> JacobianOperator:
     """The rows with the columns of each parameter multiplied by its number of ``scales``, kept where they were."""
-    return _alike(operator, [_rescaled(b, scales) for b in _own(operator)])
+    return operator.over([_rescaled(b, scales) for b in _own(operator)])
 
 
 def _own(operator: JacobianOperator) -> Sequence[Openable]:
     mine = operator.mine
     assert isinstance(mine, JacobianOperator)
     return mine.blocks
-
-
-def _alike(operator: JacobianOperator, blocks: Sequence[Openable]) -> JacobianOperator:
-    """An operator over ``blocks``, which are those of this process where ``operator`` is one of several."""
-    made = JacobianOperator(operator.space, blocks)
-    return made if operator.processes is None else SharedOperator(made, operator.processes)
 
 
 def _rescaled(kept: Openable, scales: Mapping[str, float]) -> Openable:

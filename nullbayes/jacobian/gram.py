@@ -12,12 +12,16 @@ from nullbayes.common.memory import working_bytes
 from nullbayes.jacobian.block import Block
 from nullbayes.jacobian.block_storage import Openable
 from nullbayes.jacobian.factors.base import Factor
+from nullbayes.jacobian.factors.outer import OuterFactor
+from nullbayes.jacobian.factors.panels import add_panels
 from nullbayes.jacobian.factors.products import add_into
 
 # Bytes of written-out rows that a Gram build may hold for one layer.
 GRAM_ROWS_BYTES = 2**30
 # Bytes of recomputed rows held at a time, while the others are captured anew beside them.
 PANEL_BYTES = 2**30
+# Numbers of a weight from which its rows are written some outputs at a time, and what those may take.
+WIDE, PANEL_ROWS_BYTES = 2**16, 2**27
 # A block's product with itself is computed whole below twice so many rows.
 HALVED = 768
 # Rows of the lower triangle that are mirrored at a time.
@@ -48,7 +52,14 @@ def _by_layers(
     for k, key in enumerate(keys):
         with ExitStack() as stack:
             opened = [stack.enter_context(block.opened()) for block in blocks]
-            factors = _ready([block.factors[key] for block in opened], _room(out))
+            whole = [block.factors[key] for block in opened]
+            wide = _wide(whole)
+            if wide:
+                add_panels(wide, out, min(PANEL_ROWS_BYTES, _room(out)))
+                if tick:
+                    tick((k + 1) / len(keys))
+                continue
+            factors = _ready(whole, _room(out))
             for i, left in enumerate(factors):
                 rows = slice(starts[i], starts[i + 1])
                 for j, right in enumerate(factors[:i]):
@@ -56,6 +67,21 @@ def _by_layers(
                 _add_own(left, out[rows, rows])
                 if tick:
                     tick((k + ((i + 1) / len(factors)) ** 2) / len(keys))
+
+
+def _wide(factors: Sequence[Factor]) -> list[OuterFactor]:
+    """``factors`` of a layer whose rows are best written out, some outputs of all examples at a time; else none."""
+    outer = [
+        f
+        for f in factors
+        if isinstance(f, OuterFactor)
+        and f.groups == 1
+        and not f.transposed
+        and f.a.is_contiguous()
+        and f.width_in * f.width_out >= WIDE
+    ]
+    written = any(f.written_rows_bytes is not None for f in outer)
+    return outer if written and len(outer) == len(factors) else []
 
 
 def _by_panels(

@@ -169,6 +169,7 @@ def forward_mode(
     for start in range(0, size, step):
         piece, out = take(inputs, start, min(start + step, size)), []
         for n, delta in enumerate(samples):
+            delta = delta.to(functional.dtype)
             change = _along(functional, plan, delta, piece, confirm=n == 0)
             if change is None:  # as for one sample, so for all
                 out.append(_by_rows(functional, plan, samples[n:], piece))
@@ -319,9 +320,19 @@ def sampled_outputs(
     inputs: Inputs,
     where: str = "the inputs",
     scale: float = 1.0,
+    *,
+    proved: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``f(θ̂, x) (B, *out)`` and ``f(θ̂ + scale Δ_s, x) (S, B, *out)``: the network itself, re-weighted."""
-    inputs, point = separate_at_use(functional, inputs, where)
+    """``f(θ̂, x) (B, *out)`` and ``f(θ̂ + scale Δ_s, x) (S, B, *out)``: the network itself, re-weighted.
+
+    Args:
+        proved: these very examples were shown to be functions of themselves.
+    """
+    if proved:
+        inputs = functional.batch(inputs)
+        point = functional.outputs(inputs, where)
+    else:
+        inputs, point = separate_at_use(functional, inputs, where)
     functional.expect_shape(inputs, point.shape[1:], where)
     weights = functional.weights()
     out = []

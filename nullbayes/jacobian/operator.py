@@ -33,6 +33,8 @@ class RowOperator(ABC):
     processes: Processes | None = None
     #: those that project other samples with the same rows
     crowd: Crowd = ALONE
+    #: of a `subset`: the numbers of its rows among those it was taken from; None: all of them
+    chosen: Tensor | None = None
 
     @property
     def mine(self) -> RowOperator:
@@ -46,6 +48,10 @@ class RowOperator(ABC):
     @abstractmethod
     def rmatvec(self, weights: Tensor) -> Tensor:
         """``Aᵀ w`` for ``S`` vectors at once: ``(S, M)`` -> ``(S, P)``."""
+
+    def subtract_(self, vectors: Tensor, weights: Tensor) -> Tensor:
+        """``v -= Aᵀ w`` in place, ``vectors (S, P)``: samples of large networks are gigabytes."""
+        return vectors.sub_(self.rmatvec(weights))
 
     def normal(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """``AᵀA v (S, P)`` and ``‖A v‖² (S,)`` float64, in one pass over the rows."""
@@ -87,7 +93,9 @@ class RowOperator(ABC):
         keep = torch.randperm(self.shape[0], generator=generator)[:rows].sort().values
         unit = torch.zeros(len(keep), self.shape[0], dtype=self.dtype)
         unit[torch.arange(len(keep)), keep] = 1
-        return DenseOperator(self.rmatvec(unit.to(self.device)))
+        made = DenseOperator(self.rmatvec(unit.to(self.device)))
+        made.chosen = keep
+        return made
 
     def cross_gram(self, other: RowOperator) -> Tensor:
         """``A A'ᵀ`` with the rows of another operator over the same columns: ``(M, M')`` float64."""
@@ -106,6 +114,19 @@ class RowOperator(ABC):
     def own_rows(self, index: Tensor) -> Tensor:
         """Those of ``rows`` that this process holds, without asking the others."""
         return self.rows(index)
+
+    def own_span(self, span: slice) -> slice:
+        """Where rows that this process holds, by their numbers among all, are in products of ``mine``."""
+        return span
+
+    def own(self, values: Tensor) -> Tensor:
+        """This process's part of ``values (S, M)``."""
+        return values
+
+    @property
+    def turns(self) -> list[tuple[int, slice]]:
+        """All rows in their order, stretch by stretch: whose each is, and which of this process's rows that are."""
+        return [(0, slice(0, self.shape[0]))]
 
     @property
     def product_flops(self) -> float:
@@ -144,7 +165,9 @@ class DenseOperator(RowOperator):
 
     def subset(self, rows: int, generator: torch.Generator) -> DenseOperator:
         keep = torch.randperm(self.shape[0], generator=generator)[:rows].sort().values
-        return DenseOperator(self.matrix[keep.to(self.device)])
+        made = DenseOperator(self.matrix[keep.to(self.device)])
+        made.chosen = keep
+        return made
 
 
 class JacobianOperator(RowOperator):
@@ -186,6 +209,14 @@ class JacobianOperator(RowOperator):
             out[block.where] = out.get(block.where, 0) + block.nbytes
         return out
 
+    def followed_by(self, more: JacobianOperator) -> JacobianOperator:
+        """These rows, and those of ``more`` behind them; nothing is copied."""
+        return JacobianOperator(self.space, [*self.blocks, *more.blocks])
+
+    def over(self, blocks: Sequence[Openable]) -> JacobianOperator:
+        """The same rows made of other ``blocks``, as many as this process has."""
+        return JacobianOperator(self.space, blocks)
+
     def move_out(self, room: int) -> None:
         """Keep no more than ``room`` bytes in memory, where the disk can take the rest."""
         self.blocks = moved_out(self.blocks, room)
@@ -207,6 +238,12 @@ class JacobianOperator(RowOperator):
 
     def rmatvec(self, weights: Tensor) -> Tensor:
         out = weights.new_zeros(len(weights), self.shape[1])
+        return self._add_to(out, weights)
+
+    def subtract_(self, vectors: Tensor, weights: Tensor) -> Tensor:
+        return self._add_to(vectors, -weights)
+
+    def _add_to(self, out: Tensor, weights: Tensor) -> Tensor:
         if not len(weights):
             return out
         for kept, start in zip(self.blocks, self.starts, strict=False):
@@ -252,11 +289,24 @@ class JacobianOperator(RowOperator):
         if rows >= self.shape[0]:
             return self
         sizes = [block.examples for block in self.blocks]
-        parts = [
-            Part(self.blocks[i], start, start + count)
-            for i, start, count in chosen_parts(sizes, rows / self.shape[0], generator)
+        share = rows / self.shape[0]
+        chosen = list(chosen_parts(sizes, share, generator)) or [(0, 0, 1)]
+        return self.parts(chosen, self.starts)
+
+    def parts(
+        self, chosen: Sequence[tuple[int, int, int]], starts: Sequence[int]
+    ) -> JacobianOperator:
+        """Of some blocks so many examples from one on; ``starts``: the numbers of the blocks' first rows."""
+        made = JacobianOperator(
+            self.space, [Part(self.blocks[i], start, start + count) for i, start, count in chosen]
+        )
+        spans = [
+            torch.arange(start * width, (start + count) * width) + starts[i]
+            for i, start, count in chosen
+            for width in (self.blocks[i].cotangents,)
         ]
-        return JacobianOperator(self.space, parts or [Part(self.blocks[0], 0, 1)])
+        made.chosen = torch.cat(spans) if spans else torch.zeros(0, dtype=torch.long)
+        return made
 
     def cross_gram(self, other: RowOperator) -> Tensor:
         if not isinstance(other, JacobianOperator):
@@ -379,10 +429,14 @@ def chosen_parts(
 
 def check_block(block: Block, index: int) -> None:
     """Raise :class:`NonFiniteError` naming the parameters whose rows are not finite."""
-    for names, factor in block.factors.items():
-        if not all(bool(t.isfinite().all()) for t in factor.tensors()):
-            raise NonFiniteError(
-                f"the Jacobian rows of {list(names)} hold NaN or infinity (block {index}). "
-                "The outputs were finite, so a derivative overflowed: use float64 "
-                "(`model.double()`) or look for sqrt, log or division near zero."
-            )
+    finite = {
+        names: torch.stack([t.isfinite().all() for t in factor.tensors()]).all()
+        for names, factor in block.factors.items()
+    }
+    if not finite or bool(torch.stack(list(finite.values())).all()):
+        return
+    bad = next(names for names, good in finite.items() if not bool(good))
+    raise NonFiniteError(
+        f"the Jacobian rows of {list(bad)} hold NaN or infinity (block {index}). The outputs were finite, so a "
+        "derivative overflowed: use float64 (`model.double()`) or look for sqrt, log or division near zero."
+    )

@@ -179,7 +179,7 @@ class Classification(Likelihood):
         labels = labels[self._kept(labels)]
         if labels.numel() == 0:
             return  # every position is ignored: a batch that adds nothing
-        low, high = int(labels.min()), int(labels.max())
+        low, high = torch.stack(labels.aminmax()).tolist()
         if low >= 0 and high < classes:
             return
         if low < 0:

@@ -39,100 +39,129 @@ def quick_digest(model: nn.Module) -> int:
     For changes that PyTorch's version counters do not see: through ``.data``, a NumPy view, another process. Not a
     cryptographic one; :func:`fingerprint` says which tensors differ.
     """
-    total = 0
+    places, sums = [], []
     for place, tensor in enumerate((*model.parameters(), *model.buffers()), 1):
         if tensor.device.type != "meta":
-            total += place * digest(tensor)
+            parts = _weighted_sums(tensor)
+            places += [place] * len(parts)
+            sums += parts
+    total = sum(place * value for place, value in zip(places, _read(sums), strict=True))
     return total & ((1 << 64) - 1)
 
 
 def digest(tensor: Tensor) -> int:
     """One number from every bit of a tensor."""
-    total = 0
+    return sum(_read(_weighted_sums(tensor)))
+
+
+def _weighted_sums(tensor: Tensor) -> list[Tensor]:
+    out = []
     with torch.no_grad():
         words = bits_of(tensor)
         for start in range(0, words.numel(), _CHUNK):
             part = words[start : start + _CHUNK].to(torch.int64)
             # Sums of integers wrap around and are the same in any order; the weights tell places apart.
             at = torch.arange(start + 1, start + len(part) + 1, device=part.device)
-            total += int((part * (2 * at + 1)).sum())
-    return total
+            out.append((part * (2 * at + 1)).sum())
+    return out
+
+
+def _read(values: list[Tensor]) -> list[int]:
+    """Integers of tensors without axes, by one copy from each device, not one for each."""
+    places: dict[torch.device, list[int]] = {}
+    for i, value in enumerate(values):
+        places.setdefault(value.device, []).append(i)
+    out = [0] * len(values)
+    for which in places.values():
+        for i, value in zip(which, torch.stack([values[i] for i in which]).tolist(), strict=True):
+            out[i] = value
+    return out
 
 
 class Watch:
-    """Whether a model's tensors are still what they were, for less than a forward pass.
+    """Whether a model's tensors and modules are still what they were, for less than a forward pass.
 
     PyTorch counts the changes that it makes to a tensor itself. Those that go past it (``.data``, a NumPy view) show in
-    the sum of a tensor's bits: of all tensors up to 128 MB, of a 64th of a larger model at each question. Not a
-    substitute for :func:`quick_digest` where values may have changed places.
+    the sum of a tensor's bits: of all tensors where they are small, of a 64th of a large model at each question. Not a
+    substitute for :func:`quick_digest` where an answer has to be certain.
+
+    Args:
+        always: numbers that are looked at at each question; None: a million.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, always: int | None = None) -> None:
         tensors = [*model.parameters(), *model.buffers()]
         self.tensors = [t for t in tensors if t.device.type != "meta" and t.numel()]
-        self.state = self._state(model)
-        # Views of a tensor's bits where there are some, else the tensor and which of its words; and how many words.
+        self.modules = [(m, _entries(m)) for m in model.modules()]
+        self.versions = self._versions()
+        # Views of a tensor's bits where there are some, else the tensor and where to look.
         self.pieces: list[tuple[Tensor, Tensor | None, int, int]] = []
-        self.lengths: list[int] = []
         with torch.no_grad():
             for tensor in self.tensors:
-                for which, words in enumerate(words_of(tensor)):
-                    own = words.untyped_storage().data_ptr()
-                    viewed = own == tensor.untyped_storage().data_ptr()
-                    for start in range(0, len(words), _PIECE):
-                        view = words[start : start + _PIECE]
-                        self.pieces.append((tensor, view if viewed else None, which, start))
-                        self.lengths.append(len(view))
-            self.sums = [int(self._sum(*piece)) for piece in self.pieces]
-        self.at_once = max(_ALWAYS, sum(self.lengths) // 64)
+                words = bits_of(tensor)
+                for start in range(0, len(words), _PIECE):
+                    stop = min(len(words), start + _PIECE)
+                    view = None
+                    if words.data_ptr() == tensor.data_ptr():
+                        view = _wide(words[start:stop])
+                    self.pieces.append((tensor, view, start, stop))
+            self.sums = _read([self._sum(*piece) for piece in self.pieces])
+        numbers = sum(stop - start for _, _, start, stop in self.pieces)
+        self.at_once = max(_ALWAYS if always is None else always, numbers // 64)
         self.next = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is of no model: it says of each that it has changed, and holds no tensors."""
-        return {"state": None}
+        return {"modules": [(None, [])]}
 
     def same(self, model: nn.Module) -> bool:
         """Whether nothing was found to have changed."""
-        if self._state(model) != self.state:
+        if (
+            model is not self.modules[0][0]
+            or self._versions() != self.versions
+            or any(_entries(m) != entries for m, entries in self.modules)
+        ):
             return False
         seen = 0
         places: list[int] = []
         while seen < self.at_once and len(places) < len(self.pieces):
             places.append(self.next)
-            seen += self.lengths[self.next]
+            seen += self.pieces[self.next][3] - self.pieces[self.next][2]
             self.next = (self.next + 1) % len(self.pieces)
         with torch.no_grad():
             now = [self._sum(*self.pieces[i]) for i in places]
-        return [int(n) for n in now] == [self.sums[i] for i in places]
+        return _read(now) == [self.sums[i] for i in places]
+
+    def _versions(self) -> list[tuple[int, int]]:
+        return [(t.data_ptr(), t._version) for t in self.tensors]
 
     @staticmethod
-    def _state(model: nn.Module) -> list[tuple[int, int, int]]:
-        return [
-            (id(t), t.data_ptr() if t.device.type != "meta" else 0, t._version)
-            for t in (*model.parameters(), *model.buffers())
-        ]
-
-    @staticmethod
-    def _sum(tensor: Tensor, view: Tensor | None, which: int, start: int) -> Tensor:
-        return (words_of(tensor)[which][start : start + _PIECE] if view is None else view).sum()
+    def _sum(tensor: Tensor, view: Tensor | None, start: int, stop: int) -> Tensor:
+        return (bits_of(tensor)[start:stop] if view is None else view).sum()
 
 
-# Words of a piece of a :class:`Watch` (2 MB, which a cache holds), and how many are looked at each time.
-_PIECE, _ALWAYS = 2**18, 2**24
+def _entries(module: nn.Module) -> list[object]:
+    """What a module is made of, by identity, and what of its settings ties examples or draws numbers."""
+    state = module.__dict__
+    return [
+        state["training"],
+        state.get("max_norm"),
+        *map(id, state["_parameters"].values()),
+        *map(id, state["_buffers"].values()),
+        *map(id, state["_modules"].values()),
+    ]
 
 
-def words_of(tensor: Tensor) -> list[Tensor]:
-    """The bits of a tensor as 64-bit integers, flat, and what is left over.
+def _wide(words: Tensor) -> Tensor:
+    """The same bits as numbers of 64 bits where they can be read so: their sum takes an eighth of the time."""
+    size = words.element_size()
+    if size == 8 or words.numel() * size % 8 or words.storage_offset() * size % 8:
+        return words
+    return words.view(torch.int64)
 
-    Summing them goes at the speed of memory; narrower ones are widened one by one, forty times slower.
-    """
-    bits = bits_of(tensor)
-    each = 8 // bits.element_size()
-    whole = bits.numel() // each * each
-    # A view of another width begins where such a number may.
-    if each == 1 or bits.dtype == torch.bool or bits.storage_offset() % each:
-        return [bits]
-    return [part for part in (bits[:whole].view(torch.int64), bits[whole:]) if part.numel()]
+
+# Numbers of a piece of a :class:`Watch`, and how many are looked at each time.
+_PIECE, _ALWAYS = 2**16, 2**20
 
 
 def bits_of(tensor: Tensor) -> Tensor:

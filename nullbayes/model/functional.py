@@ -40,6 +40,7 @@ from nullbayes.model.randomness import FrozenRandomness, Replay, keyed
 from nullbayes.model.reading import Reads
 from nullbayes.model.reading import as_tensor_output as as_tensor_output
 from nullbayes.model.settling import settle
+from nullbayes.model.smooth import derivable
 from nullbayes.model.structure import Layouts
 from nullbayes.model.transformer import has_nested
 from nullbayes.model.wrapped import without_wrapper
@@ -191,7 +192,7 @@ class FunctionalModel(Reads):
         return bound(self, weights, hooks)
 
     def _run(self, module: nn.Module, forward: Forward | None, given: Any) -> Any:
-        with self.computing(), self.watch or nullcontext():
+        with self.computing(), derivable(module, self.device), self.watch or nullcontext():
             return _called(module, forward, given)
 
     def _given(self, inputs: Inputs) -> Any:

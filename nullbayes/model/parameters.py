@@ -121,7 +121,8 @@ class ParameterSpace:
 
     def fix_(self, vectors: Tensor) -> Tensor:
         """``vectors (*lead, P)`` with zeros, in place, at the coordinates that stay where they are."""
-        if len(self.fixed):
+        # Written only where there is something to write: products of vectors are remembered until these change.
+        if len(self.fixed) and bool((vectors[..., self.fixed] != 0).any()):
             vectors[..., self.fixed] = 0
         return vectors
 

@@ -7,11 +7,11 @@ second derivative: gradients of third order come out wrong in silence. Fused att
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -34,6 +34,25 @@ class Mathematical(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+class Separable(Mathematical):
+    """The same, of `nn.MultiheadAttention` too, which calls its kernel out of a mode's sight.
+
+    On a GPU the backward passes of fused kernels refuse what `is_grads_batched` makes of their saved tensors.
+    """
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is F.multi_head_attention_forward and (kwargs or {}).get("need_weights") is False:
+            # Asked for its weights, it writes attention out itself.
+            return func(*args, **((kwargs or {}) | {"need_weights": True}))[0], None
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 class _Smooth(Mathematical):
@@ -60,6 +79,26 @@ def smooth() -> Iterator[None]:
     """
     with _Smooth(), sdpa_kernel(SDPBackend.MATH):
         yield
+
+
+@contextmanager
+def derivable(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within it, a GPU uses no kernel that many cotangents at a time cannot be taken through; a CPU has none."""
+    if device.type == "cpu":
+        yield
+        return
+    # cuDNN's recurrent layers have a backward pass in training mode alone, and warn of weights in pieces.
+    switched = torch.backends.cudnn.enabled and any(
+        isinstance(part, nn.RNNBase) for part in module.modules()
+    )
+    try:
+        if switched:
+            torch.backends.cudnn.enabled = False
+        with Separable() if torch.is_grad_enabled() else nullcontext():
+            yield
+    finally:
+        if switched:
+            torch.backends.cudnn.enabled = True
 
 
 def _attention(

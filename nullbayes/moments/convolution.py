@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from nullbayes.moments.rule import InputRule, Layout, Read, Seen, Summed, Summer, argument, register
 from nullbayes.moments.shifts import PatchSums, ShiftedSums
+from nullbayes.moments.spectral import Axis, SpectralSums
 
 # Bytes of patches written out at a time.
 _PATCH_BYTES = 2**25
@@ -76,30 +77,57 @@ def middles(positions: Sequence[int], at_most: int) -> list[tuple[int, int, int]
     ]
 
 
-def _picked(module: Any, x: Tensor, places: Sequence[tuple[int, int, int]]) -> Tensor | None:
-    """Patches at some positions as :func:`patches` gives them; None where they reach into the padding, or are most."""
-    sides = list(module._reversed_padding_repeated_twice)[::-2]
-    chosen = []
-    for axis, (start, step, count) in enumerate(places):
-        size, k, far = x.shape[2 + axis], module.kernel_size[axis], module.dilation[axis]
-        first = start * module.stride[axis] - sides[axis]
-        stride = step * module.stride[axis]
-        last = first + (count - 1) * stride + (k - 1) * far
-        if first < 0 or last >= size or count * k > size:
-            return None
-        chosen.append((first, stride, count, k, far))
-    for axis, one in enumerate(chosen):
-        x = x.index_select(2 + axis, _indices(*one).to(x.device))
-    spatial = len(chosen)
-    sizes = [n for _, _, count, k, _ in chosen for n in (count, k)]
-    x = x.reshape(*x.shape[:2], *sizes)
-    return x.permute(0, 1, *range(2, 2 + 2 * spatial, 2), *range(3, 3 + 2 * spatial, 2))
+@functools.lru_cache(256)
+def _places(positions: torch.Size, at_most: int) -> list[tuple[int, int, int]]:
+    """The same, remembered."""
+    return middles(positions, at_most)
 
 
-@functools.lru_cache(1024)
-def _indices(first: int, stride: int, count: int, taps: int, apart: int) -> Tensor:
-    starts = first + stride * torch.arange(count)
-    return (starts[:, None] + apart * torch.arange(taps)).flatten()
+def _picked(module: Any, x: Tensor, places: Sequence[tuple[int, int, int]]) -> Tensor:
+    """Inputs ``(N, T, G, I)`` at some positions, looked up by their places in memory: in one step."""
+    sides = tuple(module._reversed_padding_repeated_twice[-2::-2])
+    axes = tuple(
+        (size, start * stride - side, step * stride, count, taps, far)
+        for size, (start, step, count), stride, side, taps, far in zip(
+            x.shape[2:], places, module.stride, sides, module.kernel_size, module.dilation,
+            strict=True,
+        )
+    )  # fmt: skip
+    if not all(_inside(*axis) for axis in axes):
+        x = padded(module, x)
+        axes = tuple(
+            (size, axis[1] + side, *axis[2:])
+            for size, axis, side in zip(x.shape[2:], axes, sides, strict=True)
+        )
+    index = _indices(x.shape[1], axes, x.device)
+    count = math.prod(axis[3] for axis in axes)
+    return x.flatten(1).index_select(1, index).view(len(x), count, module.groups, -1)
+
+
+def _inside(size: int, first: int, step: int, count: int, taps: int, apart: int) -> bool:
+    """Whether no patch reaches beyond the input along one axis."""
+    return first >= 0 and first + (count - 1) * step + (taps - 1) * apart < size
+
+
+@functools.lru_cache(64)
+def _indices(
+    channels: int, axes: tuple[tuple[int, int, int, int, int, int], ...], device: torch.device
+) -> Tensor:
+    """Places in an example ``(channels, *space)`` of what patches hold: by position, channel and tap."""
+    spatial, stride = len(axes), 1
+    total = torch.zeros([1] * (2 * spatial + 1), dtype=torch.long)
+    for axis in reversed(range(spatial)):
+        size, first, step, count, taps, apart = axes[axis]
+        positions, offsets = first + step * torch.arange(count), apart * torch.arange(taps)
+        shape = [1] * (2 * spatial + 1)
+        shape[axis] = count
+        total = total + stride * positions.view(shape)
+        shape[axis], shape[spatial + 1 + axis] = 1, taps
+        total = total + stride * offsets.view(shape)
+        stride *= size
+    shape = [1] * (2 * spatial + 1)
+    shape[spatial] = channels
+    return (total + stride * torch.arange(channels).view(shape)).flatten().to(device)
 
 
 def sliding_sums(module: Any, x: Tensor, positions: Sequence[int], dtype: torch.dtype) -> Summed:
@@ -170,10 +198,11 @@ def _pairs(slices: Tensor, taps: int, step: int) -> list[Tensor]:
 
 
 class ConvSummer(Summer):
-    """Sums over patches by the way that is least work: see ``shifts.py`` and :func:`sliding_sums`.
+    """Sums over patches by the way that is least work: ``spectral.py``, ``shifts.py``, :func:`sliding_sums`.
 
-    With many channels and stride one, products of shifted inputs; with many channels and strides, patches with channels
-    last; with few, slices. A kernel of one tap, or one that never overlaps itself, is for :meth:`ConvInputs.inputs`.
+    With many channels and stride one, products of Fourier coefficients, or of shifted inputs where examples are few;
+    with many channels and strides, patches with channels last; with few, slices. A kernel of one tap, or one that never
+    overlaps itself, is for :meth:`ConvInputs.inputs`.
     """
 
     def __init__(self, module: Any, dtype: torch.dtype) -> None:
@@ -181,10 +210,13 @@ class ConvSummer(Summer):
         channels = module.in_channels // groups
         self.shifts: ShiftedSums | None = None
         self.patches: PatchSums | None = None
+        self.spectral: SpectralSums | None = None
         if len(kernel) == 2 and channels >= _MANY_CHANNELS:
             if tuple(module.stride) == (1, 1):
                 if groups <= _FEW_GROUPS:
                     self.shifts = ShiftedSums(kernel, module.dilation, groups, dtype)
+                    biased = module.bias is not None
+                    self.spectral = SpectralSums(_axes(module), groups, dtype, biased=biased)
             elif groups == 1:
                 self.patches = PatchSums(kernel, channels, dtype)
         self.slices: Summed | None = None
@@ -197,7 +229,11 @@ class ConvSummer(Summer):
             return False
         x = _batched(argument(args, kwargs, 0, "input"), spatial)
         positions = output.shape[-spatial:]
-        if self.shifts is not None and self.shifts.fits(positions):
+        zeros = module.padding_mode == "zeros"
+        space = x.shape[2:] if zeros else _padded_space(module, x)
+        if self.spectral is not None and self.spectral.pays(len(x), space):
+            self.spectral.add(x if zeros else padded(module, x))
+        elif self.shifts is not None and self.shifts.fits(positions):
             self.shifts.add(padded(module, x), positions)
         elif self.patches is not None:
             self.patches.add(padded(module, x), module.stride, module.dilation)
@@ -220,7 +256,7 @@ class ConvSummer(Summer):
         return True
 
     def flush(self) -> Iterator[Summed]:
-        for part in (self.shifts, self.patches):
+        for part in (self.spectral, self.shifts, self.patches):
             if part is not None:
                 yield from part.flush()
         if self.slices is not None:
@@ -228,11 +264,29 @@ class ConvSummer(Summer):
         self.slices = None
 
     def mark(self) -> Tensor | None:
-        marks = [part.mark() for part in (self.shifts, self.patches) if part is not None]
+        parts = (self.spectral, self.shifts, self.patches)
+        marks = [part.mark() for part in parts if part is not None]
         if self.slices is not None:
             marks.append(self.slices.gram.diagonal(dim1=1, dim2=2).sum())
         some = [mark.double() for mark in marks if mark is not None]
         return torch.stack(some).sum() if some else None
+
+
+def _axes(module: Any) -> list[Axis]:
+    """Of a convolution, with the zeros that it puts around its input; others are put there before."""
+    amounts = list(module._reversed_padding_repeated_twice)
+    if module.padding_mode != "zeros":
+        amounts = [0] * len(amounts)
+    before, after = amounts[-2::-2], amounts[-1::-2]
+    parts = zip(module.kernel_size, module.dilation, before, after, strict=True)
+    return [Axis(*part) for part in parts]
+
+
+def _padded_space(module: Any, x: Tensor) -> list[int]:
+    """Sizes of ``x`` along its axes of space, padded."""
+    amounts = list(module._reversed_padding_repeated_twice)
+    around = zip(x.shape[2:], amounts[-2::-2], amounts[-1::-2], strict=True)
+    return [n + before + after for n, before, after in around]
 
 
 def _sum(a: Summed, b: Summed) -> Summed:
@@ -260,11 +314,11 @@ class ConvInputs(InputRule):
         at_most: int,
     ) -> Iterator[Seen]:
         positions = output.shape[-len(module.kernel_size) :]
-        places = middles(positions, at_most)
         x = _batched(argument(args, kwargs, 0, "input"), len(positions))
-        picked = None if torch.compiler.is_compiling() else _picked(module, x, places)
-        if picked is not None:
-            return iter((Seen("weight", _inputs(picked, module.groups)),))
+        if not torch.compiler.is_compiling():
+            picked = _picked(module, x, _places(positions, at_most))
+            return iter((Seen("weight", picked),))
+        places = middles(positions, at_most)
         cuts = [slice(start, None, step) for start, step, _ in places]
         return self._inputs(module, args, kwargs, output, cuts)
 

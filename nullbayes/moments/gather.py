@@ -23,6 +23,7 @@ from nullbayes.model.batch import (
 )
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.loader import split_batch
+from nullbayes.model.shares import Share
 from nullbayes.moments.blocks import Blocks
 from nullbayes.moments.capture import recording
 from nullbayes.moments.collector import Collector
@@ -86,7 +87,7 @@ def unlabelled(loader: Any, device: torch.device, name: str) -> Iterator[Batch]:
         check_inputs(inputs, where)
         if batch_size(inputs, where):
             yield index, inputs, None if targets is None else to_device(targets, device)
-    if index < 0:
+    if index < 0 and not isinstance(loader, Share):  # one process's share of them may hold none
         raise InputError(
             f"`{name}` yields no batches. A generator can be read only once: pass a DataLoader or "
             "a list of batches; and mind `drop_last=True` on a set smaller than one batch."

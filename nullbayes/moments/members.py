@@ -43,6 +43,14 @@ class Members:
         """Of both sets of examples."""
         return Members(self.counts + other.counts)
 
+    def minus(self, other: Members) -> Members:
+        """Without a set of examples; see :meth:`overdrawn` for those that were not there."""
+        return Members(self.counts - other.counts)
+
+    def overdrawn(self, words: Tensor) -> int:
+        """Of examples that were taken out, by their :func:`digests`: how many cannot have been there."""
+        return int(self.counts[_cells_of(words)].lt(0).any(1).sum())
+
     def copy(self) -> Members:
         return Members(self.counts.clone())
 
@@ -51,9 +59,12 @@ class Members:
         self.counts.index_add_(0, cells, torch.full_like(cells, sign, dtype=torch.int32))
 
     def _cells(self, inputs: Inputs) -> Tensor:
-        """``(B, 4)`` cells of each example: four parts of its 64-bit hash, the last one overlapping."""
-        words = digests(inputs)
-        return torch.stack([(words >> shift) & (CELLS - 1) for shift in (0, 15, 30, 44)], dim=1)
+        return _cells_of(digests(inputs))
+
+
+def _cells_of(words: Tensor) -> Tensor:
+    """``(B, 4)`` cells of each example: four parts of its 64-bit hash, the last one overlapping."""
+    return torch.stack([(words >> shift) & (CELLS - 1) for shift in (0, 15, 30, 44)], dim=1)
 
 
 def digests(inputs: Inputs) -> Tensor:

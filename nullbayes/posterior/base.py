@@ -49,6 +49,8 @@ from nullbayes.posterior.serving import Serves
 from nullbayes.posterior.storage import described, restored, write_posterior
 
 Self = TypeVar("Self", bound="Posterior")
+# Weights that are looked at at each call: all of them, up to so many (some 8 ms).
+LOOKED_AT = 2**25
 
 
 class Posterior(RowJudged, Predicts, Grows, Serves):
@@ -357,7 +359,7 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
         if self._watch is None or not self._watch.same(self.model):
             check_there(self.model, self.space)
             # Looked at first: what changes in between shows the next time.
-            watch = Watch(self.model)
+            watch = Watch(self.model, LOOKED_AT)
             check_unchanged(self.model, fit.fingerprint)
             self._watch = watch
 

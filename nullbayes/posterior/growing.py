@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import Tensor
 
 from nullbayes.common.arguments import check_count, check_sample_dtype
+from nullbayes.common.processes import Processes
+from nullbayes.errors import InputError
 from nullbayes.fit.marginal import Evidence, log_marginal_likelihood
 from nullbayes.fit.result import AUDITED, Run
+from nullbayes.fit.together import check_alike
 from nullbayes.fit.update import updated
 from nullbayes.model.functional import undisturbed_method
+from nullbayes.model.shares import shared
 
 if TYPE_CHECKING:
     from nullbayes.posterior.base import Posterior
@@ -51,7 +57,6 @@ class Grows:
         """
         own = cast("Posterior", self)
         fit = own._fitted()
-        fit.check_whole("update")
         run = Run(
             own.num_samples,
             fit.seed,
@@ -60,13 +65,41 @@ class Grows:
             None,
             AUDITED if audit is None else check_count(audit, "audit"),
             check_sample_dtype(fit.stored.dtype, own.functional.dtype),
+            fit.crowd,
             patient=audit is not None,
         )
         own._check_model()
-        data = own._data(more, "more")
-        own._take(updated(fit, own._settings, data, run))
+        with own._as_fitted("update") as processes:
+            data = own._data(more, "more")
+            for everyone in filter(None, (processes, run.crowd.processes)):
+                check_alike(own.problem, own._settings, run, everyone)
+            if processes is not None:
+                run = replace(run, progress=progress and processes.leads)
+                data = shared(data, processes, "more", run.max_examples)
+            own._take(updated(fit, own._settings, data, run))
         own.calibration = None
         return self
+
+    @contextmanager
+    def _as_fitted(self, where: str) -> Iterator[Processes | None]:
+        """The length of a call of all processes that hold the rows; None, where this one has them all.
+
+        Raises:
+            InputError: `process_group` is no longer what it was.
+        """
+        own = cast("Posterior", self)
+        fit = own._fitted()
+        held = None if fit.state is None else fit.state.operator.processes
+        if held is None and fit.crowd.processes is None:
+            yield None
+            return
+        with own._together(where) as processes:
+            if processes is not held:
+                raise InputError(
+                    f"`{where}` is called on other processes than `fit` was, which hold the rows of the data between "
+                    "them: expected the same `process_group`. Fit again on all of the data."
+                )
+            yield processes
 
     @undisturbed_method
     def log_marginal_likelihood(

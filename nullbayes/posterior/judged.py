@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from nullbayes.common.crowd import Crowd
+from nullbayes.common.crowd import Crowd, groups_of
 from nullbayes.common.processes import Processes, resolve
+from nullbayes.errors import InputError
 from nullbayes.jacobian.linearise import linearised_outputs
 from nullbayes.jacobian.shared import serve
 from nullbayes.model.batch import Inputs
@@ -33,6 +34,18 @@ class Judged:
     process_group: Any = False
     #: those that hold the other samples
     sample_group: Any = False
+
+    def _shared_by(self, process_group: Any, device_mesh: Any) -> None:
+        """Raises `InputError` for both at once, or a mesh of other dimensions than data and samples."""
+        self.process_group = process_group
+        if device_mesh is None:
+            return
+        if process_group is not None:
+            raise InputError(
+                "both `process_group` and `device_mesh` are given; expected one of them: the mesh says which processes "
+                "share the examples, `mesh['data']`, and which the samples."
+            )
+        self.process_group, self.sample_group = groups_of(device_mesh)
 
     @contextmanager
     def _together(self, where: str) -> Iterator[Processes | None]:
@@ -147,7 +160,7 @@ class RowJudged(Judged):
 
     def _moved(self, inputs: Inputs, where: str) -> tuple[Tensor, Moved]:
         own = cast("Posterior", self)
-        plan, unit = own._capture_plan(inputs), own._fitted().unit
+        plan, unit = own._capture_plan(inputs), own._fitted().stored
         point, change = linearised_outputs(own.functional, plan, unit, inputs, where)
         change = own._fitted().crowd.joined(change)
         return point, lambda scale: point + scale * change

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE
+from nullbayes.common.processes import Processes
 from nullbayes.common.progress import Laps, Stages, stages
 from nullbayes.errors import InputError, ModelError
 from nullbayes.likelihood import Likelihood
-from nullbayes.model.batch import batch_size, select, tensor_leaves
+from nullbayes.model.batch import Inputs, batch_size, select, tensor_leaves
 from nullbayes.model.loader import check_reusable
+from nullbayes.model.shares import Share
 from nullbayes.moments.factor import nearly_positive
 from nullbayes.moments.gather import KEPT_EXAMPLES, Gathered, drawn, unlabelled
-from nullbayes.moments.members import digests
+from nullbayes.moments.members import Members, digests
 from nullbayes.moments.products import working_dtype
 from nullbayes.moments.sketch import Sketch
 from nullbayes.posterior.layer_certificate import ALLOWED_CHANGE, HALF_CHANGE
@@ -43,18 +46,8 @@ def updated(fit: LayerFit, more: Any, prior: float | None, *, progress: bool) ->
 def removed(fit: LayerFit, some: Any, prior: float | None, *, progress: bool) -> LayerFit:
     """The posterior of the old data without ``some``. Raises `InputError` for data that cannot have been there."""
     if not isinstance(some, (torch.Tensor, tuple)):
-        check_reusable(some, "some")
-    members, hashes = fit.gathered.members.copy(), []
-    functional = fit.state.functional
-    for index, inputs, _ in drawn(functional, unlabelled(some, functional.device, "some")):
-        missing = members.discard(inputs)
-        if missing:
-            raise InputError(
-                f"some, batch {index}: {missing} of {batch_size(inputs)} examples are not in this posterior: they "
-                "were never added, were removed before, or their inputs differ (padding, augmentation, scaling). "
-                "Pass the inputs exactly as they were fitted; nothing was removed."
-            )
-        hashes.append(digests(inputs))
+        check_reusable(some.loader if isinstance(some, Share) else some, "some")
+    members, gone = _discarded(fit, some)
     with stages(show=progress) as stage:
         laps, taken = Laps(), _added(fit, some, "some", stage)
         laps.lap(INPUTS)
@@ -76,10 +69,49 @@ def removed(fit: LayerFit, some: Any, prior: float | None, *, progress: bool) ->
                     "these inputs were never added in this form. Pass them exactly as they were fitted (padding too); "
                     "nothing was removed."
                 )
-        gone = torch.cat(hashes)
         kept = [group for group in (_without(g, gone) for g in fit.gathered.kept) if group]
         rest = Gathered(sums, members, left, kept)
         return _concluded(fit, rest, prior, stage, laps)
+
+
+def _discarded(fit: LayerFit, some: Any) -> tuple[Members, torch.Tensor]:
+    """Who is left without ``some``, and hashes of those. Raises `InputError` for examples that are not there."""
+    functional = fit.state.functional
+    batches = drawn(functional, unlabelled(some, functional.device, "some"))
+    if isinstance(some, Share):
+        return _discarded_together(fit, (inputs for _, inputs, _ in batches), some.processes)
+    members, hashes = fit.gathered.members.copy(), []
+    for index, inputs, _ in batches:
+        missing = members.discard(inputs)
+        if missing:
+            raise _not_there(f"some, batch {index}", missing, batch_size(inputs))
+        hashes.append(digests(inputs))
+    return members, torch.cat(hashes)
+
+
+def _discarded_together(
+    fit: LayerFit, batches: Iterable[Inputs], processes: Processes
+) -> tuple[Members, torch.Tensor]:
+    """The same of data of which each process reads a part."""
+    taken, hashes = Members(), torch.zeros(0, dtype=torch.int64)
+    for inputs in batches:
+        taken.add(inputs)
+        hashes = torch.cat([hashes, digests(inputs)])
+    gone = processes.joined(hashes, 0)
+    processes.sum_(taken.counts)
+    members = fit.gathered.members.minus(taken)
+    missing = members.overdrawn(gone)
+    if missing:
+        raise _not_there("some", missing, len(gone))
+    return members, gone
+
+
+def _not_there(where: str, missing: int, examples: int) -> InputError:
+    return InputError(
+        f"{where}: {missing} of {examples} examples are not in this posterior: they were never added, were removed "
+        "before, or their inputs differ (padding, augmentation, scaling). Pass the inputs exactly as they were fitted; "
+        "nothing was removed."
+    )
 
 
 def merged(fit: LayerFit, other: LayerFit, prior: float | None) -> LayerFit:

@@ -27,12 +27,12 @@ CHECKED_SAMPLES = 4
 # Samples that a search for the prior precision goes by.
 SEARCH_SAMPLES = 2
 # And training examples.
-SEARCH_EXAMPLES = 32
+SEARCH_EXAMPLES = 16
 # Bytes of outputs of all samples that are held at a time.
 OUTPUT_BYTES = 2**28
 LEFT_OUT_EXAMPLES = 32
-# So many will do where their mean divergence, so many times over, is still allowed.
-FEW_LEFT_OUT, FAR_BELOW = 8, 4.0
+# So many will do where twice their mean divergence is allowed, and so is the mean with so many standard errors more.
+FEW_LEFT_OUT, STANDARD_ERRORS = 8, 3.0
 # Output numbers of an example up to which the left-out divergence is worked out.
 LEFT_OUT_OUTPUTS = 4096
 # Random directions of the output Hessian for each left-out example.
@@ -49,6 +49,7 @@ class Measured:
         divergence: mean Kullback-Leibler divergence from the network's prediction, nats an observation.
         change: root mean square change of the raw outputs, relative to that of the outputs.
         network_score, posterior_score: of the trained network and of the samples' mean prediction; None without labels.
+        observed: numbers of which ``divergence`` is the mean.
     """
 
     divergence: float
@@ -56,6 +57,7 @@ class Measured:
     network_score: float | None
     posterior_score: float | None
     examples: int
+    observed: int
 
 
 def targets_for(likelihood: Likelihood, point: Tensor, targets: Any, inputs: Inputs) -> Any:
@@ -134,7 +136,7 @@ def _measured(
     with torch.no_grad():
         for (inputs, targets, point), outputs in each:
             if not bool(outputs.isfinite().all()):
-                return Measured(math.inf, math.inf, None, None, 0)
+                return Measured(math.inf, math.inf, None, None, 0, 1)
             labels = targets_for(likelihood, point, targets, inputs)
             values = likelihood.divergence(point, outputs, labels)
             divergence += float(values.double().sum())
@@ -151,11 +153,11 @@ def _measured(
                 )
                 sums[0] += total
                 sums[1] += number
-    scores = [
+    first, last = (
         likelihood.final_score(s[0], int(s[1])) if labelled else None for s in (before, after)
-    ]
+    )
     change = math.sqrt(moved / size) if size else 0.0
-    return Measured(divergence / max(1, count), change, scores[0], scores[1], examples)
+    return Measured(divergence / max(1, count), change, first, last, examples, count)
 
 
 def _outputs(
@@ -202,7 +204,7 @@ def left_out_divergence(state: LayerState, likelihood: Likelihood, alpha: float)
         if exact
         else state
     )
-    total, count = 0.0, 0
+    values: list[float] = []
     generator = torch.Generator().manual_seed(state.seed)
     kept = state.gathered.kept
     places = [(g, i) for g, (inputs, _) in enumerate(kept) for i in range(batch_size(inputs))]
@@ -215,10 +217,17 @@ def left_out_divergence(state: LayerState, likelihood: Likelihood, alpha: float)
         value = _left_out(limit, likelihood, one, label, generator)
         if value is None:
             return None
-        total, count = total + value, count + 1
-        if count >= FEW_LEFT_OUT and FAR_BELOW * total / count < alpha * ALLOWED_LEFT_OUT:
+        values.append(value)
+        if len(values) >= FEW_LEFT_OUT and _far_below(values, alpha * ALLOWED_LEFT_OUT):
             break
-    return total / max(1, count)
+    return math.fsum(values) / len(values)
+
+
+def _far_below(values: list[float], allowed: float) -> bool:
+    """Whether more examples would hardly say that the mean is above ``allowed``."""
+    found = torch.tensor(values, dtype=torch.float64)
+    mean, error = float(found.mean()), float(found.std()) / math.sqrt(len(values))
+    return 2 * mean < allowed and mean + STANDARD_ERRORS * error < allowed
 
 
 def _left_out(

@@ -1,23 +1,37 @@
-"""What layer posteriors say besides predictions: covariances, of themselves to an evaluation, and as a module."""
+"""What layer posteriors say besides predictions: of data, covariances, of themselves to an evaluation, as a module."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
+from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE
 from nullbayes.common.arguments import check_choice, check_count, check_positive
 from nullbayes.constraints.within import LayerPrior, Root
 from nullbayes.errors import InputError
 from nullbayes.model.batch import Inputs, batch_size
+from nullbayes.model.data import as_loader, is_array
 from nullbayes.model.fingerprint import fingerprint
 from nullbayes.model.functional import FunctionalModel, undisturbed_method
+from nullbayes.model.loader import first_inputs
+from nullbayes.model.shares import shared
 from nullbayes.moments.gather import drawn, unlabelled
+from nullbayes.posterior import layer_change
+from nullbayes.posterior.calibration import (
+    CalibrationPath,
+    Search,
+    calibration_path,
+    check_arguments,
+)
 from nullbayes.posterior.joint import Joint
 from nullbayes.posterior.judged import Judged
 from nullbayes.posterior.layer_export import LEVERAGE, TOLERANCE, Export, LayerModule, export_module
 from nullbayes.posterior.layer_export import SCORES as EXPORTED
+from nullbayes.posterior.layer_fit import set_precision
 from nullbayes.posterior.layer_guarantee import measure_on
+from nullbayes.posterior.layer_predict import as_fit
 from nullbayes.posterior.layer_rows import joint_covariance, output_covariance
 from nullbayes.posterior.measuring.methods import GIVEN, GUARANTEE
 from nullbayes.posterior.measuring.subject import Moved
@@ -63,11 +77,58 @@ class LayerJudged(Judged):
         takes.
         """
         own = cast("LayerNullSpacePosterior", self)
+        with self._together("divergence") as processes:
+            fit = own._ready()
+            part = own._part(own._data(data, "data"), "data", processes)
+            batches = unlabelled(part, own.functional.device, "data")
+            pairs = ((inputs, targets) for _, inputs, targets in drawn(own.functional, batches))
+            samples = max(2, own.num_samples)
+            found = measure_on(fit.state, own.likelihood, fit.alpha, samples, pairs)
+            if processes is None:
+                return found.divergence
+            total, count = processes.total(found.divergence * found.observed, found.observed)
+            return total / max(1.0, count)
+
+    @undisturbed_method
+    def calibrate(
+        self,
+        val_loader: Any,
+        *,
+        ood_loader: Iterable[Any] | None = None,
+        metric: str = "nll",
+        tune: str | None = None,
+        progress: bool = True,
+    ) -> CalibrationPath:
+        """Choose the prior precision on validation data, see :meth:`nullbayes.Posterior.calibrate`.
+
+        The path is that of linearised predictions. It does not go below the precision at which the guarantee holds.
+        """
+        own = cast("LayerNullSpacePosterior", self)
         fit = own._ready()
-        batches = unlabelled(own._data(data, "data"), own.functional.device, "data")
-        pairs = ((inputs, targets) for _, inputs, targets in drawn(own.functional, batches))
-        samples = max(2, own.num_samples)
-        return measure_on(fit.state, own.likelihood, fit.alpha, samples, pairs).divergence
+        dtype, free = own.functional.dtype, own.functional.layouts is not None
+        if ood_loader is not None and is_array(ood_loader):
+            ood_loader = as_loader(ood_loader, "ood_loader", dtype, labelled=False)
+        check_arguments(metric, ood_loader)
+        val_loader = as_loader(val_loader, "val_loader", dtype, labelled=not free, pieces=free)
+        with self._together("calibrate") as processes:
+            plan = own._plan_of_rows(first_inputs(own.functional, val_loader, "val_loader"))
+            if processes is not None:
+                val_loader = shared(val_loader, processes, "val_loader")
+                if ood_loader is not None:
+                    ood_loader = shared(ood_loader, processes, "ood_loader")
+            shows = progress and (processes is None or processes.leads)
+            search = Search(val_loader, ood_loader, metric, tune, shows, processes)
+            path = calibration_path(as_fit(fit, own.likelihood), plan, search)
+            if path.tuned == "prior":
+                fit = set_precision(fit, path.prior_precision[path.chosen])
+                guarded = fit.certificate.divergence > ALLOWED_DIVERGENCE
+                own._fit = set_precision(fit, layer_change.guarded(fit)) if guarded else fit
+            elif path.noise_scale is not None:
+                noised = own.likelihood.with_noise(path.noise_scale[path.chosen])
+                assert noised is not None
+                own.likelihood = noised
+        own.calibration = path
+        return path
 
     @undisturbed_method
     def as_prior(self, functional: FunctionalModel) -> LayerPrior:

@@ -45,7 +45,7 @@ def write_layers(
     tensors, ranks = _tensors(fit.gathered)
     references = posterior._references() if state.references or state.gathered.kept else None
     if references is not None:
-        tensors["references"] = references.values.contiguous()
+        tensors["references"] = references.values.cpu().contiguous()
     frozen = posterior.functional.randomness
     settings = {
         "class": CLASS,

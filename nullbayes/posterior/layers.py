@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE
 from nullbayes.common.arguments import check_choice, check_count, check_positive
 from nullbayes.common.memory import available_bytes, explained_out_of_memory, parse_bytes
 from nullbayes.common.processes import Processes
@@ -26,7 +25,6 @@ from nullbayes.model.checks import check_mode
 from nullbayes.model.data import as_loader, is_array
 from nullbayes.model.fingerprint import Watch, check_unchanged, quick_digest
 from nullbayes.model.functional import Forward, FunctionalModel, undisturbed_method, unwrapped
-from nullbayes.model.loader import first_inputs
 from nullbayes.model.parameters import ParameterChoice, ParameterSpace
 from nullbayes.model.randomness import FrozenRandomness, resolve_randomness
 from nullbayes.model.shares import shared
@@ -34,9 +32,6 @@ from nullbayes.moments.products import working_dtype
 from nullbayes.posterior import layer_change
 from nullbayes.posterior.calibration import (
     CalibrationPath,
-    Search,
-    calibration_path,
-    check_arguments,
     temperature_of,
 )
 from nullbayes.posterior.layer_certificate import LayerCertificate
@@ -50,7 +45,7 @@ from nullbayes.posterior.layer_fit import (
 )
 from nullbayes.posterior.layer_judged import LayerJudged
 from nullbayes.posterior.layer_plan import LayerPlan, plan_layers
-from nullbayes.posterior.layer_predict import METHODS, as_fit, closed_prediction
+from nullbayes.posterior.layer_predict import METHODS, closed_prediction
 from nullbayes.posterior.layer_rows import output_covariance
 from nullbayes.posterior.layer_scored import LayerScored
 from nullbayes.posterior.layer_state import LayerState
@@ -236,15 +231,16 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
 
     @undisturbed_method
     def remove(self, some: Any, *, progress: bool = True) -> LayerNullSpacePosterior:
-        """Take training data out again: as if it had never been there. Of several processes each reads all of it.
+        """Take training data out again: as if it had never been there. Of several processes each reads a part of it.
 
         Raises:
             InputError: data that were never added, or all of them; nothing is removed then.
         """
-        fit = self._ready()
-        self._accept(
-            layer_change.removed(fit, self._data(some, "some"), self._prior, progress=progress)
-        )
+        with self._together("remove") as processes:
+            fit = self._ready()
+            data = self._part(self._data(some, "some"), "some", processes)
+            shows = progress and (processes is None or processes.leads)
+            self._accept(layer_change.removed(fit, data, self._prior, progress=shows))
         return self
 
     @undisturbed_method
@@ -316,7 +312,6 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
             fit = self._ready()
             self._watch = Watch(self.model)
             return fit
-        self._check_mode()
         return self._fit
 
     def _inputs(self, x: Inputs, draw: int = 0) -> Inputs:
@@ -387,40 +382,6 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
             covariance = output_covariance(fit.state, plan, x, lambda t: t) / fit.alpha
             flat = closed_prediction(self.likelihood, point, covariance, fit.state.seed, heat)
         return flat if self.likelihood.layouts is None else structured(flat, self.likelihood)
-
-    @undisturbed_method
-    def calibrate(
-        self,
-        val_loader: Any,
-        *,
-        ood_loader: Iterable[Any] | None = None,
-        metric: str = "nll",
-        tune: str | None = None,
-        progress: bool = True,
-    ) -> CalibrationPath:
-        """Choose the prior precision on validation data, see :meth:`nullbayes.Posterior.calibrate`.
-
-        The path is that of linearised predictions. It does not go below the precision at which the guarantee holds.
-        """
-        fit = self._ready()
-        dtype, free = self.functional.dtype, self.functional.layouts is not None
-        if ood_loader is not None and is_array(ood_loader):
-            ood_loader = as_loader(ood_loader, "ood_loader", dtype, labelled=False)
-        check_arguments(metric, ood_loader)
-        val_loader = as_loader(val_loader, "val_loader", dtype, labelled=not free, pieces=free)
-        plan = self._plan_of_rows(first_inputs(self.functional, val_loader, "val_loader"))
-        search = Search(val_loader, ood_loader, metric, tune, progress)
-        path = calibration_path(as_fit(fit, self.likelihood), plan, search)
-        if path.tuned == "prior":
-            fit = set_precision(fit, path.prior_precision[path.chosen])
-            guarded = fit.certificate.divergence > ALLOWED_DIVERGENCE
-            self._fit = set_precision(fit, layer_change.guarded(fit)) if guarded else fit
-        elif path.noise_scale is not None:
-            noised = self.likelihood.with_noise(path.noise_scale[path.chosen])
-            assert noised is not None
-            self.likelihood = noised
-        self.calibration = path
-        return path
 
     def sample(self, count: int | None = None) -> Iterator[dict[str, Tensor]]:
         """Yield ``count`` samples (default: as many as were asked for) as state dicts for ``load_state_dict``."""

@@ -67,9 +67,11 @@ class Scorer:
 
     @cached_property
     def isotropic(self) -> Tensor:
-        """Samples ``(S, P)``, as they are stored, in the coordinates of the rows, where the prior is isotropic."""
-        plain = self.problem.precision_by_name is None and self.problem.within is None
-        return self.fit.stored if plain else self.problem.isotropic(self.fit.unit)
+        """Samples ``(S, P)`` in the coordinates of the rows, where the prior is isotropic."""
+        problem, fit = self.problem, self.fit
+        if problem.within is None and problem.precision_by_name is None:
+            return fit.stored  # rows widen what is stored in half precision, some of it at a time
+        return problem.isotropic(fit.unit)
 
     def outputs(self, x: Inputs) -> int:
         """Numbers in the output of one example."""

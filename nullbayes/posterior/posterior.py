@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from nullbayes.common.arguments import PriorPrecision
-from nullbayes.common.crowd import groups_of
 from nullbayes.common.deprecation import warn_deprecated
 from nullbayes.constraints.directions import Directions
 from nullbayes.constraints.fisher import with_curvature
@@ -131,9 +130,7 @@ class NullSpacePosterior(Posterior):
         row_drift = _row_drift(row_drift, drift)
         target = NullSpace(float(delta))
         super().__init__(problem, Settings.of(target, solver, tolerance, row_drift, memory))
-        self.process_group = process_group
-        if device_mesh is not None:
-            self.process_group, self.sample_group = groups_of(device_mesh)
+        self._shared_by(process_group, device_mesh)
 
 
 class LaplacePosterior(Posterior):
@@ -145,7 +142,8 @@ class LaplacePosterior(Posterior):
     Args:
         tolerance: of an iterative solver: a bound on a sample's error beside the sample itself.
         model, likelihood, preserve, loss, parameters, prior_precision, solver, directions, forward, row_drift, memory,
-            randomness, draws, drift, curvature, prior_mean, process_group: as those of :class:`NullSpacePosterior`.
+            randomness, draws, drift, curvature, prior_mean, process_group, device_mesh: as those of
+            :class:`NullSpacePosterior`.
 
     Raises:
         InputError: an argument that cannot be used.
@@ -173,6 +171,7 @@ class LaplacePosterior(Posterior):
         curvature: str | Preserve = "gauss-newton",
         prior_mean: PriorMean = "zero",
         process_group: Any = None,
+        device_mesh: Any = None,
     ) -> None:
         explained = resolve_loss(likelihood, loss, "classification")
         frozen = resolve_randomness(randomness, draws)
@@ -186,7 +185,7 @@ class LaplacePosterior(Posterior):
         row_drift = _row_drift(row_drift, drift)
         target = FullLaplace(1.0)
         super().__init__(problem, Settings.of(target, solver, tolerance, row_drift, memory))
-        self.process_group = process_group
+        self._shared_by(process_group, device_mesh)
 
 
 def _row_drift(row_drift: float | None, drift: float | None) -> float | None:

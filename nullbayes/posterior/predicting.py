@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -154,7 +153,7 @@ class Predicts:
         if how.method != METHODS[0]:
             if how.differentiable:
                 return point_with_graph(functional, x), sampled_with_graph(fit, x)
-            point, outputs = sampled_outputs(functional, fit.unit, x, "`x`", scale)
+            point, outputs = sampled_outputs(functional, fit.stored, x, "`x`", scale)
             return point, fit.crowd.joined(outputs)
         plan = own._capture_plan(x)
         with torch.no_grad():
@@ -200,7 +199,8 @@ class Predicts:
         """Which ``k`` inputs of ``pool`` to label next: their indices ``(k,)``, the most valuable first.
 
         Chosen one after the other, each given those before it, so that no two tell the same; from the stored samples
-        (their number bounds what they can tell apart: `draw` more for a large ``k``), and no label.
+        (their number bounds what they can tell apart: `draw` more for a large ``k``), and no label. Of several
+        processes each reads a part of a loader, and all get the same choice.
 
         Args:
             pool: inputs, or a loader or data set of which targets are left out; read in order, once.
@@ -213,17 +213,24 @@ class Predicts:
         """
         own = cast("Posterior", self)
         check_choice(criterion, CRITERIA, "criterion")
-        wanted, fit = check_count(k, "k"), own._fitted()
-        parts = _streamed(own, pool, None) if is_stream(pool) else iter([pool])
-        checked = (own._inputs(part, [0]) for part in parts)
-        first = next(checked, None)
-        assert first is not None  # an empty stream is an error already
-        features = Features.of(fit, own._capture_plan(first), itertools.chain([first], checked))
+        wanted = check_count(k, "k")
+        own._fitted()
+        if is_stream(pool):
+            with own._together("select") as processes:
+                features = self._features(_streamed(own, pool, processes), processes)
+        else:
+            features = self._features(iter([pool]), None)
         if len(features) < wanted:
             raise InputError(
                 f"`k` is {wanted}, but `pool` holds {len(features)} inputs; ask for fewer."
             )
         return select(features, wanted, criterion)[0]
+
+    def _features(self, parts: Iterator[Any], processes: Processes | None) -> Features:
+        """Of all inputs of a pool, of which ``parts`` are what this process reads."""
+        own = cast("Posterior", self)
+        checked = (own._inputs(part, [0]) for part in parts)
+        return Features.of(own._fitted(), own._capture_plan, checked, processes)
 
     @formerly_positional("score", "exact", "targets")
     def novelty(
@@ -297,7 +304,8 @@ def sampled_with_graph(fit: Fit, x: Inputs) -> Tensor:
     functional = fit.problem.functional
     weights, x = functional.weights(), functional.batch(x)
     with torch.enable_grad():
-        moved = (functional.space.unflatten(delta * fit.alpha**-0.5) for delta in fit.unit)
+        scaled = (delta.to(fit.problem.dtype) * fit.alpha**-0.5 for delta in fit.stored)
+        moved = map(functional.space.unflatten, scaled)
         return torch.stack(
             [functional({n: weights[n] + d for n, d in change.items()}, x) for change in moved]
         )

@@ -14,13 +14,14 @@ others, whether anybody will ask about their like or not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nullbayes.common.decompositions import solve
+from nullbayes.common.processes import Processes
 from nullbayes.errors import InputError
 from nullbayes.fit.result import Fit
 from nullbayes.jacobian.capture.plan import CapturePlan
@@ -38,16 +39,34 @@ class Features:
     values: Tensor
 
     @classmethod
-    def of(cls, fit: Fit, plan: CapturePlan, batches: Iterable[Inputs]) -> Features:
-        """Raises `InputError` where inputs have outputs of different shapes."""
-        parts = [_features(fit, plan, x) for x in batches]
+    def of(
+        cls,
+        fit: Fit,
+        plan: Callable[[Inputs], CapturePlan],
+        batches: Iterable[Inputs],
+        processes: Processes | None = None,
+    ) -> Features:
+        """Of all inputs, of which this process has the ``batches``, in the order of the pool.
+
+        Args:
+            plan: how rows at inputs are captured.
+            processes: those that have the other ones.
+
+        Raises:
+            InputError: inputs have outputs of different shapes.
+        """
+        parts = [_features(fit, plan(x), x) for x in batches]
         shapes = {tuple(part.shape[1:]) for part in parts}
+        if processes is not None:
+            shapes = set.union(*processes.gather(shapes))
         if len(shapes) != 1:
             raise InputError(
                 f"`pool` holds inputs with outputs of different sizes ({sorted(shapes)}); select among one kind at a "
                 "time."
             )
-        return cls(torch.cat(parts))
+        empty = fit.unit.new_empty((0, *shapes.pop()), dtype=torch.float64)
+        found = torch.cat([empty, *parts])
+        return cls(found if processes is None else processes.joined(found, 0))
 
     def __len__(self) -> int:
         return len(self.values)

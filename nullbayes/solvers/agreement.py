@@ -41,19 +41,15 @@ class Agreed:
             return row_norms(image)
         return self.processes.sum_(row_norms(image).square()).sqrt()
 
-    def own(self, operator: RowOperator, values: Tensor) -> Tensor:
-        """This process's part of ``values (S, M)``."""
-        part = getattr(operator, "part", None)
-        return values if part is None else values[:, part]
+    def turns(self, x: Tensor, operator: RowOperator) -> Iterator[slice]:
+        """Through all rows in the order of the data: which of this process's have their turn now.
 
-    def turns(self, x: Tensor) -> Iterator[bool]:
-        """Whether it is this process's turn; what it makes of ``x`` then is everyone's."""
-        if self.processes is None:
-            yield True
-            return
-        for owner in range(self.processes.size):
-            yield owner == self.processes.rank
-            self.processes.give_(x, owner)
+        What it makes of ``x`` then is everyone's.
+        """
+        for owner, rows in operator.turns:
+            yield rows
+            if self.processes is not None:
+                self.processes.give_(x, owner)
 
 
 @contextmanager

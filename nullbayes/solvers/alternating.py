@@ -155,9 +155,11 @@ class AlternatingState(IterativeState):
         self.passes = done if self.passes is None else self.passes
         return Projection(x, relative(after, before), status, cycles)
 
-    def _sweep(self, x: Tensor, z: Tensor, extra: float | Tensor) -> None:
-        """One projection after the other onto the null spaces of the batches: changes ``x`` and ``z``."""
+    def _sweep(self, x: Tensor, z: Tensor, extra: float | Tensor, rows: slice) -> None:
+        """One projection after the other onto the null spaces of the batches of ``rows``: changes ``x`` and ``z``."""
         for batch in self.batches:
+            if not rows.start <= batch.rows.start < rows.stop:
+                continue
             r = batch.operator.matvec(x).double()
             if self.shift:
                 r = r - self.shift * z[:, batch.rows]
@@ -174,7 +176,7 @@ class AlternatingState(IterativeState):
         z = torch.zeros(len(x), self.mine.shape[0], dtype=torch.float64, device=x.device)
         extra: float | Tensor = 0.0
         if noise is not None and self.shift:
-            extra = self.shift**0.5 * self.agreed.own(self.operator, noise).double()
+            extra = self.shift**0.5 * self.operator.own(noise).double()
 
         def residual() -> Tensor:
             r: Tensor = self.mine.matvec(x).double() + extra - self.shift * z
@@ -203,9 +205,8 @@ class AlternatingState(IterativeState):
                         break
                     x, started, cycles = x.clone(), x, cycles + 1
                     # Processes take turns: each batch begins where the one before it has ended.
-                    for turn in self.agreed.turns(x):
-                        if turn:
-                            self._sweep(x, z, extra)
+                    for rows in self.agreed.turns(x, self.operator):
+                        self._sweep(x, z, extra, rows)
                     if self.solver.accelerate and not self.shift:
                         x = _line_search(started, x)
                     previous, reached = reached, residual()

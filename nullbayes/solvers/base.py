@@ -103,6 +103,7 @@ class Size:
         samples: vectors to be projected.
         product: flops of ``A v`` for one vector; ``gram``: of ``A Aᵀ``. None: as for a dense matrix.
         itemsize: bytes of one number of the rows.
+        written_over: whether samples may take the place of what they are projected from: for the numerical null space.
     """
 
     rows: int
@@ -111,6 +112,7 @@ class Size:
     product: float | None = None
     gram: float | None = None
     itemsize: int = 4
+    written_over: bool = False
 
     @property
     def product_flops(self) -> float:
@@ -233,6 +235,12 @@ class State(ABC):
             eigenvalues ``(shift / (λ + shift))^(2 passes)`` (numerical).
         """
 
+    def consume(
+        self, vectors: Tensor, noise: Tensor | None = None, watch: Watch = QUIET
+    ) -> Projection:
+        """:meth:`project` for vectors that nobody needs any more: what it returns may be these, written over."""
+        return self.project(vectors, noise, watch)
+
     @abstractmethod
     def explained(self, rows: RowOperator, width: int = 1) -> Tensor:
         """What the data determine of other rows, ``R (I - cov) Rᵀ``: its diagonal blocks.
@@ -240,12 +248,17 @@ class State(ABC):
         ``(R / width, width, width)`` float64, one for every ``width`` rows that follow each other.
         """
 
-    def left_out(self, vectors: Tensor, spans: Sequence[slice]) -> list[Tensor] | None:
+    def left_out(
+        self, vectors: Tensor | None, spans: Sequence[slice], image: Tensor | None = None
+    ) -> list[Tensor] | None:
         """What the projected ``vectors (S, P)`` would be along some rows, had these not been there.
 
         For each of ``spans`` the values ``A_i Δ (S, |span|)`` float64 under a solution to which all rows but these
         contribute: leave-one-out, from one factorisation (Rasmussen & Williams 2006, eq. 5.12). None where the
         solver has no cheap way to tell.
+
+        Args:
+            vectors: None where they were written over; then ``image``, what ``A v (S, M)`` was, must serve.
         """
         return None
 

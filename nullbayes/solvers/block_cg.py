@@ -1,4 +1,8 @@
-"""Block conjugate gradients: all samples search one Krylov space together, residuals measured anew."""
+"""Block conjugate gradients: all samples search one Krylov space together, residuals measured anew.
+
+What is as large as the weights is on the device. Numbers of a sample, and matrices of samples, are on the processor,
+which decides by them: a step reads from the device two or three times, however many rows and samples there are.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from nullbayes.solvers.agreement import Agreed, together
 from nullbayes.solvers.base import Status, require_finite
 from nullbayes.solvers.checkpoint import QUIET, Watch
 from nullbayes.solvers.norms import blocks as blocks
+from nullbayes.solvers.norms import fetched as fetched
 from nullbayes.solvers.norms import inner as inner
 from nullbayes.solvers.norms import row_norms as row_norms
 
@@ -25,7 +30,7 @@ PATIENCE = 40
 LEAST_GAIN = 0.9
 
 Precondition = Callable[[Tensor], Tensor]
-#: ``(‖A x‖ (S,), ‖r‖ (S,)) -> (S,)``: at most one where a sample is good enough
+#: ``(‖A x‖ (S,), ‖r‖ (S,)) -> (S,)``, all on the processor: at most one where a sample is good enough
 Goal = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -78,9 +83,11 @@ class Objective:
         require_finite(square, "the product of the Jacobian rows with prior samples")
         return r, square.sqrt()
 
-    def pulled(self, x: Tensor) -> Tensor | float:
+    def pulled(self, x: Tensor) -> Tensor:
         """What the shift adds to twice the objective, ``(S,)``."""
-        return self.shift * row_norms(x - self.anchor).square() if self.shift else 0.0
+        if not self.shift:
+            return torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        return self.shift * row_norms(x - self.anchor).square()
 
 
 @dataclass(frozen=True)
@@ -149,9 +156,9 @@ class _Run:
         anchor = objective.anchor
         self.x, self.done = anchor if start.begin is None else start.begin, 0
         self.search: _Search | None = None
-        self.active = torch.ones(len(anchor), dtype=torch.bool, device=anchor.device)
+        self.active = torch.ones(len(anchor), dtype=torch.bool)
         if start.resumed is not None:
-            self._resume({name: t.to(anchor.device) for name, t in start.resumed.items()})
+            self._resume(start.resumed)
         self._measure()
         self.infinite = torch.full_like(self.image, math.inf)
         self.best = (self.reached, self.x)
@@ -161,17 +168,20 @@ class _Run:
         self.rounding = torch.finfo(anchor.dtype).eps ** 0.75
 
     def _resume(self, there: dict[str, Tensor]) -> None:
-        self.x, self.done, self.active = there["x"], int(there["done"]), there["active"]
+        device = self.objective.anchor.device
+        self.x, self.done = there["x"].to(device), int(there["done"])
+        self.active = there["active"].cpu()
         if "q" in there:
-            self.search = _Search(
-                there["q"], there["p"], there["coefficients"], float(there["largest"])
-            )
+            q, p = there["q"].to(device), there["p"].to(device)
+            self.search = _Search(q, p, there["coefficients"].cpu(), float(there["largest"]))
 
     def _measure(self) -> None:
         """The true residual, and from it what each sample has reached."""
-        self.r, self.image = self.objective.descent(self.x)
-        self.reached = self.goal(self.image, row_norms(self.r))
-        self.energy = self.image.square() + self.objective.pulled(self.x)
+        self.r, image = self.objective.descent(self.x)
+        pulled = self.objective.pulled(self.x)
+        self.image, gradient, pulled = fetched(image, row_norms(self.r), pulled)
+        self.reached = self.goal(self.image, gradient)
+        self.energy = self.image.square() + pulled
         self.unchecked, self.gained = 0, torch.zeros_like(self.image)
 
     def ended(self, max_iterations: int) -> Status | None:
@@ -186,7 +196,7 @@ class _Run:
             self.history = [h for h in self.history if self.done - h[0] < PATIENCE]
         if self.search is None:
             self.active = self.reached > 1
-            self.search = _begin(self.r[self.active], self.precondition)
+            self.search = _begin(self.r[self._places()], self.precondition)
         # None again: nothing is left but rounding.
         return Status.STAGNATED if self.search is None else None
 
@@ -196,7 +206,8 @@ class _Run:
         operator, shift = self.objective.operator, self.objective.shift
         step, along = _advance(operator, self.search, shift, self.precondition)
         self.done, self.unchecked = self.done + 1, self.unchecked + 1
-        self.x = self.x.index_put((self.active,), self.x[self.active] + step)
+        places = self._places()
+        self.x = self.x.index_copy(0, places, self.x[places] + step)
         self.gained[self.active] += along
         hinted, little = self._hints(along)
         self.watch.report(self.done, float(hinted.max()))
@@ -204,6 +215,10 @@ class _Run:
         due = self.unchecked >= CHECK_EVERY or self.done >= max_iterations
         if self.agreed.whether(hoped or lost or due):
             self._look()
+
+    def _places(self) -> Tensor:
+        """Which samples are active, by number, on the device."""
+        return self.active.nonzero()[:, 0].to(self.x.device)
 
     def _hints(self, along: Tensor) -> tuple[Tensor, Tensor]:
         """What is reached as far as can be told without measuring, and which steps gained little.
@@ -215,7 +230,7 @@ class _Run:
         if self.objective.linear is None:
             # Each step says by how much it lowers what is minimised, hence, but for rounding, what is
             # left of ‖A x‖: that shows progress and tells when to measure.
-            left = self.energy - self.gained - self.objective.pulled(self.x)
+            left = self.energy - self.gained - fetched(self.objective.pulled(self.x))[0]
             hint = torch.where(self.active, left.clamp(min=0).sqrt(), self.image)
             hinted = torch.minimum(self.reached, self.goal(hint, self.infinite))
             little |= (left <= self.rounding * self.energy)[self.active]
@@ -228,7 +243,7 @@ class _Run:
         self.history.append((self.done, float(self.reached.max())))
         if float(self.reached.max()) <= float(self.best[0].max()):
             self.best = (self.reached, self.x)
-        self.search = _true_to(self.search, self.r[self.active])
+        self.search = _true_to(self.search, self.r[self._places()])
         # The space that retired samples helped to find stays.
         going = self.active & (self.reached > 1)
         if self.search is not None:
@@ -242,8 +257,9 @@ class _Run:
 
     def interrupted(self) -> None:
         """The better of what was measured last and of where the search is now, kept in a checkpoint."""
-        image = self.objective.descent(self.x)
-        self.best = _better(self.best, self.goal(image[1], row_norms(image[0])), self.x)
+        r, image = self.objective.descent(self.x)
+        reached = self.goal(*fetched(image, row_norms(r)))
+        self.best = _better(self.best, reached, self.x)
         self.watch.offer(self._state(self.best[1]), now=True)
 
 
@@ -259,23 +275,23 @@ def _begin(r: Tensor, precondition: Precondition | None) -> _Search | None:
 def _advance(
     operator: RowOperator, search: _Search, shift: float, precondition: Precondition | None
 ) -> tuple[Tensor, Tensor]:
-    """One step: what to add to the active samples, and by how much ``‖A x‖²`` falls."""
+    """One step: what to add to the active samples, ``(k, P)``, and by how much ``‖A x‖²`` falls, ``(k,)``."""
     p, dtype = search.p, search.p.dtype
     z, _ = operator.normal(p)
     if shift:
         z = z + shift * p
-    alpha = _inverse_curvature(search, inner(p, z), inner(p, p))
+    alpha = _inverse_curvature(search, *fetched(inner(p, z), inner(p, p)))
     weights = search.coefficients @ alpha
-    step = weights.to(dtype) @ p
+    step = weights.to(p) @ p
     gained = (weights * search.coefficients).sum(1)
     # What one step leaves of a unit residual cannot be told from rounding below this.
     floor = 30 * torch.finfo(dtype).eps
-    made = _orthonormal(search.q - alpha.to(dtype) @ z, precondition, floor)
+    made = _orthonormal(search.q - alpha.to(p) @ z, precondition, floor)
     if made is None:  # the space is exhausted: no direction remains
         search.coefficients = torch.zeros_like(search.coefficients)
         return step, gained
     q, w, change = made
-    search.q, search.p = q, w + change.T.to(dtype) @ p
+    search.q, search.p = q, w + change.T.to(p) @ p
     search.coefficients = search.coefficients @ change
     return step, gained
 
@@ -307,7 +323,7 @@ def _orthonormal(
     Directions that are linear combinations of others up to rounding are left out, so ``k <= S``.
     """
     w = r if precondition is None else precondition(r)
-    gram = inner(r, w)
+    (gram,) = fetched(inner(r, w))
     gram = (gram + gram.T) / 2
     length = gram.diagonal().clamp(min=0).sqrt()
     live = length > floor
@@ -322,8 +338,8 @@ def _orthonormal(
     root, vectors = values[keep].sqrt(), vectors[:, keep]
     to = (vectors / root).T * weights  # (k, S)
     change = (vectors * root) * (live * unit)[:, None]
-    q = to.to(r.dtype) @ r
-    return q, (q if precondition is None else to.to(r.dtype) @ w), change
+    q = to.to(r) @ r
+    return q, (q if precondition is None else to.to(r) @ w), change
 
 
 def _true_to(search: _Search, r: Tensor) -> _Search | None:
@@ -332,7 +348,7 @@ def _true_to(search: _Search, r: Tensor) -> _Search | None:
     A residual that is measured lies in the row space. What the search's own differs from it by is rounding, which lies
     anywhere: steps along it wander in the null space, where no residual tells.
     """
-    error = row_norms(search.coefficients.to(r.dtype) @ search.q - r)
+    error = row_norms(search.coefficients.to(r) @ search.q - r)
     allowed = torch.finfo(r.dtype).eps ** 0.25
     return None if bool((error > allowed * row_norms(r)).any()) else search
 

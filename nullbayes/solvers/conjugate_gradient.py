@@ -31,6 +31,7 @@ from nullbayes.solvers.block_cg import (
     Start,
     block_cg,
     blocks,
+    fetched,
     inner,
     row_norms,
     sample_size,
@@ -65,8 +66,8 @@ class ConjugateGradient(Solver):
         max_iterations: passes over all rows at most.
         preconditioner: ``"none"``, ``"kronecker"``, ``"subset"``, ``"sketch"``, ``"pivoted"`` or an object
             from ``nb.solvers``.
-        equilibrate: power of its length by which a row is shortened, 0 to 1 (not for Laplace, nor with
-            a preconditioner). It leaves the null space as it is; what ends early keeps the outputs of
+        equilibrate: power of its length by which a row is shortened, 0 to 1 (not for Laplace, nor with ``"sketch"`` and
+            ``"pivoted"``). It leaves the null space as it is; what ends early keeps the outputs of
             confident examples better. With an edge of the null space, that too is one of scaled rows.
     """
 
@@ -155,6 +156,7 @@ class ConjugateGradientState(IterativeState):
         self.solver: ConjugateGradient = solver
         self.operator = operator
         self._preconditioner: Preconditioner | None = None
+        self._prepared = True
         #: the rows that the search works on; residuals are always those of ``operator``
         self._rows = operator
         self._begin: Tensor | None = None
@@ -169,27 +171,36 @@ class ConjugateGradientState(IterativeState):
     ) -> None:
         self.shift, self.numerical, self.enough = shift, numerical, enough
         chosen = resolve(self.solver.preconditioner)
-        if self.solver.equilibrate and chosen is None and (numerical or not shift):
+        dual = chosen is not None and chosen.dual
+        if self.solver.equilibrate and not dual and (numerical or not shift):
             self._rows = RowScaled(self.operator, self.solver.equilibrate)
         if chosen is not None and not chosen.keeps_range and not shift:
             raise InputError(
                 f"preconditioner={chosen.name!r} needs an edge of the null space (`delta` above 0): it would "
                 "end in the null space, but not at the projection. Use 'subset' or 'none' with `delta=0`."
             )
-        if chosen is not None:
-            chosen.prepare(self.operator, shift, tick)
-            self.notes = (*self.notes, f"Preconditioner: {'; '.join(chosen.notes)}.")
-        self._preconditioner = chosen
+        self._preconditioner, self._prepared = chosen, chosen is None
         if tick:
             tick(1.0)
+
+    def _prepare_for(self, rows: RowOperator) -> None:
+        """The preconditioner, made ready once, for the rows with which the search begins."""
+        chosen = self._preconditioner
+        if chosen is None or self._prepared:
+            return
+        chosen.prepare(rows, self.shift, None)
+        self.notes = (*self.notes, f"Preconditioner: {'; '.join(chosen.notes)}.")
+        self._prepared = True
 
     def project(
         self, vectors: Tensor, noise: Tensor | None = None, watch: Watch = QUIET
     ) -> Projection:
+        self._prepare_for(self._rows)
         if self.numerical:
             return self._numerical(vectors, watch)
         tolerance, limit = self.solver.tolerance_for(vectors.dtype), self.solver.max_iterations
         scale = self._scale(vectors, noise)
+        scale = None if scale is None else scale.cpu()
         if self._preconditioner is not None and self._preconditioner.dual:
             goal_of = Refinement(tolerance, limit, scale)
             return self._dual(vectors, noise, goal_of)
@@ -226,13 +237,17 @@ class ConjugateGradientState(IterativeState):
         return Projection(solved.value, relative(image, before), solved.status, iterations)
 
     def begin_at(self, vectors: Tensor) -> None:
-        if self._preconditioner is None:
+        if self._preconditioner is None or not self._preconditioner.dual:
             self._begin = vectors
 
     def project_without(
         self, vectors: Tensor, spans: Sequence[slice], watch: Watch = QUIET
     ) -> Projection | None:
-        if self._preconditioner is not None:
+        chosen = self._preconditioner
+        # (Of rows as they are: as version 0.1 has it, for the same seed gives the same samples.)
+        if chosen is not None and not (self.solver.equilibrate and chosen.keeps_range):
+            return None
+        if chosen is not None and chosen.dual:
             return None
         there = torch.ones(self.operator.shape[0], dtype=self.operator.dtype)
         for span in spans:
@@ -241,6 +256,9 @@ class ConjugateGradientState(IterativeState):
         some = copy.copy(self)
         some.operator = RowWeighted(self.operator, there)
         some._rows = RowWeighted(self._rows, there)
+        # Without the rows of ``spans`` for good: a preconditioner that knew them would let the search see them.
+        self._prepare_for(some._rows)
+        some._prepared = True
         done = some.project(vectors, None, watch)
         self._begin = done.value
         return done
@@ -310,7 +328,8 @@ class ConjugateGradientState(IterativeState):
         if begin is not None:  # goals are relative to the anchor, not to where the search begins
             gradient, square = self._rows.normal(objective.anchor)
             assert start.carried is not None
-            start.carried.update({"image": square.sqrt(), "gradient": row_norms(gradient)})
+            image, size = fetched(square.sqrt(), row_norms(gradient))
+            start.carried.update({"image": image, "gradient": size})
         start = replace(start, begin=begin)
         return block_cg(objective, goal, limit, precondition=apply, watch=watch, start=start)
 
@@ -320,7 +339,8 @@ class ConjugateGradientState(IterativeState):
         return conjugate_gradients(equations, self._preconditioner.apply, refinement)
 
     def _image(self, x: Tensor) -> Tensor:
-        return self.operator.image_norms(x)
+        """``‖A x‖ (S,)`` on the processor, where goals are judged."""
+        return self.operator.image_norms(x).cpu()
 
 
 @dataclass(frozen=True)
@@ -346,7 +366,7 @@ class _FirstNorms:
         #: one dictionary for the whole search: it is handed over before the first measurement
         self.carried: dict[str, Tensor] = {}
         if resumed is not None:
-            self.carried.update({name: resumed[name] for name in ("image", "gradient")})
+            self.carried.update({name: resumed[name].cpu() for name in ("image", "gradient")})
 
     def see(self, image: Tensor, gradient: Tensor) -> None:
         """The first measurement is the one that counts."""

@@ -35,6 +35,7 @@ from nullbayes.solvers.base import (
 )
 from nullbayes.solvers.block_cg import blocks
 from nullbayes.solvers.checkpoint import QUIET, Watch
+from nullbayes.solvers.norms import fetched
 from nullbayes.solvers.refinement import (
     DIRECT_PASSES,
     DualEquations,
@@ -46,6 +47,8 @@ from nullbayes.solvers.rehearsal import Rehearsal, timed
 from nullbayes.solvers.spectrum import EXACT_UP_TO, PROBES, STEPS, gram_spectrum, shared_spectrum
 
 TRACE_PROBES = 32
+# Numbers of the samples from which they take the place of what they are projected from.
+WRITTEN_OVER = 2**20
 # The side of dense trials: large enough for the speed that large matrices have.
 TRIAL_SIDE = 2500
 # Rows left out at most, each example by itself, and multiplications of all that: about a second's work.
@@ -85,7 +88,9 @@ class DualCholesky(Solver):
 
     def cost(self, size: Size) -> Cost:
         # Gram in the rows' dtype, half of it by symmetry; Cholesky in float64 counts twice.
-        vectors = 4 * size.samples * size.columns * size.itemsize
+        numbers = size.samples * size.columns
+        in_place = size.written_over and numbers >= WRITTEN_OVER
+        vectors = round((1 if in_place else 4) * numbers * size.itemsize)
         flops = size.gram_flops + 2 * size.rows**3 / 3 + 8 * size.samples * size.product_flops
         return Cost(flops, 2 * 8 * size.rows**2 + vectors)
 
@@ -233,10 +238,25 @@ class DualState(State):
         goal = Refinement(tolerance, self.solver.max_iterations)
         return conjugate_gradients(equations, self._solve, goal)
 
+    def consume(
+        self, vectors: Tensor, noise: Tensor | None = None, watch: Watch = QUIET
+    ) -> Projection:
+        if not self.numerical or vectors.numel() < WRITTEN_OVER:
+            return self.project(vectors, noise, watch)
+        tolerance = self.solver.tolerance_for(self.operator.dtype)
+        done = iterate(self.operator, vectors, self._pass_, self.passes, tolerance, self.enough)
+        self.passes = done.iterations
+        return done
+
     def _pass(self, x: Tensor) -> Tensor:
         z = self._solve(self.operator.matvec(x).double())
         along = self.operator.rmatvec(z.to(x.dtype))
         return torch.sub(x, along, out=along)  # samples of large networks are gigabytes
+
+    def _pass_(self, x: Tensor) -> Tensor:
+        """:meth:`_pass`, written over ``x``."""
+        z = self._solve(self.operator.matvec(x).double())
+        return self.operator.subtract_(x, z.to(x.dtype))
 
     def covariance_times(self, vectors: Tensor) -> Tensor:
         if self.numerical:
@@ -316,9 +336,14 @@ class DualState(State):
         parts = vectors[index]  # (n, k, M)
         return (parts / (values + shift)) @ parts.mT
 
-    def left_out(self, vectors: Tensor, spans: Sequence[slice]) -> list[Tensor] | None:
+    def left_out(
+        self, vectors: Tensor | None, spans: Sequence[slice], image: Tensor | None = None
+    ) -> list[Tensor] | None:
         # K⁻¹ A v of a row is the residual that it would have, times its entry of K⁻¹.
-        image = self.operator.matvec(vectors).double()  # (S, M)
+        if vectors is not None:
+            image = self.operator.matvec(vectors)
+        assert image is not None
+        image = image.double()  # (S, M)
         out: list[Tensor] = []
         # A solve holds the right sides, scaled and transposed, and the solutions, likewise.
         for some in _grouped(spans, max(1, working_bytes() // (6 * 8 * len(self.chol)))):
@@ -332,10 +357,16 @@ class DualState(State):
         units[torch.arange(len(chosen), device=image.device), chosen] = 1.0
         inverse = self._solve(units)  # rows of K⁻¹: (k, M)
         weights = image @ inverse.T  # (S, k)
-        out, at = [], 0
+        own, at = [], 0
         for span in spans:
             size = span.stop - span.start
-            block = inverse[at : at + size, span]
+            own.append(inverse[at : at + size, span])
+            at += size
+        # Small matrices, one after the other, are the processor's; they are read at once.
+        weights, *own = fetched(weights, *own)
+        out, at = [], 0
+        for span, block in zip(spans, own, strict=True):
+            size = span.stop - span.start
             # At unit diagonal: rows of one example may differ by orders of magnitude. A row of zeros (of an example of
             # which the network is certain) has no entry, and no residual.
             diagonal = block.diagonal()

@@ -25,8 +25,8 @@ class Curvature(ABC):
     values: Tensor
 
     @abstractmethod
-    def add(self, factor: Factor) -> None:
-        """Take in the rows of one block."""
+    def add(self, factor: Factor, weights: Tensor | None = None) -> None:
+        """Take in the rows of one block, each times its number of ``weights (B*C,)``."""
 
     @abstractmethod
     def sum_over(self, processes: Processes) -> None:
@@ -41,18 +41,22 @@ class Curvature(ABC):
         """``out[columns] = mu (C + mu I)⁻¹ r[columns]``."""
 
 
-def layer_curvatures(operator: JacobianOperator, tick: Tick | None = None) -> list[Curvature]:
-    """One pass over the rows; a decomposition for each layer."""
+def layer_curvatures(
+    operator: JacobianOperator, tick: Tick | None = None, weights: Tensor | None = None
+) -> list[Curvature]:
+    """One pass over the rows, each times its number of ``weights (M,)``; a decomposition for each layer."""
     layers: dict[tuple[str, ...], Curvature] = {}
     processes = operator.processes
     if processes is not None:
         layers = _empty(operator, processes)
-    for i, kept in enumerate(operator.blocks):
+    own = None if weights is None else operator.own(weights[None])[0]
+    for i, (kept, at) in enumerate(zip(operator.blocks, operator.starts, strict=False)):
+        some = None if own is None else own[at : at + kept.num_rows]
         with kept.opened() as block:
             for key, factor in block.factors.items():
                 if key not in layers:
                     layers[key] = _curvature(factor)
-                layers[key].add(factor)
+                layers[key].add(factor, some)
         if tick:
             tick(0.8 * (i + 1) / len(operator.blocks))
     for layer in layers.values():
@@ -92,8 +96,10 @@ class _Full(Curvature):
     def __init__(self, factor: Factor) -> None:
         self.slots, self.sum = factor.slots, torch.zeros(())
 
-    def add(self, factor: Factor) -> None:
+    def add(self, factor: Factor, weights: Tensor | None = None) -> None:
         rows = factor.rows()
+        if weights is not None:
+            rows = rows * weights[:, None].to(rows)
         self.sum = self.sum.to(rows) + rows.T @ rows
 
     def sum_over(self, processes: Processes) -> None:
@@ -115,11 +121,15 @@ class _Diagonal(Curvature):
     def __init__(self, factor: Factor) -> None:
         self.slots, self.values = factor.slots, torch.zeros(())
 
-    def add(self, factor: Factor) -> None:
-        step = max(1, 2**26 // max(1, factor.columns * factor.cotangents))
+    def add(self, factor: Factor, weights: Tensor | None = None) -> None:
+        step, width = max(1, 2**26 // max(1, factor.columns * factor.cotangents)), factor.cotangents
         for start in range(0, factor.examples, step):
-            part = factor.narrow(start, min(start + step, factor.examples))
-            self.values = self.values.to(part.tensors()[-1]) + part.rows().square().sum(0)
+            stop = min(start + step, factor.examples)
+            part = factor.narrow(start, stop)
+            rows = part.rows()
+            if weights is not None:
+                rows = rows * weights[start * width : stop * width, None].to(rows)
+            self.values = self.values.to(part.tensors()[-1]) + rows.square().sum(0)
         if not factor.examples:
             self.values = self.values + factor.tensors()[-1].new_zeros(factor.columns)
 
@@ -144,11 +154,14 @@ class _Product(Curvature):
         self.inputs = self.outputs = torch.zeros(())
         self.tokens = 0
 
-    def add(self, factor: Factor) -> None:
+    def add(self, factor: Factor, weights: Tensor | None = None) -> None:
         outer = factor.as_outer
         assert outer is not None
+        g = outer.g
+        if weights is not None:
+            g = g * weights.reshape(outer.examples, outer.cotangents, 1, 1, 1).to(g)
         self.inputs = self.inputs.to(outer.a) + _moment(outer.a.movedim(-2, 0))
-        self.outputs = self.outputs.to(outer.g) + _moment(outer.g.movedim(-2, 0))
+        self.outputs = self.outputs.to(outer.g) + _moment(g.movedim(-2, 0))
         self.tokens += outer.examples * outer.tokens
 
     def sum_over(self, processes: Processes) -> None:

@@ -163,12 +163,16 @@ class Kronecker(Preconditioner):
     def prepare(self, operator: RowOperator, shift: float, tick: Tick | None = None) -> None:
         from nullbayes.solvers.kronecker import layer_curvatures
 
+        weights = getattr(
+            operator, "weights", None
+        )  # of rows that were brought closer to one length
+        operator = getattr(operator, "operator", operator)
         if not isinstance(operator, JacobianOperator):
             raise InputError(
                 "preconditioner='kronecker' needs the layers of a network; for a general operator use "
                 "'subset' or 'none'."
             )
-        self._layers = layer_curvatures(operator, tick)
+        self._layers = layer_curvatures(operator, tick, weights)
         values = torch.cat([layer.values.flatten().double() for layer in self._layers])
         self.mu = max(_filter_shift(values, self.left), shift, 1e-300)
         self.notes = (f"Kronecker factors, tail curvature {self.mu:.2g}",)
@@ -182,7 +186,7 @@ class Kronecker(Preconditioner):
 
 def _filter_shift(values: Tensor, left: float) -> float:
     """The shift ``s`` with ``Σ λ (s / (λ + s))² = left² Σ λ``, by bisection in the logarithm."""
-    values = values.clamp(min=0)
+    values = values.clamp(min=0).cpu()  # sixty steps, each of which asks for a number
     total = float(values.sum())
     if total <= 0:
         return 1.0

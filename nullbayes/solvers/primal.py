@@ -27,6 +27,7 @@ from nullbayes.solvers.base import (
 )
 from nullbayes.solvers.block_cg import blocks
 from nullbayes.solvers.checkpoint import QUIET, Watch
+from nullbayes.solvers.norms import fetched
 from nullbayes.solvers.refinement import DIRECT_PASSES, iterate
 from nullbayes.solvers.rehearsal import Rehearsal, timed
 
@@ -84,7 +85,9 @@ class PrimalQR(Primal):
     def absorbed(
         self, r: Tensor, added: RowOperator, operator: RowOperator, tick: Tick | None = None
     ) -> PrimalState:
-        added = added.mine
+        processes, added = operator.processes, added.mine
+        if processes is not None and not processes.leads:
+            r = r[:0]  # it counts once
         m, p = added.shape
         chunk = max(1024, 3 * min(m, p))
         pending: list[Tensor] = []
@@ -98,7 +101,6 @@ class PrimalQR(Primal):
                 if tick:
                     tick(done / m)
         r = self._absorb(r, pending)
-        processes = operator.processes
         if processes is not None:
             r = self._of_all(r, processes)
         require_finite(r, "the triangular factor of the Jacobian rows")
@@ -222,20 +224,25 @@ class PrimalState(State):
     def _power(self) -> int:
         return 2 * self.passes if self.numerical and self.passes else 1
 
-    def left_out(self, vectors: Tensor, spans: Sequence[slice]) -> list[Tensor] | None:
-        if not self.shift > 0:
+    def left_out(
+        self, vectors: Tensor | None, spans: Sequence[slice], image: Tensor | None = None
+    ) -> list[Tensor] | None:
+        if not self.shift > 0 or vectors is None:
             return None  # without a shift, what is left of a row is rounding
-        out, x = [], vectors.double()
+        x, pairs = vectors.double(), []
+        gone = 1 - self.share  # of each direction: σ² / (shift + σ²)
+        along = gone[:, None] * (self.basis @ x.T)  # (r, S)
         for span in spans:
             rows = self.operator.own_rows(torch.arange(span.start, span.stop)).double()
             seen = rows @ self.basis.T  # (k, r)
-            kept = self.share  # of each direction: shift / (shift + σ²)
-            beyond = rows @ x.T - seen @ ((1 - kept)[:, None] * (self.basis @ x.T))  # A_i Δ: (k, S)
+            beyond = rows @ x.T - seen @ along  # A_i Δ: (k, S)
             # One minus the leverage: the row space holds these rows, so nothing else remains.
             free = torch.eye(len(rows), dtype=x.dtype, device=x.device)
-            free -= (seen * ((1 - kept) / self.sigma.square())) @ seen.T
-            out.append(solve(free, beyond).T)
-        return out
+            free -= (seen * (gone / self.sigma.square())) @ seen.T
+            pairs += [free, beyond]
+        # Small systems are the processor's; they are read at once.
+        read = fetched(*pairs) if pairs else []
+        return [solve(f, b).T for f, b in zip(read[::2], read[1::2], strict=True)]
 
     def inverse_blocks(self, shift: float, spans: Sequence[slice]) -> Tensor | None:
         share, processes = 1.0 / (shift + self.sigma.square()), self.operator.processes

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nullbayes.jacobian.operator import RowOperator
 from nullbayes.solvers.base import Projection, Status, relative, require_finite
+from nullbayes.solvers.norms import fetched
 
 # Passes of the numerical null space end when one reduces the residual by less than this: what is
 # left then lies below the shift and is meant to stay.
@@ -143,12 +144,14 @@ class _Refining:
     ) -> None:
         self.operator, self.shift = equations.operator, equations.shift
         self.extra, self.precondition, self.goal = equations.extra, precondition, goal
-        self.x = equations.vectors.clone()
+        self.x = equations.vectors
         self.z = self.x.new_zeros(len(self.x), self.operator.shape[0], dtype=torch.float64)
         self.r = self._residual(self.x, self.z)
-        require_finite(self.r, "the product of the Jacobian rows with prior samples")
-        self.scale = self.r.norm(dim=1) if goal.scale is None else goal.scale.to(self.r)
-        self.reached = relative(self.r.norm(dim=1), self.scale)
+        (size,) = fetched(self.r.norm(dim=1))
+        require_finite(size, "the product of the Jacobian rows with prior samples")
+        #: of each sample, on the processor, which decides by them
+        self.scale = size if goal.scale is None else goal.scale.to(size)
+        self.reached = relative(size, self.scale)
         self.iterations = 0
 
     @property
@@ -162,8 +165,9 @@ class _Refining:
     def _offer(self, x: Tensor, z: Tensor, enough: float) -> bool:
         """Take what is better than the best so far; whether it leaves at most ``enough`` of its residual."""
         r = self._residual(x, z)
-        require_finite(r, "the residual of the projection")
-        reached, before = relative(r.norm(dim=1), self.scale), self.reached.max()
+        (size,) = fetched(r.norm(dim=1))
+        require_finite(size, "the residual of the projection")
+        reached, before = relative(size, self.scale), self.reached.max()
         if reached.max() < before:
             self.reached, self.x, self.z, self.r = reached, x, z, r
         return bool(reached.max() <= enough * before)
@@ -172,7 +176,8 @@ class _Refining:
         """One step ``z += precondition(r)``; whether another one pays."""
         y = self.precondition(self.r)
         self.iterations += 1
-        x = self.x - self.operator.rmatvec(y.to(self.x.dtype))
+        along = self.operator.rmatvec(y.to(self.x.dtype))
+        x = torch.sub(self.x, along, out=along)
         return self._offer(x, self.z + y, 1 / GAP)
 
     def cycle(self, steps: int) -> bool:
@@ -185,11 +190,13 @@ class _Refining:
             q = self.operator.rmatvec(p.to(dtype))
             w = self.operator.matvec(q).double() + self.shift * p
             step = relative(ry, (p * w).sum(1).clamp(min=0))
-            x = x - step[:, None].to(dtype) * q
+            q *= step[:, None].to(dtype)
+            x = torch.sub(x, q, out=q) if x is self.x else x.sub_(q)
             z = z + step[:, None] * p
             r = r - step[:, None] * w
             # Stop a little below the tolerance: the true residual is checked right after.
-            if bool((relative(r.norm(dim=1), self.scale) <= 0.5 * self.goal.tolerance).all()):
+            (size,) = fetched(r.norm(dim=1))
+            if bool((relative(size, self.scale) <= 0.5 * self.goal.tolerance).all()):
                 break
             y = self.precondition(r)
             ry, previous = (r * y).sum(1), ry

@@ -13,7 +13,7 @@ from typing import TypeVar
 from nullbayes.common.memory import format_bytes
 from nullbayes.errors import InputError, MemoryBudgetError
 from nullbayes.solvers.alternating import AlternatingProjections
-from nullbayes.solvers.base import Size, Solver
+from nullbayes.solvers.base import ITERATIVE_TOLERANCE, Size, Solver
 from nullbayes.solvers.conjugate_gradient import ConjugateGradient
 from nullbayes.solvers.dual import DualCholesky
 from nullbayes.solvers.eigen import PrimalEigen
@@ -127,6 +127,16 @@ def choose(solver: str | Solver, size: Size, budget: int, tolerance: float | Non
         return Choice(
             best, f"exact, and least work of its kind ({listed})", costs[best.name].nbytes
         )
+    if tolerance is not None and tolerance < ITERATIVE_TOLERANCE:
+        finer = ConjugateGradient(tolerance, preconditioner="subset", equilibrate=EQUILIBRATE)
+        cost = finer.cost(size)
+        if cost.nbytes <= budget:
+            return Choice(
+                finer,
+                f"no exact solver fits in {format_bytes(budget)} at a comparable cost ({listed}); below a tolerance of "
+                f"{ITERATIVE_TOLERANCE:g} the factor of a part of the rows saves half the passes",
+                cost.nbytes,
+            )
     return Choice(
         iterative,
         f"no exact solver fits in {format_bytes(budget)} at a comparable cost ({listed})",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from nullbayes.jacobian.operator import JacobianOperator, RowOperator
+from nullbayes.jacobian.operator import JacobianOperator, RowOperator, Tick
 from nullbayes.solvers.preconditioners import row_square_norms
 
 # Rows shorter than this share of the mean square are not lengthened further.
@@ -29,6 +30,16 @@ class RowWeighted(RowOperator):
 
     def rmatvec(self, weights: Tensor) -> Tensor:
         return self.operator.rmatvec(weights * self.weights)
+
+    def gram(self, tick: Tick | None = None) -> Tensor:
+        weights = self.weights.double()
+        return self.operator.gram(tick).mul_(weights[:, None]).mul_(weights)
+
+    def subset(self, rows: int, generator: torch.Generator) -> RowWeighted:
+        some = self.operator.subset(rows, generator)
+        index = some.chosen
+        weights = self.weights if index is None else self.weights[index.to(self.device)]
+        return RowWeighted(some, weights)
 
     def image_norms(self, vectors: Tensor, row_scale: Tensor | None = None) -> Tensor:
         weights = self.weights if row_scale is None else self.weights * row_scale

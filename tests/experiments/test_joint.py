@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from experiments import intervals, joint
+from experiments.layers.sequences import Encoder
+from experiments.tasks import mlp, small_resnet
+from nullbayes.datasets import Dataset, Split
 
 
 def test_joint_log_likelihood() -> None:
@@ -41,3 +46,39 @@ def test_tables_are_split_without_overlap() -> None:
     rows = torch.cat([data.train.inputs, data.validation.inputs, data.test.inputs])
     assert len(rows.unique(dim=0)) == len(rows)
     assert float(data.train.targets.mean()) == pytest.approx(0, abs=1e-9)
+
+
+def test_conformal_intervals_by_hand() -> None:
+    """Residuals 1 to 19 on the validation part: the 18th, (19 + 1) · .9, is the size."""
+    zero = torch.nn.Linear(1, 1, dtype=torch.float64)
+    torch.nn.init.zeros_(zero.weight)
+    torch.nn.init.zeros_(zero.bias)
+    x = torch.zeros(19, 1, dtype=torch.float64)
+    validation = Split(x, torch.arange(1.0, 20.0, dtype=torch.float64)[:, None])
+    test = Split(x[:4], torch.tensor([[-18.0], [18.0], [18.5], [0.0]], dtype=torch.float64))
+    found = intervals.conformal(zero, Dataset("some", validation, validation, test))
+    assert found == {"coverage_90": 0.75, "width": 36.0}
+    few = replace(validation, inputs=x[:8], targets=validation.targets[:8])
+    found = intervals.conformal(zero, Dataset("some", few, few, test))
+    assert found["coverage_90"] == 1.0  # of eight residuals none is large enough
+
+
+def test_a_gaussian_process_covers_what_is_one() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(240, 1, generator=g, dtype=torch.float64) * 6
+    y = x.sin() + 0.2 * torch.randn(240, 1, generator=g, dtype=torch.float64)
+    parts = [Split(x[a:b], y[a:b]) for a, b in ((0, 80), (80, 90), (90, 240))]
+    found = intervals.gaussian_process(Dataset("some", *parts))
+    assert 0.8 < found["coverage_90"] < 0.98
+    assert found["width"] == pytest.approx(2 * 1.645 * 0.2, rel=0.25)
+
+
+def test_the_last_block_is_whole_layers_from_the_end() -> None:
+    residual = small_resnet(3, widths=(4, 6))
+    assert all(n.startswith(("4.", "7.")) for n in joint.last_block(residual))
+    weights = dict(residual.named_parameters())
+    inside = [n for n in weights if n.startswith(("4.", "7."))]
+    assert joint.last_block(residual) == inside
+    assert "mix.linear1.weight" in joint.last_block(Encoder(3))
+    assert "mix.self_attn.in_proj_weight" not in joint.last_block(Encoder(3))
+    assert joint.last_block(mlp(4, 2)) == ["2.weight", "2.bias", "4.weight", "4.bias"]

@@ -124,7 +124,7 @@ def test_every_task_has_its_problems_and_three_are_new() -> None:
         chosen = list(family.chosen("small"))
         assert any(role == JUDGING for _, role in chosen)
         assert set(family.small) <= set(family.members)
-        assert max(family.seeds.values()) >= 3 or family.name == "swin"
+        assert max(family.seeds.values()) >= 3
 
 
 def test_words_are_numbers_and_padding_is_told_from_words() -> None:

@@ -142,7 +142,7 @@ def test_a_small_budget_gives_the_same_posterior(preserve: str) -> None:
     monkey = pytest.MonkeyPatch()
     with monkey.context() as m:
         m.setattr(keeping, "BLOCK_ROWS", 64)
-        m.setattr("nullbayes.fit.pipeline.FitMemory.of", lambda *a: FitMemory(0, 10**5))
+        m.setattr("nullbayes.fit.room.FitMemory.of", lambda *a: FitMemory(0, 10**5))
         tight.fit(train, 4, **QUIET)
     assert any("on disk" in note for note in tight.certificate.notes)
     assert not any("on disk" in note for note in ample.certificate.notes)

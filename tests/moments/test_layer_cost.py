@@ -257,10 +257,8 @@ def test_scores_of_a_changed_model_are_refused(how: str) -> None:
     torch.testing.assert_close(posterior.novelty(x, "leverage"), scores)
 
 
-def test_a_large_model_is_watched_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nullbayes.model.fingerprint._PIECE", 2**15)
-    monkeypatch.setattr("nullbayes.model.fingerprint._ALWAYS", 2**16)
-    model = nn.Linear(2000, 300)  # 600,300 numbers, two to a word: ten pieces, two at a time
+def test_a_large_model_is_watched_in_turns() -> None:
+    model = nn.Linear(2000, 300)  # 600,300 numbers: ten pieces, one or two at a time
     watch = Watch(model)
     assert all(watch.same(model) for _ in range(20))
     model.weight.detach().numpy()[299, 1999] += 1

@@ -84,7 +84,7 @@ def test_choices_are_those_of_dense_conditioning(kind: str, criterion: str) -> N
     with unchanged(model):
         found = posterior.select(pool, 6, criterion=criterion)
     assert torch.equal(found, wanted)
-    features = Features.of(posterior._fit, posterior._fit.plan, [pool])
+    features = Features.of(posterior._fit, posterior._capture_plan, [pool])
     assert_close(select(features, 6, criterion)[1], gains, rtol=1e-7, atol=1e-9)
     assert torch.equal(posterior.select(pool, 3, criterion=criterion), wanted[:3])
 

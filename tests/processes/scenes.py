@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from host_reads import followed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
@@ -49,14 +50,19 @@ def loader(count: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Dat
     return DataLoader(TensorDataset(*data(count, dtype, seed)), batch_size=BATCH)
 
 
-def batches(count: int) -> list[tuple[Tensor, Tensor]]:
-    x, y = data(count)
+def batches(count: int, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
+    x, y = data(count, seed=seed)
     return list(zip(x.split(BATCH), y.split(BATCH), strict=True))
 
 
 def fitted(posterior: Any, train: Any, samples: int = 4, **kwargs: Any) -> dict[str, Any]:
     """What a fit leaves; nothing in it depends on how many processes there are."""
     posterior.fit(train, samples, progress=False, **kwargs)
+    return certified(posterior)
+
+
+def certified(posterior: Any) -> dict[str, Any]:
+    """Samples and certificate."""
     c = posterior.certificate
     names = "residual row_drift drift output_drift sampled_drift left_out_divergence prior_share prior_precision"
     counts = "rank examples checked_examples constraints held network_score posterior_score"
@@ -77,6 +83,8 @@ SOLVERS: dict[str, Callable[[float], Any]] = {
     "equilibrated": lambda t: CG(t, equilibrate=0.5),
     "kronecker": lambda t: CG(t, preconditioner="kronecker"),
     "subset": lambda t: CG(t, preconditioner=solvers.preconditioners.Subset(12)),
+    "scaled subset": lambda t: CG(t, 300, solvers.preconditioners.Subset(12), 0.5),
+    "scaled kronecker": lambda t: CG(t, 300, "kronecker", 0.5),
     "sketch": lambda t: CG(t, preconditioner="sketch"),
     "pivoted": lambda t: CG(t, preconditioner="pivoted"),
     "alternating": lambda t: solvers.AlternatingProjections(t, max_cycles=30, batch_rows=2 * BATCH),
@@ -125,6 +133,53 @@ def same_by_rows() -> dict[str, Any]:
     return out
 
 
+def same_after_updates() -> dict[str, Any]:
+    """More data, twice: less than there are processes, and more."""
+    out: dict[str, Any] = {}
+    kinds: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+        "dual": (nb.NullSpacePosterior, solvers.DualCholesky(1e-13), {}),
+        "primal": (nb.NullSpacePosterior, solvers.PrimalQR(), {}),
+        "searched": (nb.NullSpacePosterior, CG(1e-10), {"delta": 1e-2}),
+        "subset": (nb.NullSpacePosterior, SOLVERS["subset"](1e-10), {"delta": 1e-2}),
+        "alternating": (nb.NullSpacePosterior, SOLVERS["alternating"](1e-10), {"delta": 1e-2}),
+        "Laplace": (nb.LaplacePosterior, solvers.DualCholesky(1e-13), {}),
+        "layers": (
+            nb.NullSpacePosterior,
+            solvers.DualCholesky(1e-13),
+            {"prior_precision": "evidence-by-layer"},
+        ),
+        "sampled": (
+            nb.NullSpacePosterior,
+            solvers.DualCholesky(1e-13),
+            {"preserve": "sampled-fisher"},
+        ),
+    }
+    for name, (make, solver, options) in kinds.items():
+        p = make(network(), solver=solver, **options)
+        # (Projections in turn: whole batches, for no other process splits those of the loader where one does.)
+        make_data = batches if name == "alternating" else loader
+        fitted(p, make_data(13))
+        p.update(make_data(2, seed=2), progress=False)
+        p.update(make_data(14, seed=3), progress=False)
+        out[name] = certified(p)
+        x = data(5, seed=7)[0]
+        exact = name not in ("searched", "subset", "alternating")
+        out[name] |= {"novelty": p.novelty(x, exact=exact), "mean": p.predict(x).mean}
+        if name == "dual":
+            p.draw(2)
+            out[name]["drawn"] = p._fitted().unit
+    single = nb.NullSpacePosterior(network(torch.float32), solver=solvers.PrimalEigen(), delta=1e-2)
+    single.fit(loader(13, torch.float32), 4, progress=False)
+    single.update(loader(9, torch.float32, 2), progress=False)
+    out["eigen, float32"] = certified(single)
+    regression = nb.NullSpacePosterior(network(), "regression", solver="primal QR")
+    x = data(23)[0]
+    regression.fit((x, x.sin()), 4, progress=False).update((-x[:9], -x[:9].sin()), progress=False)
+    out["regression"] = certified(regression)
+    out["noise"] = {"unit": torch.as_tensor(regression.likelihood.with_noise(1.0).noise_variance)}
+    return out
+
+
 def same_by_layer() -> dict[str, Any]:
     """The layer posterior: sums, examples that are kept, certificate, scores, more data and less."""
     out: dict[str, Any] = {}
@@ -151,6 +206,19 @@ def same_by_layer() -> dict[str, Any]:
     p = nb.LayerNullSpacePosterior(network()).fit(loader(23), 3, progress=False)
     out["more"] = _of_layers(p.update(loader(9, seed=3), progress=False), torch.float64)
     out["less"] = _of_layers(p.remove(loader(9, seed=3), progress=False), torch.float64)
+    fitted_on = batches(23)
+    p.remove([tuple(t[:1] for t in fitted_on[0])], progress=False)  # less than there are processes
+    out["one less"] = _of_layers(p, torch.float64)
+    # Once too often, and that in another process than the first time.
+    kind, text = told(lambda: p.remove(fitted_on[2:3] * 2, progress=False))
+    assert (kind, "not in this posterior" in text) == ("InputError", True)
+    some = loader(31, seed=5)
+    path = p.calibrate(some, ood_loader=[(3 * x, y) for x, y in batches(9)], progress=False)
+    assert path.auroc is not None
+    found = {"path": torch.tensor([path.nll, path.accuracy, path.auroc])}
+    evaluation = p.evaluate(some, shifted={"far": batches(9, 7)}, progress=False).as_dict()
+    found |= {key: evaluation[key] for key in ("figures", "detection", "thresholds")}
+    out["asked"] = found | {"divergence": p.divergence(some), "precision": p.prior_precision}
     return out
 
 
@@ -176,7 +244,7 @@ def same_of_a_posterior() -> dict[str, Any]:
     for name in ("dual", "primal"):
         p = nb.NullSpacePosterior(network(), solver=SOLVERS[name](1e-10), delta=1e-2)
         p.fit(loader(23), 4, progress=False)
-        some, far = loader(31, seed=5), [(3 * x, y) for x, y in batches(9)]
+        some = loader(31, seed=5)
         prediction = p.predict(some)
         found = {"mean": prediction.mean, "outputs": prediction.outputs}
         found |= {score: p.novelty(some, score=score) for score in ("information", "share")}
@@ -184,25 +252,37 @@ def same_of_a_posterior() -> dict[str, Any]:
         out[name] = found
         if name == "primal":
             continue
-        path = p.calibrate(some, ood_loader=far, progress=False)
-        assert path.ece is not None
-        assert path.auroc is not None
-        found["path"] = torch.tensor([path.nll, path.accuracy, path.ece, path.auroc])
-        evaluation = p.evaluate(
-            some,
-            shifted={"far": far},
-            train=loader(23),
-            validation=loader(9, seed=6),
-            slices={"class 0": lambda inputs, targets: targets == 0},
-            progress=False,
-        )
-        table = evaluation.as_dict()
-        found |= {key: table[key] for key in ("figures", "detection", "slices", "thresholds")}
+        found |= asked_of_data(p)
         p.draw(2)
         found["drawn"] = p._fitted().unit
         p.prior_precision = 3.0
         found["drift"] = torch.tensor([p.certificate.drift, p.certificate.posterior_score])
     return out
+
+
+def asked_of_data(p: Any, exact: bool | None = None) -> dict[str, Any]:
+    """What a posterior says of loaders: novelty, a choice, a calibration and an evaluation."""
+    some, far = loader(31, seed=5), [(3 * x, y) for x, y in batches(9)]
+    found: dict[str, Any] = {s: p.novelty(some, score=s, exact=exact) for s in ("share", "entropy")}
+    found = {f"{score} of a loader": values for score, values in found.items()}
+    for criterion in ("pool", "weights"):
+        found[criterion] = p.select(some, 6, criterion=criterion)
+    found["one to choose from"] = p.select(loader(1), 1)
+    path = p.calibrate(some, ood_loader=far, progress=False)
+    assert path.ece is not None
+    assert path.auroc is not None
+    found["path"] = torch.tensor([path.nll, path.accuracy, path.ece, path.auroc])
+    evaluation = p.evaluate(
+        some,
+        shifted={"far": far},
+        train=loader(23),
+        validation=loader(9, seed=6),
+        slices={"class 0": lambda inputs, targets: targets == 0},
+        progress=False,
+    )
+    table = evaluation.as_dict()
+    parts = ("figures", "differences", "train", "detection", "slices", "thresholds")
+    return found | {key: table[key] for key in parts}
 
 
 def same_on_a_mesh() -> dict[str, Any]:
@@ -218,9 +298,11 @@ def same_on_a_mesh() -> dict[str, Any]:
         "exact": {"solver": solvers.DualCholesky(1e-13), "delta": 0},
         "primal": {"solver": solvers.PrimalQR()},
         "searched": {"solver": CG(1e-11), "delta": 1e-2},
+        "Laplace": {"solver": solvers.DualCholesky(1e-13)},
     }
     for name, options in cases.items():
-        p = nb.NullSpacePosterior(network(), device_mesh=mesh, **options)
+        make = nb.LaplacePosterior if name == "Laplace" else nb.NullSpacePosterior
+        p = make(network(), device_mesh=mesh, **options)
         found = fitted(p, loader(23), 5)
         held = found.pop("unit")
         out[name] = found | {"samples": p.num_samples}
@@ -230,21 +312,57 @@ def same_on_a_mesh() -> dict[str, Any]:
         out[name] |= {"mean": prediction.mean, "outputs": prediction.outputs}
         out[name]["sampled"] = p.predict(x, method="sampled").outputs
         # Without a shift what the factorisation tells of an input is a difference that rounding reaches.
-        exact = None if name in ("dual", "primal") else False
+        exact = None if name in ("dual", "primal", "Laplace") else False
         for score in ("information", "variance", "share", "entropy"):
             out[name][score] = p.novelty(x, score=score, exact=exact)
             out[name][score + ", sampled"] = p.novelty(x, score=score, exact=False)
         out[name]["joint"] = p.joint(x, exact=False).covariance
-        if name == "dual":
-            path = p.calibrate(some, progress=False)
-            out[name]["path"] = torch.tensor([path.nll, path.accuracy])
+        if name in ("searched", "Laplace"):
+            out[name] |= asked_of_data(p, exact)
+        if name in ("dual", "Laplace"):
             p.prior_precision = 3.0
             out[name]["drift"] = torch.tensor([p.certificate.drift, p.certificate.sampled_drift])
+            p.update(loader(7, seed=9), progress=False)
+            held = p._fitted().unit
+            out[name]["updated"] = certified(p) | {"mean": p.predict(some).mean}
+            out[name]["updated"].pop("unit")
+            out[name]["updated"].pop("audit")
         if mesh is not None:
             assert len(held) == 2 + mesh.get_local_rank("samples")
             for refused in (lambda p=p: p.draw(1), lambda p=p: p.sample()):  # type: ignore[misc]
                 kind, text = told(refused)
                 assert (kind, "device_mesh" in text) == ("InputError", True)
+    return out
+
+
+def same_on_flat_meshes() -> dict[str, Any]:
+    """All processes along one of the two dimensions; both posteriors."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    out: dict[str, Any] = {}
+    for shape in ((1, -1), (-1, 1)):
+        mesh = None
+        if dist.is_initialized():
+            from torch.distributed.device_mesh import init_device_mesh
+
+            sides = tuple(size if side < 0 else side for side in shape)
+            mesh = init_device_mesh("cpu", sides, mesh_dim_names=("data", "samples"))
+        for name, make in {
+            "null space": nb.NullSpacePosterior,
+            "Laplace": nb.LaplacePosterior,
+        }.items():
+            p = make(network(), solver=solvers.DualCholesky(1e-13), device_mesh=mesh)
+            found = fitted(p, loader(23), 5)
+            found.pop("unit")
+            # By how much: each process moves the examples by samples of its own.
+            found["audit"] = found["audit"][:3]
+            x = data(5, seed=7)[0]
+            found |= {"mean": p.predict(x).mean, "novelty": p.novelty(x)}
+            out[f"{name}, {shape}"] = found
+    if mesh is not None:
+        kind, text = told(
+            lambda: nb.LaplacePosterior(network(), process_group=False, device_mesh=mesh)
+        )
+        assert (kind, "process_group" in text) == ("InputError", True)
     return out
 
 
@@ -332,6 +450,8 @@ def split_and_refused() -> dict[str, Any]:
     rows = plain._fitted().rows
     assert rows is not None
     out["rows"] = rows.operator.nbytes
+    plain.process_group = False
+    out["update alone"] = told(lambda: plain.update(loader(4, seed=9), progress=False))
     alone = nb.NullSpacePosterior(network(), solver="dual Cholesky", process_group=False)
     out["alone"] = fitted(alone, loader(20))["unit"]
     rows = alone._fitted().rows
@@ -354,16 +474,30 @@ def split_and_refused() -> dict[str, Any]:
     out["other weights"] = told(lambda: other.fit(loader(20), 2, progress=False))
     out["failed"] = told(lambda: posterior().fit(_Late(rank), 2, progress=False))
     out["after"] = fitted(posterior(), loader(20))["unit"]
-    out["update"] = told(lambda: _updated())
+    out["host reads"] = reads()
     plan = posterior().plan(loader(20), num_samples=4)
     out["plan"] = (plan.processes, plan.rows, plan.sent > 0, sorted(plan.seconds))
     return out
 
 
-def _updated() -> None:
-    p = posterior()
-    p.fit(loader(20), 2, progress=False)
-    p.update(loader(4, seed=9), progress=False)
+def reads() -> list[int]:
+    """From the device: in products with all rows, and in each step of a search (see `host_reads.py`)."""
+    counts = []
+    for limit in (3, 9):
+        solver = CG(1e-14, max_iterations=limit)
+        p = nb.NullSpacePosterior(network(), solver=solver, delta=1e-3)
+        p.fit(loader(23), 4, progress=False)
+        state = p._fitted().state
+        assert state is not None
+        operator, v = state.operator, torch.randn(4, p.space.total, dtype=torch.float64)
+        with followed(operator, v) as products:
+            operator.rmatvec(operator.matvec(v))
+            operator.normal(v)
+        with followed(operator, v) as steps:
+            done = state.project(v)
+        counts.append((steps.total, done.iterations))
+    (first, before), (second, after) = counts
+    return [products.total, (second - first) // (after - before)]
 
 
 class _Late(Dataset[Any]):
@@ -516,6 +650,8 @@ def main(scenes: str, rank: int, size: int, folder: Path) -> None:
     every: dict[str, Callable[[], dict[str, Any]]] = {
         "solver": same_by_solver,
         "rows": same_by_rows,
+        "updates": same_after_updates,
+        "flat": same_on_flat_meshes,
         "within": same_within_layers,
         "posterior": same_of_a_posterior,
         "layer": same_by_layer,

@@ -98,6 +98,8 @@ def alone() -> dict[str, Any]:
             return {
                 "solver": scenes.same_by_solver(),
                 "rows": scenes.same_by_rows(),
+                "updates": scenes.same_after_updates(),
+                "flat": scenes.same_on_flat_meshes(),
                 "within": scenes.same_within_layers(),
                 "posterior": scenes.same_of_a_posterior(),
                 "layer": scenes.same_by_layer(),
@@ -108,13 +110,13 @@ def alone() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def three(folder: Path) -> list[dict[str, Any]]:
-    return played("solver,rows,layer,split,interrupted,lost", 3, folder, lost=True)
+    return played("solver,rows,updates,flat,layer,split,interrupted,lost", 3, folder, lost=True)
 
 
 @pytest.fixture(scope="module")
 def two(folder: Path, three: list[dict[str, Any]]) -> list[dict[str, Any]]:
     # After the three, whose search it goes on with.
-    return played("solver,posterior,within,layer,split,sharded,interrupted", 2, folder)
+    return played("solver,updates,flat,posterior,within,layer,split,sharded,interrupted", 2, folder)
 
 
 @pytest.fixture
@@ -128,6 +130,10 @@ def several(request: pytest.FixtureRequest, size: int) -> list[dict[str, Any]]:
     [
         ("solver", 3),
         ("rows", 3),
+        ("updates", 3),
+        ("updates", 2),
+        ("flat", 3),
+        ("flat", 2),
         ("layer", 3),
         ("solver", 2),
         ("posterior", 2),
@@ -187,8 +193,11 @@ def test_what_differs_or_fails_ends_all_and_is_named(
         assert kind == ("OSError" if rank == 1 else "ProcessError")
         assert "the disk is gone" in text
         assert rank == 1 or "process 1" in text
-        kind, text = split["update"]
-        assert (kind, "fit" in text) == ("InputError", True)
+        kind, text = split["update alone"]
+        assert (kind, "process_group" in text) == ("InputError", True)
+        products, step = split["host reads"]
+        assert products == 0
+        assert step <= 4
         processes, rows, sent, stages = split["plan"]
         assert (processes, rows, sent) == (size, 40, True)
         assert "communication" in stages

@@ -28,13 +28,14 @@ from nullbayes.jacobian.capture.single_module import (
     local_rows,
     record_use,
 )
+from nullbayes.jacobian.capture.spreading import spread_output, spread_rows, spread_weights
 from nullbayes.jacobian.factors.base import Factor
 from nullbayes.jacobian.factors.dense import DenseFactor
 from nullbayes.jacobian.factors.lookup import LookupFactor
 from nullbayes.jacobian.factors.outer import OuterFactor
 from nullbayes.jacobian.factors.products import flushed
 from nullbayes.jacobian.layers.rule import Contribution, Lookup, Outer, Rows, working
-from nullbayes.model.batch import Inputs
+from nullbayes.model.batch import Inputs, batch_size
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.parameters import HALF, Slot
 from nullbayes.model.private import Hooks
@@ -69,8 +70,8 @@ class _Record:
     shape: torch.Size
 
 
-def _recorders(plan: CapturePlan) -> tuple[Hooks, list[_Record], list[LocalUse]]:
-    """Forward hooks for the sites' modules, and the lists that they fill."""
+def _recorders(plan: CapturePlan, size: int) -> tuple[Hooks, list[_Record], list[LocalUse]]:
+    """Forward hooks for the sites' modules on a batch of ``size``, and the lists that they fill."""
     records: list[_Record] = []
     uses: list[LocalUse] = []
 
@@ -83,6 +84,7 @@ def _recorders(plan: CapturePlan) -> tuple[Hooks, list[_Record], list[LocalUse]]
                 return None  # nor is this one, which has no axes to tell examples by
             # The edge, not the tensor: a later in-place activation would move the tensor's own
             # place in the graph behind itself.
+            x, out = spread_output(site, x, out, size)
             edge = get_gradient_edge(out)
             records.append(_Record(site, x.detach(), x._version, edge, out.shape))
             # In place on a view, an activation would rewrite the view's own history, and leave the edge aside
@@ -132,7 +134,7 @@ def check_places(
     Args:
         cotangents: ``(B, *out)``; ``tags``: a number ``(B,)`` for each example.
     """
-    hooks, records, uses = _recorders(plan)
+    hooks, records, uses = _recorders(plan, len(cotangents))
     with torch.enable_grad():
         outputs = functional(functional.weights(requires_grad=True), inputs, hooks)
     records, uses = list(records), list(uses)
@@ -145,20 +147,28 @@ def check_places(
     places = [(r.site.batch_axis, list(r.site.names.values())) for r in records]
     places += [(u.site.axis, u.site.names) for u in uses]
     allowed = tolerance(functional.rounding, functional.device)
-    wrong: list[str] = []
-    for (axis, names), g in zip(places, grads, strict=True):
-        if g is not None and not _in_place(g, axis + 1, tags, allowed):
-            wrong += names
+    found = [
+        (names, _in_place(g, axis + 1, tags, allowed))
+        for (axis, names), g in zip(places, grads, strict=True)
+        if g is not None
+    ]
+    if not found:
+        return
+    right: list[bool] = torch.stack([good for _, good in found]).tolist()
+    wrong = [
+        name for (names, _), good in zip(found, right, strict=True) if not good for name in names
+    ]
     if wrong:
         raise Misplaced(wrong)
 
 
-def _in_place(g: Tensor, axis: int, tags: Tensor, allowed: float) -> bool:
+def _in_place(g: Tensor, axis: int, tags: Tensor, allowed: float) -> Tensor:
+    """Whether the examples are on that axis: a boolean without axes, on the device."""
     if g.ndim <= axis or g.shape[axis] % len(tags):
-        return False
+        return torch.zeros((), dtype=torch.bool, device=g.device)
     plain, tagged = g.movedim(axis, 1).unflatten(1, (len(tags), -1)).double()
     wanted = plain * tags.double().reshape(-1, *[1] * (plain.ndim - 1))
-    return float((tagged - wanted).norm()) <= allowed * float(wanted.norm())
+    return (tagged - wanted).norm() <= allowed * wanted.norm()
 
 
 def capture(
@@ -181,26 +191,30 @@ def capture(
     Raises:
         RuleMismatch, GenericPathFailed, LocalFailed: for ``checking.py``, which mends the plan.
     """
-    hooks, records, uses = _recorders(plan)
-    weights = functional.weights(requires_grad=True)
+    hooks, records, uses = _recorders(plan, batch_size(inputs))
+    leaves = functional.weights(requires_grad=True)
+    weights, shared = spread_weights(plan, leaves, batch_size(inputs))
     with torch.enable_grad():
         outputs = functional(weights, inputs, hooks)
     # Copies: activation checkpointing calls modules, and so the hooks, once more in the backward pass.
     records, uses = list(records), list(uses)
     if routes is not None:
         called = [(r.site.path, r.x.shape, r.shape) for r in records]
-        route = route_of(outputs, weights, (*called, *(u.site.path for u in uses)))
+        route = route_of(outputs, leaves, (*called, *(u.site.path for u in uses)))
         routes[:] = [] if route is None else [route]
     made = make_cotangents(outputs.detach())
     cotangents = made.values.to(outputs.dtype)
     count, size = cotangents.shape[:2]
     contributions = _Contributions(functional, plan, size, scales or {})
-    whole = [n for n in plan.generic if not any(n in site.names for site in plan.local)]
+    served = {n for site in plan.local for n in site.names} | set(plan.spread)
+    whole = [n for n in plan.generic if n not in served]
     if not outputs.requires_grad:
         return Block({}, size, count), made
-    if records or uses:
-        edges = [r.edge for r in records] + [u.edge for u in uses]
+    if records or uses or shared:
+        edges = [r.edge for r in records] + [u.edge for u in uses] + shared
         grads = batched_grad(outputs, edges, cotangents, batched=plan.batched_backward)
+        given = grads[len(grads) - len(shared) :]
+        grads = grads[: len(grads) - len(shared)]
         with torch.no_grad():
             for record, g in zip(records, grads, strict=False):
                 if g is None:
@@ -212,11 +226,11 @@ def capture(
         plan.activations = passed // size
         found = _local(functional, plan, uses, grads[len(records) :], size)
         whole += [name for site in found.failed for name in site.names if name not in whole]
-        for name, values in found.rows:
+        for name, values in [*found.rows, *spread_rows(plan, given, size)]:
             if name not in whole:
                 contributions.add_rows(name, values)
-        del grads, found
-    del outputs, records, uses, weights
+        del grads, given, found
+    del outputs, records, uses, weights, leaves
     if whole:
         try:
             rows = generic_rows(functional, whole, inputs, cotangents, vmapped=plan.vmapped)

@@ -37,8 +37,10 @@ from nullbayes.jacobian.capture.capture import (
 )
 from nullbayes.jacobian.capture.plan import CapturePlan, Site
 from nullbayes.jacobian.capture.single_module import LocalFailed
+from nullbayes.jacobian.capture.spreading import no_longer_spread
 from nullbayes.model.batch import Inputs, batch_size, select
 from nullbayes.model.functional import FunctionalModel
+from nullbayes.model.size import is_large
 
 Make = Callable[[Tensor], Any]
 Scales = dict[str, float] | None
@@ -47,8 +49,8 @@ Scales = dict[str, float] | None
 _MENDING = threading.RLock()
 # Batches of several examples whose rows are also proved in reverse order, and how many of the examples.
 TURNED, TURNED_EXAMPLES = 4, 64
-# Of networks with so many weights, each pass of which is dear, fewer examples.
-LARGE, TURNED_OF_LARGE = 2**22, 6
+# Of large networks, each pass of which is dear, fewer.
+TURNED_OF_LARGE, TURNED_EXAMPLES_OF_LARGE = 2, 4
 # Examples of a batch at most that are evaluated in other company at use, where no rows are captured.
 SEPARATED_EXAMPLES = 64
 # What a step of the plan may fail with, to be tried in another way; a lack of memory is none.
@@ -153,11 +155,11 @@ def _in_other_order(
     layer that does nothing on these examples, such as a `PReLU` of positive numbers, has right rows in any order.
     """
     size = batch_size(inputs)
-    if size == 1 or plan.turned >= TURNED:
+    large = is_large(functional.model)
+    if size == 1 or plan.turned >= (TURNED_OF_LARGE if large else TURNED):
         return []
     generator = counter_generator(0, size)
-    weights = sum(p.numel() for p in functional.model.parameters())
-    most = TURNED_EXAMPLES if weights < LARGE else TURNED_OF_LARGE
+    most = TURNED_EXAMPLES_OF_LARGE if large else TURNED_EXAMPLES
     index = torch.arange(min(size, most))
     shape = (1, len(index), *values.shape[2:])
     cotangents = torch.randn(shape, generator=generator, dtype=torch.float64).to(values)
@@ -166,10 +168,12 @@ def _in_other_order(
     try:
         for order in (index, index.flip(0)):
             some = select(inputs, order.to(functional.device))
-            block, _ = captured(functional, plan, some, lambda _: made, None, where)
-            bad = _compared(functional, some, block, cotangents, None, 0)[1]
-            if bad:
-                return bad
+            # As they come, their rows have just been compared, with all others of the batch.
+            if order is not index or not large:
+                block, _ = captured(functional, plan, some, lambda _: made, None, where)
+                bad = _compared(functional, some, block, cotangents, None, 0)[1]
+                if bad:
+                    return bad
             check_places(functional, plan, some, cotangents[0], tags)
     except Misplaced as found:
         return found.names
@@ -324,6 +328,8 @@ def _other_way(
         if plan.vmapped:
             plan.vmapped = False
             return
+    elif no_longer_spread(plan):
+        return
     elif plan.batched_backward:
         plan.batched_backward = False
         return
@@ -361,7 +367,7 @@ def _mend(plan: CapturePlan, bad: list[str], where: str) -> None:
     plan.routes.clear()
     wrong = set(bad)
     local = [site for site in plan.local if wrong & set(site.names)]
-    served = {name for site in plan.local for name in site.names}
+    served = {name for site in plan.local for name in site.names} | set(plan.spread)
     stuck = sorted((wrong & set(plan.generic)) - served)
     if stuck and not plan.vmapped:
         raise ModelError(
@@ -373,6 +379,7 @@ def _mend(plan: CapturePlan, bad: list[str], where: str) -> None:
     if stuck:
         plan.vmapped = False
     plan.local = [site for site in plan.local if site not in local]
+    plan.spread = [name for name in plan.spread if name not in wrong]
     for name in bad:
         for site in plan.owners(name):
             next_layout(plan, site, "its rows did not match automatic differentiation")
@@ -380,6 +387,9 @@ def _mend(plan: CapturePlan, bad: list[str], where: str) -> None:
 
 def next_layout(plan: CapturePlan, site: Site, reason: str) -> None:
     """Batch on the second axis (sequence-first layers); after that, or where the axis is proved, the generic path."""
+    if site.spread:
+        site.spread = False
+        return
     if site.batch_axis == 0 and not site.axis_proved:
         site.batch_axis = 1
         return

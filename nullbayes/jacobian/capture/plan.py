@@ -27,6 +27,8 @@ class Site:
     batch_axis: int = 0
     # Whether the axis was proved on more than one example: one alone is the same on either.
     axis_proved: bool = False
+    # Whether an output that all examples share is given to each of them, see `spreading.py`: None until one came.
+    spread: bool | None = None
 
 
 @dataclass
@@ -37,6 +39,8 @@ class CapturePlan:
     # Without a rule. Those of `local` cost one module's passes, the others those of the whole model.
     generic: list[str]
     local: list[LocalSite] = field(default_factory=list)
+    # Those of `generic` that are given to each example, see `spreading.py`.
+    spread: list[str] = field(default_factory=list)
     # Whether the probe is done: from then on what does not run locally is served by the whole model.
     settled: bool = False
     reasons: dict[str, str] = field(default_factory=dict)

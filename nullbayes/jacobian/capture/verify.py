@@ -19,6 +19,7 @@ from nullbayes.jacobian.block import Block
 from nullbayes.jacobian.capture.checking import cannot, captured, next_layout
 from nullbayes.jacobian.capture.plan import CapturePlan, make_plan
 from nullbayes.jacobian.capture.single_module import LocalFailed, LocalSite, ancestors
+from nullbayes.jacobian.capture.spreading import candidates
 from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.model.functional import FunctionalModel
 
@@ -44,12 +45,13 @@ def prove(functional: FunctionalModel, inputs: Inputs) -> CapturePlan:
     plan = make_plan(functional)
     truth = _reference_rows(functional, plan, inputs, cots)
     while True:
-        rows = _captured_rows(functional, plan, inputs, cots)
-        bad = _mismatches(functional, rows, truth)
+        bad = _mismatches(functional, _captured(functional, plan, inputs, cots), truth)
         if not bad:
             break
         _repair(plan, bad)
-    if plan.generic and size > 1 and functional.randomness is None:
+    if plan.generic and size > 1:
+        _spread(functional, plan, inputs, cots, truth)
+    if set(plan.generic) - set(plan.spread) and size > 1 and functional.randomness is None:
         _localise(functional, plan, inputs, cots, truth)
     plan.written_out.clear()
     for site in plan.sites:
@@ -142,13 +144,12 @@ def _reference_rows(
     return space.fix_(rows)
 
 
-def _captured_rows(
+def _captured(
     functional: FunctionalModel, plan: CapturePlan, inputs: Inputs, cots: Tensor
-) -> Tensor:
-    """Rows ``(B*C, P)`` as the plan gives them, changed where it did not run."""
+) -> Block:
+    """Rows as the plan gives them, changed where it did not run."""
     made = SimpleNamespace(values=cots)
-    block, _ = captured(functional, plan, inputs, lambda _: made, where="the first examples")
-    return block_rows(functional, block)
+    return captured(functional, plan, inputs, lambda _: made, where="the first examples")[0]
 
 
 def block_rows(functional: FunctionalModel, block: Block) -> Tensor:
@@ -163,17 +164,30 @@ def block_rows(functional: FunctionalModel, block: Block) -> Tensor:
     return out
 
 
-def _mismatches(functional: FunctionalModel, rows: Tensor, truth: Tensor) -> list[str]:
+def _mismatches(functional: FunctionalModel, block: Block, truth: Tensor) -> list[str]:
+    """Parameters whose rows are not those of ``truth (B*C, P)``, one factor written out at a time.
+
+    All rows of a network of 100 million weights would take as much memory as its samples.
+    """
+    space = functional.space
+    away: dict[str, Tensor] = {}
+    for factor in block.factors.values():  # each parameter is in one of them
+        values, at = factor.rows(), 0
+        for slot in factor.slots:
+            theirs = truth[:, slot.start : slot.stop]
+            away[slot.name] = (values[:, at : at + slot.numel] - theirs).norm()
+            at += slot.numel
+        del values
     allowed = tolerance(functional.rounding)
     # A gradient that is zero in exact arithmetic (a key's bias under softmax) is pure rounding:
     # it is held against the whole row, not against itself.
-    floor = 10 * torch.finfo(truth.dtype).eps * float(truth.norm())
-    bad = []
-    for slot in functional.space.slots:
-        ours, theirs = rows[:, slot.start : slot.stop], truth[:, slot.start : slot.stop]
-        if not float((ours - theirs).norm()) <= allowed * float(theirs.norm()) + floor:
-            bad.append(slot.name)
-    return bad
+    floor = 10 * torch.finfo(truth.dtype).eps * truth.norm().double()
+    good = []
+    for slot in space.slots:
+        size = truth[:, slot.start : slot.stop].norm()
+        good.append(away.get(slot.name, size).double() <= allowed * size.double() + floor)
+    told = torch.stack(good).tolist()  # of all parameters by one read
+    return [slot.name for slot, fine in zip(space.slots, told, strict=True) if not fine]
 
 
 def _repair(plan: CapturePlan, bad: list[str]) -> None:
@@ -193,6 +207,21 @@ def _repair(plan: CapturePlan, bad: list[str]) -> None:
         next_layout(plan, site, "its rows did not match automatic differentiation")
 
 
+def _spread(
+    functional: FunctionalModel, plan: CapturePlan, inputs: Inputs, cots: Tensor, truth: Tensor
+) -> None:
+    """Give to each example those parameters that all share, where that yields the right rows."""
+    plan.spread = candidates(plan, functional.space)
+    while plan.spread:
+        block = _captured(functional, plan, inputs, cots)
+        wrong = set(_mismatches(functional, block, truth))
+        if not wrong:
+            break
+        kept = [name for name in plan.spread if name not in wrong]
+        # Given to each, one parameter may change what arrives at another.
+        plan.spread = kept if len(kept) < len(plan.spread) else []
+
+
 def _localise(
     functional: FunctionalModel, plan: CapturePlan, inputs: Inputs, cots: Tensor, truth: Tensor
 ) -> None:
@@ -204,7 +233,8 @@ def _localise(
     modules = dict(functional.model.named_modules())
     owners = _owners(functional)
     # What is yet to be tried. Only the whole model leaves out single weights.
-    alone = [name for name in plan.generic if name not in functional.space.masks]
+    done = functional.space.masks.keys() | set(plan.spread)
+    alone = [name for name in plan.generic if name not in done]
     line = {name: list(ancestors(owners[name])) for name in alone}
     trying = _sites(line, modules, list(line))
     kept: list[LocalSite] = []
@@ -212,7 +242,7 @@ def _localise(
         plan.local = kept + trying
         hopeless: list[LocalSite] = []
         try:
-            rows = _captured_rows(functional, plan, inputs, cots)
+            block = _captured(functional, plan, inputs, cots)
         except LocalFailed as failure:
             bad = [site for site in failure.sites if site in trying]
             hopeless = failure.hopeless
@@ -220,7 +250,7 @@ def _localise(
                 kept = []
                 break
         else:
-            wrong = set(_mismatches(functional, rows, truth))
+            wrong = set(_mismatches(functional, block, truth))
             bad = [site for site in trying if wrong & set(site.names)]
             kept += [site for site in trying if site not in bad]
             trying = []

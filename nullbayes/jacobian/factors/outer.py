@@ -75,7 +75,8 @@ class OuterFactor(Factor):
         self.tokens, self.groups = a.shape[1:3]
         self.width_in, self.width_out = a.shape[3], g.shape[4]
 
-    def _like(self, a: Tensor, g: Tensor) -> OuterFactor:
+    def like(self, a: Tensor, g: Tensor) -> OuterFactor:
+        """Of the same weights: other inputs (with the constant one of a bias) and gradients."""
         new = OuterFactor.__new__(OuterFactor)
         new.transposed, new.bias_scale = self.transposed, self.bias_scale
         new._hold(self.weight, self.bias, a, g)
@@ -89,13 +90,13 @@ class OuterFactor(Factor):
         return [self.a, self.g]
 
     def narrow(self, start: int, stop: int) -> OuterFactor:
-        return self._like(self.a[start:stop], self.g[start:stop])
+        return self.like(self.a[start:stop], self.g[start:stop])
 
     def joined(self, parts: Sequence[OuterFactor]) -> OuterFactor:
         tokens = max(p.tokens for p in parts)
         a = [pad(p.a, (0, 0, 0, 0, 0, tokens - p.tokens)) for p in parts]
         g = [pad(p.g, (0, 0, 0, 0, 0, tokens - p.tokens)) for p in parts]
-        return self._like(torch.cat(a), torch.cat(g))
+        return self.like(torch.cat(a), torch.cat(g))
 
     def only(self, names: Collection[str]) -> Factor | None:
         weight = self.weight.name in names
@@ -116,7 +117,7 @@ class OuterFactor(Factor):
         if self.bias is not None:
             by_input[-1] = scales[self.bias.name]
             bias_scale *= scales[self.bias.name]
-        new = self._like(sizes.flushed(self.a * by_input), self.g)
+        new = self.like(sizes.flushed(self.a * by_input), self.g)
         new.bias_scale = bias_scale
         return new
 
@@ -196,6 +197,9 @@ class OuterFactor(Factor):
         large = self.groups == 1 and c * span * t * i >= sizes.ONEDNN_PRODUCT
         single = single and large
         step = 1 if single else max(1, near // (c * groups * span * trail))
+        if large and not self.transposed and t > 1 and self.a.is_contiguous():
+            yield from self._panels(self._inputs[:, :, 0], span, min(step, self.examples))
+            return
         inputs = self._inputs.transpose(1, 2)  # (B, G, T, I)
         if large and not (inputs.is_contiguous() or inputs.mT.is_contiguous()):
             inputs = inputs.contiguous()
@@ -222,6 +226,37 @@ class OuterFactor(Factor):
                         rows = rows.unflatten(2, (c, -1)).transpose(1, 2)
                     rows = rows.reshape(b * c, -1)
                     yield slice(n * c, (n + b) * c), columns, rows
+
+    def _panels(
+        self, inputs: Tensor, span: int, step: int
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        """As :meth:`_row_blocks`, of one group, into one buffer: each piece is gone when the next one comes.
+
+        Args:
+            inputs: ``(B, T, I)``, in order.
+            span: outputs of a piece; ``step``: its examples.
+        """
+        c, o, i = self.cotangents, self.width_out, inputs.shape[2]
+        buffer = inputs.new_empty(step * c * min(span, o) * i)
+        for j in range(0, o, span):
+            wide = min(span, o - j)
+            columns = slice(self.weight.start + j * i, self.weight.start + (j + wide) * i)
+            for n in range(0, self.examples, step):
+                part = self.narrow(n, n + step)
+                some = inputs[n : n + step]
+                rows = part.write_panel(some, j, wide, buffer[: len(some) * c * wide * i])
+                yield slice(n * c, (n + len(some)) * c), columns, rows
+
+    def write_panel(self, inputs: Tensor, start: int, wide: int, into: Tensor) -> Tensor:
+        """Rows of the outputs ``start: start + wide`` of one group, ``(B*C, wide·I)``, written to the memory ``into``.
+
+        Args:
+            inputs: ``(B, T, I)``: those of the weight, or with the constant one of the bias.
+        """
+        g = self.g[:, :, :, 0, start : start + wide]  # (B, C, T, wide)
+        left = g.transpose(2, 3).reshape(len(g), -1, self.tokens)
+        out = into.view(len(g), left.shape[1], inputs.shape[2])
+        return torch.bmm(left, inputs, out=out).view(self.num_rows, -1)
 
     def _matvec_rows(self, vectors: Tensor) -> Tensor:
         out = self.g.new_zeros(len(vectors), self.num_rows)

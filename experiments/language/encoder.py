@@ -185,7 +185,7 @@ class Tuning:
     decay: float = 0.01
 
 
-TUNINGS = {"full": Tuning(4, 5e-5, 20.0), "LoRA": Tuning(6, 1e-3, 1.0)}
+TUNINGS = {"full": Tuning(4, 5e-5, 20.0), "LoRA": Tuning(8, 1e-3, 1.0)}
 
 
 def fine_tuned(

@@ -37,12 +37,12 @@ class Size:
     """
 
     limit: int | None = None
-    sets: int = 120
+    sets: int = 150
     test: int | None = 400
     tokens: int = 32
     samples: int = 20
     members: int = 5
-    preserved: int = 300
+    preserved: int = 400
     seeds: int = 3
     ways: tuple[str, ...] = encoder.WAYS
     epochs: int | None = None
@@ -50,7 +50,7 @@ class Size:
 
 
 SIZES = {
-    "small": Size(90, 20, 60, 20, 6, 2, 60, 1, ("LoRA",), 4),
+    "small": Size(90, 20, 60, 20, 6, 2, 60, 1, epochs=4),
     "full": Size(),
 }
 

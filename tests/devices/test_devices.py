@@ -1,8 +1,8 @@
 """Posteriors on a device that is not the CPU: the same answers, and few questions of the host.
 
 With a GPU at hand every scene runs there, in a process of its own: torch takes one kind of accelerator at a time.
-Without one, a device stands in whose tensors are told apart as a GPU's are (`tests/elsewhere.py`): what would fail there
-for tensors on two devices fails here, and each transfer is counted.
+Without one, a device stands in whose tensors are told apart as a GPU's are (`tests/elsewhere.py`): what would fail
+there for tensors on two devices fails here, and each transfer is counted.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import nullbayes as nb
 from nullbayes import solvers
+from nullbayes.demo.models import lenet
 from tests.devices.scenes import QUIET, Found, Place, scenes
 
 GPU = torch.cuda.is_available()
@@ -110,6 +111,25 @@ def test_use_asks_the_host_as_often_whatever_the_depth(layered: bool) -> None:
             counted.append([reads(use, device) for use in uses])
     assert counted[0] == counted[1]
     assert max(counted[0]) <= 8
+
+
+@standing_in
+def test_launches_are_not_one_an_example() -> None:
+    """Products large enough to be made one by one on a CPU, where that is faster."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = lenet(10).eval()
+    x = torch.randn(132, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    with Elsewhere() as device:
+        train = [(x[:4], torch.arange(4))]
+        posterior = nb.NullSpacePosterior(moved(model), prior_precision=1.0).fit(train, 10, **QUIET)
+        counted = []
+        for size in (8, 128):
+            posterior.predict(x[4 : 4 + size])
+            before = device.launches
+            posterior.predict(x[4 : 4 + size])
+            counted.append(device.launches - before)
+    assert counted[1] < 3 * counted[0]
 
 
 @standing_in

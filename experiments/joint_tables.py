@@ -72,9 +72,11 @@ def table(
 ) -> tuple[list[Row], list[Column]]:
     """A row a method, a column a task."""
     there = [task for task in tasks if any(run["result"]["task"] == task for run in runs)]
-    better = 1 if path[-1] == "accuracy" else -1
+    better = {"accuracy": 1, "seconds": 0}.get(path[-1], -1)
     rows = []
     for key, words in TITLES.items():
+        if key == "guess" and path[-1] not in ("joint", "nll"):
+            continue
         found = [
             {"seed": run["seed"], run["result"]["task"]: run["result"]["methods"][key]}
             for run in runs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import signal
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from experiments import claims, overview, page
+from experiments import claims, devices, overview, page
 from experiments.methods import METHODS
 from experiments.reports import MixedNetworks
 from experiments.runner import Job, run, say, words
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--workers", type=int, default=1, help="processes at a time")
     parser.add_argument("--threads", type=int, help="of each process")
+    parser.add_argument("--device", default="cpu", help="of the larger networks: cpu, cuda")
+    parser.add_argument("--seconds", type=float, help="stop then; the next run goes on from there")
     parser.add_argument(
         "--here", action="store_true", help="in this process; peaks then mean little"
     )
@@ -74,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if unknown := [name for name in options.names if name not in EXPERIMENTS]:
         parser.error(f"unknown experiments {unknown}; there are {', '.join(EXPERIMENTS)}")
+    if options.device != "cpu":  # every process of the run reads it from there
+        os.environ[devices.VARIABLE] = options.device
     signal.signal(signal.SIGTERM, _stop)  # a kill ends the process at work too
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -107,6 +112,7 @@ def evaluate(options: argparse.Namespace, console: Console) -> int:
                 fresh=not options.here,
                 resume=not options.no_resume,
                 workers=options.workers,
+                seconds=left(options.seconds, started),
             )
             failures |= outcome.failures
             skipped |= outcome.skipped
@@ -123,6 +129,11 @@ def evaluate(options: argparse.Namespace, console: Console) -> int:
     for key, why in failures.items():
         say(console, f"FAILED: {key}. {why.splitlines()[0]}")
     return 1 if failures else 0
+
+
+def left(seconds: float | None, started: float) -> float | None:
+    """Of the run's time, for the next experiment."""
+    return None if seconds is None else max(0.0, seconds - (time.perf_counter() - started))
 
 
 def report(module: Any, options: argparse.Namespace, store: Store) -> None:

@@ -93,6 +93,8 @@ class Elsewhere(TorchDispatchMode):
         super().__init__()
         self.reads: Counter[str] = Counter()
         self.watching = False
+        #: operations on the device so far; each is a launch, or several
+        self.launches = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return dispatched(func, args, kwargs or {}, self)
@@ -142,6 +144,7 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any], mode: Elsewhere | N
             f"{name}: expected a '{THERE.type}' generator but found '{generator.device}'"
         )
     if mode is not None and there:
+        mode.launches += 1
         _count(name, args, result, mode)
     out = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
     if asked is not None and asked.type != THERE.type:

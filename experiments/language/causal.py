@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -48,7 +48,15 @@ class Shape:
     texts: int  # that free text is preserved of
 
 
-SHAPES = {1: Shape(400, 32, 1, 12, 6, 24), 3: Shape(2000, 96, 3, 32, 15, 200)}
+#: By the number of seeds of a setting.
+SHAPES = {1: Shape(800, 48, 2, 20, 30, 40), 3: Shape(2000, 96, 3, 32, 15, 200)}
+
+
+def sized(size: Size) -> tuple[Size, Shape]:
+    """What this model has: in a small setting more texts than the encoder, since it costs next to nothing."""
+    if size.seeds > 1:
+        return size, SHAPES[3]
+    return replace(size, limit=180, sets=50, test=200, samples=20), SHAPES[1]
 
 
 class Reader:
@@ -168,8 +176,9 @@ def measure_job(kind: str, seed: int, size: Size) -> dict[str, Any]:
     """``"choices"`` or ``"free text"``."""
     from experiments.language.running import measured, peak, where
 
+    size, shape = sized(size)
     problem = Problem("LoRA", seed, size)  # its texts: networks play no part here
-    asked = Asked(problem, SHAPES[1 if size.epochs else 3])
+    asked = Asked(problem, shape)
     started = time.perf_counter()
     out: dict[str, Any] = {
         "way": "GPT-2",
@@ -205,11 +214,16 @@ def choices(asked: Asked) -> dict[str, Row]:
     posterior = nb.NullSpacePosterior(asked.model, nb.Choices(reader.answers))
     posterior.fit(data, size.samples, problem.seed, progress=False)
 
+    last: list[Tensor] = []
+
     def unit(x: Tensor) -> tuple[Tensor, Tensor]:
+        if last and last[0] is x:
+            return last[1], last[2]
         found = [posterior.predict(reader.prompts(part)) for part in x.split(64)]
         point = torch.cat([p.point.cpu() for p in found])
         change = torch.cat([(p.outputs - p.point).cpu() for p in found], 1)
-        return point, change * posterior.prior_precision**0.5
+        last[:] = [x, point, change * posterior.prior_precision**0.5]
+        return last[1], last[2]
 
     def at(alpha: float) -> Callable[[Tensor], Draws]:
         def draws(x: Tensor) -> Draws:

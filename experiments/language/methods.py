@@ -15,7 +15,7 @@ from experiments.detection import published, rivals  # noqa: F401 - they enter t
 from experiments.detection.base import SCORES
 from experiments.devices import device
 from experiments.language import encoder
-from experiments.language.problem import PREDICTED, Problem, Row, nll, parts, unit
+from experiments.language.problem import Problem, Row, nll, parts, remembered, unit
 from experiments.methods.base import Draws, Tuned, joined, tune
 from experiments.methods.peer_laplace import quiet, require_laplace
 from experiments.methods.point import EIGHTHS, FINER
@@ -38,17 +38,17 @@ def networks(problem: Problem) -> Rows:
     dropped = _with_dropout(problem)
     count, what = problem.size.members, "adapters" if problem.way == "LoRA" else "networks"
     out: Rows = {}
-    for key, title, draws in (
+    for key, title, own in (
         ("point", "network alone", point),
         ("dropout", "MC dropout", dropped),
         ("ensemble", f"{count} {what} †", several),
     ):
+        draws = remembered(own)
         found = tempered(draws, problem.validation)
-        score = "entropy" if key == "point" else "mutual_information"
         heated = "temperature scaling" if key == "point" else f"{title}, temperature"
-        out[key] = Row(title, draws, declared=score)
+        out[key] = Row(title, draws)
         out[f"{key}_temperature"] = Row(
-            heated, at_temperature(draws, found), {}, "temperature", found, score
+            heated, at_temperature(draws, found), {}, "temperature", found
         )
     return out
 
@@ -99,7 +99,7 @@ def at_temperature(
 
 def novelty(posterior: Any) -> Callable[[Tensor], Tensor]:
     """The default score."""
-    return lambda x: torch.cat([posterior.novelty(part).cpu() for part in parts(x, PREDICTED)])
+    return lambda x: torch.cat([posterior.novelty(part).cpu() for part in parts(x)])
 
 
 def linearised(posterior: Any, problem: Problem, key: str, title: str, declared: str) -> Rows:
@@ -140,31 +140,34 @@ def linearised(posterior: Any, problem: Problem, key: str, title: str, declared:
 
 
 def null_space(problem: Problem) -> Rows:
-    """Adapters and head on all texts; in full the last twentieth on all, and all weights on some."""
+    """Adapters and head on all texts; all weights of a fully tuned network on some."""
+    if problem.way == "LoRA":
+        return _null_space(problem, "null", "null space", problem.train, None)
+    some = problem.train[: problem.size.preserved]
+    return _null_space(problem, "null", f"null space, all weights, {len(some)} texts", some, None)
+
+
+def last_twentieth(problem: Problem) -> Rows:
+    """The last twentieth of a fully tuned network's weights, which leave room for all texts."""
+    names = last_weights(problem.network, SHARE)
+    return _null_space(problem, "null_part", "null space, last twentieth", problem.train, names)
+
+
+def _null_space(
+    problem: Problem, key: str, title: str, split: Split, names: list[str] | None
+) -> Rows:
     from experiments.language.regime import regime
 
-    network, out = problem.network, {}
-    choices: list[tuple[str, str, Split, Any]] = [
-        ("null", "null space", problem.train, None),
-    ]
-    if problem.way == "full":
-        some, last = problem.train[: problem.size.preserved], last_weights(network, SHARE)
-        choices = [
-            ("null_part", "null space, last twentieth", problem.train, last),
-            ("null", f"null space, all weights, {len(some)} texts", some, None),
-        ]
-    for key, title, split, names in choices:
-        posterior = nb.NullSpacePosterior(network, parameters=names, memory=MEMORY)
-        posterior.fit(problem.batches(split), problem.size.samples, problem.seed, progress=False)
-        rows = linearised(posterior, problem, key, title, "novelty")
-        certificate = posterior.certificate
-        rows[key].details = {
-            **{name: getattr(certificate, name) for name in CERTIFIED},
-            "stages": dict(certificate.stages),
-            "regime": regime(posterior, problem),
-        }
-        out |= rows
-    return out
+    posterior = nb.NullSpacePosterior(problem.network, parameters=names, memory=MEMORY)
+    posterior.fit(problem.batches(split), problem.size.samples, problem.seed, progress=False)
+    rows = linearised(posterior, problem, key, title, "novelty")
+    certificate = posterior.certificate
+    rows[key].details = {
+        **{name: getattr(certificate, name) for name in CERTIFIED},
+        "stages": dict(certificate.stages),
+        "regime": regime(posterior, problem),
+    }
+    return rows
 
 
 CERTIFIED = (
@@ -185,7 +188,7 @@ def layers(problem: Problem) -> Rows:
     def at(value: float) -> Callable[[Tensor], Draws]:
         def draws(x: Tensor) -> Draws:
             posterior.prior_precision = value
-            found = [posterior.predict(part).outputs.cpu() for part in parts(x, PREDICTED)]
+            found = [posterior.predict(part).outputs.cpu() for part in parts(x)]
             posterior.prior_precision = own
             return Draws(torch.cat(found, 1))
 
@@ -288,7 +291,7 @@ def kronecker(problem: Problem) -> Rows:
     def at(alpha: float, x: Tensor) -> Draws:
         change = changes(alpha)
         found = []
-        for part in parts(x, PREDICTED):
+        for part in parts(x):
             point, moved = products(change, part)
             found.append(Draws((point + moved).cpu(), point.cpu()))
         return joined(found)
@@ -328,7 +331,7 @@ def _changing(fitted: Any, problem: Problem) -> Callable[[float], Tensor]:
 
 
 def _laplace_row(title: str, draws: Callable[[Tensor], Draws], best: Tuned) -> Row:
-    return Row(title, draws, {}, "prior precision", best.value, "variance")
+    return Row(title, draws, {}, "prior precision", best.value)
 
 
 # -- scores --------------------------------------------------------------------------------------
@@ -376,11 +379,14 @@ def _nearest(embed: Any, network: Any, train: Tensor) -> Callable[[Tensor], Tens
     return score
 
 
+#: Of fully tuned networks alone.
+IN_FULL = ("last twentieth",)
 #: In the order in which they are measured.
 GROUPS: dict[str, Callable[[Problem], Rows]] = {
     "null space": null_space,
     "features": features,
     "networks": networks,
+    "last twentieth": last_twentieth,
     "layers": layers,
     "last layer": last_layer,
     "Laplace": full_laplace,

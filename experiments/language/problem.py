@@ -21,7 +21,9 @@ from experiments.methods.base import Draws
 from experiments.store import OUT
 from nullbayes.datasets import Split
 
-PREDICTED = 64  # texts of a batch whose outputs are linearised with all samples at once
+#: Texts of a batch whose outputs are linearised with all samples at once, and of one whose rows are captured; by
+#: kind of device.
+PREDICTED, FITTED = {"cpu": 64, "cuda": 150}, {"cpu": 32, "cuda": 128}
 NETWORKS = OUT / "networks" / "language"
 
 
@@ -48,7 +50,7 @@ class Size:
 
 
 SIZES = {
-    "small": Size(90, 20, 60, 20, 6, 2, 60, 1, ("LoRA",), 4),
+    "small": Size(90, 20, 60, 20, 6, 2, 60, 1, epochs=4),
     "full": Size(),
 }
 
@@ -133,9 +135,10 @@ class Problem:
             self.seed, encoder=self.network,
         )  # fmt: skip
 
-    def batches(self, split: Split, batch: int = 32) -> list[tuple[Tensor, Tensor]]:
+    def batches(self, split: Split) -> list[tuple[Tensor, Tensor]]:
         """On the device."""
         where = device()
+        batch = FITTED[where.type]
         pairs = zip(split.inputs.split(batch), split.targets.split(batch), strict=True)
         return [(x.to(where), y.to(where)) for x, y in pairs]
 
@@ -160,9 +163,22 @@ class Row:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def parts(x: Tensor, batch: int) -> Sequence[Tensor]:
+def parts(x: Tensor) -> Sequence[Tensor]:
     """Batches on the device."""
-    return [part.to(device()) for part in x.split(batch)]
+    return [part.to(device()) for part in x.split(PREDICTED[device().type])]
+
+
+def remembered(draws: Callable[[Tensor], Draws]) -> Callable[[Tensor], Draws]:
+    """Rows of one method are asked for the same texts, one after the other: computed once."""
+    last: list[Any] = []
+
+    def found(x: Tensor) -> Draws:
+        if not last or last[0] is not x:
+            last[:] = [x, draws(x)]
+        out: Draws = last[1]
+        return out
+
+    return found
 
 
 def nll(draws: Draws, targets: Tensor) -> float:
@@ -173,7 +189,7 @@ def nll(draws: Draws, targets: Tensor) -> float:
 
 def unit(posterior: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """``f(θ̂, x) (N, C)``, and linearised changes at prior precision one ``(S, N, C)``; on the processor."""
-    found = [posterior.predict(part) for part in parts(x, PREDICTED)]
+    found = [posterior.predict(part) for part in parts(x)]
     point = torch.cat([p.point.cpu() for p in found])
     change = torch.cat([(p.outputs - p.point).cpu() for p in found], 1)
     return point, change * posterior.prior_precision**0.5

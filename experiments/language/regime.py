@@ -17,7 +17,6 @@ from experiments.language.problem import Problem, nll, parts, unit
 from experiments.methods.base import Draws
 from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE
 
-BATCH = 128
 CHECKED = 128  # training texts whose predictions are compared
 STEP = 10 ** (1 / 3)
 STEPS = 24
@@ -93,7 +92,7 @@ def _draws(posterior: Any, x: Tensor, method: str, unit: tuple[Tensor, Tensor]) 
     if method == "linearised":
         point, change = unit
         return Draws(point + change * posterior.prior_precision**-0.5, point)
-    found = [posterior.predict(part, method=method).outputs.cpu() for part in parts(x, BATCH)]
+    found = [posterior.predict(part, method=method).outputs.cpu() for part in parts(x)]
     return Draws(torch.cat(found, 1))
 
 

@@ -16,7 +16,7 @@ from experiments import measures
 from experiments.detection.running import finite
 from experiments.devices import device
 from experiments.language import causal, encoder
-from experiments.language.methods import GROUPS
+from experiments.language.methods import GROUPS, IN_FULL
 from experiments.language.problem import SIZES, Problem, Row, Size, nll
 from experiments.language.texts import JUDGING, TUNING
 from experiments.methods.base import Draws
@@ -29,7 +29,7 @@ from nullbayes.posterior.measuring.records import joint_nll
 NAME = "language"
 VERSION = 1
 CAUSAL = ("choices", "free text")
-AFTER_CAUSAL = "layers"  # the group of methods that comes next
+AFTER_CAUSAL = "last twentieth"  # the group of methods that comes next
 
 
 def jobs(
@@ -40,10 +40,13 @@ def jobs(
 
     size = SIZES[setting]
     chosen = [seed for seed in seeds or range(size.seeds) if seed < size.seeds]
-    config: dict[str, Any] = {"size": asdict(size), "version": VERSION}
+    config: dict[str, Any] = {"size": depends(size), "version": VERSION}
+    texts, shape = causal.sized(size)
+    small = {"size": depends(texts), "shape": asdict(shape), "version": VERSION}
 
     def job(seed: int, name: str, function: Any, args: tuple[Any, ...], keep: bool = True) -> Job:
-        return Job(Key(NAME, setting, seed, name), config, function, args, keep)
+        own = small if function is causal.measure_job else config
+        return Job(Key(NAME, setting, seed, name), own, function, args, keep)
 
     each = [(way, seed) for way in reversed(size.ways) for seed in chosen]
     out = [
@@ -60,8 +63,14 @@ def jobs(
         out += [
             job(seed, f"{way}: {group}", measure_job, (way, seed, group, size))
             for way, seed in each
+            if way == "full" or group not in IN_FULL
         ]
     return out
+
+
+def depends(size: Size) -> dict[str, Any]:
+    """What of it a result depends on."""
+    return {k: v for k, v in asdict(size).items() if k not in ("seeds", "ways")}
 
 
 def train_job(way: str, seed: int, size: Size) -> dict[str, Any]:

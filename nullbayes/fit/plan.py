@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from html import escape
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from nullbayes.audit.examples import prior_vectors
 from nullbayes.common.memory import format_bytes
 from nullbayes.common.processes import Processes
 from nullbayes.common.progress import AUDIT, COMMUNICATION, FACTORISATION, ROWS
@@ -32,6 +34,8 @@ from nullbayes.model.loader import limited
 from nullbayes.solvers import choose
 
 TRIED_EXAMPLES = 96
+# Vectors of the weights that the audit holds for each prior vector: that, a sample, both side by side and as tangents.
+AUDIT_COPIES = 6
 
 
 @dataclass(frozen=True, repr=False)
@@ -142,7 +146,8 @@ def plan_fit(
         {
             ROWS: min(trial.factor_bytes // parts, memory.rows),
             "temporaries": _temporaries(problem, proven, few.largest, rows, memory)
-            + _checked(outputs, few, memory),
+            + _checked(outputs, few, memory)
+            + _audited(problem, num_samples),
             "libraries": memory.libraries,
         },
         {
@@ -295,6 +300,14 @@ def _temporaries(
     per_example = capture_bytes(problem.functional, proven, rows)
     step = examples_per_capture(problem.functional, proven, rows, memory.temporaries)
     return min(batch, step) * per_example
+
+
+def _audited(problem: Problem, samples: int) -> int:
+    """Bytes of the weight changes that the audit moves examples by, and of what derivatives along them hold."""
+    space = problem.space
+    vectors = torch.empty(samples, space.total, dtype=space.dtype, device="meta")
+    count = prior_vectors(vectors, problem.functional.model)
+    return AUDIT_COPIES * count * space.total * space.dtype.itemsize
 
 
 def _checked(outputs: Tensor, few: _Few, memory: FitMemory) -> int:

@@ -114,8 +114,9 @@ def stored_(problem: Problem, value: Tensor, dtype: torch.dtype | None) -> Tenso
     """
     if dtype is None or dtype == problem.dtype:
         return problem.weight_changes(value)
-    rows = []
-    for one in value.split(1):
-        rows.append(problem.weight_changes(one).to(dtype))
-        one.copy_(problem.isotropic(rows[-1].to(problem.dtype)))
-    return torch.cat(rows)
+    columns = problem.weight_changes(value[:1].clone()).shape[1]
+    out = value.new_empty(len(value), columns, dtype=dtype)
+    for one, into in zip(value.split(1), out.split(1), strict=True):
+        into.copy_(problem.weight_changes(one))
+        one.copy_(problem.isotropic(into.to(problem.dtype)))
+    return out

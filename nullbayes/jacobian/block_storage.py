@@ -261,7 +261,7 @@ class Keeper:
         Raises:
             ModelError: a parameter that no example leads to.
         """
-        for kind in list(self._groups):
+        for kind in self._joined():
             self._flush(kind)
         self._plan.check_reached(self._functional.model)
         if len(self._forms) > 1:
@@ -289,6 +289,24 @@ class Keeper:
                         "batches need because no rule of a layer serves them; neither `memory=` nor the disk has room. "
                         "Raise `memory=`, free disk space, or make batches alike (padding to one length, no routing)."
                     )
+
+    def _joined(self) -> list[_Kind]:
+        """What is left, with groups of neighbouring lengths as one: products with small blocks read samples in vain."""
+        kinds: list[_Kind] = []
+        for kind in sorted(self._groups):
+            group = self._groups[kind]
+            last = kinds[-1] if kinds else None
+            if last is not None and last[0] == kind[0]:
+                pair = [*self._groups[last], *group]
+                # The shorter ones are padded to the longest.
+                longest = max(b.nbytes / max(1, b.examples) for b, _, _ in pair)
+                if longest * sum(b.examples for b, _, _ in pair) <= self._block_bytes:
+                    self._groups[last], self._groups[kind] = pair, []
+                    more = self._numbers.pop(kind, [])
+                    self._numbers.setdefault(last, []).extend(more)
+                    continue
+            kinds.append(kind)
+        return kinds
 
     def _flush(self, kind: _Kind) -> None:
         group, self._groups[kind] = self._groups[kind], []

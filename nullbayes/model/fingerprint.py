@@ -78,7 +78,7 @@ def _read(values: list[Tensor]) -> list[int]:
 
 
 class Watch:
-    """Whether a model's tensors are still what they were, for less than a forward pass.
+    """Whether a model's tensors and modules are still what they were, for less than a forward pass.
 
     PyTorch counts the changes that it makes to a tensor itself. Those that go past it (``.data``, a NumPy view) show in
     the sum of a tensor's bits: of all tensors where they are small, of a 64th of a large model at each question. Not a
@@ -88,7 +88,8 @@ class Watch:
     def __init__(self, model: nn.Module) -> None:
         tensors = [*model.parameters(), *model.buffers()]
         self.tensors = [t for t in tensors if t.device.type != "meta" and t.numel()]
-        self.state = self._state(model)
+        self.modules = [(m, _entries(m)) for m in model.modules()]
+        self.versions = self._versions()
         # Views of a tensor's bits where there are some, else the tensor and where to look.
         self.pieces: list[tuple[Tensor, Tensor | None, int, int]] = []
         with torch.no_grad():
@@ -96,7 +97,9 @@ class Watch:
                 words = bits_of(tensor)
                 for start in range(0, len(words), _PIECE):
                     stop = min(len(words), start + _PIECE)
-                    view = words[start:stop] if words.data_ptr() == tensor.data_ptr() else None
+                    view = None
+                    if words.data_ptr() == tensor.data_ptr():
+                        view = _wide(words[start:stop])
                     self.pieces.append((tensor, view, start, stop))
             self.sums = _read([self._sum(*piece) for piece in self.pieces])
         numbers = sum(stop - start for _, _, start, stop in self.pieces)
@@ -105,7 +108,11 @@ class Watch:
 
     def same(self, model: nn.Module) -> bool:
         """Whether nothing was found to have changed."""
-        if self._state(model) != self.state:
+        if (
+            model is not self.modules[0][0]
+            or self._versions() != self.versions
+            or any(_entries(m) != entries for m, entries in self.modules)
+        ):
             return False
         seen = 0
         places: list[int] = []
@@ -117,20 +124,36 @@ class Watch:
             now = [self._sum(*self.pieces[i]) for i in places]
         return _read(now) == [self.sums[i] for i in places]
 
-    @staticmethod
-    def _state(model: nn.Module) -> list[tuple[int, int, int]]:
-        return [
-            (id(t), t.data_ptr() if t.device.type != "meta" else 0, t._version)
-            for t in (*model.parameters(), *model.buffers())
-        ]
+    def _versions(self) -> list[tuple[int, int]]:
+        return [(t.data_ptr(), t._version) for t in self.tensors]
 
     @staticmethod
     def _sum(tensor: Tensor, view: Tensor | None, start: int, stop: int) -> Tensor:
         return (bits_of(tensor)[start:stop] if view is None else view).sum()
 
 
+def _entries(module: nn.Module) -> list[object]:
+    """What a module is made of, by identity, and what of its settings ties examples or draws numbers."""
+    state = module.__dict__
+    return [
+        state["training"],
+        state.get("max_norm"),
+        *map(id, state["_parameters"].values()),
+        *map(id, state["_buffers"].values()),
+        *map(id, state["_modules"].values()),
+    ]
+
+
+def _wide(words: Tensor) -> Tensor:
+    """The same bits as numbers of 64 bits where they can be read so: their sum takes an eighth of the time."""
+    size = words.element_size()
+    if size == 8 or words.numel() * size % 8 or words.storage_offset() * size % 8:
+        return words
+    return words.view(torch.int64)
+
+
 # Numbers of a piece of a :class:`Watch`, and how many are looked at each time.
-_PIECE, _ALWAYS = 2**16, 2**22
+_PIECE, _ALWAYS = 2**16, 2**20
 
 
 def bits_of(tensor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ second derivative: gradients of third order come out wrong in silence. Fused att
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -84,17 +84,17 @@ def smooth() -> Iterator[None]:
 @contextmanager
 def derivable(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Within it, a GPU uses no kernel that many cotangents at a time cannot be taken through; a CPU has none."""
-    if device.type == "cpu" or not torch.is_grad_enabled():
+    if device.type == "cpu":
         yield
         return
-    # cuDNN's recurrent layers have a backward pass in training mode alone.
+    # cuDNN's recurrent layers have a backward pass in training mode alone, and warn of weights in pieces.
     switched = torch.backends.cudnn.enabled and any(
         isinstance(part, nn.RNNBase) for part in module.modules()
     )
     try:
         if switched:
             torch.backends.cudnn.enabled = False
-        with Separable():
+        with Separable() if torch.is_grad_enabled() else nullcontext():
             yield
     finally:
         if switched:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from nullbayes.moments.rule import Seen, Summer
 
 # Of one call: which site, its block, the column of its bias, what was seen.
 Receive = Callable[[int, int, int | None, Seen], None]
+_NOTHING = nullcontext()
 
 
 @contextmanager
@@ -53,7 +54,8 @@ def hooks_of(
                 return
             busy = True
             try:
-                with torch.no_grad():
+                # Asking costs a tenth of turning gradients off once more.
+                with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
                     summer = None if summers is None else summers.get(number)
                     if summer is not None and summer.add(module, args, kwargs, out):
                         return

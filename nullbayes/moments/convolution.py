@@ -77,30 +77,57 @@ def middles(positions: Sequence[int], at_most: int) -> list[tuple[int, int, int]
     ]
 
 
-def _picked(module: Any, x: Tensor, places: Sequence[tuple[int, int, int]]) -> Tensor | None:
-    """Patches at some positions as :func:`patches` gives them; None where they reach into the padding, or are most."""
-    sides = list(module._reversed_padding_repeated_twice)[::-2]
-    chosen = []
-    for axis, (start, step, count) in enumerate(places):
-        size, k, far = x.shape[2 + axis], module.kernel_size[axis], module.dilation[axis]
-        first = start * module.stride[axis] - sides[axis]
-        stride = step * module.stride[axis]
-        last = first + (count - 1) * stride + (k - 1) * far
-        if first < 0 or last >= size or count * k > size:
-            return None
-        chosen.append((first, stride, count, k, far))
-    for axis, one in enumerate(chosen):
-        x = x.index_select(2 + axis, _indices(*one).to(x.device))
-    spatial = len(chosen)
-    sizes = [n for _, _, count, k, _ in chosen for n in (count, k)]
-    x = x.reshape(*x.shape[:2], *sizes)
-    return x.permute(0, 1, *range(2, 2 + 2 * spatial, 2), *range(3, 3 + 2 * spatial, 2))
+@functools.lru_cache(256)
+def _places(positions: torch.Size, at_most: int) -> list[tuple[int, int, int]]:
+    """The same, remembered."""
+    return middles(positions, at_most)
 
 
-@functools.lru_cache(1024)
-def _indices(first: int, stride: int, count: int, taps: int, apart: int) -> Tensor:
-    starts = first + stride * torch.arange(count)
-    return (starts[:, None] + apart * torch.arange(taps)).flatten()
+def _picked(module: Any, x: Tensor, places: Sequence[tuple[int, int, int]]) -> Tensor:
+    """Inputs ``(N, T, G, I)`` at some positions, looked up by their places in memory: in one step."""
+    sides = tuple(module._reversed_padding_repeated_twice[-2::-2])
+    axes = tuple(
+        (size, start * stride - side, step * stride, count, taps, far)
+        for size, (start, step, count), stride, side, taps, far in zip(
+            x.shape[2:], places, module.stride, sides, module.kernel_size, module.dilation,
+            strict=True,
+        )
+    )  # fmt: skip
+    if not all(_inside(*axis) for axis in axes):
+        x = padded(module, x)
+        axes = tuple(
+            (size, axis[1] + side, *axis[2:])
+            for size, axis, side in zip(x.shape[2:], axes, sides, strict=True)
+        )
+    index = _indices(x.shape[1], axes, x.device)
+    count = math.prod(axis[3] for axis in axes)
+    return x.flatten(1).index_select(1, index).view(len(x), count, module.groups, -1)
+
+
+def _inside(size: int, first: int, step: int, count: int, taps: int, apart: int) -> bool:
+    """Whether no patch reaches beyond the input along one axis."""
+    return first >= 0 and first + (count - 1) * step + (taps - 1) * apart < size
+
+
+@functools.lru_cache(64)
+def _indices(
+    channels: int, axes: tuple[tuple[int, int, int, int, int, int], ...], device: torch.device
+) -> Tensor:
+    """Places in an example ``(channels, *space)`` of what patches hold: by position, channel and tap."""
+    spatial, stride = len(axes), 1
+    total = torch.zeros([1] * (2 * spatial + 1), dtype=torch.long)
+    for axis in reversed(range(spatial)):
+        size, first, step, count, taps, apart = axes[axis]
+        positions, offsets = first + step * torch.arange(count), apart * torch.arange(taps)
+        shape = [1] * (2 * spatial + 1)
+        shape[axis] = count
+        total = total + stride * positions.view(shape)
+        shape[axis], shape[spatial + 1 + axis] = 1, taps
+        total = total + stride * offsets.view(shape)
+        stride *= size
+    shape = [1] * (2 * spatial + 1)
+    shape[spatial] = channels
+    return (total + stride * torch.arange(channels).view(shape)).flatten().to(device)
 
 
 def sliding_sums(module: Any, x: Tensor, positions: Sequence[int], dtype: torch.dtype) -> Summed:
@@ -287,11 +314,11 @@ class ConvInputs(InputRule):
         at_most: int,
     ) -> Iterator[Seen]:
         positions = output.shape[-len(module.kernel_size) :]
-        places = middles(positions, at_most)
         x = _batched(argument(args, kwargs, 0, "input"), len(positions))
-        picked = None if torch.compiler.is_compiling() else _picked(module, x, places)
-        if picked is not None:
-            return iter((Seen("weight", _inputs(picked, module.groups)),))
+        if not torch.compiler.is_compiling():
+            picked = _picked(module, x, _places(positions, at_most))
+            return iter((Seen("weight", picked),))
+        places = middles(positions, at_most)
         cuts = [slice(start, None, step) for start, step, _ in places]
         return self._inputs(module, args, kwargs, output, cuts)
 

@@ -61,31 +61,35 @@ class Leverage:
             root = _sketched(root, directions)
         self.root = (root * scale.sqrt()[:, None, None]).to(dtype)
 
-    def both(self, a: Tensor, own: int, column: int | None) -> tuple[Tensor, Tensor]:
-        """:meth:`of`, and the same over the squared size of the input, the constant one of a bias included.
+    def lengths(self, a: Tensor, own: int, column: int | None) -> tuple[Tensor, Tensor]:
+        """Of inputs ``(*lead, G, I)``: roots of their leverages, and their own lengths; ``(n,)`` each, ``lead`` flat.
 
-        The second depends on the direction of the input alone.
+        Without the constant one of a bias in the second. One product and two norms: of a small layer the calls cost
+        more than the numbers.
         """
-        x = a[..., :own].to(self.dtype)
-        if x.shape[-2] == 1:
-            squares = torch.linalg.vector_norm(x[..., 0, :], dim=-1).square()
-        else:
-            squares = torch.linalg.vector_norm(x, dim=(-1, -2)).square()
-        size = squares if column is None else squares + 1.0
-        values = self.of(a, own, column)
-        return values, values / size.clamp_min(torch.finfo(self.dtype).tiny)
+        groups = a.shape[-2]
+        if groups > 1 or self.low is not None:
+            x = a[..., :own].to(self.dtype)
+            long = torch.linalg.vector_norm(x, dim=(-1, -2)).reshape(-1)
+            return self.of(a, own, column).sqrt().reshape(-1), long
+        x = a.reshape(-1, a.shape[-1])
+        if x.shape[1] != own:
+            x = x[:, :own]
+        if x.dtype != self.dtype:
+            x = x.to(self.dtype)
+        weight, one = self._part(own, column)
+        y = torch.mm(x, weight[0]) if one is None else torch.addmm(one[0], x, weight[0])
+        return torch.linalg.vector_norm(y, dim=1), torch.linalg.vector_norm(x, dim=1)
 
     def of(self, a: Tensor, own: int, column: int | None) -> Tensor:
         """Inputs ``(*lead, G, I)`` -> ``(*lead)``, summed over the groups."""
         lead, groups = a.shape[:-2], a.shape[-2]
+        if groups == 1 and self.low is None:
+            return self.lengths(a, own, column)[0].square().reshape(lead)
         flat = a.reshape(-1, groups, a.shape[-1])[..., :own].to(self.dtype)
         if self.low is not None:
             return self._of_low(flat.transpose(0, 1), own, column).reshape(lead)
         weight, one = self._part(own, column)
-        if groups == 1:
-            x = flat[:, 0]
-            y = x @ weight[0] if one is None else torch.addmm(one[0], x, weight[0])
-            return torch.linalg.vector_norm(y, dim=1).square().reshape(lead)
         y = flat.transpose(0, 1) @ weight
         if one is not None:
             y = y + one

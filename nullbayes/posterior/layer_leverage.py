@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,13 +26,36 @@ EXACT_EDGE = 1e-6
 POSITIONS = 16
 # Examples on which it is found which axis of a layer's input belongs to the batch.
 PROBE = 3
+# Kinds of calls whose weights are remembered, by the numbers of inputs that examples have.
+MEANS = 64
 # In place of an axis: all examples have this call in common (positions that are looked up).
 SHARED = -1
 
-# By call in order: the block, leverages (*lead), and those over the squared size of the input.
-Values = list[tuple[int, Tensor, Tensor]]
-# By block: the two of all inputs that it receives for each example (B, T), NaN where there are fewer.
-ByExample = dict[int, tuple[Tensor, Tensor]]
+# Calls in order: by each its block, and how many of its inputs an example has.
+Calls = tuple[tuple[int, int, bool], ...]
+
+
+class Call(NamedTuple):
+    """What a block received in one call.
+
+    ``roots``, ``lengths``: of leverages, and of the inputs without the constant one of a bias; ``(*lead)`` flat.
+    """
+
+    block: int
+    biased: bool
+    lead: torch.Size
+    roots: Tensor
+    lengths: Tensor
+
+    @property
+    def directions(self) -> Tensor:
+        """Leverages over squared sizes ``(*lead)``."""
+        sizes = self.lengths.double().square() + float(self.biased)
+        found = self.roots.double().square() / sizes.clamp_min(_TINY)
+        return found.reshape(self.lead)
+
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 class Leverages:
@@ -80,16 +103,17 @@ class Leverages:
         self.ordered = sorted(self.counted)
         self._axes: list[int] | None = None  # by call; empty: one example at a time
         self._network: Callable[[Inputs], Tensor] | None = None
-        self._found: Values = []
+        self._found: list[Call] = []
         self._last: tuple[Any, ...] | None = None
         self._lock = threading.Lock()
-        self._weights: tuple[tuple[int, int], ...] = ()
+        self._parameters: list[Tensor] = []
+        self._weights: list[int] = []
+        self._means: dict[Calls, tuple[Tensor, Tensor | None, Tensor]] = {}
 
-    def _pass(self, inputs: Inputs) -> tuple[Values, Tensor]:
-        """Leverages of one forward pass, call by call, and its outputs."""
+    def _pass(self, inputs: Inputs) -> tuple[list[Call], Tensor]:
+        """One forward pass: its calls, and its outputs."""
         with self._lock, torch.no_grad(), plain_paths():
-            weights = tuple((id(p), p.data_ptr()) for p in self.functional.model.parameters())
-            if self._network is None or weights != self._weights:
+            if self._network is None or [p.data_ptr() for p in self._parameters] != self._weights:
                 sites = [
                     site
                     for site in self.blocks.sites
@@ -97,78 +121,120 @@ class Leverages:
                 ]
                 hooks = hooks_of(sites, self._receive, thin=self.positions)
                 self._network = self.functional.bound(self.functional.weights(), hooks)
-                self._weights = weights
+                self._parameters = list(self.functional.model.parameters())
+                self._weights = [p.data_ptr() for p in self._parameters]
             try:
                 outputs = self._network(inputs)
                 found = self._found
             finally:
                 self._found, self._last = [], None
-        sums = torch.stack(
-            [outputs.sum().double(), *(sizes.sum().double() for _, sizes, _ in found)]
-        )
-        if not bool(sums.isfinite().all()):
-            raise NonFiniteError(
-                "the outputs, or what layers receive, hold NaN or infinity on these inputs; check that they are finite "
-                "and scaled as in training."
-            )
         return found, outputs
 
     def _receive(self, site: int, number: int, column: int | None, seen: Seen) -> None:
         if number not in self.counted:
             return
-        sizes, directions = self._values(number, column, seen)
-        if seen.follows:
-            _, before, before_over = self._found.pop()
-            sizes, directions = torch.cat([before, sizes]), torch.cat([before_over, directions])
-        self._found.append((number, sizes, directions))
-
-    def _values(self, number: int, column: int | None, seen: Seen) -> tuple[Tensor, Tensor]:
-        """Leverages of one call, and the same over squared sizes; of a tensor that was just seen, those found then."""
-        layer, block = self.layers[number], self.blocks.blocks[number]
+        layer = self.layers[number]
         if seen.index is not None:
-            values = layer.of_rows(seen.index)
-            return values, values
-        a = seen.a
-        assert a is not None
-        same = (id(layer), column, a.data_ptr(), a.shape, a.stride(), a._version)
-        if self._last is None or self._last[0] != same:
-            self._last = (same, a, layer.both(a, block.own, column))
-        found: tuple[Tensor, Tensor] = self._last[2]
-        return found
+            roots, lead = layer.of_rows(seen.index).sqrt().reshape(-1), seen.index.shape
+            call = Call(number, True, lead, roots, torch.zeros_like(roots))
+        else:
+            a = seen.a
+            assert a is not None
+            same = (id(layer), column, a.data_ptr(), a.shape, a.stride(), a._version)
+            if self._last is None or self._last[0] != same:  # else that of the tensor just seen
+                found = layer.lengths(a, self.blocks.blocks[number].own, column)
+                self._last = (same, a, found)
+            call = Call(number, column is not None, a.shape[:-2], *self._last[2])
+        if seen.follows:
+            before = self._found.pop()
+            lead = torch.Size((before.lead[0] + call.lead[0], *call.lead[1:]))
+            roots, lengths = (
+                torch.cat(pair)
+                for pair in ((before.roots, call.roots), (before.lengths, call.lengths))
+            )
+            call = Call(number, call.biased, lead, roots, lengths)
+        self._found.append(call)
 
     def means(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Means for each example ``(B, L)`` over what the blocks that count receive, and outputs ``(B, *out)``.
 
         Of leverages, and of those over squared sizes; float64, NaN where an example does not reach a layer.
+
+        Raises:
+            NonFiniteError: outputs, or what a layer receives, hold NaN or infinity.
         """
         size = batch_size(inputs)
-        values, outputs = self._single(inputs) if size == 1 else self._by_example(inputs)
-        absent = (torch.full((size, 1), torch.nan),) * 2
-        parts = [values.get(i, absent) for i in self.ordered]
-        sizes, directions = (
-            torch.stack([part[i].double().nanmean(1) for part in parts], 1) for i in (0, 1)
-        )
-        return sizes, directions, outputs
-
-    def _by_example(self, inputs: Inputs) -> tuple[ByExample, Tensor]:
-        size = batch_size(inputs)
-        if self._axes is None and size > 1:
+        if size == 1:
+            calls, outputs = self._pass(inputs)
+            return self._averaged(calls, [0] * len(calls), 1, outputs)
+        if self._axes is None:
             self._axes = self._find_axes(take(inputs, 0, min(size, PROBE)))
-        if size > 1 and self._axes:
-            values, outputs = self._pass(inputs)
-            split: Values = []
-            for (number, *pair), axis in zip(values, self._axes, strict=False):
-                sizes, directions = (_split(v, axis, size) for v in pair)
-                if sizes is not None and directions is not None:
-                    split.append((number, sizes, directions))
-            if len(values) == len(self._axes) == len(split):
-                return _joined(split), outputs
-        singles = [self._single(take(inputs, i, i + 1, size)) for i in range(size)]
-        return _stacked([values for values, _ in singles]), torch.cat([out for _, out in singles])
+        if self._axes:
+            calls, outputs = self._pass(inputs)
+            pairs = zip(calls, self._axes, strict=False)
+            if len(calls) == len(self._axes) and all(_fits(c.lead, a, size) for c, a in pairs):
+                return self._averaged(calls, self._axes, size, outputs)
+        singles = [self.means(take(inputs, i, i + 1, size)) for i in range(size)]
+        sizes, directions, outs = (torch.cat(parts) for parts in zip(*singles, strict=True))
+        return sizes, directions, outs
 
-    def _single(self, inputs: Inputs) -> tuple[ByExample, Tensor]:
-        values, outputs = self._pass(inputs)
-        return _joined([(n, a.reshape(1, -1), b.reshape(1, -1)) for n, a, b in values]), outputs
+    def _averaged(
+        self, calls: Sequence[Call], axes: Sequence[int], size: int, outputs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Means over the calls of each block, for all of them at once."""
+        if not calls:
+            none = outputs.new_full((size, len(self.ordered)), torch.nan, dtype=torch.float64)
+            return none, none, outputs
+        # Few operations rather than few numbers: of one input of a small network each costs as much as a layer.
+        roots, lengths = [call.roots for call in calls], [call.lengths for call in calls]
+        if size == 1:
+            counts = [len(part) for part in roots]
+            both = torch.cat(roots + lengths).view(2, 1, -1)
+        else:
+            parts = [
+                [
+                    _split(v, c.lead, axis, size)
+                    for v, c, axis in zip(some, calls, axes, strict=True)
+                ]
+                for some in (roots, lengths)
+            ]
+            counts = [part.shape[1] for part in parts[0]]
+            both = torch.stack([torch.cat(some, 1) for some in parts])
+        shapes = tuple((c.block, n, c.biased) for c, n in zip(calls, counts, strict=True))
+        weights, absent, ones = self._weights_of(shapes, outputs.device)
+        sizes, lengths = both.double().square_()
+        found = torch.stack([sizes, sizes / lengths.add_(ones)]) @ weights
+        if not math.isfinite(found.sum() + outputs.sum()):
+            raise NonFiniteError(
+                "the outputs, or what layers receive, hold NaN or infinity on these inputs; check that they are finite "
+                "and scaled as in training."
+            )
+        if absent is not None:
+            found += absent
+        return found[0], found[1], outputs
+
+    def _weights_of(
+        self, calls: Calls, device: torch.device
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """What makes means of all inputs ``(T, L)``; NaN for blocks without a call ``(L,)``, if there are any; and the
+        ones of biases ``(T,)``.
+        """
+        if calls not in self._means:
+            if len(self._means) >= MEANS:
+                self._means.clear()
+            kind: dict[str, Any] = {"dtype": torch.float64, "device": device}
+            blocks = torch.tensor([block for block, count, _ in calls for _ in range(count)])
+            each_one = [
+                1.0 if biased else _TINY for _, count, biased in calls for _ in range(count)
+            ]
+            ones = torch.tensor(each_one, **kind)
+            each = (blocks[:, None] == torch.tensor(self.ordered)).to(**kind)
+            counts = each.sum(0)
+            absent: Tensor | None = None
+            if not bool((counts > 0).all()):
+                absent = torch.where(counts > 0, 0.0, torch.nan).to(**kind)
+            self._means[calls] = each / counts.clamp_min(1), absent, ones
+        return self._means[calls]
 
     def _find_axes(self, few: Inputs) -> list[int]:
         size = batch_size(few)
@@ -177,15 +243,15 @@ class Leverages:
         if any(len(a) != len(together) for a in alone):
             return []
         axes = []
-        for call, (_, _, values) in enumerate(together):
-            want = torch.stack([a[call][2].double().sum() for a in alone])
-            if all(_shared(a[call][2], values) for a in alone):
+        for number, call in enumerate(together):
+            values, singles = call.directions, [a[number].directions for a in alone]
+            want = torch.stack([one.sum() for one in singles])
+            if all(_shared(one, values) for one in singles):
                 axes.append(SHARED)
                 continue
             for axis in (0, 1):
-                part = _split(values, axis, size)
-                if part is not None and torch.allclose(
-                    part.double().sum(1), want, rtol=1e-2, atol=1e-12
+                if _fits(call.lead, axis, size) and torch.allclose(
+                    _split(values, call.lead, axis, size).sum(1), want, rtol=1e-2, atol=1e-12
                 ):
                     axes.append(axis)
                     break
@@ -199,40 +265,19 @@ def _shared(one: Tensor, values: Tensor) -> bool:
     return one.shape == values.shape and bool(torch.allclose(one, values, rtol=1e-4))
 
 
-def _split(values: Tensor, axis: int, size: int) -> Tensor | None:
-    """``(*lead)`` as ``(B, T)`` with the examples on ``axis``; None where it cannot be."""
+def _fits(lead: torch.Size, axis: int, size: int) -> bool:
+    """Whether inputs ``(*lead)`` can have ``size`` examples on ``axis``, or on the first in whole pieces."""
+    if axis == SHARED:
+        return True
+    if len(lead) <= axis or not lead.numel():
+        return False
+    return lead[axis] % size == 0 if axis == 0 else lead[axis] == size
+
+
+def _split(values: Tensor, lead: torch.Size, axis: int, size: int) -> Tensor:
+    """``(*lead)`` as ``(B, T)`` with the examples on ``axis``."""
     if axis == SHARED:
         return values.reshape(1, -1).expand(size, -1)
-    if values.ndim <= axis or values.shape[axis] % size or not values.numel():
-        return None
     if axis == 0:
         return values.reshape(size, -1)
-    if values.shape[1] != size:
-        return None
-    return values.movedim(1, 0).reshape(size, -1)
-
-
-def _joined(values: Values) -> ByExample:
-    parts: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-    for number, *pair in values:
-        parts[number].append((pair[0], pair[1]))
-    return {
-        n: (torch.cat([a for a, _ in pairs], dim=1), torch.cat([b for _, b in pairs], dim=1))
-        for n, pairs in parts.items()
-    }
-
-
-def _stacked(singles: list[ByExample]) -> ByExample:
-    absent = (torch.zeros(1, 0),) * 2
-    out = {}
-    for number in sorted({n for one in singles for n in one}):
-        rows = [one.get(number, absent) for one in singles]
-        width = max(sizes.shape[1] for sizes, _ in rows)
-        out[number] = (_padded([a for a, _ in rows], width), _padded([b for _, b in rows], width))
-    return out
-
-
-def _padded(rows: list[Tensor], width: int) -> Tensor:
-    """``(1, T)`` each as ``(B, width)``, NaN where there are fewer."""
-    pad = torch.nn.functional.pad
-    return torch.cat([pad(row, (0, width - row.shape[1]), value=torch.nan) for row in rows])
+    return values.reshape(lead).movedim(1, 0).reshape(size, -1)

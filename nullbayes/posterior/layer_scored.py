@@ -49,7 +49,8 @@ class LayerScored:
         own = cast("LayerNullSpacePosterior", self)
         draws = range(own.functional.draws)
         values = [self._score(own._inputs(x, draw), score) for draw in draws]
-        return torch.stack(values).mean(0).to(own.functional.dtype)
+        mean = values[0] if len(values) == 1 else torch.stack(values).mean(0)
+        return mean.to(own.functional.dtype)
 
     def _score(self, x: Inputs, score: str) -> Tensor:
         own = cast("LayerNullSpacePosterior", self)

@@ -312,7 +312,6 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
             fit = self._ready()
             self._watch = Watch(self.model)
             return fit
-        self._check_mode()
         return self._fit
 
     def _inputs(self, x: Inputs, draw: int = 0) -> Inputs:

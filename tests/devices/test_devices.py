@@ -1,7 +1,8 @@
 """Posteriors on a device that is not the CPU: the same answers, and few questions of the host.
 
-With a GPU at hand every scene runs there. Without one, a device stands in whose tensors are told apart as a GPU's are
-(`tests/elsewhere.py`): what would fail there for tensors on two devices fails here, and each transfer is counted.
+With a GPU at hand every scene runs there, in a process of its own: torch takes one kind of accelerator at a time.
+Without one, a device stands in whose tensors are told apart as a GPU's are (`tests/elsewhere.py`): what would fail
+there for tensors on two devices fails here, and each transfer is counted.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from torch import Tensor, nn
 
 import nullbayes as nb
 from nullbayes import solvers
+from nullbayes.demo.models import lenet
 from tests.devices.scenes import QUIET, Found, Place, scenes
 
-pytest.importorskip("torch.utils.backend_registration")
-try:
-    from tests.elsewhere import Elsewhere, There, back, moved
-except AttributeError:  # older than PyTorch 2.9, which registers devices written in Python
-    pytest.skip("this PyTorch has no devices written in Python", allow_module_level=True)
+GPU = torch.cuda.is_available()
+if not GPU:
+    try:
+        from tests.elsewhere import Elsewhere, There, back, moved
+    except AttributeError:  # older than PyTorch 2.9, which registers devices written in Python
+        pytest.skip("this PyTorch has no devices written in Python", allow_module_level=True)
+standing_in = pytest.mark.skipif(GPU, reason="a GPU is at hand")
 
 HERE: Place = lambda x: x  # noqa: E731
 # All of them take two minutes; these reach every room.
@@ -41,12 +45,13 @@ def there(x: Any) -> Any:
 def _compare(scene: Callable[[Place], Found], found: Found, allowed: float) -> None:
     for name, value in scene(HERE).items():
         here, other = torch.as_tensor(value), torch.as_tensor(found[name])
-        other = back(other).detach().cpu().double()
+        other = (other if GPU else back(other)).detach().cpu().double()
         size = here.detach().double().abs().max().clamp_min(1e-12)
         assert here.shape == other.shape, name
         assert float((here.detach().double() - other).abs().max() / size) < allowed, name
 
 
+@standing_in
 @pytest.mark.filterwarnings("ignore::nullbayes.errors.NullBayesWarning")  # of tiny data
 @pytest.mark.parametrize("name", STANDING_IN)
 def test_another_device_gives_the_same(name: str) -> None:
@@ -57,7 +62,7 @@ def test_another_device_gives_the_same(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::nullbayes.errors.NullBayesWarning")
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU at hand")
+@pytest.mark.skipif(not GPU, reason="no GPU at hand")
 @pytest.mark.parametrize("name", scenes())
 def test_a_gpu_gives_the_same(name: str) -> None:
     scene = scenes()[name]
@@ -85,6 +90,7 @@ def reads(run: Callable[[], Any], device: Elsewhere) -> int:
     return sum(counted.values())
 
 
+@standing_in
 @pytest.mark.parametrize("layered", [False, True], ids=["rows", "layers"])
 def test_use_asks_the_host_as_often_whatever_the_depth(layered: bool) -> None:
     counted = []
@@ -107,6 +113,26 @@ def test_use_asks_the_host_as_often_whatever_the_depth(layered: bool) -> None:
     assert max(counted[0]) <= 8
 
 
+@standing_in
+def test_launches_are_not_one_an_example() -> None:
+    """Products large enough to be made one by one on a CPU, where that is faster."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = lenet(10).eval()
+    x = torch.randn(132, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    with Elsewhere() as device:
+        train = [(x[:4], torch.arange(4))]
+        posterior = nb.NullSpacePosterior(moved(model), prior_precision=1.0).fit(train, 10, **QUIET)
+        counted = []
+        for size in (8, 128):
+            posterior.predict(x[4 : 4 + size])
+            before = device.launches
+            posterior.predict(x[4 : 4 + size])
+            counted.append(device.launches - before)
+    assert counted[1] < 3 * counted[0]
+
+
+@standing_in
 def test_a_batch_more_of_a_fit_asks_as_often_whatever_the_depth() -> None:
     more = []
     with Elsewhere() as device:
@@ -124,6 +150,7 @@ def test_a_batch_more_of_a_fit_asks_as_often_whatever_the_depth() -> None:
     assert more[1] <= 1.2 * more[0]
 
 
+@standing_in
 def test_an_iteration_asks_as_often_whatever_the_depth() -> None:
     """To stop needs an answer; nothing that grows with the network may be asked beside."""
     each = []
@@ -145,6 +172,7 @@ def test_an_iteration_asks_as_often_whatever_the_depth() -> None:
     assert each[1] < 16
 
 
+@standing_in
 def test_the_stand_in_refuses_what_a_gpu_refuses() -> None:
     with Elsewhere() as device:
         x = There(torch.ones(3))

@@ -107,6 +107,7 @@ def test_a_posterior_is_the_same_without_dead_tokens(monkeypatch: pytest.MonkeyP
     options: dict[str, Any] = {"prior_precision": 1.0, "delta": 1e-6}
     whole = nb.NullSpacePosterior(model, **options).fit(data, 4, progress=False)
     monkeypatch.setattr(live_tokens, "FROM", 0)
+    monkeypatch.setattr("nullbayes.constraints.memory_budget.BLOCK_BYTES", 2**15)
     short = nb.NullSpacePosterior(model, **options).fit(data, 4, progress=False)
     kept = [sum(b.nbytes for b in p._fitted().rows.operator.blocks) for p in (short, whole)]
     assert kept[0] < 0.9 * kept[1] and len(short._fitted().rows.operator.blocks) > 3

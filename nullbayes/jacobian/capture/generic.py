@@ -1,6 +1,6 @@
 """Jacobian rows of any parameter of any model, by automatic differentiation example by example.
 
-The slow road that is always there: packed attention projections, recurrent cells, class tokens,
+The slow road that is always there: packed attention projections, recurrent cells, tables that are indexed by hand,
 parametrisations, custom modules. It costs ``B*C`` rows of memory for the parameters it serves and
 nothing for the others.
 """

@@ -3,8 +3,8 @@
 Differentiating the whole model example by example costs another forward pass and another backward pass for every
 row. Where the module that uses a parameter has the batch on one axis of its input and of its output, the backward
 pass that serves the layer rules also says what arrives at that output, and only the module itself has to be run
-again: an attention's packed projection, a table of relative positions, a class token inside an embedding. Which
-modules these are is found by trying, on a probe batch, from a parameter's owner outwards (``probe.py``).
+again: an attention's packed projection, a table of relative positions. Which modules these are is found by trying, on a
+probe batch, from a parameter's owner outwards (``verify.py``).
 """
 
 from __future__ import annotations

@@ -193,7 +193,8 @@ class OuterFactor(Factor):
             groups, span = 1, min(lead, max(wide, at_once))
         else:
             groups, span = min(self.groups, max(1, at_once // lead)), lead
-        large = self.groups == 1 and c * span * t * i >= sizes.ONEDNN_PRODUCT
+        # On an accelerator a launch for each example costs more than its product.
+        large = self.groups == 1 and c * span * t * i >= sizes.ONEDNN_PRODUCT and self._on_cpu
         single = single and large
         step = 1 if single else max(1, near // (c * groups * span * trail))
         if large and not self.transposed and t > 1 and self.a.is_contiguous():
@@ -225,6 +226,10 @@ class OuterFactor(Factor):
                         rows = rows.unflatten(2, (c, -1)).transpose(1, 2)
                     rows = rows.reshape(b * c, -1)
                     yield slice(n * c, (n + b) * c), columns, rows
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.a.device.type == "cpu"
 
     def _panels(
         self, inputs: Tensor, span: int, step: int

@@ -14,6 +14,7 @@ from nullbayes.jacobian.factors.products import product
 
 if TYPE_CHECKING:
     from nullbayes.jacobian.factors.outer import OuterFactor
+    from nullbayes.jacobian.factors.outer_costs import OuterCosts
 
 # Elements of the folded right side that one product reads again: small enough for a core's own cache (measured: 2^17 to
 # 2^19 are alike, 2^20 takes twice as long).
@@ -22,23 +23,23 @@ FOLDED_ELEMENTS = 2**18
 FOLD_PENALTY = 2.8
 
 
-def rows_cost(factor: OuterFactor) -> float:
+def rows_cost(factor: OuterCosts) -> float:
     """From written-out rows: ``O I``."""
     return float(factor.width_out * factor.width_in)
 
 
-def pairs_cost(factor: OuterFactor) -> float:
+def pairs_cost(factor: OuterCosts) -> float:
     """All pairs of tokens, ``T² (O + 1)``, and the inputs' products, which ``C²`` rows share (Novak et al. 2022)."""
     return factor.tokens**2 * (factor.width_out + 2 + _inputs_cost(factor))
 
 
-def folded_cost(factor: OuterFactor) -> float:
+def folded_cost(factor: OuterCosts) -> float:
     """Folded, ``T O (T + C) / C``: the right side's tokens are summed for ``C`` rows at once."""
     t, c = factor.tokens, factor.cotangents
     return FOLD_PENALTY * t * factor.width_out * (t + c) / c + t**2 * _inputs_cost(factor)
 
 
-def _inputs_cost(factor: OuterFactor) -> float:
+def _inputs_cost(factor: OuterCosts) -> float:
     return factor.width_in / factor.cotangents**2
 
 

@@ -13,6 +13,7 @@ from nullbayes.jacobian.factors import contraction
 from nullbayes.jacobian.factors import products as sizes
 from nullbayes.jacobian.factors.base import Factor
 from nullbayes.jacobian.factors.dense import DenseFactor
+from nullbayes.jacobian.factors.outer_costs import OuterCosts
 from nullbayes.jacobian.factors.products import product
 from nullbayes.model.parameters import Slot
 
@@ -36,7 +37,7 @@ def near_elements() -> int:
     return min(NEAR_ELEMENTS, max(1, working_bytes() // 32))
 
 
-class OuterFactor(Factor):
+class OuterFactor(OuterCosts):
     """Rows ``R[n, c] = Σ_t g[n, c, t] ⊗ a[n, t]`` for a weight, with its bias where they share ``g``.
 
     Args:
@@ -378,37 +379,6 @@ class OuterFactor(Factor):
             start += b * c
 
     @property
-    def product_flops(self) -> float:
-        b, c, t, o = self.examples, self.cotangents, self.tokens, self.groups * self.width_out
-        layerwise = 2.0 * b * t * o * (self.width_in + c)
-        rows = 2.0 * b * c * o * self.width_in
-        return min(layerwise, rows) if t > 1 else layerwise
-
-    @property
-    def gram_flops_per_pair(self) -> float:
-        costs = [contraction.pairs_cost(self)]
-        if self.tokens > 1:
-            costs += [contraction.rows_cost(self), contraction.folded_cost(self)]
-        return 2.0 * self.groups * min(costs)
-
-    @property
-    def written_flops(self) -> float:
-        size = self.tokens * self.groups * self.width_out * self.width_in
-        return 2.0 * self.num_rows * size if self.gram_by_rows else 0.0
-
-    @property
-    def captured_flops(self) -> float:
-        size = self.tokens * self.groups * self.width_out * self.width_in
-        return 2.0 * self.examples * (1 + self.cotangents) * size
-
-    @property
-    def written_rows_bytes(self) -> int | None:
-        if not self.gram_by_rows:
-            return None
-        width = self.groups * self.width_out * self.width_in
-        return self.num_rows * width * self.g.element_size()
-
-    @property
     def as_outer(self) -> OuterFactor | None:
         return self
 
@@ -444,17 +414,6 @@ class OuterFactor(Factor):
         values = self.rows().reshape(self.examples, self.cotangents, -1)
         return DenseFactor(self.slots, values)
 
-    @property
-    def prefers_dense(self) -> bool:
-        """Whether written-out rows are no larger than what is stored now.
-
-        Convolutions with many positions and few weights: the rows are smaller than the patches,
-        and a Gram matrix of written-out rows is one matrix product.
-        """
-        dense = self.cotangents * self.groups * self.width_out * self.width_in
-        stored = self.tokens * self.groups * (self.width_in + self.cotangents * self.width_out)
-        return self.tokens > 1 and dense <= 1.5 * stored
-
     def gram(self, other: Factor) -> Tensor:
         assert isinstance(other, OuterFactor)
         if self.tokens == 1 and other.tokens == 1:
@@ -463,9 +422,3 @@ class OuterFactor(Factor):
             return contraction.by_rows(self, other)
         folded = contraction.folded_cost(self) <= contraction.pairs_cost(self)
         return (contraction.folded if folded else contraction.by_pairs)(self, other)
-
-    @property
-    def gram_by_rows(self) -> bool:
-        """Whether a Gram block is cheaper from written-out rows than by contracting tokens."""
-        contract = min(contraction.pairs_cost(self), contraction.folded_cost(self))
-        return self.tokens > 1 and contraction.rows_cost(self) <= contract

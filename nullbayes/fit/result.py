@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -171,6 +172,15 @@ class Fit:
     def unit(self) -> Tensor:
         """Weight changes ``(S, P)`` at prior precision one, in the working precision."""
         return self.stored.to(self.problem.dtype)
+
+    @cached_property
+    def natural_precision(self) -> float:
+        """``γ / ‖θ̂‖²``: the prior precision by the evidence, whatever it was set to; one where weights have no size."""
+        if self.problem.precision_by_name is not None:
+            return 1.0
+        size = float(self.problem.departure().double().square().sum())
+        gamma = self.certificate.rank if self.certificate.gamma is None else self.certificate.gamma
+        return max(1, gamma) / size if size else 1.0
 
     @property
     def samples(self) -> Tensor:

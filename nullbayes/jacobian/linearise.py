@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from nullbayes.audit.batches import counter_generator, plain_gradient
+from nullbayes.audit.signatures import Signature
 from nullbayes.common.memory import WORKING_BYTES, working_bytes
 from nullbayes.jacobian.capture.batches import examples_per_capture
 from nullbayes.jacobian.capture.checking import captured_at_use, separate_at_use
@@ -43,11 +44,43 @@ def first_output(functional: FunctionalModel, inputs: Inputs, where: str = "the 
         raise
 
 
+class OutputsChanged(Exception):
+    """An example has outputs of another shape than those of earlier batches of the kind."""
+
+
+def output_shape(
+    functional: FunctionalModel, plan: CapturePlan, inputs: Inputs, where: str = "the inputs"
+) -> torch.Size:
+    """The shape of one example's outputs, from an earlier batch of the kind where there was one."""
+    inputs = functional.batch(inputs)
+    kind = Signature.of(inputs)
+    known = plan.shapes.get(kind)
+    if known is None:
+        known = first_output(functional, inputs, where)[0].shape
+        if plan.proved.covers(kind):
+            plan.shapes[kind] = known
+    return known
+
+
+Found = TypeVar("Found")
+
+
+def by_known_shapes(plan: CapturePlan, ask: Callable[[], Found]) -> Found:
+    """What ``ask`` gives; where outputs have another shape than earlier ones, once more without that knowledge."""
+    try:
+        return ask()
+    except OutputsChanged:
+        plan.shapes.clear()
+        return ask()
+
+
 @contextmanager
 def blaming_inputs(functional: FunctionalModel, inputs: Inputs, where: str) -> Iterator[None]:
     """Errors within it are said to be those of the inputs where a plain forward pass fails on them too."""
     try:
         yield
+    except OutputsChanged:
+        raise
     except Exception:
         functional.outputs(inputs, where)
         raise
@@ -68,6 +101,9 @@ def output_rows(
         centre: a projection of output changes ``(S, B, *out)``; rows are those of what it leaves.
         vectors: ``(S, P)``, what the rows are to be multiplied with. A product reads all of it, so
             pieces may take as much memory as it does.
+
+    Raises:
+        OutputsChanged: an example has not so many outputs.
     """
 
     def every_output(point: Tensor) -> SimpleNamespace:
@@ -85,6 +121,8 @@ def output_rows(
     for start in range(0, size, step):
         piece = take(inputs, start, min(start + step, size))
         block, made = captured_at_use(functional, plan, piece, every_output, scales)
+        if made.point[0].numel() != outputs:
+            raise OutputsChanged
         yield made.point, JacobianOperator(functional.space, [block])
 
 
@@ -95,15 +133,23 @@ def linearised_outputs(
     inputs: Inputs,
     where: str = "the inputs",
 ) -> tuple[Tensor, Tensor]:
-    """``f(θ̂, x) (B, *out)`` and ``J(x) Δ_s (S, B, *out)`` for ``samples (S, P)``, in whatever dtype they are stored."""
+    """``f(θ̂, x) (B, *out)`` and ``J(x) Δ_s (S, B, *out)`` for ``samples (S, P)``, in any precision."""
     inputs = functional.batch(inputs)
-    shape = first_output(functional, inputs, where)[0].shape
+    return by_known_shapes(plan, lambda: _linearised(functional, plan, samples, inputs, where))
+
+
+def _linearised(
+    functional: FunctionalModel, plan: CapturePlan, samples: Tensor, inputs: Inputs, where: str
+) -> tuple[Tensor, Tensor]:
+    shape = output_shape(functional, plan, inputs, where)
     functional.expect_shape(inputs, shape, where)
     if shape.numel() > REVERSE_OUTPUTS_PER_SAMPLE * len(samples):
         return functional.outputs(inputs, where), forward_mode(functional, plan, samples, inputs)
     points, changes = [], []
     with blaming_inputs(functional, inputs, where):
         for point, rows in output_rows(functional, plan, inputs, shape.numel(), samples):
+            if point.shape[1:] != shape:
+                raise OutputsChanged
             points.append(point)
             changes.append(rows.matvec(samples).reshape(len(samples), -1, *shape))
     return torch.cat(points), torch.cat(changes, dim=1)
@@ -142,6 +188,7 @@ def _along(
         confirm: compare with a reverse pass: an operation without a derivative of the kind that a way needs may raise,
             or drop out in silence.
     """
+    delta = delta.to(functional.space.dtype)  # stored in half, perhaps
     tangent = functional.space.unflatten(delta)
     ways = _products()
     while plan.product < len(ways):

@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from nullbayes.common.crowd import ALONE, Crowd
-from nullbayes.common.memory import working_bytes
 from nullbayes.common.processes import Processes
+from nullbayes.common.work import RowWork
 from nullbayes.errors import NonFiniteError
 from nullbayes.jacobian.block import Block
 from nullbayes.jacobian.block_storage import Openable, Part, moved_out
@@ -137,6 +138,13 @@ class RowOperator(ABC):
         """Floating-point operations of ``A Aᵀ``, half of it by symmetry."""
         return float(self.shape[0] ** 2 * self.shape[1])
 
+    @property
+    def row_work(self) -> RowWork:
+        """What one row costs."""
+        m, p = max(1, self.shape[0]), float(self.shape[1])
+        pair = 2 * self.gram_flops / m**2
+        return RowWork(self.product_flops / m, pair, read=p, stored=p * self.dtype.itemsize)
+
 
 class DenseOperator(RowOperator):
     """A matrix held as it is: ``matrix (M, P)``. For small problems and for checking solvers."""
@@ -217,11 +225,7 @@ class JacobianOperator(RowOperator):
         known = self._images.of(vectors)
         if known is not None:
             return known
-        if vectors.dtype != self.dtype:  # samples that are stored in half precision, some at a time
-            step = max(1, working_bytes() // max(1, self.shape[1] * self.dtype.itemsize))
-            parts = [self.matvec(some.to(self.dtype)) for some in vectors.split(step)]
-            return torch.cat(parts) if parts else vectors.new_zeros(0, self.shape[0])
-        out = vectors.new_zeros(len(vectors), self.shape[0])
+        out = torch.zeros(len(vectors), self.shape[0], dtype=self.dtype, device=vectors.device)
         if not len(vectors):  # such as the basis of rows that are all zero
             return out
         for kept, start in zip(self.blocks, self.starts, strict=False):
@@ -327,6 +331,18 @@ class JacobianOperator(RowOperator):
                 parts.append(total)
         return torch.cat(parts)
 
+    def own_products(self) -> Tensor:
+        """Products of the rows of each example with one another: ``(B, C, C)`` float64."""
+        parts = []
+        for kept in self.blocks:
+            with kept.opened() as block:
+                shape = (block.examples, block.cotangents, block.cotangents)
+                total = torch.zeros(shape, dtype=torch.float64, device=self.device)
+                for factor in block.factors.values():
+                    total += factor.own_products()
+                parts.append(total)
+        return torch.cat(parts)
+
     def iter_rows(self, at_most: int) -> Iterator[Tensor]:
         for kept in self.blocks:
             step = max(1, at_most // kept.cotangents)
@@ -368,6 +384,22 @@ class JacobianOperator(RowOperator):
         with self.blocks[0].opened() as block:
             per_pair = sum(f.gram_flops_per_pair for f in block.factors.values())
         return per_pair * self.shape[0] ** 2 / 2
+
+    @cached_property
+    def row_work(self) -> RowWork:
+        if not self.blocks:
+            return RowWork()
+        with self.blocks[0].opened() as block:
+            factors, rows = list(block.factors.values()), max(1, block.num_rows)
+            return RowWork(
+                sum(f.product_flops for f in factors) / rows,
+                sum(f.gram_flops_per_pair for f in factors),
+                sum(f.written_flops for f in factors) / rows,
+                sum(f.captured_flops for f in factors) / rows,
+                sum(f.numbers_read for f in factors) / max(1, block.examples),
+                block.nbytes / rows,
+                len(factors),
+            )
 
     def check_finite(self) -> None:
         """Raise :class:`NonFiniteError` naming the parameters whose rows are not finite."""

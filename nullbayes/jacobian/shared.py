@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.common.processes import Processes
+from nullbayes.common.work import RowWork
 from nullbayes.errors import InputError
 from nullbayes.jacobian.block import Block
 from nullbayes.jacobian.block_storage import Openable, replaced
@@ -59,7 +60,10 @@ class SharedOperator(JacobianOperator):
         self._mine, self.processes = mine, processes
         self.others: Processes = processes
         everyone = processes.gather(
-            (mine.shape[0], mine.examples, mine.product_flops, _per_pair(mine), len(mine.blocks))
+            (
+                *(mine.shape[0], mine.examples, mine.product_flops, _per_pair(mine)),
+                *(len(mine.blocks), mine.row_work),
+            )
         )
         rows = [each[0] for each in everyone]
         self.number = processes.register(self)
@@ -81,6 +85,8 @@ class SharedOperator(JacobianOperator):
         self._examples = sum(each[1] for each in everyone)
         self._product = sum(each[2] for each in everyone)
         self._pair = max(each[3] for each in everyone)
+        # Those of the first process that has rows: all must come to the same choices.
+        self._row_work = next((each[5] for each in everyone if each[0]), mine.row_work)
 
     @property
     def mine(self) -> JacobianOperator:
@@ -98,6 +104,10 @@ class SharedOperator(JacobianOperator):
     @property
     def gram_flops(self) -> float:
         return self._pair * self.shape[0] ** 2 / 2
+
+    @property
+    def row_work(self) -> RowWork:
+        return self._row_work
 
     def followed_by(self, more: JacobianOperator) -> SharedOperator:
         assert isinstance(more, SharedOperator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,9 +84,12 @@ class Watch:
     PyTorch counts the changes that it makes to a tensor itself. Those that go past it (``.data``, a NumPy view) show in
     the sum of a tensor's bits: of all tensors where they are small, of a 64th of a large model at each question. Not a
     substitute for :func:`quick_digest` where an answer has to be certain.
+
+    Args:
+        always: numbers that are looked at at each question; None: a million.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, always: int | None = None) -> None:
         tensors = [*model.parameters(), *model.buffers()]
         self.tensors = [t for t in tensors if t.device.type != "meta" and t.numel()]
         self.modules = [(m, _entries(m)) for m in model.modules()]
@@ -103,8 +107,12 @@ class Watch:
                     self.pieces.append((tensor, view, start, stop))
             self.sums = _read([self._sum(*piece) for piece in self.pieces])
         numbers = sum(stop - start for _, _, start, stop in self.pieces)
-        self.at_once = max(_ALWAYS, numbers // 64)
+        self.at_once = max(_ALWAYS if always is None else always, numbers // 64)
         self.next = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is of no model: it says of each that it has changed, and holds no tensors."""
+        return {"modules": [(None, [])]}
 
     def same(self, model: nn.Module) -> bool:
         """Whether nothing was found to have changed."""

@@ -31,7 +31,7 @@ from nullbayes.model.adapters import beside_adapter, check_there, check_unmerged
 from nullbayes.model.batch import Inputs, batch_size, check_inputs, to_device
 from nullbayes.model.checks import check_mode
 from nullbayes.model.data import as_inputs, as_loader, is_array
-from nullbayes.model.fingerprint import check_unchanged, quick_digest
+from nullbayes.model.fingerprint import Watch, check_unchanged
 from nullbayes.model.functional import FunctionalModel, undisturbed_method
 from nullbayes.model.loader import first_inputs
 from nullbayes.model.parameters import ParameterSpace
@@ -49,6 +49,8 @@ from nullbayes.posterior.serving import Serves
 from nullbayes.posterior.storage import described, restored, write_posterior
 
 Self = TypeVar("Self", bound="Posterior")
+# Weights that are looked at at each call: all of them, up to so many (some 8 ms).
+LOOKED_AT = 2**25
 
 
 class Posterior(RowJudged, Predicts, Grows, Serves):
@@ -73,8 +75,8 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
         self._fit: Fit | None = None
         #: see `NullSpacePosterior`
         self.process_group: Any = None
-        # Of the model's tensors when they were last found unchanged.
-        self._seen: int | None = None
+        # The model's tensors as they were when they were last found unchanged.
+        self._watch: Watch | None = None
         # A loaded posterior proves its rows on the first inputs that it sees.
         self._proven: CapturePlan | None = None
 
@@ -354,11 +356,12 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
         """Refuse a model that is in training mode, or no longer the one that was fitted."""
         check_mode(self.model, frozen=self.problem.randomness is not None)
         fit = self._fitted()
-        digest = quick_digest(self.model)
-        if digest != self._seen:
+        if self._watch is None or not self._watch.same(self.model):
             check_there(self.model, self.space)
+            # Looked at first: what changes in between shows the next time.
+            watch = Watch(self.model, LOOKED_AT)
             check_unchanged(self.model, fit.fingerprint)
-            self._seen = digest
+            self._watch = watch
 
     def _inputs(self, x: Inputs, draws: list[int] | None) -> Inputs:
         """Checked, on the device, and keyed for ``draws`` of the frozen noise unless that is None."""

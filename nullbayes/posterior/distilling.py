@@ -14,7 +14,8 @@ from nullbayes.errors import FidelityError, InputError, ModelError, NonFiniteErr
 from nullbayes.metrics import ood_metrics
 from nullbayes.model.batch import Inputs, batch_size, plain, take
 from nullbayes.posterior.corruptions import JUDGING, TEACHING, corrupted
-from nullbayes.posterior.distilled import Distilled, Head, Seen, Tap
+from nullbayes.posterior.distilled import Distilled, Seen, tap
+from nullbayes.posterior.heads import better, rank_correlation
 
 if TYPE_CHECKING:
     from nullbayes.posterior.base import Posterior
@@ -29,6 +30,8 @@ JUDGES, FEWEST = 4, 40
 TAPS = 4
 TAPPED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ORDINARY, ALL = "ordinary", "all"
+# Ways of teaching that choose between heads.
+LEFT_OUT = ("noise", "patched")
 
 
 @dataclass(frozen=True)
@@ -114,17 +117,23 @@ def distilled(posterior: Posterior, batches: Iterator[Inputs], asked: Asked) -> 
     generator = torch.Generator().manual_seed(asked.seed)
     fitting, judging = _divided(posterior, batches, asked.max_examples)
     module = _module(posterior, fitting[0])
-    taught = _Scored.of(
-        posterior,
-        [*fitting, *(corrupted(x, kind, generator) for kind in TEACHING for x in fitting)],
-    )
+    shifted = _shifted(fitting, generator)
+    taught = _Scored.of(posterior, [*fitting, *(x for some in shifted for x in some)])
     floor = taught.scores.amax(0).clamp_min(1e-300) * 1e-12
     with torch.no_grad():
         found = [module.features(plain(x))[1] for x in taught.batches]
         features = [torch.cat(parts) for parts in zip(*found, strict=True)]
-        module.taps = len(features) - 1
-        targets = torch.maximum(taught.scores, floor).log()
-        module.head = Head(features, targets.to(features[0].device), generator)
+        targets = torch.maximum(taught.scores, floor).log().to(features[0].device)
+        # Each way of shifting is a kind of its own, the examples as they are the first.
+        kinds = [
+            n
+            for n, some in enumerate([fitting, *shifted])
+            for x in some
+            for _ in range(batch_size(x))
+        ]
+        left_out = [1 + TEACHING.index(name) for name in LEFT_OUT]
+        head = better(features, targets, kinds, left_out, generator)
+        module.head = head(features, targets, generator)
     module = module.to(functional.device).eval().requires_grad_(requires_grad=False)
     _check_alone(posterior, module, judging[0])
     module.fidelity = fidelity = _judged(posterior, module, judging, asked, generator, taught)
@@ -137,6 +146,24 @@ def distilled(posterior: Posterior, batches: Iterator[Inputs], asked: Asked) -> 
             fidelity,
         )
     return module
+
+
+def _shifted(fitting: list[Inputs], generator: torch.Generator) -> list[list[Inputs]]:
+    """For each of the ways that teach, copies of every other example, shifted so."""
+    out = []
+    for number, kind in enumerate(TEACHING):
+        some_of: list[Inputs] = []
+        out.append(some_of)
+        for x in fitting:
+            size = batch_size(x)
+            half = (size + 1) // 2
+            some = (
+                take(x, 0, half, size)
+                if number % 2 == 0 or size == 1
+                else take(x, half, size, size)
+            )
+            some_of.append(corrupted(plain(some), kind, generator))
+    return out
 
 
 def _divided(
@@ -180,12 +207,14 @@ def _module(posterior: Posterior, x: Inputs) -> Distilled:
     network = network if wide is None else network.to(wide)
     seen = Seen()
     module = Distilled(network, seen, posterior.likelihood, functional.user_forward)
-    for path in _tapped(module, x):
+    tapped = _tapped(module, x)
+    module.taps = len(tapped)
+    for path in tapped:
         if not path:
-            module.network = Tap(network, seen)
+            module.network = tap(network, seen)
         else:
             parent, _, name = path.rpartition(".")
-            setattr(network.get_submodule(parent), name, Tap(network.get_submodule(path), seen))
+            setattr(network.get_submodule(parent), name, tap(network.get_submodule(path), seen))
     return module
 
 
@@ -280,15 +309,3 @@ def _judged(
         asked.least_correlation,
         asked.most_auroc_lost,
     )
-
-
-def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's, of two vectors ``(N,)``; ties share their mean rank; zero where one of them is constant."""
-    ranks = []
-    for values in (a, b):
-        _, place, count = values.unique(return_inverse=True, return_counts=True)
-        last = count.cumsum(0).double()
-        mean = last - (count.double() - 1) / 2
-        ranks.append(mean[place] - mean[place].mean())
-    size = float(ranks[0].norm() * ranks[1].norm())
-    return float(ranks[0] @ ranks[1]) / size if size > 0 else 0.0

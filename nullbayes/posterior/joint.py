@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nullbayes.common.work import ENDLESS
 from nullbayes.errors import InputError
 from nullbayes.jacobian.linearise import linearised_outputs
 from nullbayes.jacobian.operator import JacobianOperator
@@ -44,7 +45,7 @@ def factorised(scorer: Scorer) -> bool:
     """Whether covariances come from a factorisation: as asked for, or where there is one."""
     if scorer.exact is None:
         state = scorer.fit.state
-        return state is not None and state.alone and state.explained_flops(1) < float("inf")
+        return state is not None and state.alone and state.explained_work(1) != ENDLESS
     return scorer.is_exact(1)
 
 
@@ -68,7 +69,7 @@ def joint(scorer: Scorer, x: Inputs) -> Joint:
     point, operator = output_operator(scorer, x, outputs)
     state = fit.state
     assert state is not None
-    if state.explained_flops(1) < float("inf"):
+    if state.explained_work(1) != ENDLESS:
         covariance = operator.gram() - state.explained(operator, operator.shape[0])[0]
     else:
         rows = torch.cat(list(operator.iter_rows(operator.shape[0])))

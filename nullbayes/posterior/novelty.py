@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.common.decompositions import eigvalsh
+from nullbayes.common.work import ENDLESS, LAYER_SECONDS, Work
 from nullbayes.constraints.problem import Problem
 from nullbayes.errors import InputError, NotFittedError
 from nullbayes.fit.result import Fit
@@ -26,20 +27,21 @@ from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.linearise import (
     REVERSE_OUTPUTS_PER_SAMPLE,
     blaming_inputs,
-    first_output,
     forward_mode,
     output_rows,
+    output_shape,
 )
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.batch import Inputs, plain, take, to_device
-from nullbayes.solvers.base import relative
+from nullbayes.solvers.base import State, relative
 from nullbayes.solvers.block_cg import blocks
 
-# Floating-point operations per example up to which novelty is computed exactly by itself.
-EXACT_FLOPS = 3e8
-# Rows written out at a time, where covariances are exact.
-_ROWS = 1024
+# Examples at a time for which exact novelty has to pay, one as well as many: whether it is exact shall not depend on
+# the company.
+COMPANY = (1, 32)
+# Numbers of written-out rows up to which their products are taken of those, and not layer by layer.
+WRITTEN = 2**18
 
 
 @dataclass(frozen=True)
@@ -73,19 +75,19 @@ class Scorer:
 
     def outputs(self, x: Inputs) -> int:
         """Numbers in the output of one example."""
-        return first_output(self.problem.functional, x, "`x`").numel()
+        return output_shape(self.problem.functional, self.plan, x, "`x`").numel()
 
     def is_exact(self, outputs: int) -> bool:
         """What was asked for, or what costs little."""
         state = self.fit.state
         if self.exact is None:
-            return state is not None and state.explained_flops(outputs) <= EXACT_FLOPS
+            return state is not None and exact_pays(state, outputs, self.fit.num_samples)
         if self.exact and state is None:
             raise NotFittedError(
                 "exact novelty needs the factorisation, which is not stored in files; fit here, or "
                 "use `exact=False`."
             )
-        searched = state is not None and state.explained_flops(outputs) == float("inf")
+        searched = state is not None and state.explained_work(outputs) == ENDLESS
         if self.exact and searched and state is not None and not state.alone:
             raise InputError(
                 "exact novelty of a solver that iterates, on several processes: use `exact=False`, or fit with "
@@ -130,12 +132,26 @@ class Scorer:
         With another one the order of inputs would be another; `calibrate` shall not change the novelty of an input.
         One where the weights have no size.
         """
-        if self.problem.precision_by_name is not None:
-            return 1.0
-        size = float(self.problem.departure().double().square().sum())
-        certificate = self.fit.certificate
-        gamma = certificate.rank if certificate.gamma is None else certificate.gamma
-        return max(1, gamma) / size if size else 1.0
+        return self.fit.natural_precision
+
+
+def exact_pays(state: State, outputs: int, samples: int) -> bool:
+    """Whether exact scores of inputs with so many outputs cost at most twice those from samples, by what is counted.
+
+    Both begin with the same rows; exact is chosen where the rest of it takes no longer than these rows and the products
+    with samples. Of the rows, less is counted than they take.
+    """
+    each, itemsize = state.operator.row_work, state.operator.dtype.itemsize
+    if any(block.where != "memory" for block in getattr(state.operator.mine, "blocks", ())):
+        return False  # read from a disk, or computed anew
+    for size in COMPANY:
+        rows = size * outputs
+        captured = Work(rows * each.captured, nbytes=rows * each.read * itemsize)
+        products = Work(rows * samples * each.product, nbytes=samples * each.read * itemsize)
+        others = LAYER_SECONDS * each.layers + captured.seconds + products.seconds
+        if state.explained_work(rows).seconds > others:
+            return False
+    return True
 
 
 # -- the scores ------------------------------------------------------------------------------------
@@ -271,8 +287,11 @@ def exact_covariances(
     state = scorer.fit.state
     assert state is not None
     for _, operator in scorer.rows(x, outputs, centre):
-        rows = operator.iter_rows(max(1, _ROWS // outputs) * outputs)
-        prior = torch.cat([blocks(values.double().T, outputs) for values in rows])
+        if operator.shape[0] * operator.shape[1] <= WRITTEN:
+            written = operator.iter_rows(operator.shape[0])
+            prior = torch.cat([blocks(values.double().T, outputs) for values in written])
+        else:
+            prior = operator.own_products()
         covariance = prior - state.explained(operator, outputs)
         yield (covariance + covariance.mT) / 2
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.common.progress import PROJECTION
+from nullbayes.common.work import Work
 from nullbayes.errors import NonFiniteError
 from nullbayes.jacobian.operator import RowOperator, Tick
 from nullbayes.solvers.checkpoint import QUIET, Watch
@@ -315,10 +316,11 @@ class State(ABC):
         """The spectrum from the factorisation, at any time; None where there is none."""
         return None
 
-    def explained_flops(self, rows: int) -> float:
-        """What :meth:`explained` costs for so many rows."""
+    def explained_work(self, rows: int) -> Work:
+        """What :meth:`explained` costs for so many rows; `ENDLESS`: it iterates."""
         m, p = self.operator.shape
-        return 2.0 * rows * min(m, p) * (p + min(m, p))
+        numbers = min(m, p) * (p + min(m, p))
+        return Work(2.0 * rows * numbers, nbytes=self.operator.dtype.itemsize * numbers)
 
 
 # Iterative solvers are for problems where 1e-5 is out of reach. From here on predictions no longer change: what goes

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.common.progress import FACTORISATION, GRAM, PROJECTION
+from nullbayes.common.work import ENDLESS, Work
 from nullbayes.errors import InputError
 from nullbayes.jacobian.operator import RowOperator, Tick
 from nullbayes.solvers.base import (
@@ -135,8 +136,8 @@ class IterativeState(State):
                 parts.append(before - blocks(done.double().T, width))
         return torch.cat(parts)
 
-    def explained_flops(self, rows: int) -> float:
-        return float("inf")
+    def explained_work(self, rows: int) -> Work:
+        return ENDLESS
 
     def _scale(self, vectors: Tensor, noise: Tensor | None) -> Tensor | None:
         """Norm ``(S,)`` of Laplace samples, which residuals are relative to; None for a projection."""

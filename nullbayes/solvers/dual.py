@@ -19,6 +19,7 @@ from nullbayes.common.decompositions import (
 from nullbayes.common.memory import working_bytes
 from nullbayes.common.processes import once
 from nullbayes.common.progress import CERTIFICATE, FACTORISATION, GRAM, PROJECTION
+from nullbayes.common.work import Work
 from nullbayes.errors import SolverError
 from nullbayes.jacobian.gram import HALVED
 from nullbayes.jacobian.operator import RowOperator, Tick
@@ -375,6 +376,14 @@ class DualState(State):
             out.append(weights[:, at : at + size] * scale @ inner * scale)
             at += size
         return out
+
+    def explained_work(self, rows: int) -> Work:
+        m, each = self.operator.shape[0], self.operator.row_work
+        products = Work(m * (each.written + rows * each.pair), nbytes=m * each.stored)
+        halves = 2 * self.passes if self.numerical and self.passes else 1
+        # Each reads half of the factor, whatever the number of rows.
+        solves = Work(0.0, float(m) ** 2 * rows * halves, 4.0 * m**2 * halves)
+        return products + solves
 
     def explained(self, rows: RowOperator, width: int = 1) -> Tensor:
         cross = self.operator.cross_gram(rows)  # (M, R)

@@ -11,6 +11,7 @@ from torch import Tensor
 from nullbayes.common.decompositions import solve, svd
 from nullbayes.common.processes import Processes, once
 from nullbayes.common.progress import FACTORISATION, GRAM, PROJECTION
+from nullbayes.common.work import Work
 from nullbayes.jacobian.operator import RowOperator, Tick
 from nullbayes.solvers.base import (
     Cost,
@@ -254,6 +255,12 @@ class PrimalState(State):
         if processes is not None:  # spans come process by process
             out = [block for blocks in processes.gather(out) for block in blocks]
         return torch.stack(out).to(self.sigma.device)
+
+    def explained_work(self, rows: int) -> Work:
+        each, (rank, columns) = self.operator.row_work, self.basis.shape
+        # Read in double precision, written and read in that of the rows.
+        nbytes = (8 + 2 * self.operator.dtype.itemsize) * float(rank * columns)
+        return Work(rank * rows * each.product, nbytes=nbytes)
 
     def explained(self, rows: RowOperator, width: int = 1) -> Tensor:
         seen = rows.matvec(self.basis.to(rows.dtype)).double()  # (r, R)

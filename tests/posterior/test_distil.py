@@ -14,7 +14,7 @@ from torch import nn
 
 import nullbayes as nb
 from nullbayes.posterior.corruptions import corrupted
-from nullbayes.posterior.distilling import rank_correlation
+from nullbayes.posterior.heads import rank_correlation
 
 DIGITS = load_digits()
 X = torch.tensor(DIGITS.images, dtype=torch.float32)[:, None] / 16

@@ -8,7 +8,7 @@ carries every example's own gradient. Parameters without a rule go through ``gen
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from nullbayes.audit.precision import tolerance
+from nullbayes.audit.route import route_of
 from nullbayes.jacobian.block import Block
 from nullbayes.jacobian.capture.generic import generic_rows
 from nullbayes.jacobian.capture.plan import CapturePlan, Site
@@ -176,12 +177,14 @@ def capture(
     inputs: Inputs,
     make_cotangents: Any,
     scales: dict[str, float] | None = None,
+    routes: list[Hashable] | None = None,
 ) -> tuple[Block, Any]:
     """The rows of one batch, and what ``make_cotangents`` returned.
 
     Args:
         make_cotangents: ``outputs (B, *out) -> object`` whose ``.values`` is ``(C, B, *out)``.
         scales: what to multiply the columns of each parameter by.
+        routes: takes the way that the network took (:func:`nullbayes.audit.route.route_of`).
 
     A batch that reaches no parameter has rows of zero.
 
@@ -189,12 +192,16 @@ def capture(
         RuleMismatch, GenericPathFailed, LocalFailed: for ``checking.py``, which mends the plan.
     """
     hooks, records, uses = _recorders(plan, batch_size(inputs))
-    weights = functional.weights(requires_grad=True)
-    weights, shared = spread_weights(plan, weights, batch_size(inputs))
+    leaves = functional.weights(requires_grad=True)
+    weights, shared = spread_weights(plan, leaves, batch_size(inputs))
     with torch.enable_grad():
         outputs = functional(weights, inputs, hooks)
     # Copies: activation checkpointing calls modules, and so the hooks, once more in the backward pass.
     records, uses = list(records), list(uses)
+    if routes is not None:
+        called = [(r.site.path, r.x.shape, r.shape) for r in records]
+        route = route_of(outputs, leaves, (*called, *(u.site.path for u in uses)))
+        routes[:] = [] if route is None else [route]
     made = make_cotangents(outputs.detach())
     cotangents = made.values.to(outputs.dtype)
     count, size = cotangents.shape[:2]
@@ -223,7 +230,7 @@ def capture(
             if name not in whole:
                 contributions.add_rows(name, values)
         del grads, given, found
-    del outputs, records, uses
+    del outputs, records, uses, weights, leaves
     if whole:
         try:
             rows = generic_rows(functional, whole, inputs, cotangents, vmapped=plan.vmapped)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,15 +64,19 @@ def captured(
     make: Make,
     scales: Scales = None,
     where: str = "the inputs",
+    routes: list[Hashable] | None = None,
 ) -> tuple[Block, Any]:
     """The rows of one piece, without a check; where the plan does not run it is mended.
+
+    Args:
+        routes: takes the way that the network took.
 
     Raises:
         ModelError: no way of the plan's runs on these inputs.
     """
     while True:
         try:
-            return capture(functional, plan, inputs, make, scales)
+            return capture(functional, plan, inputs, make, scales, routes)
         except Exception as error:  # noqa: PERF203 - each failure changes the plan
             if isinstance(error, (NullBayesError, LocalFailed, *_MEMORY)):
                 raise
@@ -189,14 +193,19 @@ def captured_at_use(
     """The rows of one piece, equal to plain automatic differentiation.
 
     A batch unlike those that were proved is also evaluated in parts. One like them may still take another way through
-    the network (experts, exits, sorted examples), which the comparison of each piece finds.
+    the network (experts, exits, sorted examples), which the comparison of each piece finds; one example alone is
+    compared where its way through the network is another than those that were.
 
     Raises:
         ModelError: examples depend on one another; rows that differ on every path.
     """
     if plan.proved.covers(Signature.of(inputs)):
-        block, made = captured(functional, plan, inputs, make, scales, where)
+        routes: list[Hashable] | None = [] if batch_size(inputs) == 1 else None
+        block, made = captured(functional, plan, inputs, make, scales, where, routes)
+        if routes and routes[0] in plan.routes:
+            return block, made
         if not _compared(functional, inputs, block, made.values, scales, 0)[1]:
+            plan.routes.update(routes or ())
             return block, made
     outputs = functional.outputs(inputs, where)
     if not bool(outputs.isfinite().all()):  # an error of its own where they are used
@@ -310,6 +319,7 @@ def _other_way(
     functional: FunctionalModel, plan: CapturePlan, inputs: Inputs, error: Exception, where: str
 ) -> None:
     """Change the plan so that what failed is done in another way."""
+    plan.routes.clear()
     if isinstance(error, RuleMismatch):
         for site in [s for s in plan.sites if s.path == error.path]:
             next_layout(plan, site, str(error))
@@ -354,6 +364,7 @@ def reentrant(where: str) -> ModelError:
 
 def _mend(plan: CapturePlan, bad: list[str], where: str) -> None:
     """The next explanation for each parameter whose rows are wrong."""
+    plan.routes.clear()
     wrong = set(bad)
     local = [site for site in plan.local if wrong & set(site.names)]
     served = {name for site in plan.local for name in site.names} | set(plan.spread)

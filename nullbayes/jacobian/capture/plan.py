@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
-from nullbayes.audit.signatures import SignatureSet
+from nullbayes.audit.signatures import Signature, SignatureSet
 from nullbayes.errors import ModelError
 from nullbayes.jacobian.capture.single_module import LocalSite
 from nullbayes.jacobian.layers.rule import LayerRule, rule_for
@@ -52,6 +54,11 @@ class CapturePlan:
 
     # Kinds of batches whose rows were proved.
     proved: SignatureSet = field(default_factory=SignatureSet)
+    # Ways through the network on which the rows of one example alone were compared with plain differentiation; any
+    # change of the plan ends them.
+    routes: set[Hashable] = field(default_factory=set)
+    # The shape of one example's outputs, by the kind of batch.
+    shapes: dict[Signature, torch.Size] = field(default_factory=dict)
     # Parameters that no example so far has a gradient path to.
     unreached: set[str] = field(default_factory=set)
     # The number of the next example of the training data.

@@ -90,6 +90,21 @@ class Factor(ABC):
         return 2.0 * self.columns
 
     @property
+    def written_flops(self) -> float:
+        """Floating-point operations of writing all rows out, where a Gram block begins with that."""
+        return 0.0
+
+    @property
+    def captured_flops(self) -> float:
+        """Floating-point operations of the passes that the rows come from, counted low."""
+        return 0.0
+
+    @property
+    def numbers_read(self) -> float:
+        """Numbers of one vector that a product reads."""
+        return float(self.columns)
+
+    @property
     def written_rows_bytes(self) -> int | None:
         """Bytes of written-out rows that Gram blocks would rather have once than anew for each; None: they do not."""
         return None
@@ -102,6 +117,16 @@ class Factor(ABC):
     def as_outer(self) -> OuterFactor | None:
         """Itself where rows are sums of outer products, which have a Kronecker-factored curvature."""
         return None
+
+    def own_products(self) -> Tensor:
+        """Products of the rows of each example with one another, ``(B, C, C)`` float64."""
+        step = max(1, products.NEAR_DOUBLES // max(1, self.columns * self.cotangents))
+        found = []
+        for start in range(0, self.examples, step):
+            part = self.narrow(start, min(start + step, self.examples))
+            rows = part.rows().reshape(part.examples, self.cotangents, -1).double()
+            found.append(rows @ rows.mT)
+        return torch.cat(found)
 
     def squared_norms(self) -> Tensor:
         """Squared length of each of the ``B*C`` rows, float64."""

@@ -31,7 +31,8 @@ class DenseFactor(Factor):
         return self.values.reshape(self.num_rows, -1)
 
     def matvec(self, vectors: Tensor) -> Tensor:
-        return product(gather(vectors, self.slots).contiguous(), self.rows())
+        rows = self.rows()
+        return product(gather(vectors, self.slots).to(rows.dtype).contiguous(), rows)
 
     def rmatvec(self, weights: Tensor, out: Tensor) -> None:
         scatter_add(out, self.slots, product(weights.contiguous(), self.rows().mT))

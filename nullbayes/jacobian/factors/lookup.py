@@ -39,6 +39,10 @@ class LookupFactor(Factor):
         return 2.0 * self.num_rows * self.tokens * self.dim
 
     @property
+    def numbers_read(self) -> float:
+        return float(min(self.index.numel() * self.dim, self.columns))
+
+    @property
     def gram_flops_per_pair(self) -> float:
         return 2.0 * self.tokens**2 * self.dim
 
@@ -75,7 +79,7 @@ class LookupFactor(Factor):
         step = max(1, products.chunk_elements() // max(1, index.numel() * self.dim))
         return torch.cat(
             [
-                torch.einsum("bctd,sbtd->sbc", self.g, some[:, index] * here)
+                torch.einsum("bctd,sbtd->sbc", self.g, some[:, index].to(self.g.dtype) * here)
                 for some in table.split(step)
             ]
         ).reshape(len(vectors), -1)
@@ -90,6 +94,13 @@ class LookupFactor(Factor):
         table.index_add_(1, index, tokens.reshape(s, -1, self.dim))
         whole = out[:, self.slot.start : self.slot.stop].unflatten(1, (-1, self.dim))
         whole.index_add_(1, entries, table)
+
+    def own_products(self) -> Tensor:
+        same = (self.index[:, :, None] == self.index[:, None]) & (self.index >= 0)[:, None]
+        g = self.g.double()
+        grads = g.flatten(1, 2) @ g.flatten(1, 2).mT
+        c, t = self.cotangents, self.tokens
+        return (grads.view(-1, c, t, c, t) * same[:, None, :, None]).sum((2, 4))
 
     def gram(self, other: Factor) -> Tensor:
         assert isinstance(other, LookupFactor)

@@ -163,7 +163,8 @@ class OuterFactor(Factor):
             return self._matvec_copied(vectors)
         out = (self._matvec_rows if by_rows else self._matvec_in_place)(vectors)
         if self.bias is not None:
-            out.addmm_(vectors[:, self.bias.start : self.bias.stop], self._bias_rows().T)
+            shifts = vectors[:, self.bias.start : self.bias.stop].to(out.dtype)
+            out.addmm_(shifts, self._bias_rows().T)
         return out
 
     def rmatvec(self, weights: Tensor, out: Tensor) -> None:
@@ -263,12 +264,16 @@ class OuterFactor(Factor):
         return torch.bmm(left, inputs, out=out).view(self.num_rows, -1)
 
     def _matvec_rows(self, vectors: Tensor) -> Tensor:
-        out = vectors.new_zeros(len(vectors), self.num_rows)
+        out = self.g.new_zeros(len(vectors), self.num_rows)
+        if self.num_rows <= sizes.FEW_ROWS:
+            for at, columns, rows in self._row_blocks(single=True):
+                out[:, at] += sizes.few_rows(vectors[:, columns], rows)
+            return out
         part, of = vectors, slice(0, 0)
         # One example's rows alone would read the vectors once for very few products.
         for at, columns, rows in self._row_blocks(single=self.cotangents >= ALONE):
             if columns != of:
-                part, of = vectors[:, columns].contiguous(), columns
+                part, of = vectors[:, columns].to(out.dtype).contiguous(), columns
             out[:, at] += product(part, rows)
         return out
 
@@ -285,12 +290,12 @@ class OuterFactor(Factor):
     def _joint(self, vectors: Tensor) -> Tensor:
         """The columns of this layer as matrices ``(G, S, O, I)``, the bias as the last input."""
         s, (g, o) = len(vectors), (self.groups, self.width_out)
-        w = vectors[:, self.weight.start : self.weight.stop]
+        w = vectors[:, self.weight.start : self.weight.stop].to(self.g.dtype)
         if self.transposed:
             return w.reshape(s, g, self.width_in, o).permute(1, 0, 3, 2)
         w = w.reshape(s, g, o, -1)
         if self.bias is not None:
-            b = vectors[:, self.bias.start : self.bias.stop].reshape(s, g, o, 1)
+            b = vectors[:, self.bias.start : self.bias.stop].reshape(s, g, o, 1).to(w.dtype)
             w = torch.cat([w, b], dim=-1)
         return w.transpose(0, 1)
 
@@ -342,14 +347,14 @@ class OuterFactor(Factor):
         self.settle()
         o, c = self.width_out, self.cotangents
         w = vectors[:, self.weight.start : self.weight.stop].unflatten(1, (o, -1))  # (S, O, I)
-        out = vectors.new_empty(len(vectors), self.num_rows)
+        out = self.g.new_empty(len(vectors), self.num_rows)
         start = 0
         for part in self.chunks(self.tokens * o):
             b = part.examples
             a, g = part._inputs.flatten(0, 2).contiguous(), part.g.reshape(b, c, -1)
             step = max(1, near_elements() // (len(a) * o))
             for k, some in zip(range(0, len(w), step), w.split(step), strict=True):
-                u = torch.stack([product(a, one) for one in some])  # (s, B*T, O)
+                u = torch.stack([product(a, one) for one in some.to(a.dtype)])  # (s, B*T, O)
                 y = torch.bmm(g, u.view(len(some), b, -1).permute(1, 2, 0))  # (B, C, s)
                 out[k : k + step, start : start + b * c] = y.permute(2, 0, 1).flatten(1)
             start += b * c
@@ -387,6 +392,16 @@ class OuterFactor(Factor):
         return 2.0 * self.groups * min(costs)
 
     @property
+    def written_flops(self) -> float:
+        size = self.tokens * self.groups * self.width_out * self.width_in
+        return 2.0 * self.num_rows * size if self.gram_by_rows else 0.0
+
+    @property
+    def captured_flops(self) -> float:
+        size = self.tokens * self.groups * self.width_out * self.width_in
+        return 2.0 * self.examples * (1 + self.cotangents) * size
+
+    @property
     def written_rows_bytes(self) -> int | None:
         if not self.gram_by_rows:
             return None
@@ -396,6 +411,19 @@ class OuterFactor(Factor):
     @property
     def as_outer(self) -> OuterFactor | None:
         return self
+
+    def own_products(self) -> Tensor:
+        c, t, i, o = self.cotangents, self.tokens, self.width_in, self.width_out
+        if t * (i + c * c * o) * t > c * o * i * (t + c):  # cheaper from written-out rows
+            return super().own_products()
+        out = torch.zeros(self.examples, c, c, dtype=torch.float64, device=self.g.device)
+        for k in range(self.groups):
+            a, g = self.a[:, :, k].double(), self.g[:, :, :, k].double()  # (B, T, I), (B, C, T, O)
+            inputs = a @ a.mT
+            grads = g.flatten(1, 2) @ g.flatten(1, 2).mT
+            shaped = grads.view(-1, c, t, c, t).mul_(inputs[:, None, :, None])
+            out += shaped.sum((2, 4))
+        return out
 
     def squared_norms(self) -> Tensor:
         if self.tokens > 1:

@@ -84,7 +84,9 @@ def table(
         ]
         if found:
             rows.append(Row(words, found))
-    return rows, [Column(task, at(task, *path), better, 3) for task in there]
+    counts = {task: sum(run["result"]["task"] == task for run in runs) for task in there}
+    titles = {task: task + " (1 seed)" * (counts[task] == 1) for task in there}
+    return rows, [Column(titles[task], at(task, *path), better, 3) for task in there]
 
 
 def strengths(

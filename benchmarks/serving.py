@@ -76,6 +76,21 @@ def resident() -> int:
     return 1024 * int(text.split("VmRSS:")[1].split()[0])
 
 
+def fitted(model: nn.Module, x: Any, options: dict[str, Any]) -> nb.NullSpacePosterior:
+    """Fitted to ``x``, or loaded where a folder holds one of an earlier run."""
+    if options["loaded"]:
+        model.load_state_dict(torch.load(options["file"] + ".pt"))
+        found = nb.load(options["file"], model, forward=outputs_of, mmap=True)
+        assert isinstance(found, nb.NullSpacePosterior)
+        return found
+    posterior = nb.NullSpacePosterior(model, prior_precision=1e4, forward=outputs_of)
+    few, y = min(AT_ONCE, options["samples"]), torch.arange(options["examples"]) % 4
+    posterior.fit([(x, y)], few, progress=False, audit=1)
+    while posterior.num_samples < options["samples"]:
+        posterior.draw(min(few, options["samples"] - posterior.num_samples))
+    return posterior
+
+
 def measure(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """Fit, time, and save."""
     logging.disable(logging.WARNING)
@@ -84,12 +99,7 @@ def measure(name: str, options: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     model, lengths = NETWORKS[name][1]().eval(), LENGTHS if name == "encoder" else (None,)
     x = inputs(name, options["examples"], lengths[0])
-    y = torch.arange(options["examples"]) % 4
-    posterior = nb.NullSpacePosterior(model, prior_precision=1e4, forward=outputs_of)
-    few = min(AT_ONCE, options["samples"])
-    posterior.fit([(x, y)], few, progress=False, audit=1)
-    while posterior.num_samples < options["samples"]:
-        posterior.draw(min(few, options["samples"] - posterior.num_samples))
+    posterior = fitted(model, x, options)
     layers = nb.LayerNullSpacePosterior(model, forward=outputs_of).fit([x], progress=False)
     state, rows = posterior._fit.state, []  # type: ignore[union-attr]
     outputs = outputs_of(model, x)[0].numel()
@@ -105,19 +115,22 @@ def measure(name: str, options: dict[str, Any]) -> dict[str, Any]:
                 "forward": forward,
                 "predict": lambda some=some: posterior.predict(some),
                 "sampled": lambda some=some: posterior.novelty(some, exact=False),
-                "exact": lambda some=some: posterior.novelty(some, exact=True),
                 "layers": lambda some=some: layers.novelty(some, "leverage"),
             }
+            if state is not None:
+                runs["exact"] = lambda some=some: posterior.novelty(some, exact=True)
             found = in_turns(runs, options["seconds"])
             rows.append({"length": length, "size": size, "seconds": found})
-    posterior.save(options["file"])
-    torch.save(model.state_dict(), options["file"] + ".pt")
+    if not options["loaded"]:
+        posterior.save(options["file"])
+        torch.save(model.state_dict(), options["file"] + ".pt")
+    pays = state is not None and exact_pays(state, outputs, options["samples"])
     return {
         "network": name,
         "weights": posterior.space.total,
         "samples": posterior.num_samples,
         "rows": posterior.certificate.constraints,
-        "chosen": "exact" if exact_pays(state, outputs, options["samples"]) else "sampled",  # type: ignore[arg-type]
+        "chosen": "exact" if pays else "sampled",
         "timed": rows,
     }
 
@@ -162,10 +175,16 @@ def table(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
             passes = {k: v / s["forward"] for k, v in s.items()}
             kind = f", {row['length']} tokens" if row["length"] else ""
             other = "sampled" if r["chosen"] == "exact" else "exact"
+            exact, choice = "", "sampled (loaded)"
+            if "exact" in s:
+                exact, choice = (
+                    f"{passes['exact']:.1f}",
+                    f"{r['chosen']}, {s[r['chosen']] / s[other]:.2f}",
+                )
             lines.append(
                 f"| {NETWORKS[r['network']][0]}{kind} | {r['weights']:,} | {row['size']} | "
                 f"{1e3 * s['forward']:.2f} | {passes['predict']:.1f} | {passes['sampled']:.1f} | "
-                f"{passes['exact']:.1f} | {r['chosen']}, {s[r['chosen']] / s[other]:.2f} | {passes['layers']:.1f} |"
+                f"{exact} | {choice} | {passes['layers']:.1f} |"
             )
     lines += [
         "",
@@ -194,19 +213,22 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=30)
     parser.add_argument("--examples", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--folder", type=Path, help="keeps the posteriors, and loads those it has")
     options = parser.parse_args()
+    asked = {k: v for k, v in vars(options).items() if k != "folder"}
     results = []
     for name in options.networks:
         with tempfile.TemporaryDirectory() as folder:
-            file = str(Path(folder) / "posterior.safetensors")
-            asked = {**vars(options), "file": file}
-            found = common.fresh_process(measure, name, asked)
+            path = (options.folder or Path(folder)) / f"{name}.safetensors"
+            file = str(path)
+            given = {**asked, "file": file, "loaded": path.exists()}
+            found = common.fresh_process(measure, name, given)
             found["loading"] = [
                 common.fresh_process(loading, name, file, mmap) for mmap in (False, True)
             ]
         results.append(found)
         print(found, flush=True)
-        page = {"results": results, "options": vars(options), "environment": common.environment()}
+        page = {"results": results, "options": asked, "environment": common.environment()}
         print(common.write_results("serving", page, table(results, options)), flush=True)
 
 

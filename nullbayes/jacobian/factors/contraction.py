@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from nullbayes.jacobian.factors.products import product
@@ -40,6 +41,47 @@ def folded_cost(factor: OuterFactor) -> float:
 
 def _inputs_cost(factor: OuterFactor) -> float:
     return factor.width_in / factor.cotangents**2
+
+
+def cheapest_cost(factor: OuterFactor) -> float:
+    """Of the ways there are."""
+    costs = [pairs_cost(factor)]
+    if factor.tokens > 1:
+        costs += [rows_cost(factor), folded_cost(factor)]
+    return min(costs)
+
+
+def passed(factor: OuterFactor) -> float:
+    """Operations of the layer itself for one example, and of writing out one of its rows."""
+    return 2.0 * factor.tokens * factor.groups * factor.width_out * factor.width_in
+
+
+def single_norms(factor: OuterFactor) -> Tensor:
+    """Squared lengths of rows of one token, ``(B*C,)`` float64."""
+    a = factor.a[:, 0].double().square().sum(2)  # (B, G)
+    g = factor.g[:, :, 0].double().square().sum(3)  # (B, C, G)
+    return (a[:, None] * g).sum(2).reshape(-1)
+
+
+def cheapest(left: OuterFactor, right: OuterFactor) -> Tensor:
+    """``(B*C, B'*C')`` in the way that costs least."""
+    if left.tokens == 1 and right.tokens == 1:
+        return single(left, right)
+    if left.gram_by_rows:
+        return by_rows(left, right)
+    return (folded if folded_cost(left) <= pairs_cost(left) else by_pairs)(left, right)
+
+
+def own(factor: OuterFactor) -> Tensor:
+    """Products of each example's rows with one another, ``(B, C, C)`` float64, over pairs of tokens."""
+    c, t = factor.cotangents, factor.tokens
+    out = torch.zeros(factor.examples, c, c, dtype=torch.float64, device=factor.g.device)
+    for k in range(factor.groups):
+        a, g = factor.a[:, :, k].double(), factor.g[:, :, :, k].double()  # (B, T, I), (B, C, T, O)
+        grads = g.flatten(1, 2) @ g.flatten(1, 2).mT
+        shaped = grads.view(-1, c, t, c, t).mul_((a @ a.mT)[:, None, :, None])
+        out += shaped.sum((2, 4))
+    return out
 
 
 def single(left: OuterFactor, right: OuterFactor) -> Tensor:

@@ -93,7 +93,7 @@ def finer(path: str) -> dict[str, float]:
 
 
 def swin(path: str) -> dict[str, float]:
-    """Swin-T, 27.5 million weights: the losses of 16 images, 2 samples."""
+    """Swin-T, 27.5 million weights: the losses of 8 images, 2 samples."""
     import torch
     from torch.nn.functional import interpolate
     from transformers import SwinConfig, SwinForImageClassification
@@ -101,11 +101,11 @@ def swin(path: str) -> dict[str, float]:
     import nullbayes as nb
 
     torch.manual_seed(0)
-    config = SwinConfig(image_size=32, patch_size=2, num_channels=1, num_labels=10, window_size=4)
+    config = SwinConfig(image_size=32, patch_size=2, num_channels=1, num_labels=10, window_size=2)
     config._attn_implementation = "eager"
     model = SwinForImageClassification(config).eval()
-    _, x, y = _lenet(path, 16)
-    batches = _batches(interpolate(x, size=(32, 32)), y, 8)
+    _, x, y = _lenet(path, 8)
+    batches = _batches(interpolate(x, size=(32, 32)), y, 4)
     started = time.process_time()
     p = nb.NullSpacePosterior(
         model, preserve="loss", forward=lambda m, inputs: m(inputs).logits, memory="6GB"

@@ -72,9 +72,11 @@ def table(
 ) -> tuple[list[Row], list[Column]]:
     """A row a method, a column a task."""
     there = [task for task in tasks if any(run["result"]["task"] == task for run in runs)]
-    better = 1 if path[-1] == "accuracy" else -1
+    better = {"accuracy": 1, "seconds": 0}.get(path[-1], -1)
     rows = []
     for key, words in TITLES.items():
+        if key == "guess" and path[-1] not in ("joint", "nll"):
+            continue
         found = [
             {"seed": run["seed"], run["result"]["task"]: run["result"]["methods"][key]}
             for run in runs
@@ -82,7 +84,9 @@ def table(
         ]
         if found:
             rows.append(Row(words, found))
-    return rows, [Column(task, at(task, *path), better, 3) for task in there]
+    counts = {task: sum(run["result"]["task"] == task for run in runs) for task in there}
+    titles = {task: task + " (1 seed)" * (counts[task] == 1) for task in there}
+    return rows, [Column(titles[task], at(task, *path), better, 3) for task in there]
 
 
 def strengths(

@@ -76,10 +76,23 @@ BRIEFS = {
             "max-softmax",
             "energy",
             "Mahalanobis",
+            "MDS++",
             "KNN",
             "ViM",
             "DDU",
             "nearest input",
+        ),
+    ),
+    "joint": Brief(
+        {"clean": "Joint NLL by a label", "shifted": "Joint NLL by a label, shifted"},
+        (
+            "functions that guess (no network)",
+            "network",
+            "network, temperature",
+            "Laplace, all weights",
+            "null space, by evidence",
+            "null space, prior tuned by joint NLL",
+            "five networks",
         ),
     ),
 }

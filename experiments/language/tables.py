@@ -80,8 +80,9 @@ def rows_of(found: Mapping[int, Mapping[str, Any]], keys: Sequence[str]) -> Iter
 
 def standing(key: str, row: Run) -> Run:
     """With the score that stands for it: what is not the library's and predicts is judged by its entropy."""
-    own = key.startswith(("null", "layers")) or "quality" not in row
-    return row if own or row["declared"] == "novelty" else {**row, "declared": "entropy"}
+    own = key.startswith(("null", "layers"))
+    samples = row["declared"] in ("mutual_information", "variance")
+    return {**row, "declared": "entropy"} if samples and not own else row
 
 
 def mean(row: Run, distance: str, role: str = JUDGING, score: str | None = None) -> float | None:

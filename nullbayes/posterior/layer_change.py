@@ -80,7 +80,8 @@ def _discarded(fit: LayerFit, some: Any) -> tuple[Members, torch.Tensor]:
     batches = drawn(functional, unlabelled(some, functional.device, "some"))
     if isinstance(some, Share):
         return _discarded_together(fit, (inputs for _, inputs, _ in batches), some.processes)
-    members, hashes = fit.gathered.members.copy(), []
+    members = fit.gathered.members.copy()
+    hashes = [torch.zeros(0, dtype=torch.int64)]
     for index, inputs, _ in batches:
         missing = members.discard(inputs)
         if missing:

@@ -13,7 +13,7 @@ from typing import TypeVar
 from nullbayes.common.memory import format_bytes
 from nullbayes.errors import InputError, MemoryBudgetError
 from nullbayes.solvers.alternating import AlternatingProjections
-from nullbayes.solvers.base import ITERATIVE_TOLERANCE, Size, Solver
+from nullbayes.solvers.base import ITERATIVE_TOLERANCE, Cost, Size, Solver
 from nullbayes.solvers.conjugate_gradient import ConjugateGradient
 from nullbayes.solvers.dual import DualCholesky
 from nullbayes.solvers.eigen import PrimalEigen
@@ -109,23 +109,10 @@ def choose(solver: str | Solver, size: Size, budget: int, tolerance: float | Non
         return Choice(
             best, f"the only kind that fits in memory ({listed})", costs[best.name].nbytes
         )
-    worth = EXACT_IS_WORTH * costs[iterative.name].flops
-    # Small problems are exact whatever the count says: both take no time.
-    exact = [
-        s
-        for s in direct
-        if costs[s.name].nbytes <= budget and costs[s.name].flops <= max(worth, 1e13)
-    ]
-    if not exact and size.itemsize < 8:
-        # A fifth of the work of the triangular factor, which stays the first choice where both would do.
-        squared = PrimalEigen(tolerance)
-        costs[squared.name] = cost = squared.cost(size)
-        if cost.nbytes <= budget and cost.flops <= max(worth, 1e13):
-            exact = [squared]
-    if exact:
-        best = min(exact, key=lambda s: costs[s.name].flops)
+    exact = _exact(direct, costs, size, budget, EXACT_IS_WORTH * costs[iterative.name].flops)
+    if exact is not None:
         return Choice(
-            best, f"exact, and least work of its kind ({listed})", costs[best.name].nbytes
+            exact, f"exact, and least work of its kind ({listed})", costs[exact.name].nbytes
         )
     if tolerance is not None and tolerance < ITERATIVE_TOLERANCE:
         finer = ConjugateGradient(tolerance, preconditioner="subset", equilibrate=EQUILIBRATE)
@@ -142,3 +129,25 @@ def choose(solver: str | Solver, size: Size, budget: int, tolerance: float | Non
         f"no exact solver fits in {format_bytes(budget)} at a comparable cost ({listed})",
         costs[iterative.name].nbytes,
     )
+
+
+def _exact(
+    direct: list[Solver], costs: dict[str, Cost], size: Size, budget: int, worth: float
+) -> Solver | None:
+    """The exact solver of the least work that fits and is worth its work; None: there is none.
+
+    Args:
+        costs: takes what another one costs that is asked where none of ``direct`` will do.
+        worth: operations that exactness is worth. Small problems are exact whatever the count says: both take no time.
+    """
+
+    def serves(cost: Cost) -> bool:
+        return cost.nbytes <= budget and cost.flops <= max(worth, 1e13)
+
+    exact = [s for s in direct if serves(costs[s.name])]
+    if not exact and size.itemsize < 8:
+        # A fifth of the work of the triangular factor, which stays the first choice where both would do.
+        squared = PrimalEigen(direct[0].tolerance)
+        costs[squared.name] = squared.cost(size)
+        exact = [squared] if serves(costs[squared.name]) else []
+    return min(exact, key=lambda s: costs[s.name].flops, default=None)

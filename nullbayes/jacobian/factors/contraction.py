@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from nullbayes.jacobian.factors.products import product
 
 if TYPE_CHECKING:
     from nullbayes.jacobian.factors.outer import OuterFactor
+    from nullbayes.jacobian.factors.outer_costs import OuterCosts
 
 # Elements of the folded right side that one product reads again: small enough for a core's own cache (measured: 2^17 to
 # 2^19 are alike, 2^20 takes twice as long).
@@ -23,65 +23,24 @@ FOLDED_ELEMENTS = 2**18
 FOLD_PENALTY = 2.8
 
 
-def rows_cost(factor: OuterFactor) -> float:
+def rows_cost(factor: OuterCosts) -> float:
     """From written-out rows: ``O I``."""
     return float(factor.width_out * factor.width_in)
 
 
-def pairs_cost(factor: OuterFactor) -> float:
+def pairs_cost(factor: OuterCosts) -> float:
     """All pairs of tokens, ``T² (O + 1)``, and the inputs' products, which ``C²`` rows share (Novak et al. 2022)."""
     return factor.tokens**2 * (factor.width_out + 2 + _inputs_cost(factor))
 
 
-def folded_cost(factor: OuterFactor) -> float:
+def folded_cost(factor: OuterCosts) -> float:
     """Folded, ``T O (T + C) / C``: the right side's tokens are summed for ``C`` rows at once."""
     t, c = factor.tokens, factor.cotangents
     return FOLD_PENALTY * t * factor.width_out * (t + c) / c + t**2 * _inputs_cost(factor)
 
 
-def _inputs_cost(factor: OuterFactor) -> float:
+def _inputs_cost(factor: OuterCosts) -> float:
     return factor.width_in / factor.cotangents**2
-
-
-def cheapest_cost(factor: OuterFactor) -> float:
-    """Of the ways there are."""
-    costs = [pairs_cost(factor)]
-    if factor.tokens > 1:
-        costs += [rows_cost(factor), folded_cost(factor)]
-    return min(costs)
-
-
-def passed(factor: OuterFactor) -> float:
-    """Operations of the layer itself for one example, and of writing out one of its rows."""
-    return 2.0 * factor.tokens * factor.groups * factor.width_out * factor.width_in
-
-
-def single_norms(factor: OuterFactor) -> Tensor:
-    """Squared lengths of rows of one token, ``(B*C,)`` float64."""
-    a = factor.a[:, 0].double().square().sum(2)  # (B, G)
-    g = factor.g[:, :, 0].double().square().sum(3)  # (B, C, G)
-    return (a[:, None] * g).sum(2).reshape(-1)
-
-
-def cheapest(left: OuterFactor, right: OuterFactor) -> Tensor:
-    """``(B*C, B'*C')`` in the way that costs least."""
-    if left.tokens == 1 and right.tokens == 1:
-        return single(left, right)
-    if left.gram_by_rows:
-        return by_rows(left, right)
-    return (folded if folded_cost(left) <= pairs_cost(left) else by_pairs)(left, right)
-
-
-def own(factor: OuterFactor) -> Tensor:
-    """Products of each example's rows with one another, ``(B, C, C)`` float64, over pairs of tokens."""
-    c, t = factor.cotangents, factor.tokens
-    out = torch.zeros(factor.examples, c, c, dtype=torch.float64, device=factor.g.device)
-    for k in range(factor.groups):
-        a, g = factor.a[:, :, k].double(), factor.g[:, :, :, k].double()  # (B, T, I), (B, C, T, O)
-        grads = g.flatten(1, 2) @ g.flatten(1, 2).mT
-        shaped = grads.view(-1, c, t, c, t).mul_((a @ a.mT)[:, None, :, None])
-        out += shaped.sum((2, 4))
-    return out
 
 
 def single(left: OuterFactor, right: OuterFactor) -> Tensor:

@@ -13,16 +13,19 @@ from nullbayes.jacobian.factors import contraction
 from nullbayes.jacobian.factors import products as sizes
 from nullbayes.jacobian.factors.base import Factor
 from nullbayes.jacobian.factors.dense import DenseFactor
+from nullbayes.jacobian.factors.outer_costs import OuterCosts
 from nullbayes.jacobian.factors.products import product
 from nullbayes.model.parameters import Slot
 
-# Elements of a temporary that is read again at once: small enough for the cache, and for memory that is kept (16 MB).
+# Elements of a temporary that is read again at once: small enough to come from the cache (16 MB of
+# float32), and from memory that the allocator keeps instead of asking the system for new pages.
 NEAR_ELEMENTS = 4 * 2**20
-# Multiplications of one sample with one layer up to which the weights of all samples are copied side by side, for one
-# product of all of them. Above, each is multiplied where it lies: the copy would be as large as the samples.
+# Multiplications of one sample with one layer up to which the weights of all samples are copied
+# side by side, for one product of all of them. Above, each is multiplied where it lies: the copy
+# would be as large as the samples.
 COPIED_PRODUCT = 4 * 2**20
-# What a multiplication by way of written-out rows costs in those of a large product: less well shaped, and every row is
-# written and read once (measured 1.2 to 2).
+# What a multiplication by way of written-out rows costs in those of a large product: they are
+# shaped less well, and every row is written and read once (measured 1.2 to 2).
 ROWS_PENALTY = 1.4
 # Rows of an example from which products take one example at a time; of 3 rows that takes 1.5 to 2 times as long as
 # of 16 examples at once.
@@ -34,7 +37,7 @@ def near_elements() -> int:
     return min(NEAR_ELEMENTS, max(1, working_bytes() // 32))
 
 
-class OuterFactor(Factor):
+class OuterFactor(OuterCosts):
     """Rows ``R[n, c] = Σ_t g[n, c, t] ⊗ a[n, t]`` for a weight, with its bias where they share ``g``.
 
     Args:
@@ -376,32 +379,6 @@ class OuterFactor(Factor):
             start += b * c
 
     @property
-    def product_flops(self) -> float:
-        b, c, t, o = self.examples, self.cotangents, self.tokens, self.groups * self.width_out
-        layerwise = 2.0 * b * t * o * (self.width_in + c)
-        rows = 2.0 * b * c * o * self.width_in
-        return min(layerwise, rows) if t > 1 else layerwise
-
-    @property
-    def gram_flops_per_pair(self) -> float:
-        return 2.0 * self.groups * contraction.cheapest_cost(self)
-
-    @property
-    def written_flops(self) -> float:
-        return self.num_rows * contraction.passed(self) if self.gram_by_rows else 0.0
-
-    @property
-    def captured_flops(self) -> float:
-        return self.examples * (1 + self.cotangents) * contraction.passed(self)
-
-    @property
-    def written_rows_bytes(self) -> int | None:
-        if not self.gram_by_rows:
-            return None
-        width = self.groups * self.width_out * self.width_in
-        return self.num_rows * width * self.g.element_size()
-
-    @property
     def as_outer(self) -> OuterFactor | None:
         return self
 
@@ -409,12 +386,21 @@ class OuterFactor(Factor):
         c, t, i, o = self.cotangents, self.tokens, self.width_in, self.width_out
         if t * (i + c * c * o) * t > c * o * i * (t + c):  # cheaper from written-out rows
             return super().own_products()
-        return contraction.own(self)
+        out = torch.zeros(self.examples, c, c, dtype=torch.float64, device=self.g.device)
+        for k in range(self.groups):
+            a, g = self.a[:, :, k].double(), self.g[:, :, :, k].double()  # (B, T, I), (B, C, T, O)
+            inputs = a @ a.mT
+            grads = g.flatten(1, 2) @ g.flatten(1, 2).mT
+            shaped = grads.view(-1, c, t, c, t).mul_(inputs[:, None, :, None])
+            out += shaped.sum((2, 4))
+        return out
 
     def squared_norms(self) -> Tensor:
         if self.tokens > 1:
             return super().squared_norms()
-        return contraction.single_norms(self)
+        a = self.a[:, 0].double().square().sum(2)  # (B, G)
+        g = self.g[:, :, 0].double().square().sum(3)  # (B, C, G)
+        return (a[:, None] * g).sum(2).reshape(-1)
 
     def rows(self) -> Tensor:
         out = self.a.new_empty(self.num_rows, self.columns)
@@ -428,23 +414,11 @@ class OuterFactor(Factor):
         values = self.rows().reshape(self.examples, self.cotangents, -1)
         return DenseFactor(self.slots, values)
 
-    @property
-    def prefers_dense(self) -> bool:
-        """Whether written-out rows are no larger than what is stored now.
-
-        Convolutions with many positions and few weights: the rows are smaller than the patches,
-        and a Gram matrix of written-out rows is one matrix product.
-        """
-        dense = self.cotangents * self.groups * self.width_out * self.width_in
-        stored = self.tokens * self.groups * (self.width_in + self.cotangents * self.width_out)
-        return self.tokens > 1 and dense <= 1.5 * stored
-
     def gram(self, other: Factor) -> Tensor:
         assert isinstance(other, OuterFactor)
-        return contraction.cheapest(self, other)
-
-    @property
-    def gram_by_rows(self) -> bool:
-        """Whether a Gram block is cheaper from written-out rows than by contracting tokens."""
-        contract = min(contraction.pairs_cost(self), contraction.folded_cost(self))
-        return self.tokens > 1 and contraction.rows_cost(self) <= contract
+        if self.tokens == 1 and other.tokens == 1:
+            return contraction.single(self, other)
+        if self.gram_by_rows:
+            return contraction.by_rows(self, other)
+        folded = contraction.folded_cost(self) <= contraction.pairs_cost(self)
+        return (contraction.folded if folded else contraction.by_pairs)(self, other)

@@ -163,8 +163,8 @@ def table(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
         f"{options.samples} samples of fits to {options.examples} examples, random weights, one thread "
         '(rows "loaded": of a fit to 8 texts of up to 48 tokens, read from its file). '
         "Milliseconds of a plain forward pass, all else in such passes. *Layers* is the score `leverage` of a layer "
-        "null space, which needs no rows and no samples. *Chosen* is what `novelty` takes by itself, and how many times "
-        "as long as the other way that is.",
+        "null space, which needs no rows and no samples. *Chosen* is what `novelty` takes by itself, and how many "
+        "times as long as the other way that is.",
         f"`python -m benchmarks.serving --samples {options.samples} --examples {options.examples}`",
         "",
         "| network | weights | inputs | forward, ms | predict | novelty, samples | novelty, exact | chosen | layers |",

@@ -144,7 +144,7 @@ def _entries(module: nn.Module) -> list[object]:
     """What a module is made of, by identity, and what of its settings ties examples or draws numbers."""
     state = module.__dict__
     return [
-        state["training"],
+        module.training,  # of a compiled module it is that of the one inside
         state.get("max_norm"),
         *map(id, state["_parameters"].values()),
         *map(id, state["_buffers"].values()),

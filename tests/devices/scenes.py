@@ -262,3 +262,12 @@ def scenes(fused: bool = True) -> dict[str, Callable[[Place], Found]]:
     out["layers float32"] = lambda place: layers("convolutions", place, torch.float32)
     out |= {"exported": exported, "planned": planned, "within": within, "laplace": laplace}
     return out
+
+
+def compare(here: Found, there: Found, allowed: float) -> None:
+    """Raise AssertionError where a relative difference is not less than ``allowed``."""
+    for name, value in here.items():
+        one, other = (torch.as_tensor(v).detach().cpu().double() for v in (value, there[name]))
+        assert one.shape == other.shape, name
+        size = one.abs().max().clamp_min(1e-12)
+        assert float((one - other).abs().max() / size) < allowed, name

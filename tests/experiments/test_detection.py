@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,12 +14,6 @@ from experiments.detection import families, rivals, running, tables, tabular
 from experiments.detection.base import Given
 from experiments.tasks import digits_network, mlp, small_resnet
 from nullbayes.datasets import Split
-
-elsewhere: Any = None
-with suppress(
-    ImportError, AttributeError
-):  # before anything is differentiated: devices are counted then
-    from tests import elsewhere
 
 
 def given(classes: int = 3, count: int = 60, preserved: int = 20) -> Given:
@@ -232,46 +224,3 @@ def test_rows_by_layers_only_where_every_weight_has_its_rule() -> None:
     assert not rivals.by_layers(nn.Sequential(nn.Conv2d(2, 4, 3, groups=2)))
     assert not rivals.by_layers(nn.Sequential(nn.Conv2d(2, 4, 3, padding_mode="reflect")))
     assert rivals.by_layers(nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten()))
-
-
-SOME = (
-    "null space",
-    "layer null space",
-    "KNN, k=1",
-    "ViM, a quarter",
-    "ReAct",
-    "GradNorm",
-    "nearest input",
-    "SCOD",
-)
-
-
-@pytest.mark.skipif(elsewhere is None, reason="this PyTorch has no devices written in Python")
-def test_scores_on_another_device_are_the_same() -> None:
-    """Of a network whose inputs are on a device of their own; targets, features and scores are on the CPU."""
-    g = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    network = small_resnet(3, widths=(3, 4)).eval()
-    x, y = torch.rand(60, 1, 12, 12, generator=g), torch.arange(60) % 3
-    some = Given(network, Split(x, y), x[:20], 20)
-    test, near = Split(torch.rand(15, 1, 12, 12, generator=g), y[:15]), x[:10].flip(2)
-    here = families.Problem(some, test, {"a": near}, {"b": 1 - near})
-    found = {name: running.measured(running.SCORES[name], here) for name in SOME}
-    there: Any = lambda tensor: elsewhere.There(tensor.clone())  # noqa: E731
-    with elsewhere.Elsewhere():
-        train = replace(some.train, inputs=there(x))
-        given = replace(
-            some, network=elsewhere.moved(network), train=train, reference=there(some.reference)
-        )
-        place = families.Problem(
-            given,
-            replace(test, inputs=there(test.inputs)),
-            {"a": there(near)},
-            {"b": there(1 - near)},
-        )
-        for name in SOME:
-            other = running.measured(running.SCORES[name], place)
-            assert "error" not in found[name], found[name]
-            assert "error" not in other, other
-            assert other["near"]["a"]["auroc"] == pytest.approx(found[name]["near"]["a"]["auroc"])
-            assert other["far"]["b"]["auroc"] == pytest.approx(found[name]["far"]["b"]["auroc"])

@@ -90,7 +90,7 @@ def test_the_estimate_counts_one_vector_a_sample_where_they_are_written_over() -
 
 
 @pytest.mark.parametrize("method", ["linearised", "sampled"])
-def test_stored_half_precision_is_widened_a_few_samples_at_a_time(
+def test_stored_half_precision_is_widened_a_part_at_a_time(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, x = perceptron().float(), inputs(7, 2).float()
@@ -105,19 +105,18 @@ def test_stored_half_precision_is_widened_a_few_samples_at_a_time(
     assert posterior.certificate.row_drift == pytest.approx(drift * fit.alpha**-0.5, rel=1e-5)
     whole = nb.NullSpacePosterior(model, **OPTIONS).fit(batches, 8, **QUIET)
     object.__setattr__(whole._fitted(), "stored", fit.stored.float())
-    widened: list[tuple[int, ...]] = []
+    widened: list[int] = []
     to = Tensor.to
 
     def watched(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.dtype == torch.bfloat16 and self.shape[1:] == fit.stored.shape[1:]:
-            widened.append(tuple(self.shape))
+        if self.dtype == torch.bfloat16:
+            widened.append(self.numel())
         return to(self, *args, **kwargs)
 
     monkeypatch.setattr(Tensor, "to", watched)
     with memory.working_within(4 * fit.stored.shape[1] * 3):  # room for three of them
         found = posterior.predict(x, method=method).mean
-    assert all(shape[0] <= 3 for shape in widened), widened
-    assert bool(widened) == (method == "linearised")
+    assert 0 < max(widened) < fit.stored.numel(), widened  # a layer, or a few samples, never all
     monkeypatch.undo()
     assert_close(found, whole.predict(x, method=method).mean, atol=1e-6, rtol=1e-5)
     assert_close(

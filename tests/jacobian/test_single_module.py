@@ -105,14 +105,14 @@ def test_the_smallest_module_that_sees_the_batch_serves(net: nn.Module) -> None:
     with unchanged(net):
         functional, plan = settled(net, x)
     served = {name: site.path for site in plan.local for name in site.names}
+    # What is added or put beside its input is given to each example instead.
+    assert set(plan.spread) == {"embedded.token", "embedded.positions"}
     assert served == {
-        "embedded.token": "embedded",
-        "embedded.positions": "embedded",
         "attention.packed": "attention",
         "attention.positions.table": "attention",  # its own module takes no input
     }
     assert all(site.vmapped and site.axis == 0 for site in plan.local)
-    assert set(plan.generic) == {*served, "scale"}
+    assert set(plan.generic) == {*served, *plan.spread, "scale"}
     for size in (1, 2, 6, 12):  # 6 is the length of the mask, too
         x = torch.randn(size, 5, 4).double()
         cots = torch.randn(2, size, CLASSES).double()

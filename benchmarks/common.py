@@ -23,18 +23,22 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def trained_lenet(
-    examples: int, epochs: int = 2, seed: int = 0
+    examples: int,
+    epochs: int = 2,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
 ) -> tuple[nn.Module, Tensor, Tensor]:
-    """LeNet (61,706 weights) trained on all of Fashion-MNIST, and its first ``examples`` images."""
+    """LeNet (61,706 weights) trained on all of Fashion-MNIST, on ``device``, and its first ``examples`` images."""
     data = datasets.fashion_mnist().train
+    x, y = data.inputs.to(device), data.targets.to(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = lenet(10)
+        model = lenet(10).to(device)
         optimiser = torch.optim.Adam(model.parameters(), 1e-3)
         for _ in range(epochs):
-            for batch in torch.randperm(len(data.inputs)).split(128):
+            for batch in torch.randperm(len(x)).to(device).split(128):
                 optimiser.zero_grad()
-                loss = nn.functional.cross_entropy(model(data.inputs[batch]), data.targets[batch])
+                loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
                 loss.backward()
                 optimiser.step()
     return model.eval(), data.inputs[:examples], data.targets[:examples]

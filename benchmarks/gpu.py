@@ -26,10 +26,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import nullbayes as nb
-from benchmarks import common
+from benchmarks import common, layer_costs
 from benchmarks.networks import resnet18
 from benchmarks.scaling import stage_clock
-from nullbayes.demo.models import lenet
 
 Case = Callable[["Bench"], dict[str, Any]]
 CASES: dict[str, Case] = {}
@@ -164,15 +163,12 @@ def move(batch: Any, device: torch.device) -> Any:
 
 
 def images(count: int, shape: tuple[int, ...], batch: int, classes: int = 10) -> list[Any]:
+    """Smooth random images with random labels, on the host."""
     generator = torch.Generator().manual_seed(0)
-    out = []
-    for start in range(0, count, batch):
-        size = min(batch, count - start)
-        coarse = torch.randn(size, shape[0], 8, 8, generator=generator)
-        x = nn.functional.interpolate(coarse, shape[1:], mode="bilinear")
-        y = torch.randint(0, classes, (size,), generator=generator)
-        out.append((x + 0.1 * torch.randn(x.shape, generator=generator), y))
-    return out
+    return [
+        (x, torch.randint(0, classes, (len(x),), generator=generator))
+        for x in layer_costs.images(count, shape, batch)()
+    ]
 
 
 # -- cases ---------------------------------------------------------------------------------------
@@ -218,23 +214,10 @@ def nccl(bench: Bench) -> dict[str, Any]:
 
 
 def trained(bench: Bench, examples: int) -> tuple[nn.Module, list[Any]]:
-    from nullbayes import datasets
-
-    data = datasets.fashion_mnist().train
-    torch.manual_seed(0)
-    model = lenet(10).to(bench.device)
-    x, y = data.inputs.to(bench.device), data.targets.to(bench.device)
-    optimiser = torch.optim.Adam(model.parameters(), 1e-3)
-    for _ in range(bench.size(3, 1)):
-        for index in torch.randperm(bench.size(60000, 2000), device=bench.device).split(128):
-            optimiser.zero_grad()
-            nn.functional.cross_entropy(model(x[index]), y[index]).backward()
-            optimiser.step()
+    epochs = bench.size(3, 0)
+    model, x, y = common.trained_lenet(examples, epochs, device=bench.device)
     size = 500 if examples >= 500 else 50
-    pairs = zip(
-        data.inputs[:examples].split(size), data.targets[:examples].split(size), strict=True
-    )
-    return model.eval(), list(pairs)
+    return model, list(zip(x.split(size), y.split(size), strict=True))
 
 
 def _lenet(bench: Bench, examples: int, **options: Any) -> dict[str, Any]:

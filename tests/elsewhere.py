@@ -21,6 +21,8 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from tests.host_reads import waits
+
 
 class _Module(backend_registration._DummyBackendModule):  # type: ignore[misc]
     """What torch asks of a device's module."""
@@ -35,12 +37,6 @@ THERE = torch.device("elsewhere", 0)
 LIBRARY = str(Path(__file__).parents[1] / "nullbayes")
 
 aten = torch.ops.aten
-# What needs a value on the host before it can go on: an accelerator's queue has to run empty for each.
-_WAITS = {
-    "aten::_local_scalar_dense", "aten::item", "aten::equal", "aten::is_nonzero", "aten::nonzero",
-    "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive",
-    "aten::_linalg_check_errors", "aten::repeat_interleave",
-}  # fmt: skip
 # Where a tensor of the host may stand beside one of the device.
 _INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_unsafe_index"}
 _COPYING = {"aten::_to_copy", "aten::copy_", "aten::copy", "aten::_copy_from"}
@@ -145,7 +141,7 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any], mode: Elsewhere | N
         )
     if mode is not None and there:
         mode.launches += 1
-        _count(name, args, result, mode)
+        _count(func, name, args, result, mode)
     out = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
     if asked is not None and asked.type != THERE.type:
         return out
@@ -166,18 +162,14 @@ for _name in ("empty.memory_format", "empty_strided", "copy_", "_copy_from"):
     )
 
 
-def _count(name: str, args: Any, result: torch.device, mode: Elsewhere) -> None:
-    if name in _WAITS:
-        mode.read(name)
-    elif name in _INDEXING and any(
-        isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1] if i is not None
-    ):
-        mode.read(f"{name} by a mask")
-    else:
-        away = name == "aten::_to_copy" and isinstance(args[0], There) and result == HERE
-        copied = name == "aten::copy_" and isinstance(args[1], There)
-        if away or (copied and not isinstance(args[0], There)):
-            mode.read("copied to the host")
+def _count(func: Any, name: str, args: Any, result: torch.device, mode: Elsewhere) -> None:
+    away = name == "aten::_to_copy" and isinstance(args[0], There) and result == HERE
+    copied = name == "aten::copy_" and isinstance(args[1], There)
+    what = waits(func, args)
+    if away or (copied and not isinstance(args[0], There)):
+        what = "copied to the host"
+    if what is not None:
+        mode.read(what)
 
 
 def _together(name: str, given: list[Tensor], there: list[There]) -> None:

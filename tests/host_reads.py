@@ -34,7 +34,9 @@ WAITS = {
     aten.equal,
     aten.nonzero,
     aten.masked_select,
+    aten.item,
     aten.unique_dim,
+    aten.unique_consecutive,
     aten._unique2,
     aten.bincount,
     aten.repeat_interleave,
@@ -51,6 +53,16 @@ COPIES = {
 
 #: functions that return at once where tensors are not the processor's own
 PROCESSOR_ONLY = {"flushed"}
+
+
+def waits(func: Any, args: Any) -> str | None:
+    """What the processor has to wait for before it can go on after an operation; None: for nothing."""
+    packet = func.overloadpacket
+    if packet in WAITS and not (packet is aten.repeat_interleave and "int" in str(func)):
+        return str(packet.__name__)
+    if packet in INDEXES and any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1]):
+        return "a mask as an index"
+    return None
 
 
 class Reads:
@@ -106,13 +118,9 @@ class _Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         here = self.device.has((args, kwargs))
         if here:
-            packet = func.overloadpacket
-            if packet in WAITS and not (packet is aten.repeat_interleave and "int" in str(func)):
-                self.reads.note(packet.__name__)
-            elif packet in INDEXES and any(
-                isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1]
-            ):
-                self.reads.note("a mask as an index")
+            what = waits(func, args)
+            if what is not None:
+                self.reads.note(what)
         out = func(*args, **kwargs)
         if here:
             self.device.add(out)

@@ -30,7 +30,7 @@ from nullbayes.likelihood import Likelihood
 from nullbayes.model.adapters import beside_adapter, check_there, check_unmerged
 from nullbayes.model.batch import Inputs, batch_size, check_inputs, to_device
 from nullbayes.model.checks import check_mode
-from nullbayes.model.data import as_inputs, as_loader, is_array
+from nullbayes.model.data import as_inputs, as_loader
 from nullbayes.model.fingerprint import Watch, check_unchanged
 from nullbayes.model.functional import FunctionalModel, undisturbed_method
 from nullbayes.model.loader import first_inputs
@@ -38,15 +38,14 @@ from nullbayes.model.parameters import ParameterSpace
 from nullbayes.model.shares import shared
 from nullbayes.posterior.calibration import (
     CalibrationPath,
-    Search,
     calibration_path,
-    check_arguments,
 )
 from nullbayes.posterior.growing import Grows
 from nullbayes.posterior.judged import RowJudged
 from nullbayes.posterior.predicting import Predicts
 from nullbayes.posterior.serving import Serves
 from nullbayes.posterior.storage import described, restored, write_posterior
+from nullbayes.posterior.validation import checked, search_of
 
 Self = TypeVar("Self", bound="Posterior")
 # Weights that are looked at at each call: all of them, up to so many (some 8 ms).
@@ -316,23 +315,14 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
             NullBayesWarning: the best value lies at an edge, does not beat the trained network, was passed over for
                 its accuracy, or closes the posterior.
         """
-        fit, dtype = self._fitted(), self.functional.dtype
-        if ood_loader is not None and is_array(ood_loader):
-            ood_loader = as_loader(ood_loader, "ood_loader", dtype, labelled=False)
-        check_arguments(metric, ood_loader)
+        fit = self._fitted()
         self._check_model()
-        free = self.functional.layouts is not None
-        val_loader = as_loader(val_loader, "val_loader", dtype, labelled=not free, pieces=free)
+        loaders = checked(self.functional, val_loader, ood_loader, metric)
         with self._together("calibrate") as processes:
             plan = fit.plan or self._proven
             if plan is None:
-                plan = self._capture_plan(first_inputs(self.functional, val_loader, "val_loader"))
-            if processes is not None:
-                val_loader = shared(val_loader, processes, "val_loader")
-                if ood_loader is not None:
-                    ood_loader = shared(ood_loader, processes, "ood_loader")
-            shows = progress and (processes is None or processes.leads)
-            search = Search(val_loader, ood_loader, metric, tune, shows, processes)
+                plan = self._capture_plan(first_inputs(self.functional, loaders[0], "val_loader"))
+            search = search_of(loaders, metric, tune, progress, processes)
             path = calibration_path(fit, plan, search)
             if path.tuned == "prior":
                 self.prior_precision = path.prior_precision[path.chosen]

@@ -12,18 +12,14 @@ from nullbayes.common.arguments import check_choice, check_count, check_positive
 from nullbayes.constraints.within import LayerPrior, Root
 from nullbayes.errors import InputError
 from nullbayes.model.batch import Inputs, batch_size
-from nullbayes.model.data import as_loader, is_array
 from nullbayes.model.fingerprint import fingerprint
 from nullbayes.model.functional import FunctionalModel, undisturbed_method
 from nullbayes.model.loader import first_inputs
-from nullbayes.model.shares import shared
 from nullbayes.moments.gather import drawn, unlabelled
 from nullbayes.posterior import layer_change
 from nullbayes.posterior.calibration import (
     CalibrationPath,
-    Search,
     calibration_path,
-    check_arguments,
 )
 from nullbayes.posterior.joint import Joint
 from nullbayes.posterior.judged import Judged
@@ -35,6 +31,7 @@ from nullbayes.posterior.layer_predict import as_fit
 from nullbayes.posterior.layer_rows import joint_covariance, output_covariance
 from nullbayes.posterior.measuring.methods import GIVEN, GUARANTEE
 from nullbayes.posterior.measuring.subject import Moved
+from nullbayes.posterior.validation import checked, search_of
 
 if TYPE_CHECKING:
     from nullbayes.posterior.layers import LayerNullSpacePosterior
@@ -105,19 +102,10 @@ class LayerJudged(Judged):
         """
         own = cast("LayerNullSpacePosterior", self)
         fit = own._ready()
-        dtype, free = own.functional.dtype, own.functional.layouts is not None
-        if ood_loader is not None and is_array(ood_loader):
-            ood_loader = as_loader(ood_loader, "ood_loader", dtype, labelled=False)
-        check_arguments(metric, ood_loader)
-        val_loader = as_loader(val_loader, "val_loader", dtype, labelled=not free, pieces=free)
+        loaders = checked(own.functional, val_loader, ood_loader, metric)
         with self._together("calibrate") as processes:
-            plan = own._plan_of_rows(first_inputs(own.functional, val_loader, "val_loader"))
-            if processes is not None:
-                val_loader = shared(val_loader, processes, "val_loader")
-                if ood_loader is not None:
-                    ood_loader = shared(ood_loader, processes, "ood_loader")
-            shows = progress and (processes is None or processes.leads)
-            search = Search(val_loader, ood_loader, metric, tune, shows, processes)
+            plan = own._plan_of_rows(first_inputs(own.functional, loaders[0], "val_loader"))
+            search = search_of(loaders, metric, tune, progress, processes)
             path = calibration_path(as_fit(fit, own.likelihood), plan, search)
             if path.tuned == "prior":
                 fit = set_precision(fit, path.prior_precision[path.chosen])

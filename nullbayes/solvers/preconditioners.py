@@ -162,11 +162,11 @@ class Kronecker(Preconditioner):
 
     def prepare(self, operator: RowOperator, shift: float, tick: Tick | None = None) -> None:
         from nullbayes.solvers.kronecker import layer_curvatures
+        from nullbayes.solvers.row_scaling import RowWeighted
 
-        weights = getattr(
-            operator, "weights", None
-        )  # of rows that were brought closer to one length
-        operator = getattr(operator, "operator", operator)
+        weights = None
+        if isinstance(operator, RowWeighted):  # rows that were brought closer to one length
+            weights, operator = operator.weights, operator.operator
         if not isinstance(operator, JacobianOperator):
             raise InputError(
                 "preconditioner='kronecker' needs the layers of a network; for a general operator use "

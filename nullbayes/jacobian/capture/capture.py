@@ -177,9 +177,10 @@ def capture(
     Raises:
         RuleMismatch, GenericPathFailed, LocalFailed: for ``checking.py``, which mends the plan.
     """
-    hooks, records, uses = _recorders(plan, batch_size(inputs))
+    examples = batch_size(inputs)
+    hooks, records, uses = _recorders(plan, examples)
     leaves = functional.weights(requires_grad=True)
-    weights, shared = spread_weights(plan, leaves, batch_size(inputs))
+    weights, shared = spread_weights(plan, leaves, examples)
     with torch.enable_grad():
         outputs = functional(weights, inputs, hooks)
     # Copies: activation checkpointing calls modules, and so the hooks, once more in the backward pass.
@@ -199,8 +200,7 @@ def capture(
     if records or uses or shared:
         edges = [r.edge for r in records] + [u.edge for u in uses] + shared
         grads = batched_grad(outputs, edges, cotangents, batched=plan.batched_backward)
-        given = grads[len(grads) - len(shared) :]
-        grads = grads[: len(grads) - len(shared)]
+        grads, given = grads[: len(grads) - len(shared)], grads[len(grads) - len(shared) :]
         with torch.no_grad():
             contributions.take(records, grads)
         passed = sum(r.x.numel() + r.shape.numel() for r in records) + sum(u.numel for u in uses)

@@ -20,7 +20,6 @@ class OuterCosts(Factor):
     groups: int
     width_in: int
     width_out: int
-    a: Tensor
     g: Tensor
 
     @property

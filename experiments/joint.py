@@ -334,7 +334,9 @@ def of_posterior(posterior: Any) -> Draws:
 def of_process(network: nn.Module, data: Data, seed: int) -> Draws:
     """Of a Gaussian process over the network's features whose mean is the network."""
     head = [m for m in network.modules() if isinstance(m, nn.Linear)][-1]
-    process = FixedMean(Seen(*_features(network, head, data.train.inputs), data.train.targets), seed)
+    process = FixedMean(
+        Seen(*_features(network, head, data.train.inputs), data.train.targets), seed
+    )
 
     def draws(x: Tensor) -> Tensor:
         inputs, outputs = _features(network, head, x)

@@ -1,4 +1,4 @@
-"""Scores of the layer posterior that were tried against its default: all on tuning problems, the chosen one judged once.
+"""Scores of the layer posterior that were tried: all on tuning problems, the chosen one judged once beside the default.
 
 The problems are those of the evaluation of the layer null space (:mod:`experiments.layers.problems`).
 """
@@ -46,8 +46,8 @@ TITLES = {
 }
 WORDS = (
     "AUROC, mean over near and over far sets, ± standard error over problems and seeds. All of it with the networks, "
-    "the sets and the small sizes of the evaluation of the layer null space. On the problems for tuning every form that "
-    "was tried is shown; of those the one that was chosen was then measured once on the judged problems, beside the "
+    "the sets and the small sizes of the evaluation of the layer null space. On the problems for tuning every form "
+    "that was tried is shown; the one that was chosen there was then measured once on the judged problems, beside the "
     "default."
 )
 

@@ -150,7 +150,8 @@ class Leverages:
                 found = layer.lengths(a, self.blocks.blocks[number].own, column)
                 self._last = (same, a, found)
             inputs = a.flatten(-2) if self.pooling else None
-            call = Call(number, column is not None, a.shape[:-2], *self._last[2], inputs)
+            roots, lengths = self._last[2]
+            call = Call(number, column is not None, a.shape[:-2], roots, lengths, inputs)
         if seen.follows:
             before = self._found.pop()
             lead = torch.Size((before.lead[0] + call.lead[0], *call.lead[1:]))

@@ -79,7 +79,7 @@ class Neighbours:
         return means + LAST_WEIGHT * excess[:, self.last] + energies.sum(1)
 
     def _found(self, inputs: Inputs) -> tuple[Tensor, list[Tensor | None], Tensor]:
-        """Log leverages of sizes, then of directions ``(B, 2 L)``; mean inputs of layers ``(B, I)``; energies ``(B, 1)``.
+        """Log leverages of sizes, then directions ``(B, 2 L)``; mean inputs of layers ``(B, I)``; energies ``(B, 1)``.
 
         Without logits energies are ``(B, 0)``.
         """

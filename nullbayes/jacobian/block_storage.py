@@ -36,6 +36,8 @@ from nullbayes.model.functional import FunctionalModel
 # enough that the lower triangle of blocks is not far from half the Gram matrix.
 BLOCK_ROWS = 4096
 BLOCK_BYTES = 2**28
+# Bytes of merged pieces from which the memory that they leave is returned to the system, budget or not.
+TRIMMED_BYTES = 2**26
 # Share of the free disk that rows may take.
 DISK_SHARE = 0.8
 _ALIGNMENT = 64
@@ -329,9 +331,10 @@ class Keeper:
                 )
                 for b, inputs, values in group
             ]
-        if bounded(self._functional.device):
+        several = len(group) > 1
+        del group
+        if bounded(self._functional.device) or (several and nbytes >= TRIMMED_BYTES):
             # The pieces lay between temporaries that are gone by now, and leave holes.
-            del group
             give_back()
         self._resident = sum(kept.resident for kept in self.kept)
         if self._resident > max(self._room, 1):

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from nullbayes.common.memory import times_on, working_bytes
 from nullbayes.jacobian.block import Block
-from nullbayes.jacobian.capture.checking import captured_at_use, checked, separate
+from nullbayes.jacobian.capture.checking import captured_at_use
 from nullbayes.jacobian.capture.plan import CapturePlan
+from nullbayes.jacobian.capture.spot_checks import checked_in_part, shown_or_separate
 from nullbayes.jacobian.capture.verify import prove
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.model.batch import Inputs, batch_size, take
@@ -71,7 +72,7 @@ def capture_batch(
         def made_of(outputs: Tensor, piece: slice = piece) -> Any:
             return make(outputs, piece)
 
-        block, made = checked(functional, plan, some, made_of, scales, plan.where, start)
+        block, made = checked_in_part(functional, plan, some, made_of, scales, start)
         yield block, some, made
 
 
@@ -98,9 +99,9 @@ def ready(
         functional.remember(inputs, outputs)
     plan.where = where
     since = time.perf_counter()
-    inputs = separate(functional, inputs, outputs, where, index)
+    plan.shown, taken = shown_or_separate(functional, plan, inputs, outputs, index)
     plan.checking_seconds += time.perf_counter() - since
-    return plan, inputs
+    return plan, taken
 
 
 def output_operators(

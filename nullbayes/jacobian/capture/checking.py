@@ -99,7 +99,8 @@ def checked(
         ModelError: a parameter's rows differ on every path; names it and the piece.
     """
     while True:
-        block, made = captured(functional, plan, inputs, make, scales, where)
+        routes: list[Hashable] = []
+        block, made = captured(functional, plan, inputs, make, scales, where, routes)
         since = time.perf_counter()
         gradient, bad = _compared(functional, inputs, block, made.values, scales, index)
         if not bad:
@@ -113,6 +114,7 @@ def checked(
                     for site in plan.sites:
                         site.axis_proved = True
                 plan.proved.add(Signature.of(inputs))
+                plan.routes.update(routes)
                 return block, made
             _mend(plan, bad, where)
 
@@ -131,7 +133,7 @@ def _compared(
     found = torch.zeros_like(expected)[None]
     for factor in block.factors.values():
         factor.rmatvec(weights[None].to(expected), found)
-    found = _unscaled(functional, found[0], scales)
+    found = unscaled_(functional, found[0], scales)
     space, rounding = functional.space, functional.rounding
     bad = gradient_mismatches(space, expected, found, rounding=rounding)
     if bad and len(total) > 1:
@@ -280,7 +282,8 @@ def _check_some(
     check_separate(functional, inputs, outputs, where, index)
 
 
-def _unscaled(functional: FunctionalModel, rows: Tensor, scales: Scales) -> Tensor:
+def unscaled_(functional: FunctionalModel, rows: Tensor, scales: Scales) -> Tensor:
+    """A sum of rows ``(P,)`` without the ``scales`` of its columns, written over it."""
     if scales:
         for name, scale in scales.items():
             slot = functional.space.by_name[name]

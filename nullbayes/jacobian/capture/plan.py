@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,9 +55,11 @@ class CapturePlan:
 
     # Kinds of batches whose rows were proved.
     proved: SignatureSet = field(default_factory=SignatureSet)
-    # Ways through the network on which the rows of one example alone were compared with plain differentiation; any
-    # change of the plan ends them.
+    # Ways through the network on which all rows of a batch were compared with plain differentiation; any change of the
+    # plan ends them.
     routes: set[Hashable] = field(default_factory=set)
+    # Examples of the batch that comes next which were evaluated in other company, see `spot_checks.py`.
+    shown: Any = None
     # The shape of one example's outputs, by the kind of batch.
     shapes: dict[Signature, torch.Size] = field(default_factory=dict)
     # Parameters that no example so far has a gradient path to.

@@ -65,7 +65,13 @@ def jobs(
             for way, seed in each
             if way == "full" or group not in IN_FULL
         ]
-    return out
+    return sorted(out, key=_whole) if setting == "processor" else out
+
+
+def _whole(job: Job) -> tuple[int, int]:
+    """One family after the other, and whole seeds of it: what a run that is cut off then has."""
+    families = ("full", "GPT-2", "LoRA")
+    return families.index(job.key.method.partition(":")[0]), job.key.seed
 
 
 def depends(size: Size) -> dict[str, Any]:
@@ -131,7 +137,7 @@ def peak() -> int | None:
 
 
 def measured(problem: Problem, rows: dict[str, Row]) -> dict[str, Any]:
-    """Quality on test texts, and the AUROC of every score on every set: a set after the other, all rows of it."""
+    """Quality on test texts, and the AUROC of every score on every set: all sets at once."""
     out: dict[str, Any] = {}
     known: dict[str, dict[str, Tensor]] = {}
     for key, row in rows.items():
@@ -152,14 +158,16 @@ def measured(problem: Problem, rows: dict[str, Row]) -> dict[str, Any]:
         out[key]["seconds_per_1000"] = 1000 * seconds / len(problem.test)
     roles = [JUDGING, TUNING] if all(row.draws is None for row in rows.values()) else [JUDGING]
     for role in roles:
-        for distance, sets in problem.sets(role).items():
-            for name, tokens in sets.items():
-                for key, row in rows.items():
-                    draws = None if row.draws is None else row.draws(tokens)
-                    for score, values in scores(row, draws, tokens).items():
-                        place = out[key]["auroc"].setdefault(score, {})
-                        place = place.setdefault(role, {}).setdefault(distance, {})
-                        place[name] = measures.detection(known[key][score], values)["auroc"]
+        placed = [(d, n, t) for d, sets in problem.sets(role).items() for n, t in sets.items()]
+        sizes = [len(tokens) for _, _, tokens in placed]
+        every = torch.cat([tokens for _, _, tokens in placed])  # fewer, fuller batches
+        for key, row in rows.items():
+            draws = None if row.draws is None else row.draws(every)
+            for score, values in scores(row, draws, every).items():
+                for (distance, name, _), own in zip(placed, values.split(sizes), strict=True):
+                    place = out[key]["auroc"].setdefault(score, {})
+                    place = place.setdefault(role, {}).setdefault(distance, {})
+                    place[name] = measures.detection(known[key][score], own)["auroc"]
     return out
 
 

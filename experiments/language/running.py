@@ -16,7 +16,7 @@ from experiments import measures
 from experiments.detection.running import finite
 from experiments.devices import device
 from experiments.language import causal, encoder
-from experiments.language.methods import GROUPS, IN_FULL
+from experiments.language.methods import GROUPS, IN_FULL, PART
 from experiments.language.problem import SIZES, Problem, Row, Size, nll
 from experiments.language.texts import JUDGING, TUNING
 from experiments.methods.base import Draws
@@ -63,7 +63,11 @@ def jobs(
         out += [
             job(seed, f"{way}: {group}", measure_job, (way, seed, group, size))
             for way, seed in each
-            if way == "full" or group not in IN_FULL
+            if (
+                group not in IN_FULL
+                if way == "LoRA"
+                else setting != "processor" or group not in PART
+            )
         ]
     return sorted(out, key=_whole) if setting == "processor" else out
 

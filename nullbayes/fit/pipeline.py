@@ -57,7 +57,7 @@ from nullbayes.jacobian.linearise import linearised_outputs
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.adapters import remarks
 from nullbayes.model.fingerprint import fingerprint, quick_digest
-from nullbayes.model.parameters import padding_notes
+from nullbayes.model.parameters import standing_notes
 from nullbayes.solvers import Choice, Projection, State
 
 # Seconds that the audit of examples may take beside a fit: a share of it, and at least so many.
@@ -95,7 +95,7 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
         notes += remarks(problem.functional.model, problem.space)
         notes += not_kept(loader, rows, run.max_examples)
         notes += doubts(reading, rows, run.max_examples)
-        notes += padding_notes(problem.functional.model, problem.space)
+        notes += standing_notes(problem.functional.model, problem.space)
         noise = fitting.left_out_noise(notes)
     check_undisturbed(problem, before)
     fit = fitting.finish(check, evidence, audit, notes)

@@ -44,6 +44,7 @@ def prove(functional: FunctionalModel, inputs: Inputs) -> CapturePlan:
     cots = cots.to(outputs)
     plan = make_plan(functional)
     truth = _reference_rows(functional, plan, inputs, cots)
+    _check_gradients(functional, truth)
     while True:
         bad = _mismatches(functional, _captured(functional, plan, inputs, cots), truth)
         if not bad:
@@ -162,6 +163,19 @@ def block_rows(functional: FunctionalModel, block: Block) -> Tensor:
             out[:, slot.start : slot.stop] += rows[:, start : start + slot.numel]
             start += slot.numel
     return out
+
+
+def _check_gradients(functional: FunctionalModel, rows: Tensor) -> None:
+    """Raise `NonFiniteError` where the model's own gradients are no numbers."""
+    if not bool(rows.isfinite().all()):
+        slots = functional.space.slots
+        names = [s.name for s in slots if not rows[:, s.start : s.stop].isfinite().all()]
+        raise NonFiniteError(
+            f"the outputs on the first batch are finite, their gradients with respect to {names[:4]} are not (of "
+            f"{len(names)} of {len(slots)} parameters): automatic differentiation of the model gives NaN or infinity. "
+            "Look for a root or a norm at zero, a division whose result is masked out, or an attention row that is "
+            "masked as a whole; try another attention implementation, or leave these out of `parameters=`."
+        )
 
 
 def _mismatches(functional: FunctionalModel, block: Block, truth: Tensor) -> list[str]:

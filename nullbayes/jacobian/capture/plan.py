@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from nullbayes.audit.route import Route
 from nullbayes.audit.signatures import Signature, SignatureSet
 from nullbayes.errors import ModelError
 from nullbayes.jacobian.capture.single_module import LocalSite
@@ -54,9 +54,11 @@ class CapturePlan:
 
     # Kinds of batches whose rows were proved.
     proved: SignatureSet = field(default_factory=SignatureSet)
-    # Ways through the network on which the rows of one example alone were compared with plain differentiation; any
-    # change of the plan ends them.
-    routes: set[Hashable] = field(default_factory=set)
+    # Ways through the network on which the rows of one example alone, or of several that stay at their places, were
+    # compared with plain differentiation; any change of the plan ends them.
+    routes: set[Route] = field(default_factory=set)
+    # Ways on which several examples were proved in reverse order as well.
+    turned_routes: set[Route] = field(default_factory=set)
     # The shape of one example's outputs, by the kind of batch.
     shapes: dict[Signature, torch.Size] = field(default_factory=dict)
     # Parameters that no example so far has a gradient path to.
@@ -65,12 +67,14 @@ class CapturePlan:
     numbered: int = 0
     # What comparing captured rows with plain differentiation has taken.
     checking_seconds: float = 0.0
-    # Batches of several examples that were proved, in reverse order as well for the first of them.
+    # Batches of several examples that were proved in reverse order as well.
     turned: int = 0
     # The batch that is being captured, for messages.
     where: str = "the training data"
     # Which of the ways to differentiate along a weight change this model takes, see `linearise.py`.
     product: int = 0
+    # The one of them that was last compared with a reverse pass.
+    confirmed: int | None = None
 
     def check_reached(self, model: nn.Module) -> None:
         """Raise :class:`ModelError` if there is a parameter that no example leads to."""

@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.detection import posteriors, published, rivals  # noqa: F401 - they enter their scores
+from experiments.detection import (  # noqa: F401 - they enter their scores
+    posteriors,
+    processes,
+    published,
+    rivals,
+)
 from experiments.detection.base import SCORES
 from experiments.detection.families import FAMILIES, JUDGING, Problem, Size
 from experiments.devices import device

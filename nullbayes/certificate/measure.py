@@ -237,7 +237,7 @@ def _pieces(batches: Sequence[Batch]) -> Iterator[Batch]:
     for point, unit, targets in batches:
         size = len(point)
         each = 8 * unit[:, :1].numel() * LOOKED_AT
-        step = max(1, working_bytes() // max(1, each))
+        step = max(1, working_bytes(point.device) // max(1, each))
         if step >= size:
             yield point, unit, targets
             continue

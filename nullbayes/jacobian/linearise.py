@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nullbayes.audit.batches import counter_generator, plain_gradient
 from nullbayes.audit.signatures import Signature
-from nullbayes.common.memory import WORKING_BYTES, working_bytes
+from nullbayes.common.memory import bounded, working_bytes
 from nullbayes.jacobian.capture.batches import examples_per_capture
 from nullbayes.jacobian.capture.checking import captured_at_use, separate_at_use
 from nullbayes.jacobian.capture.plan import CapturePlan
@@ -114,8 +114,8 @@ def output_rows(
         return SimpleNamespace(values=values.expand(count, *point.shape), point=point)
 
     inputs = functional.batch(inputs)
-    room = working_bytes()
-    if room == WORKING_BYTES:  # no budget says less
+    room = working_bytes(functional.device)
+    if not bounded(functional.device):  # no budget says less
         room = max(room, vectors.nbytes)
     size, step = batch_size(inputs), examples_per_capture(functional, plan, outputs, room)
     for start in range(0, size, step):

@@ -102,11 +102,11 @@ def checked(
         ModelError: a parameter's rows differ on every path; names it and the piece.
     """
     while True:
-        routes: list[Route] | None = [] if _turns(functional, plan, inputs) else None
+        routes: list[Route] = []
         block, made = captured(functional, plan, inputs, make, scales, where, routes)
         since = time.perf_counter()
         gradient, bad = _compared(functional, inputs, block, made.values, scales, index)
-        turning = routes is not None and (not routes or routes[0] not in plan.turned_routes)
+        turning = _turns(functional, plan, inputs, routes)
         if not bad and turning:
             bad = _in_other_order(functional, plan, inputs, made.values, where)
         with _MENDING:
@@ -114,20 +114,25 @@ def checked(
             _note_reached(functional, plan, inputs, gradient)
             if not bad:
                 if batch_size(inputs) > 1:
+                    plan.compared += 1
                     for site in plan.sites:
                         site.axis_proved = True
                 if turning:
                     plan.turned += 1
-                    plan.turned_routes.update(routes or ())
+                    plan.turned_routes.update(routes)
                 plan.proved.add(Signature.of(inputs))
+                plan.routes.update(routes)
                 return block, made
             _mend(plan, bad, where)
 
 
-def _turns(functional: FunctionalModel, plan: CapturePlan, inputs: Inputs) -> bool:
-    """Whether rows of this batch are also proved in reverse order, unless others were that came the same way."""
+def _turns(
+    functional: FunctionalModel, plan: CapturePlan, inputs: Inputs, routes: Sequence[Route]
+) -> bool:
+    """Whether rows of this batch are also proved in reverse order: not where others were that came the same way."""
     most = TURNED_OF_LARGE if is_large(functional.model) else TURNED
-    return batch_size(inputs) > 1 and plan.turned < most
+    known = bool(routes) and routes[0] in plan.turned_routes
+    return batch_size(inputs) > 1 and plan.turned < most and not known
 
 
 def _compared(
@@ -144,7 +149,7 @@ def _compared(
     found = torch.zeros_like(expected)[None]
     for factor in block.factors.values():
         factor.rmatvec(weights[None].to(expected), found)
-    found = _unscaled(functional, found[0], scales)
+    found = unscaled_(functional, found[0], scales)
     space, rounding = functional.space, functional.rounding
     bad = gradient_mismatches(space, expected, found, rounding=rounding)
     if bad and len(total) > 1:
@@ -215,7 +220,7 @@ def captured_at_use(
         if known and not plan.routes.isdisjoint(routes):
             return block, made
         if not _compared(functional, inputs, block, made.values, scales, 0)[1]:
-            plan.routes.update(routes if known else ())
+            plan.routes.update(routes)
             return block, made
     outputs = functional.outputs(inputs, where)
     if not bool(outputs.isfinite().all()):  # an error of its own where they are used
@@ -290,7 +295,8 @@ def _check_some(
     check_separate(functional, inputs, outputs, where, index)
 
 
-def _unscaled(functional: FunctionalModel, rows: Tensor, scales: Scales) -> Tensor:
+def unscaled_(functional: FunctionalModel, rows: Tensor, scales: Scales) -> Tensor:
+    """A sum of rows ``(P,)`` without the ``scales`` of its columns, written over it."""
     if scales:
         for name, scale in scales.items():
             slot = functional.space.by_name[name]

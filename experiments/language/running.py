@@ -74,7 +74,7 @@ def jobs(
 
 def _whole(job: Job) -> tuple[int, int]:
     """One family after the other, and whole seeds of it: what a run that is cut off then has."""
-    families = ("full", "GPT-2", "LoRA")
+    families = ("GPT-2", "full", "LoRA")
     return families.index(job.key.method.partition(":")[0]), job.key.seed
 
 

@@ -258,7 +258,7 @@ class Fitting:
         self.gamma = min(max(round(gamma), 0), m, p)
         self.rank = self.gamma if known is None else min(max(round(known), 0), m, p)
         self.rank_estimated = known is None
-        self.stored = stored_(problem, done.value, self.run.stored)
+        self.stored, self.done = stored_(problem, done, self.run.stored)
         if self.run.stored is not None:
             self.sizes = total(squared(done.value)), self.sizes[1]
 
@@ -374,7 +374,7 @@ def extended(fit: Fit, settings: Settings, count: int) -> Fit:
     del v
     if operator.processes is not None:
         done = replace(done, value=operator.processes.give_(done.value.contiguous()))
-    kept = stored_(fit.problem, done.value, fit.stored.dtype)
+    kept, done = stored_(fit.problem, done, fit.stored.dtype)
     stored = torch.cat([fit.stored, kept])
     check = fit.check and fit.check.with_more(kept)
     effects = operator.mine.matvec(done.value)

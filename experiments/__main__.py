@@ -25,7 +25,7 @@ from experiments.store import OUT, RESULTS, Store, collected
 # In the order in which they are run.
 EXPERIMENTS = (
     "digits_heldout", "fashion_lenet", "underfitting", "tabular", "toy", "ablations", "fashion_resnet", "swin",
-    "detection", "layers", "intervals", "joint", "language",
+    "detection", "layers", "candidates", "intervals", "sets", "joint", "language",
 )  # fmt: skip
 SETTINGS = ("small", "full")
 #: Settings that some experiments alone have.

@@ -40,7 +40,7 @@ PAGES = (
 PICTURES = "pictures"  # folder of copied figures, beside the page
 MARKER = re.compile(r"(<!-- begin (?P<what>[^\n]*?) -->\n)(?P<old>.*?)(<!-- end -->)", re.DOTALL)
 #: Pages whose long tables are shown whole: ours and all rivals.
-WHOLE = ("detection", "layers", "language")
+WHOLE = ("detection", "layers", "candidates", "sets", "language")
 ALSO_SHOWN = "null-space, by evidence"
 OTHERS = (
     "small",

@@ -115,6 +115,7 @@ class Size:
         product: flops of ``A v`` for one vector; ``gram``: of ``A Aᵀ``. None: as for a dense matrix.
         itemsize: bytes of one number of the rows.
         written_over: whether samples may take the place of what they are projected from: for the numerical null space.
+        device: the type of the device that the rows lie on.
     """
 
     rows: int
@@ -124,6 +125,7 @@ class Size:
     gram: float | None = None
     itemsize: int = 4
     written_over: bool = False
+    device: str = "cpu"
 
     @property
     def product_flops(self) -> float:

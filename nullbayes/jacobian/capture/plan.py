@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
+from nullbayes.audit.route import Route
 from nullbayes.audit.signatures import Signature, SignatureSet
 from nullbayes.errors import ModelError
 from nullbayes.jacobian.capture.single_module import LocalSite
@@ -54,9 +55,13 @@ class CapturePlan:
 
     # Kinds of batches whose rows were proved.
     proved: SignatureSet = field(default_factory=SignatureSet)
-    # Ways through the network on which the rows of one example alone were compared with plain differentiation; any
-    # change of the plan ends them.
-    routes: set[Hashable] = field(default_factory=set)
+    # Ways through the network on which all rows of a batch were compared with plain differentiation; any change of the
+    # plan ends them.
+    routes: set[Route] = field(default_factory=set)
+    # Ways on which several examples were proved in reverse order as well.
+    turned_routes: set[Route] = field(default_factory=set)
+    # Examples of the batch that comes next which were evaluated in other company, see `spot_checks.py`.
+    shown: Any = None
     # The shape of one example's outputs, by the kind of batch.
     shapes: dict[Signature, torch.Size] = field(default_factory=dict)
     # Parameters that no example so far has a gradient path to.
@@ -67,12 +72,15 @@ class CapturePlan:
     numbered: int = 0
     # What comparing captured rows with plain differentiation has taken.
     checking_seconds: float = 0.0
-    # Batches of several examples that were proved, in reverse order as well for the first of them.
+    # Batches of several examples that were compared in full, and those of them that were proved in reverse order, too.
+    compared: int = 0
     turned: int = 0
     # The batch that is being captured, for messages.
     where: str = "the training data"
     # Which of the ways to differentiate along a weight change this model takes, see `linearise.py`.
     product: int = 0
+    # The one of them that was last compared with a reverse pass.
+    confirmed: int | None = None
 
     def check_reached(self, functional: FunctionalModel) -> None:
         """Let parameters stay where they are that no output of any example depends on.

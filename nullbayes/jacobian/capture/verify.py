@@ -23,9 +23,11 @@ from nullbayes.jacobian.capture.single_module import LocalFailed, LocalSite, anc
 from nullbayes.jacobian.capture.spreading import candidates
 from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.model.functional import FunctionalModel
+from nullbayes.model.size import is_large
 
 PROBE_EXAMPLES = 3
-PROBE_COTANGENTS = 2
+# Of large networks, whose rows written out are gigabytes, one: the comparison of the first batch has several as well.
+PROBE_COTANGENTS, PROBE_COTANGENTS_OF_LARGE = 2, 1
 
 
 def prove(functional: FunctionalModel, inputs: Inputs) -> CapturePlan:
@@ -44,8 +46,8 @@ def prove(functional: FunctionalModel, inputs: Inputs) -> CapturePlan:
     _check_outputs(functional, inputs, outputs, size)
     _check_runs(functional, inputs)
     generator = torch.Generator().manual_seed(0)
-    cots = torch.randn(PROBE_COTANGENTS, *outputs.shape, generator=generator, dtype=torch.float64)
-    cots = cots.to(outputs)
+    count = PROBE_COTANGENTS_OF_LARGE if is_large(functional.model) else PROBE_COTANGENTS
+    cots = torch.randn(count, *outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
     plan = make_plan(functional)
     truth = _reference_rows(functional, plan, inputs, cots)
     _check_gradients(functional, truth)
@@ -201,14 +203,22 @@ def _check_gradients(functional: FunctionalModel, rows: Tensor) -> None:
         )
 
 
-def _mismatches(functional: FunctionalModel, block: Block, truth: Tensor) -> list[str]:
+def _mismatches(
+    functional: FunctionalModel, block: Block, truth: Tensor, asked: set[str] | None = None
+) -> list[str]:
     """Parameters whose rows are not those of ``truth (B*C, P)``, one factor written out at a time.
 
     All rows of a network of 100 million weights would take as much memory as its samples.
+
+    Args:
+        asked: the parameters that are looked at; None: all.
     """
     space = functional.space
+    asked = set(space.names) if asked is None else asked
     away: dict[str, Tensor] = {}
     for factor in block.factors.values():  # each parameter is in one of them
+        if asked.isdisjoint(slot.name for slot in factor.slots):
+            continue
         values, at = factor.rows(), 0
         for slot in factor.slots:
             theirs = truth[:, slot.start : slot.stop]
@@ -220,11 +230,12 @@ def _mismatches(functional: FunctionalModel, block: Block, truth: Tensor) -> lis
     # it is held against the whole row, not against itself.
     floor = 10 * torch.finfo(truth.dtype).eps * truth.norm().double()
     good = []
-    for slot in space.slots:
+    slots = [slot for slot in space.slots if slot.name in asked]
+    for slot in slots:
         size = truth[:, slot.start : slot.stop].norm()
         good.append(away.get(slot.name, size).double() <= allowed * size.double() + floor)
     told = torch.stack(good).tolist()  # of all parameters by one read
-    return [slot.name for slot, fine in zip(space.slots, told, strict=True) if not fine]
+    return [slot.name for slot, fine in zip(slots, told, strict=True) if not fine]
 
 
 def _repair(plan: CapturePlan, bad: list[str]) -> None:
@@ -287,7 +298,8 @@ def _localise(
                 kept = []
                 break
         else:
-            wrong = set(_mismatches(functional, block, truth))
+            tried = {name for site in trying for name in site.names}
+            wrong = set(_mismatches(functional, block, truth, tried))
             bad = [site for site in trying if wrong & set(site.names)]
             kept += [site for site in trying if site not in bad]
             trying = []

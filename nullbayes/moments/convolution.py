@@ -144,8 +144,11 @@ def _columns(
     last = math.prod(space)
     numbers = torch.arange(1, last + 1, dtype=torch.float64).view(1, 1, *space)
     around = pad(numbers, amounts, mode="constant" if mode == "zeros" else mode)
-    cuts = [slice(start, start + step * (n - 1) + 1, step) for start, step, n in places]
-    seen = patches(around, *settings)[(0, 0, *cuts)]
+    seen = patches(around, *settings)[0, 0]
+    for axis, (start, step, n) in enumerate(places):
+        seen = (
+            seen.narrow(axis, start, step * (n - 1) + 1).movedim(axis, 0)[::step].movedim(0, axis)
+        )
     index = seen.reshape(math.prod(n for _, _, n in places), -1).T.long() - 1
     outside = bool((index < 0).any())
     return index.where(index >= 0, last).contiguous().to(device), outside

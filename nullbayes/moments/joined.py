@@ -1,7 +1,7 @@
 """Leverages of one input at all layers from few operations.
 
-At one input most layers are small, and leverages cost by the number of operations. So during the forward pass each layer
-only puts what it receives into a place of its own, in one or two operations. After it, layers of one size share a
+At one input most layers are small, and leverages cost by the number of operations. So during the forward pass each
+layer only puts what it receives into a place of its own, in one or two operations. After it, layers of one size share a
 product, and all layers a square and a sum.
 
 Which layers are called, and on inputs of which sizes, is what an earlier pass has shown (:class:`Visit`); a pass in
@@ -35,7 +35,7 @@ class Part(NamedTuple):
 
     block: int
     column: int | None
-    count: int
+    size: int
     again: bool
 
 
@@ -61,8 +61,10 @@ class Step:
     def __init__(self, visit: Visit, layer: Leverage, module: Any, thin: int | None) -> None:
         assert visit.inputs is not None and visit.outputs is not None
         self.site, self.shape, self.layer = visit.site, visit.inputs, layer
-        self.column, self.count = visit.parts[0].column, visit.parts[0].count
-        self.blocks = [visit.parts[0].block]  # and those of the weights that receive the same tensor
+        self.column, self.count = visit.parts[0].column, visit.parts[0].size
+        self.blocks = [
+            visit.parts[0].block
+        ]  # and those of the weights that receive the same tensor
         self.order: Tensor | None = None  # of its columns, if not that of the weight
         self.index: Tensor | None = None
         self.map: Tensor | None = None
@@ -104,7 +106,9 @@ class Step:
     def root(self) -> tuple[Tensor, Tensor | None]:
         """``(I, k)``, and what a constant one adds ``(1, k)``."""
         root, one = self.layer.part(self.own, self.column)
-        return root[0] if self.order is None else root[0][self.order], None if one is None else one[0]
+        return root[0] if self.order is None else root[0][self.order], None if one is None else one[
+            0
+        ]
 
 
 class Group:
@@ -202,7 +206,7 @@ class Joined:
                     if step.size <= LARGE and total + step.size <= ALL:
                         last, total = step, total + step.size
             if last is None:
-                self.others += [(p.block, p.column is not None, p.count) for p in visit.parts]
+                self.others += [(p.block, p.column is not None, p.size) for p in visit.parts]
             self.steps.append(last)
 
     def _lay_out(self, dtype: torch.dtype) -> None:
@@ -223,7 +227,9 @@ class Joined:
         self.squares = torch.zeros(2, self.total, dtype=dtype)
         self.norms = [
             (part, out.view(part.shape[:2]))
-            for k, parts in enumerate(([g.received for g in self.groups], [g.found for g in self.groups]))
+            for k, parts in enumerate(
+                ([g.received for g in self.groups], [g.found for g in self.groups])
+            )
             for part, out in zip(parts, self.squares[k].split(rows), strict=True)
         ]
 

@@ -114,8 +114,8 @@ class Leverages:
         self._found: list[Call] = []
         self._last: tuple[Any, ...] | None = None
         self._lock = threading.Lock()
-        # Of passes of one input: by its sizes how they are planned, how often such an input was met; the plan of the pass
-        # that runs; what modules received in it, by call and by weight.
+        # Of passes of one input: by its sizes how they are planned, and how often such an input was met; the plan of
+        # the pass that runs; what modules received in it, by call and by weight.
         self._plans: dict[tuple[torch.Size, ...], Joined] = {}
         self._tries: dict[tuple[torch.Size, ...], int] = {}
         self._joined: Joined | None = None
@@ -159,7 +159,9 @@ class Leverages:
             for number, (path, hook) in enumerate(general)
         ]
 
-    def _hook_of(self, number: int, site: Site, general: Callable[..., None]) -> Callable[..., None]:
+    def _hook_of(
+        self, number: int, site: Site, general: Callable[..., None]
+    ) -> Callable[..., None]:
         single, name = simple(site, self.positions), "input"
 
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -171,9 +173,11 @@ class Leverages:
                 return
             before = len(self._parts)
             general(module, args, kwargs, out)
-            plain = type(x) is Tensor and isinstance(out, Tensor)
-            shapes = (x.shape, out.shape) if plain else (None, None)
-            self._visits.append(Visit(number, *shapes, tuple(self._parts[before:])))
+            parts = tuple(self._parts[before:])
+            if type(x) is Tensor and isinstance(out, Tensor):
+                self._visits.append(Visit(number, x.shape, out.shape, parts))
+            else:
+                self._visits.append(Visit(number, None, None, parts))
 
         return hook
 
@@ -234,7 +238,9 @@ class Leverages:
             )
             call = Call(number, call.biased, lead, roots, lengths)
         self._found.append(call)
-        self._parts.append(Part(number, column if seen.index is None else 0, len(call.roots), again))
+        self._parts.append(
+            Part(number, column if seen.index is None else 0, len(call.roots), again)
+        )
 
     def means(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Means for each example ``(B, L)`` over what the blocks that count receive, and outputs ``(B, *out)``.

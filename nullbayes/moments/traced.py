@@ -171,8 +171,12 @@ class Put:
 
     def call(self) -> Call:
         """Its norms."""
-        along = self.along if self.shifted else self.along + self.probe.shift[0]
-        return Call(self.probe, norm(self.a, keepdim=True), norm(along, keepdim=True), self.times)
+        sizes, along = norm(self.a, keepdim=True), norm(self.moved(), keepdim=True)
+        return Call(self.probe, sizes, along, self.times)
+
+    def moved(self) -> Tensor:
+        """The product with what a constant one adds."""
+        return self.along if self.shifted else self.along + self.probe.shift[0]
 
     def plain(self) -> Tensor:
         """Not over squared sizes."""
@@ -186,41 +190,39 @@ class Put:
 class Merged(nn.Module):
     """Calls of different blocks on inputs of one kind, ``(B, I)`` each or ``(B, T, I)``, finished together.
 
-    Numerator and denominator of each leverage are sums of squares of what the call left, with a weight by number: one
-    square and one product for all of them.
+    Numerators and denominators of all leverages are one product of squares that the calls left: of norms; of vectors,
+    where that takes fewer operations, of the numbers themselves.
 
     Args:
         places: of the calls in the pass.
         calls: as one pass left them.
     """
 
-    sums: Tensor
-    shift: Tensor
+    weights: Tensor
     added: Tensor
     signs: Tensor
 
     def __init__(self, places: Sequence[int], calls: Sequence[Put]) -> None:
         super().__init__()
         self.places, count = tuple(places), len(calls)
-        widths = [call.a.shape[-1] for call in calls] + [call.along.shape[-1] for call in calls]
-        starts = [sum(widths[:i]) for i in range(len(widths) + 1)]
+        self.vectors = calls[0].a.ndim == 2
         first = calls[0].probe.root
-        sums, shift = first.new_zeros(starts[-1], 2 * count), first.new_zeros(starts[-1])
+        weights = torch.eye(2 * count, dtype=first.dtype, device=first.device)
         added = first.new_full((2 * count,), torch.finfo(first.dtype).tiny)
         for i, call in enumerate(calls):
             probe, times = call.probe, call.times
-            own, found = (slice(starts[j], starts[j + 1]) for j in (i, count + i))
-            sums[own, count + i] = times
-            sums[found, i] = probe.sign * times
+            weights[i, i], weights[count + i, count + i] = probe.sign * times, times
             added[count + i] += probe.one
             if probe.sign < 0:
-                sums[own, i] = times * probe.base[0]
+                weights[count + i, i] = times * probe.base[0]
                 added[i] += times * probe.base[0] * probe.one
-            if not call.shifted:
-                shift[found] = probe.shift[0]
-        self.shifts = bool(shift.any())
+        if self.vectors:
+            widths = [c.along.shape[-1] for c in calls] + [c.a.shape[-1] for c in calls]
+            weights = weights.repeat_interleave(torch.tensor(widths, device=first.device), 0)
+        #: whether numerators and denominators are other than the squares themselves
+        self.weighs = self.vectors or not torch.equal(weights, torch.eye(2 * count).to(weights))
         signs = torch.cat([first.new_ones(count), -first.new_ones(count)])
-        for name, value in (("sums", sums), ("shift", shift), ("added", added), ("signs", signs)):
+        for name, value in (("weights", weights), ("added", added), ("signs", signs)):
             self.register_buffer(name, value)
 
     @staticmethod
@@ -232,10 +234,12 @@ class Merged(nn.Module):
 
     def forward(self, calls: Sequence[Put]) -> Tensor:
         """Sums over the calls of their log mean leverages over squared sizes ``(B,)``."""
-        joined = torch.cat([call.a for call in calls] + [call.along for call in calls], -1)
-        if self.shifts:
-            joined = joined + self.shift
-        pairs = (joined * joined) @ self.sums + self.added
+        parts = [call.moved() for call in calls] + [call.a for call in calls]
+        if not self.vectors:
+            parts = [norm(part, keepdim=True) for part in parts]
+        joined = torch.cat(parts, -1)
+        pairs = joined * joined
+        pairs = (pairs @ self.weights if self.weighs else pairs) + self.added
         tiny = torch.finfo(pairs.dtype).tiny
         if pairs.ndim == 2:
             return pairs.clamp_min(tiny).log() @ self.signs

@@ -50,7 +50,7 @@ _MENDING = threading.RLock()
 # Batches of several examples whose rows are also proved in reverse order, and how many of the examples.
 TURNED, TURNED_EXAMPLES = 4, 64
 # Of large networks, each pass of which is dear, fewer.
-TURNED_OF_LARGE, TURNED_EXAMPLES_OF_LARGE = 2, 4
+TURNED_OF_LARGE, TURNED_EXAMPLES_OF_LARGE = 1, 4
 # Examples of a batch at most that are evaluated in other company at use, where no rows are captured.
 SEPARATED_EXAMPLES = 64
 # What a step of the plan may fail with, to be tried in another way; a lack of memory is none.

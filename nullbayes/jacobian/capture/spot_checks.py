@@ -1,4 +1,4 @@
-"""Later batches of large networks: some neighbouring examples of each are looked at, and one pass answers both questions.
+"""Later batches of large networks: of each some neighbouring examples are looked at, by one pass for two questions.
 
 Are examples functions of themselves, and are their rows those of automatic differentiation? The first batches are
 evaluated, and their rows compared, in full. Of a later one that took a way through the network on which all rows were
@@ -41,7 +41,7 @@ from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.size import is_large
 
-# Batches of several examples whose rows are compared in full, and in reverse order, before others are in part.
+# Batches of several examples whose rows are compared in full before others are in part.
 IN_FULL = 2
 # Of a later batch, and of each piece of it that is captured by itself, one example in so many is looked at.
 ONE_IN = 4

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nullbayes.common.memory import working_bytes
+from nullbayes.common.packed import Packed
 from nullbayes.jacobian.factors import contraction
 from nullbayes.jacobian.factors import products as sizes
 from nullbayes.jacobian.factors.base import Factor
@@ -177,7 +178,7 @@ class OuterFactor(OuterCosts):
         if self.bias is not None:
             out[:, self.bias.start : self.bias.stop].addmm_(weights, self._bias_rows())
 
-    def _row_blocks(self, *, single: bool) -> Iterator[tuple[slice, slice, Tensor]]:
+    def _row_blocks(self, *, single: bool, span: int = 0) -> Iterator[tuple[slice, slice, Tensor]]:
         """Rows of the weight a piece at a time: which of the ``B*C`` rows, which columns, values.
 
         A piece holds the weights of some outputs (of some inputs if ``transposed``), or of some
@@ -185,6 +186,7 @@ class OuterFactor(OuterCosts):
 
         Args:
             single: pieces may be of one example each, where these are large enough.
+            span: outputs of a piece, of one group; 0: as many as are near.
         """
         c, t, o, i = self.cotangents, self.tokens, self.width_out, self._inputs.shape[3]
         lead, trail = (i, o) if self.transposed else (o, i)
@@ -192,7 +194,7 @@ class OuterFactor(OuterCosts):
         near = near_elements()
         at_once = near // max(1, self.num_rows * trail)
         if self.groups == 1:
-            groups, span = 1, min(lead, max(wide, at_once))
+            groups, span = 1, min(lead, span or max(wide, at_once))
         else:
             groups, span = min(self.groups, max(1, at_once // lead)), lead
         # On an accelerator a launch for each example costs more than its product.
@@ -267,8 +269,10 @@ class OuterFactor(OuterCosts):
     def _matvec_rows(self, vectors: Tensor) -> Tensor:
         out = self.g.new_zeros(len(vectors), self.num_rows)
         if self.num_rows <= sizes.FEW_ROWS:
-            for at, columns, rows in self._row_blocks(single=True):
-                out[:, at] += sizes.few_rows(vectors[:, columns], rows)
+            # Chunks of packed samples are read whole.
+            span = vectors.each(self.weight.start) if isinstance(vectors, Packed) else 0
+            for at, columns, rows in self._row_blocks(single=True, span=span):
+                out[:, at] += sizes.few_rows(vectors, columns, rows)
             return out
         part, of = vectors, slice(0, 0)
         # One example's rows alone would read the vectors once for very few products.

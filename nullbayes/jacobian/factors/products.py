@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.common.memory import WORKING_BYTES, working_bytes
+from nullbayes.common.packed import Packed
 from nullbayes.model.parameters import Slot
 
 # Elements of the largest temporary that one product may create (256 MB of float32).
@@ -55,13 +56,16 @@ def product(x: Tensor, y: Tensor) -> Tensor:
     return x @ y.T
 
 
-def few_rows(vectors: Tensor, rows: Tensor) -> Tensor:
-    """``vectors rowsᵀ (S, R)`` for a few ``rows (R, K)``; ``vectors (S, K)`` are columns of larger ones.
+def few_rows(vectors: Tensor, columns: slice, rows: Tensor) -> Tensor:
+    """``vectors[:, columns] rowsᵀ (S, R)`` for a few ``rows (R, K)``.
 
     Reading the vectors is what takes time: 1.3 GB for 30 samples of 11 million weights. They are read once, where they
     lie; a copy that a product may like better would write and read them again. In half precision they are widened a
     piece at a time.
     """
+    if isinstance(vectors, Packed):
+        return vectors.few_rows(columns.start, rows)
+    vectors = vectors[:, columns]
     out = rows.new_zeros(len(rows), len(vectors))
     for start in range(0, rows.shape[1], READ_COLUMNS):
         some = vectors[:, start : start + READ_COLUMNS].to(rows.dtype)
@@ -95,7 +99,8 @@ def flushed(x: Tensor) -> Tensor:
     info = torch.finfo(x.dtype)
     eps = min(info.eps, torch.finfo(torch.float32).eps) ** 4
     for part in (x[:: -(-len(x) // SEEN_FIRST)], x):
-        largest = float(torch.linalg.vector_norm(part, float("inf")))
+        low, high = torch.aminmax(part)  # in a tenth of the time of a norm
+        largest = max(-float(low), float(high))
         if not math.isfinite(largest):  # an error that others report
             return x
         kept = torch.nn.functional.hardshrink(part, max(info.tiny, largest * eps))

@@ -1,7 +1,7 @@
 """Samples in 8 bits: a quarter of the memory, and of what a prediction for one input reads.
 
-Weights of two axes and more are stored as integers of 8 bits with one scale for each sample and every 65,536 or so
-neighbouring weights (`torch.int8`, symmetric): a sample changes by about 0.9 % of its size. Biases and the weights of
+Weights of two axes and more are stored as integers of 8 bits with one scale for each sample and every 131,072 or so
+neighbouring weights (`torch.int8`, symmetric): a sample changes by about 1 % of its size. Biases and the weights of
 norm layers stay as they are. One product with a few rows reads the integers where they lie, in a kernel of PyTorch's
 that widens them in registers; the rows are rounded to bfloat16 for it (0.2 % of a row).
 """
@@ -14,13 +14,13 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 # Weights of a tensor from which it is packed, and those that share a scale, about.
-FROM, TOGETHER = 2**10, 2**16
+FROM, TOGETHER = 2**10, 2**17
 LARGEST = 127
 # Bytes: the kernel loads whole vectors, and only from places that are multiples of them.
 ALIGNED = 64
@@ -42,13 +42,16 @@ class Piece:
     chunks: int
 
     @classmethod
-    def of(cls, start: int, shape: Sequence[int]) -> Piece:
+    def of(cls, start: int, shape: Sequence[int], each: int | None = None) -> Piece:
+        """``each`` None: as it is best."""
         numel = math.prod(shape)
-        if len(shape) < 2 or numel < FROM:
+        packed = len(shape) > 1 and numel >= FROM if each is None else each > 0
+        if not packed:
             return cls(start, numel, shape[-1] if len(shape) > 1 else numel, 0, 0)
         rows, wide = shape[0], numel // shape[0]
-        chunks = -(-rows // max(1, TOGETHER // wide))
-        each = -(-rows // chunks)
+        if each is None:
+            chunks = -(-rows // max(1, TOGETHER // wide))
+            each = -(-rows // chunks)
         return cls(start, numel, wide, each, -(-rows // each))
 
     @property
@@ -81,6 +84,8 @@ class Packed:
         self.device, self._version = plain.device, 0
         self._by_start: dict[int, tuple[Tensor, Tensor]] = {}
         self._plain_at: dict[int, int] = {}
+        #: by their first columns, once they were asked for
+        self._chunks: dict[int, tuple[Tensor, Tensor]] | None = None
         at = scale_at = plain_at = 0
         for piece in self.pieces:
             if not piece.each:
@@ -180,6 +185,22 @@ class Packed:
         """How many rows of the tensor that starts at that column share a scale; 0: it is not packed."""
         return next(p.each for p in self.pieces if p.start == start)
 
+    def _fast(self, piece: Piece) -> bool:
+        return piece.chunk % ALIGNED == 0 and self.device.type == "cpu" and _kernel()
+
+    def _chunk_at(self, start: int, width: int) -> tuple[Tensor, Tensor] | None:
+        """Values and scales of the chunk of these very columns; None: there is none that the kernel takes."""
+        if self._chunks is None:
+            self._chunks = {
+                p.start + c * p.chunk: (values[c], scales[c])
+                for p in self.pieces
+                if p.each and self._fast(p)
+                for values, scales in [self._by_start[p.start]]
+                for c in range(p.chunks)
+            }
+        found = self._chunks.get(start)
+        return None if found is None or found[0].shape[1] != width else found
+
     def columns(self, start: int, stop: int) -> Tensor:
         """``(S, stop - start)`` float32."""
         out = self.plain.new_empty(len(self), stop - start)
@@ -208,6 +229,10 @@ class Packed:
 
     def few_rows(self, start: int, rows: Tensor) -> Tensor:
         """``Δ rowsᵀ (S, R)`` for ``rows (R, K)`` of the columns from ``start`` on; widened chunk by chunk."""
+        known = self._chunk_at(start, rows.shape[1])
+        if known is not None and rows.dtype == torch.float32:
+            values, scales = known
+            return (_product(rows.bfloat16(), values) * scales).T
         stop, total = start + rows.shape[1], rows.new_zeros(len(rows), len(self))
         for piece in self._within(start, stop):
             first, last = max(start, piece.start), min(stop, piece.stop)
@@ -217,8 +242,7 @@ class Packed:
                 total.addmm_(some, self.plain[:, at : at + last - first].to(rows.dtype).T)
                 continue
             values, scales = self._by_start[piece.start]
-            fast = rows.dtype == torch.float32 and piece.chunk % ALIGNED == 0
-            fast = fast and rows.device.type == "cpu" and _kernel()
+            fast = rows.dtype == torch.float32 and self._fast(piece)
             some = some.bfloat16() if fast else some
             for c, span, inside in _chunks(piece, begin, last - piece.start):
                 part = some[:, span]
@@ -231,6 +255,16 @@ class Packed:
                     found = _product(part.contiguous(), values[c])
                 total.addcmul_(found.to(rows.dtype), scales[c].to(rows.dtype))
         return total.T
+
+    @property
+    def as_samples(self) -> Tensor:
+        """Itself, for those that know samples as a tensor and use no more of it than there is here."""
+        return cast(Tensor, self)
+
+
+def packed_in(samples: object) -> Packed | None:
+    """Where samples are in 8 bits, what they are."""
+    return samples if isinstance(samples, Packed) else None
 
 
 def _chunks(piece: Piece, begin: int, end: int) -> Iterator[tuple[int, slice, slice]]:

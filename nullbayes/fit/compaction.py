@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from nullbayes.certificate import Certificate
-from nullbayes.common.packed import Packed
+from nullbayes.common.packed import Packed, packed_in
 from nullbayes.errors import InputError
 from nullbayes.fit.auditing import audited
 from nullbayes.fit.pipeline import new_samples
@@ -58,9 +57,9 @@ def narrowed(fit: Fit, samples: int, dtype: torch.dtype) -> Tensor:
     some = fit.stored[:samples]
     if dtype is not torch.int8:
         return some.to(dtype, copy=True)
-    if not isinstance(some, Packed):
-        some = Packed.of(some, [slot.shape for slot in fit.problem.space.slots])
-    return cast(Tensor, some)
+    if packed_in(some) is not None:
+        return some
+    return Packed.of(some, [slot.shape for slot in fit.problem.space.slots]).as_samples
 
 
 def _measured(fit: Fit, stored: Tensor) -> Certificate:

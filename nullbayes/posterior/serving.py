@@ -42,7 +42,7 @@ class Serves:
         Args:
             samples: the first so many; None: all that are stored.
             dtype: what they are stored in: ``torch.bfloat16`` takes half the room and rounds each by up to 0.4 %;
-                ``torch.int8`` takes a quarter and changes each by 0.9 % of its size (biases and norm layers stay as
+                ``torch.int8`` takes a quarter and changes each by 1 % of its size (biases and norm layers stay as
                 they are); None: what they are in now.
 
         Raises:

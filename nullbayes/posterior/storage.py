@@ -8,7 +8,7 @@ import os
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nullbayes.certificate import Certificate
 from nullbayes.common.files import atomic_file, checksum
-from nullbayes.common.packed import ALIGNED, Packed, Piece
+from nullbayes.common.packed import ALIGNED, Packed, Piece, packed_in
 from nullbayes.constraints.problem import Problem
 from nullbayes.errors import NullBayesError, NullBayesWarning, StorageError
 from nullbayes.fit.result import Fit
@@ -58,6 +58,9 @@ def write_posterior(
         "fingerprint": fingerprint(model),
         "settings": settings,
     }
+    packed = packed_in(samples)
+    if packed is not None:
+        meta["each"] = [packed.each(slot.start) for slot in space.slots]
     try:
         text = json.dumps(meta)
     except TypeError as error:
@@ -95,16 +98,17 @@ def _begins(path: Path, name: str) -> int:
 
 def _version(problem: Problem, samples: Tensor, *, special: bool) -> int:
     """The earliest that has a place for all of it."""
-    if isinstance(samples, Packed):
+    if packed_in(samples) is not None:
         return VERSION
     return SPECIAL if special or problem.layers else PLAIN
 
 
 def _in_tensors(samples: Tensor) -> dict[str, Tensor]:
     """Samples as a file holds them."""
-    if not isinstance(samples, Packed):
+    packed = packed_in(samples)
+    if packed is None:
         return {"samples": samples.detach().cpu().contiguous()}
-    parts = {"samples": samples.values, SCALES: samples.scales, REST: samples.plain}
+    parts = {"samples": packed.values, SCALES: packed.scales, REST: packed.plain}
     return {name: part.cpu().contiguous() for name, part in parts.items()}
 
 
@@ -265,7 +269,7 @@ class Stored:
                 stacklevel=3,
             )
         if SCALES in self.beside:
-            return cast(Tensor, self._packed(space))
+            return self._packed(space).as_samples
         tensor, shape = self.tensor, tuple(self.tensor.shape)
         if len(shape) != 2 or shape[0] < 1 or shape[1] != space.total:
             raise StorageError(
@@ -286,10 +290,17 @@ class Stored:
 
     def _packed(self, space: ParameterSpace) -> Packed:
         """Samples in 8 bits, whose tensors may be registered in another order by now."""
-        pieces = [
-            Piece.of(space.by_name[name].start, shape)
-            for name, shape in zip(self.names, self.meta["shapes"], strict=True)
-        ]
+        shapes: list[list[int]] = self.meta["shapes"]
+        each: Any = self.meta.get("each")
+        sane = isinstance(each, list) and len(each) == len(shapes)
+        most = [shape[0] if len(shape) > 1 else 0 for shape in shapes]
+        sane = sane and all(type(e) is int and 0 <= e <= m for e, m in zip(each, most, strict=True))
+        if not sane:
+            raise StorageError(
+                f"{self.path} does not say how its samples in 8 bits are laid out. The file is damaged; save it again."
+            )
+        columns = zip(self.names, shapes, each, strict=True)
+        pieces = [Piece.of(space.by_name[n].start, shape, e) for n, shape, e in columns]
         scales, rest = self.beside[SCALES], self.beside[REST]
         count = len(rest)
         packed = sum(p.chunks * p.chunk for p in pieces)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nullbayes.common.packed import Packed
+from nullbayes.common.packed import Packed, packed_in
 from nullbayes.jacobian.factors import products
 from nullbayes.jacobian.factors.base import Factor
 from nullbayes.model.parameters import Slot
@@ -75,8 +75,9 @@ class LookupFactor(Factor):
         return self._compact(self.index, self.slot.shape[0])
 
     def matvec(self, vectors: Tensor) -> Tensor:
-        if isinstance(vectors, Packed):
-            return self._matvec_packed(vectors)
+        packed = packed_in(vectors)
+        if packed is not None:
+            return self._matvec_packed(packed)
         table = vectors[:, self.slot.start : self.slot.stop].reshape(len(vectors), -1, self.dim)
         index, here = self.index.clamp(min=0), (self.index >= 0)[None, :, :, None]
         step = max(1, products.chunk_elements() // max(1, index.numel() * self.dim))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.common.memory import WORKING_BYTES, working_bytes
-from nullbayes.common.packed import Packed
+from nullbayes.common.packed import packed_in
 from nullbayes.model.parameters import Slot
 
 # Elements of the largest temporary that one product may create (256 MB of float32).
@@ -24,8 +24,8 @@ ONEDNN_PRODUCT = 2**20
 # Rows up to which a product with vectors is as fast as these can be read: where they lie, then. With more, it pays to
 # bring them together first. And columns that are read at a time, for a result that stays in registers.
 FEW_ROWS, READ_COLUMNS = 16, 2**13
-# Examples of a batch that are looked at for subnormal numbers.
-SEEN_FIRST = 4
+# Examples of a batch that are looked at for subnormal numbers; of one example alone, one number in so many.
+SEEN_FIRST, ONE_IN = 4, 8
 
 
 def chunk_elements() -> int:
@@ -63,8 +63,9 @@ def few_rows(vectors: Tensor, columns: slice, rows: Tensor) -> Tensor:
     lie; a copy that a product may like better would write and read them again. In half precision they are widened a
     piece at a time.
     """
-    if isinstance(vectors, Packed):
-        return vectors.few_rows(columns.start, rows)
+    packed = packed_in(vectors)
+    if packed is not None:
+        return packed.few_rows(columns.start, rows)
     vectors = vectors[:, columns]
     out = rows.new_zeros(len(rows), len(vectors))
     for start in range(0, rows.shape[1], READ_COLUMNS):
@@ -98,7 +99,10 @@ def flushed(x: Tensor) -> Tensor:
         return x
     info = torch.finfo(x.dtype)
     eps = min(info.eps, torch.finfo(torch.float32).eps) ** 4
-    for part in (x[:: -(-len(x) // SEEN_FIRST)], x):
+    few = x[:: -(-len(x) // SEEN_FIRST)]
+    if len(x) == 1 and x.shape[-1] > ONE_IN:  # a token has them in all its numbers
+        few = x[..., ::ONE_IN]
+    for part in (few, x):
         low, high = torch.aminmax(part)  # in a tenth of the time of a norm
         largest = max(-float(low), float(high))
         if not math.isfinite(largest):  # an error that others report

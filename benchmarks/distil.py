@@ -142,7 +142,6 @@ def measured(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any
         "variance_correlation": fidelity.variance_correlation,
         "auroc": fidelity.auroc,
         "latency": {},
-        "head": None if module is None else type(module.head).__name__,
     }
     if module is not None:
         asked = module.arguments(test[:2])

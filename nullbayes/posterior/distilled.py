@@ -1,10 +1,12 @@
 """A posterior's novelty and variance by a small head on the network's own features: one plain module, one forward pass.
 
-Features are what the last layers receive, of images the means over quarters; `heads.py` says what is made of them.
+Features are what the last layers receive, of images the means over quarters, and of texts the mean of what the first
+layer receives; `heads.py` says what is made of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,10 +36,21 @@ class Seen:
     """What tapped layers received in this pass, ``(B, d)`` each: pooled at once, while a map is near at hand.
 
     No tensor attribute of a module, which a graph would have to keep.
+
+    Attributes:
+        mask: ``(B, T)``, which tokens are no padding; None where the batch does not say.
     """
 
     def __init__(self) -> None:
         self.values: list[Tensor] = []
+        self.mask: Tensor | None = None
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """``(B, T, d)`` as the mean over tokens that are no padding."""
+        if self.mask is None or self.mask.shape != x.shape[:2]:
+            return x.mean(1)
+        weight = self.mask.to(x.dtype).unsqueeze(1)
+        return (weight @ x).squeeze(1) / weight.sum(2).clamp_min(1)
 
 
 class Tap(nn.Module):
@@ -48,7 +61,8 @@ class Tap(nn.Module):
         self.inner, self.seen = inner, seen
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.seen.values.append(pooled(x))
+        tokens = x.ndim == 3 and isinstance(self.inner, nn.Linear)
+        self.seen.values.append(self.seen.tokens(x) if tokens else pooled(x))
         return self.inner(x, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -65,7 +79,7 @@ class TappedLinear(nn.Linear):
     seen: Seen
 
     def forward(self, x: Tensor) -> Tensor:
-        self.seen.values.append(pooled(x))
+        self.seen.values.append(x if x.ndim == 2 else self.seen.tokens(x))
         return nn.functional.linear(x, self.weight, self.bias)
 
 
@@ -121,9 +135,11 @@ class Distilled(Exported):
 
     def features(self, given: Any) -> tuple[Tensor, list[Tensor]]:
         """The network's outputs, and what its tapped layers received, each ``(B, d)``, with the outputs."""
-        self.seen.values = []  # of a pass that failed
+        seen = self.seen
+        seen.values = []  # of a pass that failed
+        seen.mask = given.get("attention_mask") if isinstance(given, Mapping) else None
         outputs = self._called(self.network, given)
-        found, self.seen.values = self.seen.values, []
+        found, seen.values, seen.mask = seen.values, [], None
         if self.taps and len(found) != self.taps:
             raise ModelError(
                 f"{len(found)} of the layers that the head looks at were called, and {self.taps} when it was fitted: "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,8 +27,9 @@ LEAST_CORRELATION, MOST_AUROC_LOST = 0.8, 0.05
 ORDINARY_LESS = 0.3
 # Of the examples, how many judge; and how few do not.
 JUDGES, FEWEST = 4, 40
-# Layers whose inputs the head looks at: the last ones with inputs of their own, and how many of them may be maps. To
-# pool one takes three operations; a second one brought little (`benchmarks/results/distil.md`).
+# Layers whose inputs the head looks at: the last ones with inputs of their own, and how many of them may be maps, of
+# which a second one brought little. Of layers that receive tokens it looks at the first: which tokens there are is what
+# is new of a text.
 TAPS, MAPS = 3, 1
 TAPPED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ORDINARY, ALL = "ordinary", "all"
@@ -199,22 +199,22 @@ def _module(posterior: Posterior, x: Inputs) -> Distilled:
     return module
 
 
+VECTOR, MAP, TOKENS, NEITHER = "vector", "map", "tokens", ""
+
+
 def _tapped(module: Distilled, x: Inputs) -> list[str]:
-    """Paths of the last layers that are called once, with the batch on the first axis and no axis of tokens.
+    """Paths of the layers to look at, as they are called; each is called once, with the batch on the first axis.
 
     Of several that receive the same tensor (a block and the shortcut around it), the first one.
     """
-    size, calls, before = batch_size(x), list[tuple[str, bool, bool]](), list[Tensor]()
+    size, calls, before = batch_size(x), list[tuple[str, str]](), list[Tensor]()
     hooks = []
     for path, layer in module.network.named_modules():
         if isinstance(layer, TAPPED):
 
             def hook(layer: nn.Module, args: Any, path: str = path) -> None:
                 given = args[0] if args and isinstance(args[0], Tensor) else None
-                images = not isinstance(layer, nn.Linear)
-                fits = given is not None and len(given) == size and (images or given.ndim == 2)
-                fits = fits and not any(given is other for other in before)
-                calls.append((path, fits, images))
+                calls.append((path, _kind(layer, given, size, before)))
                 before.extend([given] if given is not None else [])
 
             hooks.append(layer.register_forward_pre_hook(hook))
@@ -224,18 +224,29 @@ def _tapped(module: Distilled, x: Inputs) -> list[str]:
     finally:
         for handle in hooks:
             handle.remove()
-    paths = [path for path, *_ in calls]
-    able = [(path, image) for path, fits, image in calls if fits and paths.count(path) == 1]
+    paths = [path for path, _ in calls]
+    able = [(path, kind) for path, kind in calls if kind and paths.count(path) == 1]
     if not able:
         raise ModelError(
-            "no linear or convolution layer of the network receives one vector or image for each example, which the "
-            "head of a distilled module looks at; score with `posterior.novelty`."
+            "no linear or convolution layer of the network receives one vector, image or text for each example, which "
+            "the head of a distilled module looks at; score with `posterior.novelty`."
         )
-    chosen: list[tuple[str, bool]] = []
-    for path, image in reversed(able):
-        if len(chosen) < TAPS and not (image and sum(map(itemgetter(1), chosen)) >= MAPS):
-            chosen.append((path, image))
-    return [path for path, _ in reversed(chosen)]
+    tokens = [path for path, kind in able if kind == TOKENS][:1]
+    room, chosen = {VECTOR: TAPS, MAP: MAPS, TOKENS: 0}, set(tokens)
+    for path, kind in reversed(able):
+        if room[kind] and len(chosen) < TAPS + len(tokens):
+            room[kind] -= 1
+            chosen.add(path)
+    return [path for path in paths if path in chosen]
+
+
+def _kind(layer: nn.Module, given: Tensor | None, size: int, before: list[Tensor]) -> str:
+    """What a layer receives for each example, where no earlier one received the same tensor."""
+    if given is None or len(given) != size or any(given is other for other in before):
+        return NEITHER
+    if not isinstance(layer, nn.Linear):
+        return MAP
+    return {2: VECTOR, 3: TOKENS}.get(given.ndim, NEITHER)
 
 
 def _scores(module: Distilled, batches: list[Inputs]) -> Tensor:

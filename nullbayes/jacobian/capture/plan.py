@@ -12,7 +12,7 @@ from nullbayes.audit.signatures import Signature, SignatureSet
 from nullbayes.errors import ModelError
 from nullbayes.jacobian.capture.single_module import LocalSite
 from nullbayes.jacobian.layers.rule import LayerRule, rule_for
-from nullbayes.model.checks import quantised
+from nullbayes.model.checks import QUANTISED_MEND, quantised
 from nullbayes.model.functional import FunctionalModel
 
 
@@ -80,7 +80,11 @@ class CapturePlan:
                 f"no gradient path leads from the output to {sorted(self.unreached)} on any example: nothing can be "
                 "preserved by them. Leave them out with `parameters=lambda name, p: name not in "
                 "{...}`, or look for `.detach()` / `torch.no_grad()` / integer conversions in the forward pass."
-                + (f" Quantised layers have no derivative: {packed[:5]}." if packed else "")
+                + (
+                    f" Quantised layers have no derivative: {packed[:5]}. {QUANTISED_MEND}"
+                    if packed
+                    else ""
+                )
             )
 
     def owners(self, name: str) -> list[Site]:

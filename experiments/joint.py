@@ -184,15 +184,22 @@ def measure_job(name: str, seed: int) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", nb.errors.NullBayesWarning)
         for key, (draws, temperature, seconds) in methods(network, data, seed).items():
-            found = {"seconds": seconds, "temperature": temperature}
-            for part, x in (("clean", data.test.inputs), ("shifted", data.shifted)):
-                p = (draws(x) / temperature).double().softmax(2)
-                found[part] = figures(p, data.test.targets, seed)
-            found["strengths"] = by_strength(draws, temperature, data, seed)
-            out["methods"][key] = found
+            out["methods"][key] = measured(draws, temperature, seconds, data, seed)
     classes = int(max(split.targets.max() for split in (data.train, data.test))) + 1
     out["methods"]["guess"] = guessed(data.test.targets, classes, seed)
     return out
+
+
+def measured(
+    draws: Draws, temperature: float, seconds: float, data: Data, seed: int
+) -> dict[str, Any]:
+    """Of one method: figures on test inputs, on those shifted, and at five strengths."""
+    found: dict[str, Any] = {"seconds": seconds, "temperature": temperature}
+    for part, x in (("clean", data.test.inputs), ("shifted", data.shifted)):
+        p = (draws(x) / temperature).double().softmax(2)
+        found[part] = figures(p, data.test.targets, seed)
+    found["strengths"] = by_strength(draws, temperature, data, seed)
+    return found
 
 
 def guessed(targets: Tensor, classes: int, seed: int) -> dict[str, Any]:
@@ -334,7 +341,9 @@ def of_posterior(posterior: Any) -> Draws:
 def of_process(network: nn.Module, data: Data, seed: int) -> Draws:
     """Of a Gaussian process over the network's features whose mean is the network."""
     head = [m for m in network.modules() if isinstance(m, nn.Linear)][-1]
-    process = FixedMean(Seen(*_features(network, head, data.train.inputs), data.train.targets), seed)
+    process = FixedMean(
+        Seen(*_features(network, head, data.train.inputs), data.train.targets), seed
+    )
 
     def draws(x: Tensor) -> Tensor:
         inputs, outputs = _features(network, head, x)

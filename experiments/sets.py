@@ -69,9 +69,7 @@ def measure_job(name: str, seed: int) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", nb.errors.NullBayesWarning)
         for key, probabilities in sources(network, data, seed).items():
-            p = [
-                probabilities(x) for x in (data.validation.inputs, data.test.inputs, data.shifted)
-            ]
+            p = [probabilities(x) for x in (data.validation.inputs, data.test.inputs, data.shifted)]
             found[key] = of_source(p, data.validation.targets, data.test.targets, seed)
     return {**out, "sources": found}
 

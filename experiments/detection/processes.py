@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -11,37 +9,23 @@ from experiments.detection.base import BATCH, Given, Score, score
 from experiments.methods.fixed_mean import Activations, FixedMean, Seen, total
 
 
-class _FixedMean(Score):
-    """Variance of the outputs, without what all have in common."""
+@score
+class FixedMeanProcess(Score):
+    """Variance of the outputs, without what all have in common; its kernel is over the inputs, as in the paper."""
 
-    family = "FMGP"
+    name = family = "FMGP"
     source = "Ortega, Rodríguez-Santana, Hernández-Lobato, 2024"
     any_output = True
-    of_features: ClassVar[bool]
 
     def fit(self, given: Given) -> None:
-        self.given = given
         x = given.train.inputs
-        outputs = given.logits(x)
-        seen = Seen(self.places(x), outputs, given.train.targets, given.kind)
+        places = x.flatten(1).cpu()
+        seen = Seen(places, given.logits(x), given.train.targets, given.kind)
         self.process = FixedMean(seen, given.seed)
 
-    def places(self, x: Tensor) -> Tensor:
-        return self.given.features(x) if self.of_features else x.flatten(1).cpu()
-
     def __call__(self, x: Tensor) -> Tensor:
-        places = self.places(x)
-        return torch.cat([total(self.process.covariance(part)) for part in places.split(BATCH)])
-
-
-@score
-class FixedMeanOfInputs(_FixedMean):
-    name, of_features = "FMGP, of inputs", False
-
-
-@score
-class FixedMeanOfFeatures(_FixedMean):
-    name, of_features = "FMGP, of features", True
+        parts = x.flatten(1).cpu().split(BATCH)
+        return torch.cat([total(self.process.covariance(part)) for part in parts])
 
 
 @score

@@ -48,15 +48,14 @@ class Shape:
     texts: int  # that free text is preserved of
 
 
-#: By the number of seeds of a setting.
-SHAPES = {1: Shape(800, 48, 2, 20, 30, 40), 3: Shape(2000, 96, 3, 32, 15, 200)}
-
-
 def sized(size: Size) -> tuple[Size, Shape]:
-    """What this model has: in a small setting more texts than the encoder, since it costs next to nothing."""
+    """What this model has: in smaller settings more texts than the encoder, since it costs less."""
+    if size.limit is None:
+        return size, Shape(2000, 96, 3, 32, 15, 200)
     if size.seeds > 1:
-        return size, SHAPES[3]
-    return replace(size, limit=180, sets=50, test=200, samples=20), SHAPES[1]
+        own = replace(size, limit=120, sets=30, test=150, samples=12, validation=100)
+        return own, Shape(600, 32, 2, 16, 30, 30)
+    return replace(size, limit=180, sets=50, test=200, samples=20), Shape(800, 48, 2, 20, 30, 40)
 
 
 class Reader:

@@ -184,9 +184,7 @@ class FixedMean:
             value.requires_grad_(False)
 
 
-def _inducing(
-    x: Tensor, classes: Tensor | None, outputs: int, seed: int
-) -> tuple[Tensor, Tensor]:
+def _inducing(x: Tensor, classes: Tensor | None, outputs: int, seed: int) -> tuple[Tensor, Tensor]:
     """Means of clusters ``(M, D)``, and which output each is of ``(M,)``."""
     from scipy.cluster.vq import kmeans2
 
@@ -225,7 +223,9 @@ class Activations:
 
     NEAREST, KEPT, QUANTILE, JITTER = 50, 5000, 0.25, 1e-6
 
-    def __init__(self, vectors: Tensor, head: Tensor, seed: int = 0, nearest: int = NEAREST) -> None:
+    def __init__(
+        self, vectors: Tensor, head: Tensor, seed: int = 0, nearest: int = NEAREST
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(vectors), generator=generator)[: self.KEPT]
         self.vectors = vectors.detach().double()[order]
@@ -260,5 +260,3 @@ def total(covariance: Tensor) -> Tensor:
     variance = covariance.diagonal(dim1=1, dim2=2).sum(1)
     count = covariance.shape[1]
     return variance if count == 1 else variance - covariance.sum((1, 2)) / count
-
-

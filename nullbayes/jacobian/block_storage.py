@@ -261,11 +261,11 @@ class Keeper:
         """All blocks, in the order in which they came (those with as many rows and of one length), in the same factors.
 
         Raises:
-            ModelError: a parameter that no example leads to.
+            ModelError: a parameter that outputs depend on, and that no example leads to.
         """
         for kind in self._joined():
             self._flush(kind)
-        self._plan.check_reached(self._functional.model)
+        self._plan.check_reached(self._functional)
         if len(self._forms) > 1:
             self._arrange(common_layout(self._forms.values()))
         return self.kept

@@ -26,6 +26,7 @@ class Status(Enum):
 
     CONVERGED = "the tolerance was reached"
     NUMERICAL = "what is left lies in directions that move the preserved quantity less than `delta` asks for"
+    ROUNDED = "the tolerance was reached; then samples were rounded to what they are stored in"
     STAGNATED = (
         "rounding stopped the residual above the tolerance; use a float64 model "
         "(`model.double()`) or accept the residual by a larger `tolerance`"
@@ -34,6 +35,16 @@ class Status(Enum):
     MAX_ITERATIONS = (
         "the iteration limit came before the tolerance; raise `max_iterations` of the solver"
     )
+
+    @property
+    def good(self) -> bool:
+        """Whether what is left of a sample was left on purpose."""
+        return self in (Status.CONVERGED, Status.NUMERICAL, Status.ROUNDED)
+
+    @property
+    def rounded(self) -> Status:
+        """The status once samples are stored in fewer digits."""
+        return Status.ROUNDED if self is Status.CONVERGED else self
 
 
 @dataclass(frozen=True)

@@ -315,6 +315,8 @@ def _note_reached(
             plan.unreached.discard(name)
     if plan.unreached:  # a path may lead to zero, as from weights that are zero
         plan.unreached -= reached(functional, inputs, sorted(plan.unreached))
+    if rest := sorted(plan.unreached - plan.felt):
+        plan.felt |= felt(functional, inputs, rest)
 
 
 def reached(functional: FunctionalModel, inputs: Inputs, names: Sequence[str]) -> set[str]:
@@ -326,6 +328,37 @@ def reached(functional: FunctionalModel, inputs: Inputs, names: Sequence[str]) -
             return set()
         grads = torch.autograd.grad(outputs.sum(), [weights[n] for n in names], allow_unused=True)
     return {name for name, g in zip(names, grads, strict=True) if g is not None}
+
+
+def felt(functional: FunctionalModel, inputs: Inputs, names: Sequence[str]) -> set[str]:
+    """Which parameters the outputs depend on, by other values of them, whether there is a gradient path or not."""
+    weights = functional.weights()
+    with torch.no_grad():
+        before = functional(weights, inputs)
+        other = {n: weights[n] * 1.1 + 0.1 for n in names}
+        if not _differs(functional, weights | other, inputs, before):
+            return set()
+        alone = [{n: other[n]} for n in names]
+        found = {
+            n
+            for n, one in zip(names, alone, strict=True)
+            if _differs(functional, weights | one, inputs, before)
+        }
+        if found:
+            return found
+        # Each needs others: a product of two.
+        rest = [{n: w for n, w in other.items() if n != name} for name in names]
+        return {
+            n
+            for n, most in zip(names, rest, strict=True)
+            if not _differs(functional, weights | most, inputs, before)
+        }
+
+
+def _differs(
+    functional: FunctionalModel, weights: dict[str, Tensor], inputs: Inputs, before: Tensor
+) -> bool:
+    return not torch.equal(functional(weights, inputs), before)
 
 
 # -- mending a plan ------------------------------------------------------------------------------

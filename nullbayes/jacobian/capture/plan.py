@@ -66,6 +66,8 @@ class CapturePlan:
     shapes: dict[Signature, torch.Size] = field(default_factory=dict)
     # Parameters that no example so far has a gradient path to.
     unreached: set[str] = field(default_factory=set)
+    # Those that some outputs depend on, though no gradient path led to them where that was seen.
+    felt: set[str] = field(default_factory=set)
     # The number of the next example of the training data.
     numbered: int = 0
     # What comparing captured rows with plain differentiation has taken.
@@ -80,16 +82,36 @@ class CapturePlan:
     # The one of them that was last compared with a reverse pass.
     confirmed: int | None = None
 
-    def check_reached(self, model: nn.Module) -> None:
-        """Raise :class:`ModelError` if there is a parameter that no example leads to."""
-        if self.unreached:
-            packed = quantised(model)
+    def check_reached(self, functional: FunctionalModel) -> None:
+        """Let parameters stay where they are that no output of any example depends on.
+
+        Raises:
+            ModelError: outputs depend on a parameter that no gradient path leads to, or on no parameter at all; or
+                those of more data on one that has stayed since the fit.
+        """
+        space = functional.space
+        hidden = sorted(self.unreached & self.felt)
+        if hidden:
+            packed = quantised(functional.model)
             raise ModelError(
-                f"no gradient path leads from the output to {sorted(self.unreached)} on any example: nothing can be "
-                "preserved by them. Leave them out with `parameters=lambda name, p: name not in "
-                "{...}`, or look for `.detach()` / `torch.no_grad()` / integer conversions in the forward pass."
+                f"no gradient path leads from the output to {hidden} on any example, though outputs depend on them: "
+                "nothing can be preserved by them. Leave them out with `parameters=lambda name, p: name not in "
+                f"{{{', '.join(map(repr, hidden[:2]))}{', ...' if len(hidden) > 2 else ''}}}`, or look for `.detach()` "
+                "/ `torch.no_grad()` / integer conversions in the forward pass."
                 + (f" Quantised layers have no derivative: {packed[:5]}." if packed else "")
             )
+        if self.unreached >= set(space.names):
+            raise ModelError(
+                f"no output of any example depends on a parameter that takes part: {sorted(self.unreached)[:4]}. Name "
+                "those that the network uses in `parameters=`, or give them `requires_grad`."
+            )
+        if moved := set(space.idle) - self.unreached:
+            raise ModelError(
+                f"outputs of these examples depend on {sorted(moved)[:4]}, on which none did when the posterior was "
+                "fitted, so no sample moves them. Fit anew, with all data."
+            )
+        for name in self.unreached:
+            space.leave(name)
 
     def owners(self, name: str) -> list[Site]:
         return [site for site in self.sites if name in site.names.values()]
@@ -107,6 +129,7 @@ class CapturePlan:
 def make_plan(functional: FunctionalModel) -> CapturePlan:
     """Assign every chosen parameter to the layers that own it, or to the generic path."""
     model, space = functional.model, functional.space
+    space.rejoin()
     canonical = {id(p): n for n, p in model.named_parameters()}
     aliases = {n: canonical[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
     sites: list[Site] = []

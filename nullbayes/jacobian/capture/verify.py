@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from nullbayes.audit.network import NetworkCopy
 from nullbayes.audit.precision import tolerance
-from nullbayes.errors import ModelError, NonFiniteError
+from nullbayes.errors import InputError, ModelError, NonFiniteError, NullBayesError
 from nullbayes.jacobian.block import Block
 from nullbayes.jacobian.capture.checking import cannot, captured, next_layout
 from nullbayes.jacobian.capture.plan import CapturePlan, make_plan
@@ -33,19 +34,23 @@ def prove(functional: FunctionalModel, inputs: Inputs) -> CapturePlan:
     """A capture plan whose rows equal those of automatic differentiation on the first of ``inputs``.
 
     Raises:
+        InputError: the network fails in its own precision.
         ModelError: the output has no batch axis, an example's output depends on the other examples
             of its batch or on chance, or rows still differ when every doubtful parameter is on the generic path.
+        NonFiniteError: outputs or their gradients are no numbers.
     """
     inputs = functional.batch(inputs)
     inputs = take(inputs, 0, min(batch_size(inputs), PROBE_EXAMPLES))
     size = batch_size(inputs)
     outputs = functional.outputs(inputs)
     _check_outputs(functional, inputs, outputs, size)
+    _check_runs(functional, inputs)
     generator = torch.Generator().manual_seed(0)
     count = PROBE_COTANGENTS_OF_LARGE if is_large(functional.model) else PROBE_COTANGENTS
     cots = torch.randn(count, *outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
     plan = make_plan(functional)
     truth = _reference_rows(functional, plan, inputs, cots)
+    _check_gradients(functional, truth)
     while True:
         bad = _mismatches(functional, _captured(functional, plan, inputs, cots), truth)
         if not bad:
@@ -91,6 +96,25 @@ def _check_outputs(functional: FunctionalModel, inputs: Inputs, outputs: Tensor,
             "`model.eval()`, replace layers that use batch statistics, and draw random numbers one per example, "
             "the batch on the first axis."
         )
+
+
+def _check_runs(functional: FunctionalModel, inputs: Inputs) -> None:
+    """Raise `InputError` where weights of several precisions do not fit together: rows are computed in one."""
+    parameters = functional.model.parameters()
+    kinds = sorted({str(p.dtype) for p in parameters if p.is_floating_point()})
+    if functional.widened is None or len(kinds) == 1:
+        return
+    try:
+        NetworkCopy(functional).outputs(take(inputs, 0, 1))
+    except (NullBayesError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the network itself fails on the first example: {type(error).__name__}: {error}. Its weights are "
+            f"{' and '.join(kinds)}; rows are computed in {functional.widened}, where it runs. Convert at the joint "
+            "(`x.to(self.head.weight.dtype)`), convert the model (`model.to(dtype)`), or pass `forward=` that calls "
+            "it as it was trained (under `torch.autocast`)."
+        ) from error
 
 
 def _one_by_one(functional: FunctionalModel, inputs: Inputs, outputs: Tensor) -> Tensor:
@@ -164,6 +188,19 @@ def block_rows(functional: FunctionalModel, block: Block) -> Tensor:
             out[:, slot.start : slot.stop] += rows[:, start : start + slot.numel]
             start += slot.numel
     return out
+
+
+def _check_gradients(functional: FunctionalModel, rows: Tensor) -> None:
+    """Raise `NonFiniteError` where the model's own gradients are no numbers."""
+    if not bool(rows.isfinite().all()):
+        slots = functional.space.slots
+        names = [s.name for s in slots if not rows[:, s.start : s.stop].isfinite().all()]
+        raise NonFiniteError(
+            f"the outputs on the first batch are finite, their gradients with respect to {names[:4]} are not (of "
+            f"{len(names)} of {len(slots)} parameters): automatic differentiation of the model gives NaN or infinity. "
+            "Look for a root or a norm at zero, a division whose result is masked out, or an attention row that is "
+            "masked as a whole; try another attention implementation, or leave these out of `parameters=`."
+        )
 
 
 def _mismatches(

@@ -98,7 +98,11 @@ class CapturePlan:
                 "nothing can be preserved by them. Leave them out with `parameters=lambda name, p: name not in "
                 f"{{{', '.join(map(repr, hidden[:2]))}{', ...' if len(hidden) > 2 else ''}}}`, or look for `.detach()` "
                 "/ `torch.no_grad()` / integer conversions in the forward pass."
-                + (f" Quantised layers have no derivative: {packed[:5]}. {QUANTISED_MEND}" if packed else "")
+                + (
+                    f" Quantised layers have no derivative: {packed[:5]}. {QUANTISED_MEND}"
+                    if packed
+                    else ""
+                )
             )
         if self.unreached >= set(space.names):
             raise ModelError(

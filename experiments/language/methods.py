@@ -385,8 +385,8 @@ GROUPS: dict[str, Callable[[Problem], Rows]] = {
     "features": features,
     "networks": networks,
     "last twentieth": last_twentieth,
-    "layers": layers,
     "last layer": last_layer,
+    "layers": layers,
     "Laplace": full_laplace,
     "Kronecker": kronecker,
 }

@@ -69,13 +69,12 @@ def jobs(
                 else setting != "processor" or group not in PART
             )
         ]
-    return sorted(out, key=_whole) if setting == "processor" else out
+    return sorted(out, key=_family) if setting == "processor" else out
 
 
-def _whole(job: Job) -> tuple[int, int]:
-    """One family after the other, and whole seeds of it: what a run that is cut off then has."""
-    families = ("GPT-2", "full", "LoRA")
-    return families.index(job.key.method.partition(":")[0]), job.key.seed
+def _family(job: Job) -> int:
+    """One family after the other: what a run that is cut off then has."""
+    return ("GPT-2", "full", "LoRA").index(job.key.method.partition(":")[0])
 
 
 def depends(size: Size) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from nullbayes.posterior.measuring.records import joint_nll
 
 NAME = "language"
 VERSION = 1
-CAUSAL = ("choices", "free text")
+CAUSAL = ("choices", "free text", "choices, several")
 AFTER_CAUSAL = "last twentieth"  # the group of methods that comes next
 
 

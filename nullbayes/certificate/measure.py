@@ -29,7 +29,7 @@ LOOKED_AT = 8
 SAMPLED_DRAWS = 10
 
 # Of large networks, each pass of which is dear, fewer.
-SAMPLED_OF_LARGE = 8
+SAMPLED_OF_LARGE, DRAWS_OF_LARGE = 8, 5
 
 # Outputs ``(B, *out)``, what samples at prior precision one do to them ``(S, B, *out)``, and targets.
 Batch = tuple[Tensor, Tensor, Any]
@@ -112,7 +112,7 @@ class GuaranteeCheck:
     @property
     def sampled(self) -> Tensor:
         """Those of the samples with which the re-weighted network itself is run."""
-        return self.samples[: max(0, SAMPLED_DRAWS - self.first)]
+        return self.samples[: max(0, sampled_draws(self.problem) - self.first)]
 
     def _changes(self, inputs: Inputs, samples: Tensor) -> Tensor:
         return linearised_outputs(self.problem.functional, self.plan, samples, inputs)[1]
@@ -230,6 +230,11 @@ class GuaranteeCheck:
 def sampled_examples(problem: Problem) -> int:
     """On how many the re-weighted network itself is looked at."""
     return SAMPLED_OF_LARGE if is_large(problem.functional.model) else SAMPLED_EXAMPLES
+
+
+def sampled_draws(problem: Problem) -> int:
+    """With how many samples it is."""
+    return DRAWS_OF_LARGE if is_large(problem.functional.model) else SAMPLED_DRAWS
 
 
 def _pieces(batches: Sequence[Batch]) -> Iterator[Batch]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.certificate import Certificate
+from nullbayes.common.packed import Packed, packed_in
 from nullbayes.errors import InputError
 from nullbayes.fit.auditing import audited
 from nullbayes.fit.pipeline import new_samples
@@ -29,7 +30,7 @@ def compacted(fit: Fit, samples: int, dtype: torch.dtype) -> Fit:
         raise InputError(
             f"`samples` is {samples}, and {len(fit.stored)} are stored; pass no more than that, or `draw` more first."
         )
-    stored = fit.stored[:samples].to(dtype, copy=True)
+    stored = narrowed(fit, samples, dtype)
     if fit.state is None:
         note = (
             f"Reduced to {samples} of {len(fit.stored)} samples in {str(dtype).removeprefix('torch.')} after the fit's "
@@ -49,6 +50,16 @@ def compacted(fit: Fit, samples: int, dtype: torch.dtype) -> Fit:
         rows=None,
         solver=None,
     )
+
+
+def narrowed(fit: Fit, samples: int, dtype: torch.dtype) -> Tensor:
+    """The first ``samples`` of ``fit`` in ``dtype``, copied."""
+    some = fit.stored[:samples]
+    if dtype is not torch.int8:
+        return some.to(dtype, copy=True)
+    if packed_in(some) is not None:
+        return some
+    return Packed.of(some, [slot.shape for slot in fit.problem.space.slots]).as_samples
 
 
 def _measured(fit: Fit, stored: Tensor) -> Certificate:

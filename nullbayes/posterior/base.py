@@ -46,8 +46,8 @@ from nullbayes.posterior.storage import described, restored, write_posterior
 from nullbayes.posterior.validation import checked, search_of
 
 Self = TypeVar("Self", bound="Posterior")
-# Weights that are looked at at each call: all of them, up to so many (some 8 ms).
-LOOKED_AT = 2**25
+# Weights that are looked at at each call: all of them, up to so many (some 2 ms); of more, these in turn.
+LOOKED_AT = 2**23
 
 
 class Posterior(RowJudged, Predicts, Grows, Serves):

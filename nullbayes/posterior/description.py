@@ -16,7 +16,7 @@ from nullbayes.posterior.calibration_path import CalibrationPath
 MAX_CHARACTERS = 2**28
 MAX_DEPTH = 24
 MAX_ENTRIES = 10_000_000
-DTYPES = ("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
+DTYPES = ("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16", "torch.int8")
 
 
 class DescriptionError(ValueError):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nullbayes.common.memory import times_on, working_bytes
+from nullbayes.common.packed import packed_in
 from nullbayes.jacobian.factors import contraction
 from nullbayes.jacobian.factors import products as sizes
 from nullbayes.jacobian.factors.base import Factor
@@ -159,7 +160,7 @@ class OuterFactor(OuterCosts):
         return t > 1 and ROWS_PENALTY * c * (t + s) < t * s * (1 + c / inputs)
 
     def matvec(self, vectors: Tensor) -> Tensor:
-        by_rows = self.products_by_rows(len(vectors))
+        by_rows = self.products_by_rows(len(vectors)) or self._read_packed(vectors)
         if self._copies and not by_rows:
             return self._matvec_copied(vectors)
         out = (self._matvec_rows if by_rows else self._matvec_in_place)(vectors)
@@ -167,6 +168,11 @@ class OuterFactor(OuterCosts):
             shifts = vectors[:, self.bias.start : self.bias.stop].to(out.dtype)
             out.addmm_(shifts, self._bias_rows().T)
         return out
+
+    def _read_packed(self, vectors: Tensor) -> bool:
+        """Whether these are samples in 8 bits, which are widened for anything but a product with a few rows."""
+        simple = self.groups == 1 and not self.transposed and self.num_rows <= sizes.FEW_ROWS
+        return simple and packed_in(vectors) is not None
 
     def rmatvec(self, weights: Tensor, out: Tensor) -> None:
         by_rows = self.products_by_rows(len(weights))
@@ -177,7 +183,7 @@ class OuterFactor(OuterCosts):
         if self.bias is not None:
             out[:, self.bias.start : self.bias.stop].addmm_(weights, self._bias_rows())
 
-    def _row_blocks(self, *, single: bool) -> Iterator[tuple[slice, slice, Tensor]]:
+    def _row_blocks(self, *, single: bool, span: int = 0) -> Iterator[tuple[slice, slice, Tensor]]:
         """Rows of the weight a piece at a time: which of the ``B*C`` rows, which columns, values.
 
         A piece holds the weights of some outputs (of some inputs if ``transposed``), or of some
@@ -185,6 +191,7 @@ class OuterFactor(OuterCosts):
 
         Args:
             single: pieces may be of one example each, where these are large enough.
+            span: outputs of a piece, of one group; 0: as many as are near.
         """
         c, t, o, i = self.cotangents, self.tokens, self.width_out, self._inputs.shape[3]
         lead, trail = (i, o) if self.transposed else (o, i)
@@ -192,7 +199,7 @@ class OuterFactor(OuterCosts):
         near = near_elements(self.device)
         at_once = near // max(1, self.num_rows * trail)
         if self.groups == 1:
-            groups, span = 1, min(lead, max(wide, at_once))
+            groups, span = 1, min(lead, span or max(wide, at_once))
         else:
             groups, span = min(self.groups, max(1, at_once // lead)), lead
         # On an accelerator a launch for each example costs more than its product.
@@ -260,6 +267,10 @@ class OuterFactor(OuterCosts):
             inputs: ``(B, T, I)``: those of the weight, or with the constant one of the bias.
         """
         g = self.g[:, :, :, 0, start : start + wide]  # (B, C, T, wide)
+        if len(g) == 1:  # of one example, each row by itself is as fast, and needs no copy
+            out = into.view(self.cotangents, wide, inputs.shape[2])
+            each = inputs.expand(self.cotangents, -1, -1)
+            return torch.bmm(g[0].transpose(1, 2), each, out=out).view(self.num_rows, -1)
         left = g.transpose(2, 3).reshape(len(g), -1, self.tokens)
         out = into.view(len(g), left.shape[1], inputs.shape[2])
         return torch.bmm(left, inputs, out=out).view(self.num_rows, -1)
@@ -267,8 +278,11 @@ class OuterFactor(OuterCosts):
     def _matvec_rows(self, vectors: Tensor) -> Tensor:
         out = self.g.new_zeros(len(vectors), self.num_rows)
         if self.num_rows <= sizes.FEW_ROWS:
-            for at, columns, rows in self._row_blocks(single=True):
-                out[:, at] += sizes.few_rows(vectors[:, columns], rows)
+            # Chunks of packed samples are read whole.
+            packed = packed_in(vectors)
+            span = 0 if packed is None else packed.each(self.weight.start)
+            for at, columns, rows in self._row_blocks(single=True, span=span):
+                out[:, at] += sizes.few_rows(vectors, columns, rows)
             return out
         part, of = vectors, slice(0, 0)
         # One example's rows alone would read the vectors once for very few products.

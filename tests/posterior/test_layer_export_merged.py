@@ -51,7 +51,14 @@ def forward(m: Any, x: Tensor) -> Tensor:
 
 def made(*, changes: bool, bias: bool) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    sizes = {"query": (6, 5), "key": (6, 5), "value": (6, 5), "out": (5, 4), "wide": (4, 9), "last": (9, 3)}
+    sizes = {
+        "query": (6, 5),
+        "key": (6, 5),
+        "value": (6, 5),
+        "out": (5, 4),
+        "wide": (4, 9),
+        "last": (9, 3),
+    }
     layers = {n: nn.Linear(*s, bias=bias or n == "out") for n, s in sizes.items()}
     model = Calls(forward, **layers).double().eval()
     model.changes = changes  # type: ignore[assignment]
@@ -62,8 +69,8 @@ def made(*, changes: bool, bias: bool) -> tuple[nn.Module, Tensor]:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tolerance", [0.0, 0.3])
 def test_merged_leverages_against_their_definition(
-    changes: bool,  # noqa: FBT001
-    bias: bool,  # noqa: FBT001
+    changes: bool,
+    bias: bool,
     tolerance: float,
 ) -> None:
     model, x = made(changes=changes, bias=bias)

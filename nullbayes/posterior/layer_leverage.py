@@ -42,6 +42,7 @@ class Call(NamedTuple):
     """What a block received in one call.
 
     ``roots``, ``lengths``: of leverages, and of the inputs without the constant one of a bias; ``(*lead)`` flat.
+    ``inputs``: themselves ``(*lead, I)``, if they were asked for.
     """
 
     block: int
@@ -49,6 +50,7 @@ class Call(NamedTuple):
     lead: torch.Size
     roots: Tensor
     lengths: Tensor
+    inputs: Tensor | None = None
 
     @property
     def parts(self) -> tuple[int, bool, Tensor, Tensor]:
@@ -77,6 +79,7 @@ class Leverages:
         positions: of each convolution, evenly spaced; None: all.
         factors: of the blocks at this ``delta``, where they are known.
         directions: see :class:`Leverage`.
+        pooling: inputs are averaged over each example's positions too, see :meth:`pooled`.
     """
 
     def __init__(
@@ -89,9 +92,11 @@ class Leverages:
         positions: int | None = POSITIONS,
         factors: Sequence[Factor] | None = None,
         directions: int | None = DIRECTIONS,
+        pooling: bool = False,
     ) -> None:
         self.functional, self.blocks = functional, blocks
-        self.positions = positions
+        self.positions, self.pooling = positions, pooling
+        self._pools: list[list[Tensor | None]] = []  # of each piece of a batch, by block
         self.layers: list[Leverage] = []
         known = factors if factors is not None and delta else [None] * len(blocks.blocks)
         for i, (block, sums, factor) in enumerate(
@@ -227,7 +232,9 @@ class Leverages:
             if self._last is None or not again:
                 found = layer.lengths(a, self.blocks.blocks[number].own, column)
                 self._last = (same, a, found)
-            call = Call(number, column is not None, a.shape[:-2], *self._last[2])
+            inputs = a.flatten(-2) if self.pooling else None
+            roots, lengths = self._last[2]
+            call = Call(number, column is not None, a.shape[:-2], roots, lengths, inputs)
         if seen.follows:
             before, again = self._found.pop(), False
             self._parts.pop()
@@ -236,7 +243,10 @@ class Leverages:
                 torch.cat(pair)
                 for pair in ((before.roots, call.roots), (before.lengths, call.lengths))
             )
-            call = Call(number, call.biased, lead, roots, lengths)
+            inputs = None
+            if before.inputs is not None and call.inputs is not None:
+                inputs = torch.cat([before.inputs, call.inputs])
+            call = Call(number, call.biased, lead, roots, lengths, inputs)
         self._found.append(call)
         self._parts.append(
             Part(number, column if seen.index is None else 0, len(call.roots), again)
@@ -264,10 +274,43 @@ class Leverages:
         sizes, directions, outs = (torch.cat(parts) for parts in zip(*singles, strict=True))
         return sizes, directions, outs
 
+    def pooled(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
+        """What :meth:`means` says, and the mean input of each block that counts ``(B, I)``.
+
+        None: of a block that no example reaches, and of one whose rows are looked up.
+        """
+        self._pools = []
+        sizes, directions, outputs = self.means(inputs)
+        found, self._pools = self._pools, []
+        every = [[part[i] for part in found] for i in range(len(self.ordered))]
+        whole = [
+            torch.cat([p for p in parts if p is not None])
+            if all(p is not None for p in parts)
+            else None
+            for parts in every
+        ]
+        return sizes, directions, outputs, whole
+
+    def _pooled(self, calls: Sequence[Call], axes: Sequence[int], size: int) -> list[Tensor | None]:
+        """Mean input of each block over positions and calls, ``(B, I)``."""
+        parts: dict[int, list[Tensor]] = {}
+        for call, axis in zip(calls, axes, strict=True):
+            if call.inputs is None:
+                continue
+            columns = call.inputs.shape[-1]
+            by_example = _split_vectors(call.inputs, axis, size) if size > 1 else call.inputs
+            parts.setdefault(call.block, []).append(by_example.reshape(size, -1, columns))
+        return [
+            torch.cat(parts[block], 1).mean(1).double() if block in parts else None
+            for block in self.ordered
+        ]
+
     def _averaged(
         self, calls: Sequence[Call], axes: Sequence[int], size: int, outputs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Means over the calls of each block, for all of them at once."""
+        if self.pooling:
+            self._pools.append(self._pooled(calls, axes, size))
         if not calls:
             none = outputs.new_full((size, len(self.ordered)), torch.nan, dtype=torch.float64)
             return none, none, outputs
@@ -365,6 +408,13 @@ def _fits(lead: torch.Size, axis: int, size: int) -> bool:
     if len(lead) <= axis or not lead.numel():
         return False
     return lead[axis] % size == 0 if axis == 0 else lead[axis] == size
+
+
+def _split_vectors(values: Tensor, axis: int, size: int) -> Tensor:
+    """``(*lead, I)`` with the examples, which are on ``axis``, in front."""
+    if axis == SHARED:
+        return values.reshape(1, -1, values.shape[-1]).expand(size, -1, -1)
+    return values if axis == 0 else values.movedim(1, 0)
 
 
 def _split(values: Tensor, lead: torch.Size, axis: int, size: int) -> Tensor:

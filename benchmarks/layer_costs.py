@@ -300,8 +300,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         "",
         'Novelty, score `"leverage"`. *Least*: a forward pass with a hook a layer that does no more than one product '
         "of the size of that layer's leverage, of numbers that are ready. One and a half passes of LeNet leave an "
-        "eighth of a millisecond for everything: fetching what layers receive, products, norms, means, and the check that the "
-        "model is the one that was fitted are some fifty operations of two to ten microseconds each.",
+        "eighth of a millisecond for everything: fetching what layers receive, products, norms, means, and the check "
+        "that the model is the one that was fitted are some fifty operations of two to ten microseconds each.",
         "",
         "| network | version | inputs | forward, ms | novelty, ms | passes | least, ms |",
         "|---|---|---|---|---|---|---|",

@@ -1,6 +1,6 @@
 """The layer null space further: what an exported module costs, and rows of examples within it.
 
-    python -m benchmarks.layer_more [--tuning] [--only export]
+    python -m benchmarks.layer_more [--tuning] [--only export] [--small]
 
 The edge of the layers within which rows are fitted was chosen on digits without 8 and 9 (``--tuning``): among 0.01, 0.1
 and 1 the one with the highest AUROC. Its figures go into ``results/layers.json`` and ``layers.md`` beside the others.
@@ -123,7 +123,8 @@ def exported(name: str, model: nn.Module, train: Any, x: Tensor) -> list[dict[st
         off = (torch.from_numpy(found) - wanted).abs().max() / wanted.std()
         row: dict[str, Any] = {"network": name, "tolerance": tolerance, "off": float(off)}
         with convolving():
-            floor = session(ProductsAlone(module), ["outputs", "products"], module.arguments(x[:4]))
+            given = {"args": (x[:4],), "kwargs": {}, "dynamic_shapes": (axis,)}
+            floor = session(ProductsAlone(module), ["outputs", "products"], given)
         few = 400 if len(x) == BATCH else 20
         row["plain 1"], row["products 1"] = fastest([plain, floor], x[:1], few)
         for size, repeats in ((1, 400), (64, 60), (BATCH, 20)):
@@ -136,7 +137,7 @@ def exported(name: str, model: nn.Module, train: Any, x: Tensor) -> list[dict[st
     return out
 
 
-def all_exports() -> list[dict[str, Any]]:
+def all_exports(*, large: bool = True) -> list[dict[str, Any]]:
     from benchmarks.layers import Encoder, perceptron, trained
 
     model, x, y = common.trained_lenet(5000, epochs=1)
@@ -154,6 +155,8 @@ def all_exports() -> list[dict[str, Any]]:
     # Vectors that vary in some directions more than in others, as features do.
     vectors = torch.randn(400, 8, 128) * torch.linspace(0, 1, 128) ** 2
     rows += exported("transformer encoder, untrained", Encoder().eval(), vectors, vectors[:BATCH])
+    if not large:
+        return rows
     torch.manual_seed(0)
     images = torch.randn(64, 3, 32, 32)
     return rows + exported("ResNet-18, untrained", resnet18().eval(), images, images)
@@ -324,6 +327,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tuning", action="store_true", help="compare edges on the tuning digits")
     parser.add_argument("--only", choices=KEYS, help="measure one of the two anew")
+    parser.add_argument("--small", action="store_true", help="keep figures of large exports")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.tuning:
@@ -333,7 +337,11 @@ def main() -> None:
     path = common.RESULTS / "layers.json"
     fresh: dict[str, Any] = {}
     if options.only in (None, "export"):
-        fresh["export"] = all_exports()
+        fresh["export"] = all_exports(large=not options.small)
+        if options.small:
+            measured = {r["network"] for r in fresh["export"]}
+            rest = [r for r in earlier()["export"] if r["network"] not in measured]
+            fresh["export"] += rest
     if options.only in (None, "both"):
         fresh["both"] = {
             "Digits without 0 and 4": compared(digits((0, 4)), 100),

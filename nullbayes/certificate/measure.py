@@ -49,10 +49,10 @@ class GuaranteeCheck:
         samples: Tensor,
         processes: Processes | None = None,
         crowd: Crowd | None = None,
-        known: Sequence[tuple[Tensor, Tensor] | None] = (),
+        known: Sequence[tuple[Tensor | None, Tensor | None]] = (),
         places: Sequence[int] | None = None,
     ) -> None:
-        """``known``: outputs and their changes of the first of ``examples``, where rows say that (`row_changes`).
+        """``known``: outputs and their changes of ``examples``, training data, where rows say that (`row_changes`).
 
         ``places``: for each of ``examples``, how many of all processes' come before it; None: these are all.
         """
@@ -65,10 +65,10 @@ class GuaranteeCheck:
         self.inputs = [inputs for inputs, _ in examples]
         self.batches: list[Batch] = []
         for n, (inputs, targets) in enumerate(examples):
-            found = known[n] if n < len(known) else None
-            if found is None:
-                found = linearised_outputs(functional, plan, samples, inputs)
-            self.batches.append((found[0], crowd.joined(found[1]), targets))
+            point, change = known[n] if n < len(known) else (None, None)
+            if point is None or change is None:
+                point, change = linearised_outputs(functional, plan, samples, inputs, point=point)
+            self.batches.append((point, crowd.joined(change), targets))
         #: the number of the first sample here, among all
         self.first = 0
         if crowd.processes is not None:
@@ -242,7 +242,7 @@ def _pieces(batches: Sequence[Batch]) -> Iterator[Batch]:
     for point, unit, targets in batches:
         size = len(point)
         each = 8 * unit[:, :1].numel() * LOOKED_AT
-        step = max(1, working_bytes() // max(1, each))
+        step = max(1, working_bytes(point.device) // max(1, each))
         if step >= size:
             yield point, unit, targets
             continue

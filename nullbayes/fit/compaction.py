@@ -73,11 +73,12 @@ def _measured(fit: Fit, stored: Tensor) -> Certificate:
     prior = Remembered.of(problem.space.fix_(v), operator, problem.functional.model)
     del v
     known = fit.certificate
-    done = Projection(
-        rounded, unit.new_tensor([known.residual]), Status(known.status), known.iterations
-    )
+    status = Status(known.status)
+    if stored.dtype != fit.stored.dtype:
+        status = status.rounded
+    done = Projection(rounded, unit.new_tensor([known.residual]), status, known.iterations)
     changed = new_samples(fit, done, prior, effects)
-    changed["status"] = known.status
+    changed["status"] = status.value
     if fit.check is not None:
         changed |= fit.check.of(stored).measure(fit.alpha**-0.5)
     audit = known.audit

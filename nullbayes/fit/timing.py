@@ -86,6 +86,7 @@ class Trial:
             self.operator.product_flops * scale,
             self.operator.gram_flops * scale**2,
             self.operator.dtype.itemsize,
+            device=self.operator.device.type,
         )
 
     def seconds(self, solver: Solver) -> dict[str, float]:

@@ -26,7 +26,7 @@ from nullbayes.likelihood import Likelihood, likelihood_from_config
 from nullbayes.model.adapters import MERGED
 from nullbayes.model.fingerprint import fingerprint
 from nullbayes.model.parameters import HALF, WRAPPED, ParameterSpace
-from nullbayes.posterior.calibration import CalibrationPath
+from nullbayes.posterior.calibration_path import CalibrationPath
 from nullbayes.posterior.description import DescriptionError, check_settings, parsed
 
 FORMAT = "nullbayes-posterior"

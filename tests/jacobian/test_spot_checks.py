@@ -130,7 +130,7 @@ def test_rows_that_go_wrong_later_are_found(
 
     def lying(functional: Any, plan: Any, inputs: Any, make: Any, *rest: Any) -> Any:
         block, made = real(functional, plan, inputs, make, *rest)
-        if block.examples == BATCH and plan.turned >= spot_checks.IN_FULL:
+        if block.examples == BATCH and plan.compared >= spot_checks.IN_FULL:
             calls[0] += 1
             for factor in block.factors.values():
                 for t in factor.tensors():

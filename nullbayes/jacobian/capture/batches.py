@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nullbayes.common.memory import working_bytes
+from nullbayes.common.memory import times_on, working_bytes
 from nullbayes.jacobian.block import Block
 from nullbayes.jacobian.capture.checking import captured_at_use
 from nullbayes.jacobian.capture.plan import CapturePlan
@@ -33,8 +33,9 @@ def examples_per_capture(
     temporaries: int | None = None,
 ) -> int:
     """How many examples one backward pass may carry, with so many bytes of ``temporaries`` (None: what work may)."""
-    fits = (temporaries or working_bytes()) // capture_bytes(functional, plan, cotangents)
-    return max(1, min(fits, CAPTURE_ROWS // max(1, cotangents)))
+    device = functional.device
+    fits = (temporaries or working_bytes(device)) // capture_bytes(functional, plan, cotangents)
+    return max(1, min(fits, CAPTURE_ROWS * times_on(device) // max(1, cotangents)))
 
 
 def capture_bytes(functional: FunctionalModel, plan: CapturePlan, cotangents: int) -> int:

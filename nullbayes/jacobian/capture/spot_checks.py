@@ -10,7 +10,6 @@ batch is compared.
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,7 @@ from nullbayes.audit.batches import (
     random_weights,
     shown_separate,
 )
+from nullbayes.audit.route import Route
 from nullbayes.audit.signatures import Signature
 from nullbayes.errors import ModelError
 from nullbayes.jacobian.block import Block
@@ -92,7 +92,7 @@ def shown_or_separate(
 
 def _in_part(functional: FunctionalModel, plan: CapturePlan, inputs: Inputs) -> bool:
     """Whether batches like this one were compared in full, and a pass is dear."""
-    known = plan.turned >= IN_FULL and bool(plan.routes) and not plan.unreached
+    known = plan.compared >= IN_FULL and bool(plan.routes) and not plan.unreached
     known = known and batch_size(inputs) > ONE_IN and is_large(functional.model)
     return known and plan.proved.covers(Signature.of(inputs))
 
@@ -119,7 +119,7 @@ def checked_in_part(
     anything differs, in full (`checked`, which see for what it raises).
     """
     if plan.shown is not None:
-        routes: list[Hashable] = []
+        routes: list[Route] = []
         block, made = captured(functional, plan, inputs, make, scales, plan.where, routes)
         since = time.perf_counter()
         known = bool(routes) and routes[0] in plan.routes

@@ -80,7 +80,7 @@ class LookupFactor(Factor):
             return self._matvec_packed(packed)
         table = vectors[:, self.slot.start : self.slot.stop].reshape(len(vectors), -1, self.dim)
         index, here = self.index.clamp(min=0), (self.index >= 0)[None, :, :, None]
-        step = max(1, products.chunk_elements() // max(1, index.numel() * self.dim))
+        step = max(1, products.chunk_elements(self.device) // max(1, index.numel() * self.dim))
         return torch.cat(
             [
                 torch.einsum("bctd,sbtd->sbc", self.g, some[:, index].to(self.g.dtype) * here)
@@ -123,7 +123,7 @@ class LookupFactor(Factor):
         shared = mine[torch.isin(mine, theirs) & (mine >= 0)]
         out = self.g.new_zeros(self.num_rows, other.num_rows)
         rows = max(self.num_rows, other.num_rows)
-        step = max(1, products.chunk_elements() // max(1, rows * self.dim))
+        step = max(1, products.chunk_elements(self.device) // max(1, rows * self.dim))
         for i in range(0, len(shared), step):
             part = shared[i : i + step]
             left = self._compact(renumber(self.index, part), len(part))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nullbayes.common.memory import working_bytes
+from nullbayes.common.memory import times_on, working_bytes
 from nullbayes.common.packed import packed_in
 from nullbayes.jacobian.factors import contraction
 from nullbayes.jacobian.factors import products as sizes
@@ -33,9 +33,9 @@ ROWS_PENALTY = 1.4
 ALONE = 16
 
 
-def near_elements() -> int:
-    """``NEAR_ELEMENTS``, or fewer where a budget asks for it."""
-    return min(NEAR_ELEMENTS, max(1, working_bytes() // 32))
+def near_elements(device: torch.device) -> int:
+    """``NEAR_ELEMENTS``, more on an accelerator, or fewer where a budget asks for it."""
+    return min(NEAR_ELEMENTS * times_on(device), max(1, working_bytes(device) // 32))
 
 
 class OuterFactor(OuterCosts):
@@ -124,7 +124,7 @@ class OuterFactor(OuterCosts):
         return new
 
     def chunks(self, per_example: int) -> list[OuterFactor]:
-        step = max(1, sizes.chunk_elements() // max(1, per_example))
+        step = max(1, sizes.chunk_elements(self.device) // max(1, per_example))
         if step >= self.examples:
             return [self]
         return [self.narrow(i, min(i + step, self.examples)) for i in range(0, self.examples, step)]
@@ -196,7 +196,7 @@ class OuterFactor(OuterCosts):
         c, t, o, i = self.cotangents, self.tokens, self.width_out, self._inputs.shape[3]
         lead, trail = (i, o) if self.transposed else (o, i)
         wide = -(-64 // c)  # rows of the products that write them: fewer would be slow
-        near = near_elements()
+        near = near_elements(self.device)
         at_once = near // max(1, self.num_rows * trail)
         if self.groups == 1:
             groups, span = 1, min(lead, span or max(wide, at_once))
@@ -238,7 +238,7 @@ class OuterFactor(OuterCosts):
 
     @property
     def _on_cpu(self) -> bool:
-        return self.a.device.type == "cpu"
+        return self.device.type == "cpu"
 
     def _panels(
         self, inputs: Tensor, span: int, step: int
@@ -367,9 +367,11 @@ class OuterFactor(OuterCosts):
         for part in self.chunks(self.tokens * o):
             b = part.examples
             a, g = part._inputs.flatten(0, 2).contiguous(), part.g.reshape(b, c, -1)
-            step = max(1, near_elements() // (len(a) * o))
+            step = max(1, near_elements(self.device) // (len(a) * o))
             for k, some in zip(range(0, len(w), step), w.split(step), strict=True):
-                u = torch.stack([product(a, one) for one in some.to(a.dtype)])  # (s, B*T, O)
+                some = some.to(a.dtype)
+                each = [product(a, one) for one in some] if self._on_cpu else []
+                u = torch.stack(each) if each else a @ some.mT  # (s, B*T, O)
                 y = torch.bmm(g, u.view(len(some), b, -1).permute(1, 2, 0))  # (B, C, s)
                 out[k : k + step, start : start + b * c] = y.permute(2, 0, 1).flatten(1)
             start += b * c
@@ -384,10 +386,13 @@ class OuterFactor(OuterCosts):
             b = part.examples
             a, g = part._inputs.flatten(0, 2).contiguous(), part.g.reshape(b, c, -1)
             w = weights[:, start : start + b * c].unflatten(1, (b, c)).transpose(0, 1)  # (B, S, C)
-            step = max(1, near_elements() // (len(a) * o))
+            step = max(1, near_elements(self.device) // (len(a) * o))
             for k in range(0, len(weights), step):
                 h = torch.bmm(w[:, k : k + step], g).transpose(0, 1)  # (s, B, T*O)
                 h = h.reshape(len(h), -1, o).contiguous()
+                if not self._on_cpu:
+                    to[k : k + step] += h.mT @ a
+                    continue
                 for into, one in zip(to[k : k + step], h, strict=True):
                     into += product(one.mT, a.mT)
             start += b * c

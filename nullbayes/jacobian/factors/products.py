@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nullbayes.common.memory import WORKING_BYTES, working_bytes
+from nullbayes.common.memory import bounded, times_on, working_bytes
 from nullbayes.common.packed import packed_in
 from nullbayes.model.parameters import Slot
 
@@ -28,10 +28,10 @@ FEW_ROWS, READ_COLUMNS = 16, 2**13
 SEEN_FIRST, ONE_IN = 4, 8
 
 
-def chunk_elements() -> int:
+def chunk_elements(device: torch.device) -> int:
     """Elements of the largest temporary that one product may create now; up to four of them are held at a time."""
-    room = working_bytes()
-    return CHUNK_ELEMENTS if room == WORKING_BYTES else min(CHUNK_ELEMENTS, max(1, room // 16))
+    most = CHUNK_ELEMENTS * times_on(device)
+    return min(most, max(1, working_bytes(device) // 16)) if bounded(device) else most
 
 
 def add_into(out: Tensor, values: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from nullbayes.jacobian.layers.rule import (
     LayerRule,
     Lookup,
     Outer,
+    Rows,
     grad_tokens,
     register,
     tokens,
@@ -25,6 +27,16 @@ class LinearRule(LayerRule):
     def contributions(self, module: nn.Linear, x: Tensor, g: Tensor) -> Iterator[Contribution]:
         bias = None if module.bias is None else "bias"
         yield Outer("weight", tokens(x).unsqueeze(2), grad_tokens(g).unsqueeze(3), bias)
+
+
+@register("transformers.pytorch_utils.Conv1D")
+class TransposedLinearRule(LayerRule):
+    """``y = x W + b``: GPT-2's layer, which keeps its ``weight (I, O)`` the other way round."""
+
+    def contributions(self, module: Any, x: Tensor, g: Tensor) -> Iterator[Contribution]:
+        grads = grad_tokens(g)
+        yield Outer("weight", tokens(x).unsqueeze(2), grads.unsqueeze(3), transposed=True)
+        yield Rows("bias", grads.sum(2))
 
 
 @register(nn.Embedding)

@@ -84,11 +84,12 @@ class LayerRule(ABC):
         """Contributions from the input ``x (N, ...)`` and output gradients ``g (C, N, ...)``."""
 
 
-_RULES: dict[type[nn.Module], LayerRule] = {}
+# Classes of packages that need not be installed stand by their qualified name.
+_RULES: dict[type[nn.Module] | str, LayerRule] = {}
 
 
-def register(*kinds: type[nn.Module]) -> Callable[[type[LayerRule]], type[LayerRule]]:
-    """Class decorator: use this rule for modules of these classes."""
+def register(*kinds: type[nn.Module] | str) -> Callable[[type[LayerRule]], type[LayerRule]]:
+    """Class decorator: use this rule for modules of these classes (or of these ``"module.Class"`` names)."""
 
     def decorate(rule: type[LayerRule]) -> type[LayerRule]:
         for kind in kinds:
@@ -101,15 +102,15 @@ def register(*kinds: type[nn.Module]) -> Callable[[type[LayerRule]], type[LayerR
 def rule_for(module: nn.Module) -> LayerRule | None:
     """The rule of the nearest registered ancestor whose ``forward`` the class still runs."""
     for kind in type(module).__mro__:
-        rule = _RULES.get(kind)
+        rule = _RULES.get(kind) or _RULES.get(f"{kind.__module__}.{kind.__qualname__}")
         if rule is not None:
             same = type(module).forward is getattr(kind, "forward", None)
             return rule if same and rule.supports(module) else None
     return None
 
 
-def registered() -> dict[type[nn.Module], LayerRule]:
-    """A copy of the table of rules."""
+def registered() -> dict[type[nn.Module] | str, LayerRule]:
+    """A copy of the table of rules; classes of packages that need not be installed stand by name."""
     return dict(_RULES)
 
 

@@ -95,6 +95,7 @@ BRIEFS = {
             "Laplace, all weights",
             "null space, by evidence",
             "null space, prior tuned by joint NLL",
+            "Gaussian process around the network (FMGP)",
             "five networks",
         ),
     ),

@@ -44,6 +44,12 @@ def check_kind(model: nn.Module) -> None:
             f"all weights are quantised ({quantised(model)[:5]}), and a quantised layer has no derivative. Pass the "
             "network in floating point; or leave some layers unquantised and choose those with `parameters=`."
         )
+    dynamic = [path for path in quantised(model) if ".dynamic" in kind_of(model, path)]
+    if dynamic:
+        raise ModelError(
+            f"{dynamic[:5]} are quantised dynamically: they pass no gradient to the weights before them, and scale "
+            f"their inputs by the whole batch, so that an example depends on its company. {QUANTISED_MEND}"
+        )
 
 
 def check_scripted(model: nn.Module, chosen: Iterable[str]) -> None:
@@ -59,6 +65,17 @@ def check_scripted(model: nn.Module, chosen: Iterable[str]) -> None:
                     f"{found[:3]} cannot be replaced for one call. Pass the Python module that it was made from "
                     "(load its `state_dict` into it), or leave these weights out with `parameters=`."
                 )
+
+
+QUANTISED_MEND = (
+    "For adapters on a frozen base, quantise its weights alone (torchao's `Int8WeightOnlyConfig`, bitsandbytes' "
+    "`Linear8bitLt`), or keep the base in bfloat16."
+)
+
+
+def kind_of(model: nn.Module, path: str) -> str:
+    """The Python module in which the class of a submodule is."""
+    return type(model.get_submodule(path)).__module__
 
 
 def quantised(model: nn.Module) -> list[str]:

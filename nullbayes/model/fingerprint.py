@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nullbayes.errors import ModelError
+from nullbayes.model.packed import opened, tensors_of
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
@@ -20,12 +21,13 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
             continue
-        values = tensor.detach().cpu()
-        if values.is_floating_point():
-            values = values.to(torch.float32)
-        digest = hashlib.sha256(str(tuple(values.shape)).encode())
-        digest.update(values.contiguous().numpy().tobytes())
-        out[name] = digest.hexdigest()[:24]
+        for inner, part in opened(tensor).items():
+            values = part.detach().cpu()
+            if values.is_floating_point():
+                values = values.to(torch.float32)
+            digest = hashlib.sha256(str(tuple(values.shape)).encode())
+            digest.update(values.contiguous().numpy().tobytes())
+            out[f"{name}.{inner}" if inner else name] = digest.hexdigest()[:24]
     return out
 
 
@@ -40,7 +42,7 @@ def quick_digest(model: nn.Module) -> int:
     cryptographic one; :func:`fingerprint` says which tensors differ.
     """
     places, sums = [], []
-    for place, tensor in enumerate((*model.parameters(), *model.buffers()), 1):
+    for place, tensor in enumerate(tensors_of(model), 1):
         if tensor.device.type != "meta":
             parts = _weighted_sums(tensor)
             places += [place] * len(parts)
@@ -90,8 +92,7 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module, always: int | None = None) -> None:
-        tensors = [*model.parameters(), *model.buffers()]
-        self.tensors = [t for t in tensors if t.device.type != "meta" and t.numel()]
+        self.tensors = [t for t in tensors_of(model) if t.device.type != "meta" and t.numel()]
         self.modules = [(m, _entries(m)) for m in model.modules()]
         self.versions = self._versions()
         # Views of a tensor's bits where there are some, else the tensor and where to look.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nullbayes.errors import InputError, ModelError, NonFiniteError
+from nullbayes.model.packed import opened
 
 HALF = (torch.float16, torch.bfloat16)
 # What data-parallel wrappers put before every name.
@@ -224,7 +225,11 @@ class ParameterSpace:
 
         Infinity in a buffer is fine: attention masks keep it there.
         """
-        bad = [n for n, t in model.named_parameters() if not bool(t.isfinite().all())]
+        bad = [
+            name
+            for name, t in model.named_parameters()
+            if not all(bool(part.isfinite().all()) for part in opened(t).values())
+        ]
         bad += [n for n, t in model.named_buffers() if bool(t.isnan().any())]
         if bad:
             raise NonFiniteError(

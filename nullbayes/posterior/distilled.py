@@ -1,11 +1,12 @@
 """A posterior's novelty and variance by a small head on the network's own features: one plain module, one forward pass.
 
-Features are what the last layers receive, of images the means over quarters and the size of each channel; `heads.py`
-says what is made of them.
+Features are what the last layers receive, of images the means over quarters, and of texts the mean of what the first
+layer receives; `heads.py` says what is made of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,11 +21,36 @@ from nullbayes.posterior.heads import Head
 NAMES = ("outputs", "novelty", "variance")
 
 
+_POOLS = {1: nn.functional.avg_pool1d, 2: nn.functional.avg_pool2d, 3: nn.functional.avg_pool3d}
+
+
+def pooled(x: Tensor) -> Tensor:
+    """``(B, d)`` as it is; of ``(B, channels, ...)`` the means over halves of each axis."""
+    if x.ndim == 2:
+        return x
+    window = [max(1, length // 2) for length in x.shape[2:]]
+    return _POOLS[x.ndim - 2](x, window, window).flatten(1)
+
+
 class Seen:
-    """What tapped layers received in this pass; no tensor attribute of a module, which a graph would have to keep."""
+    """What tapped layers received in this pass, ``(B, d)`` each: pooled at once, while a map is near at hand.
+
+    No tensor attribute of a module, which a graph would have to keep.
+
+    Attributes:
+        mask: ``(B, T)``, which tokens are no padding; None where the batch does not say.
+    """
 
     def __init__(self) -> None:
         self.values: list[Tensor] = []
+        self.mask: Tensor | None = None
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """``(B, T, d)`` as the mean over tokens that are no padding."""
+        if self.mask is None or self.mask.shape != x.shape[:2]:
+            return x.mean(1)
+        weight = self.mask.to(x.dtype).unsqueeze(1)
+        return (weight @ x).squeeze(1) / weight.sum(2).clamp_min(1)
 
 
 class Tap(nn.Module):
@@ -35,7 +61,8 @@ class Tap(nn.Module):
         self.inner, self.seen = inner, seen
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.seen.values.append(x)
+        tokens = x.ndim == 3 and isinstance(self.inner, nn.Linear)
+        self.seen.values.append(self.seen.tokens(x) if tokens else pooled(x))
         return self.inner(x, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -52,7 +79,7 @@ class TappedLinear(nn.Linear):
     seen: Seen
 
     def forward(self, x: Tensor) -> Tensor:
-        self.seen.values.append(x)
+        self.seen.values.append(x if x.ndim == 2 else self.seen.tokens(x))
         return nn.functional.linear(x, self.weight, self.bias)
 
 
@@ -62,7 +89,7 @@ class TappedConv2d(nn.Conv2d):
     seen: Seen
 
     def forward(self, x: Tensor) -> Tensor:
-        self.seen.values.append(x)
+        self.seen.values.append(pooled(x))
         return self._conv_forward(x, self.weight, self.bias)
 
 
@@ -80,19 +107,6 @@ def tap(layer: nn.Module, seen: Seen) -> nn.Module:
     layer.__class__ = noting
     layer.__dict__["seen"] = seen
     return layer
-
-
-_POOLS = {1: nn.functional.avg_pool1d, 2: nn.functional.avg_pool2d, 3: nn.functional.avg_pool3d}
-
-
-def pooled(x: Tensor) -> list[Tensor]:
-    """``(B, d)`` as it is; of ``(B, channels, ...)`` means over halves of each axis, and root mean squares."""
-    if x.ndim == 2:
-        return [x]
-    window = [max(1, length // 2) for length in x.shape[2:]]
-    size = torch.linalg.vector_norm(x, dim=tuple(range(2, x.ndim)))
-    means = _POOLS[x.ndim - 2](x, window, window)
-    return [means.flatten(1), size * x[0, 0].numel() ** -0.5]
 
 
 class Distilled(Exported):
@@ -121,20 +135,24 @@ class Distilled(Exported):
 
     def features(self, given: Any) -> tuple[Tensor, list[Tensor]]:
         """The network's outputs, and what its tapped layers received, each ``(B, d)``, with the outputs."""
-        self.seen.values = []  # of a pass that failed
+        seen = self.seen
+        seen.values = []  # of a pass that failed
+        seen.mask = given.get("attention_mask") if isinstance(given, Mapping) else None
         outputs = self._called(self.network, given)
-        found, self.seen.values = self.seen.values, []
+        found, seen.values, seen.mask = seen.values, [], None
         if self.taps and len(found) != self.taps:
             raise ModelError(
                 f"{len(found)} of the layers that the head looks at were called, and {self.taps} when it was fitted: "
                 "a module that is distilled has to call the same layers on all inputs."
             )
-        return outputs, [*(part for x in found for part in pooled(x)), outputs.flatten(1)]
+        return outputs, [*found, outputs.flatten(1)]
 
     def forward(self, *inputs: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Called as the network is (a mapping may come as one argument); or with what ``forward=`` takes."""
         given: Any = named or (inputs if len(inputs) != 1 else inputs[0])
         outputs, features = self.features(given)
-        assert self.head is not None
-        novelty, variance = self.head(torch.cat(features, 1)).exp().unbind(1)
+        head = self.head
+        assert head is not None
+        # Not called as a module: that alone would take as long as one of its operations.
+        novelty, variance = head.forward(torch.cat(features, 1)).exp_().unbind(1)
         return outputs, novelty, variance

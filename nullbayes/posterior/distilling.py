@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from nullbayes.errors import FidelityError, InputError, ModelError, NonFiniteError
 from nullbayes.metrics import ood_metrics
 from nullbayes.model.batch import Inputs, batch_size, plain, take
-from nullbayes.posterior.corruptions import JUDGING, TEACHING, corrupted
+from nullbayes.posterior.corruptions import JUDGING, corrupted, teaching
 from nullbayes.posterior.distilled import Distilled, Seen, tap
-from nullbayes.posterior.heads import better, rank_correlation
+from nullbayes.posterior.heads import Head, rank_correlation
+from nullbayes.posterior.predicting import scores_of
 
 if TYPE_CHECKING:
     from nullbayes.posterior.base import Posterior
@@ -26,12 +27,12 @@ LEAST_CORRELATION, MOST_AUROC_LOST = 0.8, 0.05
 ORDINARY_LESS = 0.3
 # Of the examples, how many judge; and how few do not.
 JUDGES, FEWEST = 4, 40
-# Layers whose inputs the head looks at: the last ones.
-TAPS = 4
+# Layers whose inputs the head looks at: the last ones with inputs of their own, and how many of them may be maps, of
+# which a second one brought little. Of layers that receive tokens it looks at the first: which tokens there are is what
+# is new of a text.
+TAPS, MAPS = 3, 1
 TAPPED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ORDINARY, ALL = "ordinary", "all"
-# Ways of teaching that choose between heads.
-LEFT_OUT = ("noise", "patched")
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,7 @@ class _Scored:
 
     @staticmethod
     def of(posterior: Posterior, batches: list[Inputs]) -> _Scored:
-        parts = [
-            torch.stack([posterior.novelty(x), posterior.novelty(x, score="variance")], 1)
-            for x in batches
-        ]
+        parts = [scores_of(posterior, posterior._inputs(x, None)) for x in batches]
         scores = torch.cat(parts).double().cpu()
         if not bool(scores.isfinite().all()):
             raise NonFiniteError("the posterior's novelty of an input is NaN or infinite.")
@@ -117,23 +115,13 @@ def distilled(posterior: Posterior, batches: Iterator[Inputs], asked: Asked) -> 
     generator = torch.Generator().manual_seed(asked.seed)
     fitting, judging = _divided(posterior, batches, asked.max_examples)
     module = _module(posterior, fitting[0])
-    shifted = _shifted(fitting, generator)
-    taught = _Scored.of(posterior, [*fitting, *(x for some in shifted for x in some)])
+    taught = _Scored.of(posterior, [*fitting, *_shifted(fitting, generator)])
     floor = taught.scores.amax(0).clamp_min(1e-300) * 1e-12
     with torch.no_grad():
         found = [module.features(plain(x))[1] for x in taught.batches]
         features = [torch.cat(parts) for parts in zip(*found, strict=True)]
         targets = torch.maximum(taught.scores, floor).log().to(features[0].device)
-        # Each way of shifting is a kind of its own, the examples as they are the first.
-        kinds = [
-            n
-            for n, some in enumerate([fitting, *shifted])
-            for x in some
-            for _ in range(batch_size(x))
-        ]
-        left_out = [1 + TEACHING.index(name) for name in LEFT_OUT]
-        head = better(features, targets, kinds, left_out, generator)
-        module.head = head(features, targets, generator)
+        module.head = Head(features, targets, generator)
     module = module.to(functional.device).eval().requires_grad_(requires_grad=False)
     _check_alone(posterior, module, judging[0])
     module.fidelity = fidelity = _judged(posterior, module, judging, asked, generator, taught)
@@ -148,22 +136,15 @@ def distilled(posterior: Posterior, batches: Iterator[Inputs], asked: Asked) -> 
     return module
 
 
-def _shifted(fitting: list[Inputs], generator: torch.Generator) -> list[list[Inputs]]:
+def _shifted(fitting: list[Inputs], generator: torch.Generator) -> Iterator[Inputs]:
     """For each of the ways that teach, copies of every other example, shifted so."""
-    out = []
-    for number, kind in enumerate(TEACHING):
-        some_of: list[Inputs] = []
-        out.append(some_of)
+    for number, kind in enumerate(teaching(fitting[0])):
         for x in fitting:
             size = batch_size(x)
             half = (size + 1) // 2
-            some = (
-                take(x, 0, half, size)
-                if number % 2 == 0 or size == 1
-                else take(x, half, size, size)
-            )
-            some_of.append(corrupted(plain(some), kind, generator))
-    return out
+            first = number % 2 == 0 or size == 1
+            some = take(x, 0, half, size) if first else take(x, half, size, size)
+            yield corrupted(plain(some), kind, generator)
 
 
 def _divided(
@@ -218,18 +199,23 @@ def _module(posterior: Posterior, x: Inputs) -> Distilled:
     return module
 
 
+VECTOR, MAP, TOKENS, NEITHER = "vector", "map", "tokens", ""
+
+
 def _tapped(module: Distilled, x: Inputs) -> list[str]:
-    """Paths of the last layers that are called once, with the batch on the first axis and no axis of tokens."""
-    size, calls = batch_size(x), list[tuple[str, bool]]()
+    """Paths of the layers to look at, as they are called; each is called once, with the batch on the first axis.
+
+    Of several that receive the same tensor (a block and the shortcut around it), the first one.
+    """
+    size, calls, before = batch_size(x), list[tuple[str, str]](), list[Tensor]()
     hooks = []
     for path, layer in module.network.named_modules():
         if isinstance(layer, TAPPED):
 
             def hook(layer: nn.Module, args: Any, path: str = path) -> None:
                 given = args[0] if args and isinstance(args[0], Tensor) else None
-                images = not isinstance(layer, nn.Linear)
-                fits = given is not None and len(given) == size
-                calls.append((path, fits and (images or (given is not None and given.ndim == 2))))
+                calls.append((path, _kind(layer, given, size, before)))
+                before.extend([given] if given is not None else [])
 
             hooks.append(layer.register_forward_pre_hook(hook))
     try:
@@ -239,13 +225,28 @@ def _tapped(module: Distilled, x: Inputs) -> list[str]:
         for handle in hooks:
             handle.remove()
     paths = [path for path, _ in calls]
-    able = [path for path, fits in calls if fits and paths.count(path) == 1]
+    able = [(path, kind) for path, kind in calls if kind and paths.count(path) == 1]
     if not able:
         raise ModelError(
-            "no linear or convolution layer of the network receives one vector or image for each example, which the "
-            "head of a distilled module looks at; score with `posterior.novelty`."
+            "no linear or convolution layer of the network receives one vector, image or text for each example, which "
+            "the head of a distilled module looks at; score with `posterior.novelty`."
         )
-    return able[-TAPS:]
+    tokens = [path for path, kind in able if kind == TOKENS][:1]
+    room, chosen = {VECTOR: TAPS, MAP: MAPS, TOKENS: 0}, set(tokens)
+    for path, kind in reversed(able):
+        if room[kind] and len(chosen) < TAPS + len(tokens):
+            room[kind] -= 1
+            chosen.add(path)
+    return [path for path in paths if path in chosen]
+
+
+def _kind(layer: nn.Module, given: Tensor | None, size: int, before: list[Tensor]) -> str:
+    """What a layer receives for each example, where no earlier one received the same tensor."""
+    if given is None or len(given) != size or any(given is other for other in before):
+        return NEITHER
+    if not isinstance(layer, nn.Linear):
+        return MAP
+    return {2: VECTOR, 3: TOKENS}.get(given.ndim, NEITHER)
 
 
 def _scores(module: Distilled, batches: list[Inputs]) -> Tensor:

@@ -183,6 +183,27 @@ def variance(scorer: Scorer, x: Inputs, targets: Any) -> Tensor:
     return total.to(scorer.problem.dtype)
 
 
+def information_and_variance(scorer: Scorer, x: Inputs) -> Tensor:
+    """Both scores ``(B, 2)`` from the same rows, for about what one of them costs."""
+    outputs, precision = scorer.outputs(x), scorer.natural_precision()
+    if not _observed_as_they_are(scorer.likelihood):
+        return torch.stack([information(scorer, x, None), variance(scorer, x, None)], 1)
+    if scorer.is_exact(outputs):
+        parts = exact_covariances(scorer, x, outputs, scorer.likelihood.centre)
+    else:
+        parts = map(_sampled, _changes(scorer, x, outputs))
+    found = []
+    for part in parts:
+        total = part.diagonal(dim1=1, dim2=2).sum(1).clamp(min=0) / scorer.fit.alpha
+        found.append(torch.stack([_log_det(part, precision), total], 1))
+    return torch.cat(found).to(scorer.problem.dtype)
+
+
+def _observed_as_they_are(likelihood: Likelihood) -> bool:
+    """Whether outputs are observed with variance one: what both scores are then of."""
+    return type(likelihood).observed is Likelihood.observed
+
+
 def share(scorer: Scorer, x: Inputs, targets: Any) -> Tensor:
     """The variance as a share of the prior's ``(B,)``, in [0, 1]. Raises `InputError` where that is not isotropic."""
     if not scorer.problem.plain_prior:

@@ -33,7 +33,14 @@ from nullbayes.posterior.differentiable import (
     rows_with_graph,
 )
 from nullbayes.posterior.joint import Joint, covariances, factorised, joint
-from nullbayes.posterior.novelty import ENTROPIES, ROW_SCORES, SCORES, Scorer, check_has_entropy
+from nullbayes.posterior.novelty import (
+    ENTROPIES,
+    ROW_SCORES,
+    SCORES,
+    Scorer,
+    check_has_entropy,
+    information_and_variance,
+)
 from nullbayes.posterior.prediction import (
     METHODS,
     Prediction,
@@ -297,6 +304,16 @@ class Predicts:
             ask = partial(ROW_SCORES[score], scorer, some, targets)
             values.append(by_known_shapes(scorer.plan, ask))
         return torch.stack(values).mean(0)
+
+
+def scores_of(own: Posterior, x: Inputs) -> Tensor:
+    """Information and variance ``(B, 2)`` of prepared inputs, of a network without random numbers."""
+    state = own._fitted().state
+    if state is not None and not state.alone:
+        both = [own.novelty(x, score=score) for score in ("information", "variance")]
+        return torch.stack(both, 1)
+    scorer = Scorer(own._fitted(), own._capture_plan(x))
+    return by_known_shapes(scorer.plan, partial(information_and_variance, scorer, x))
 
 
 def sampled_with_graph(fit: Fit, x: Inputs) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import nullbayes as nb
 from nullbayes.errors import ModelError
 from nullbayes.jacobian.capture import checking, spot_checks
+from nullbayes.model.batch import batch_size
 
 QUIET = {"progress": False}
 BATCH, BATCHES = 8, 5
@@ -75,6 +76,25 @@ def test_the_first_batches_are_compared_in_full_and_later_ones_in_part(
     posterior.predict(torch.randn(7, 4, dtype=torch.float64))  # at use nothing is left of it
     assert posterior._fit is not None and posterior._fit.plan is not None
     assert posterior._fit.plan.shown is None
+
+
+def test_each_way_through_the_network_is_proved_in_reverse_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    turned: list[int] = []
+    real = checking._in_other_order
+
+    def counted(functional: Any, plan: Any, inputs: Any, *rest: Any) -> Any:
+        turned.append(batch_size(inputs))
+        return real(functional, plan, inputs, *rest)
+
+    monkeypatch.setattr(checking, "_in_other_order", counted)
+    x = torch.randn(30, 4, dtype=torch.float64)
+    sizes = [8, 8, 5, 1, 8]
+    data = list(zip(x.split(sizes), (torch.arange(30) % 3).split(sizes), strict=True))
+    posterior = nb.NullSpacePosterior(network(), delta=0, prior_precision=1.0)
+    assert posterior.fit(data, 4, **QUIET).certificate.held
+    assert turned == [8, 5]
 
 
 class Turns(nn.Module):

@@ -47,7 +47,7 @@ def posterior():
 @pytest.fixture(scope="module")
 def module(posterior):
     with unchanged(posterior.model):
-        return posterior.distil((X[:400], Y[:400]))
+        return posterior.distil((X[:700], Y[:700]))
 
 
 def test_one_pass_gives_outputs_novelty_and_variance_of_new_inputs(posterior, module):
@@ -62,7 +62,7 @@ def test_one_pass_gives_outputs_novelty_and_variance_of_new_inputs(posterior, mo
     assert not any(p.requires_grad for p in module.parameters())
     assert not any(any(h.values()) for m in module.modules() for h in hooks(m))
     assert module.fidelity.faithful
-    assert module.fidelity.examples == 100
+    assert module.fidelity.examples == 175
 
 
 def test_an_example_alone_scores_as_among_others(module):

@@ -351,8 +351,11 @@ def test_hidden_randomness_and_ties(
     what: Callable[[Tensor], Tensor], words: tuple[str, ...]
 ) -> None:
     model = network(Hidden(what))
-    with unchanged(model), says(nb.ModelError, *words):
-        fit(model)
+    # Two numbers drawn one after the other may be almost the same; then the example alone tells it, in other words.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        with unchanged(model), says(nb.ModelError, *words):
+            fit(model)
 
 
 @pytest.mark.parametrize(
@@ -395,13 +398,11 @@ def test_outputs_without_any_gradient_path() -> None:
         fit(model)
 
 
-def test_an_unused_parameter_can_be_left_out() -> None:
+def test_an_unused_parameter_stays_or_is_left_out() -> None:
     model = network()
     model[1].register_module("spare", nn.Linear(2, 2))  # within Tanh, which does not call it
-    with says(
-        nb.ModelError, "no gradient path", "['1.spare.bias', '1.spare.weight']", "parameters=lambda"
-    ):
-        fit(model)
+    note = "depends on '1.spare.bias', '1.spare.weight': they stay where they are"
+    assert any(note in n for n in fit(model).certificate.notes)
     kept = fit(model, parameters=lambda name, _: "spare" not in name)
     assert kept.certificate.parameters == 45
 

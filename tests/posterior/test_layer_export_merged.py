@@ -69,8 +69,8 @@ def made(*, changes: bool, bias: bool) -> tuple[nn.Module, Tensor]:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tolerance", [0.0, 0.3])
 def test_merged_leverages_against_their_definition(
-    changes: bool,  # noqa: FBT001
-    bias: bool,  # noqa: FBT001
+    changes: bool,
+    bias: bool,
     tolerance: float,
 ) -> None:
     model, x = made(changes=changes, bias=bias)

@@ -13,7 +13,7 @@ from nullbayes.audit.signatures import Signature, SignatureSet
 from nullbayes.errors import ModelError
 from nullbayes.jacobian.capture.single_module import LocalSite
 from nullbayes.jacobian.layers.rule import LayerRule, rule_for
-from nullbayes.model.checks import quantised
+from nullbayes.model.checks import QUANTISED_MEND, quantised
 from nullbayes.model.functional import FunctionalModel
 
 
@@ -98,7 +98,11 @@ class CapturePlan:
                 "nothing can be preserved by them. Leave them out with `parameters=lambda name, p: name not in "
                 f"{{{', '.join(map(repr, hidden[:2]))}{', ...' if len(hidden) > 2 else ''}}}`, or look for `.detach()` "
                 "/ `torch.no_grad()` / integer conversions in the forward pass."
-                + (f" Quantised layers have no derivative: {packed[:5]}." if packed else "")
+                + (
+                    f" Quantised layers have no derivative: {packed[:5]}. {QUANTISED_MEND}"
+                    if packed
+                    else ""
+                )
             )
         if self.unreached >= set(space.names):
             raise ModelError(

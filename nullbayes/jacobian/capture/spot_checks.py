@@ -1,4 +1,4 @@
-"""Later batches of large networks: of each some neighbouring examples are looked at, by one pass for two questions.
+"""Later batches of large networks: some neighbouring examples of each are looked at, one pass answers both questions.
 
 Are examples functions of themselves, and are their rows those of automatic differentiation? The first batches are
 evaluated, and their rows compared, in full. Of a later one that took a way through the network on which all rows were

@@ -1,0 +1,31 @@
+"""Weights that are stored as something else: eight-bit integers and their scales in one tensor subclass.
+
+Packages for quantised weights (torchao) give a layer a weight that multiplies and differentiates like any other, and
+knows little else. What is asked of the numbers themselves (are they finite, are they what they were) is asked of the
+plain tensors inside.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def opened(tensor: Tensor) -> dict[str, Tensor]:
+    """The plain tensors inside by name, ``""`` for one that is plain itself."""
+    if isinstance(tensor, nn.Parameter) and type(tensor) is nn.Parameter:
+        return {"": tensor}
+    if not is_traceable_wrapper_subclass(tensor):
+        return {"": tensor}
+    names, _ = tensor.__tensor_flatten__()
+    return {
+        f"{name}.{inner}".rstrip("."): part
+        for name in names
+        for inner, part in opened(getattr(tensor, name)).items()
+    }
+
+
+def tensors_of(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, and what is inside of those that are packed."""
+    every = (*model.parameters(), *model.buffers())
+    return [part for tensor in every for part in opened(tensor).values()]

@@ -1,13 +1,15 @@
 """What a posterior of a fine-tuned encoder costs: 22.7 million weights, or a low-rank adapter on them.
 
     python -m benchmarks.language [--texts 8] [--more 0] [--many 0] [--samples 10] [--length 48] [--before CHECKOUT]
+                                  [--only NAME ...]
 
 The encoder has the sizes of a small sentence transformer (vocabulary 30,522, width 384, six layers, twelve heads),
 random weights, four classes, texts of random tokens: time and memory do not depend on what it knows. Each fit is a
 fresh process with one thread. Seconds are those of its processor, so that what else runs on the machine does not count.
 
 ``--before`` names a checkout of an earlier version, whose code then runs the same cases on ``--texts`` texts. As many
-as ``--more`` says are fitted with all weights, as ``--many`` says with an adapter.
+as ``--more`` says are fitted with all weights, as ``--many`` says with an adapter. ``--only``: these cases, beside
+those that the results have already.
 """
 
 from __future__ import annotations
@@ -181,7 +183,11 @@ def cases(options: argparse.Namespace) -> list[Case]:
         out.append(Case(name, options.texts, *size))
     out += [Case(LORA, options.many, *size)] if options.many else []
     out += [Case(ALL, options.more, *size)] if options.more else []
-    return out
+    return [c for c in out if options.only is None or c.name in options.only]
+
+
+def _key(result: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(result[name] for name in ("name", "texts", "samples", "length", "before"))
 
 
 def main() -> None:
@@ -192,6 +198,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--length", type=int, default=48)
     parser.add_argument("--before", type=Path)
+    parser.add_argument("--only", nargs="+", choices=(ALL, HALF_SAMPLES, LORA, HALF_BASE))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -199,11 +206,19 @@ def main() -> None:
         return
     here, results = Path(__file__).resolve().parent.parent, []
     asked = {k: v for k, v in vars(options).items() if k not in ("before", "one")}
+    known = common.RESULTS / "language.json"
+    if options.only and known.exists():
+        results = json.loads(known.read_text())["results"]
     for case in cases(options):
-        results.append(elsewhere(case, options.before if case.before else here))
-        print(results[-1], flush=True)
-        found = {"results": results, "options": asked, "environment": common.environment()}
-        written = common.write_results("language", found, table(results, options))
+        found = elsewhere(case, options.before if case.before else here)
+        print(found, flush=True)
+        places = [i for i, r in enumerate(results) if _key(r) == _key(found)]
+        if places:
+            results[places[0]] = found
+        else:
+            results.append(found)
+        page = {"results": results, "options": asked, "environment": common.environment()}
+        written = common.write_results("language", page, table(results, options))
     print(written)
 
 

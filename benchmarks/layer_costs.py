@@ -1,11 +1,12 @@
 """What a layer posterior costs: fit and novelty in plain forward passes of the same run, memory at N and 4N.
 
     python benchmarks/layer_costs.py NAME EXAMPLES      one network, as JSON
-    python -m benchmarks.layer_costs [--write] [--before CHECKOUT] [NAME=EXAMPLES ...]
+    python -m benchmarks.layer_costs [--write] [--latency] [--before CHECKOUT] [NAME=EXAMPLES ...]
 
 Each measurement is a process of its own with one thread; seconds are of the CPU, the best of several. ``--before`` runs
 an earlier version of the library in the same way, network by network, from its checkout. ``--write`` puts what was
-measured into ``results/layers.json`` and ``layers.md``, in place of the same networks' figures.
+measured into ``results/layers.json`` and ``layers.md``, in place of the same networks' figures. ``--latency`` measures
+novelty alone, of a fit on so few examples as are named, and leaves the other figures of the largest fit as they are.
 """
 
 from __future__ import annotations
@@ -131,8 +132,8 @@ def seconds(run: Callable[[], Any], times: int = 1) -> float:
     return (time.process_time() - start) / times
 
 
-def measured(name: str, count: int) -> dict[str, Any]:
-    """Figures of one network."""
+def measured(name: str, count: int, *, latency: bool = False) -> dict[str, Any]:
+    """Figures of one network; of its novelty alone, if that is asked for."""
     import nullbayes as nb
 
     torch.set_num_threads(1)
@@ -150,7 +151,11 @@ def measured(name: str, count: int) -> dict[str, Any]:
             total += time.process_time() - start
         return total
 
-    call(next(batches()))
+    some = next(batches())
+    call(some)
+    if latency:
+        posterior = nb.LayerNullSpacePosterior(model).fit(Again(batches), progress=False)
+        return {"name": name} | novelty_costs(posterior, call, some)
     loading = seconds(lambda: [None for _ in batches()])
     forward = plain()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -168,10 +173,15 @@ def measured(name: str, count: int) -> dict[str, Any]:
         "sums_bytes": sums, "peak_bytes": 1024 * peak, "before_bytes": 1024 * before,
         "divergence": posterior.certificate.divergence, "held": posterior.certificate.held,
     }  # fmt: skip
-    some = next(batches())
-    out["novelty"] = latencies(posterior, call, some)
-    out["least"] = least(posterior, call, _cut(some, 1))
-    return out
+    return out | novelty_costs(posterior, call, some)
+
+
+def novelty_costs(posterior: Any, call: Callable[[Any], None], some: Any) -> dict[str, Any]:
+    """What a forward pass and a score take, and what a pass with products alone does."""
+    return {
+        "novelty": latencies(posterior, call, some),
+        "least": least(posterior, call, _cut(some, 1)),
+    }
 
 
 def _cut(batch: Any, size: int) -> Any:
@@ -238,10 +248,11 @@ TITLES = {
 }
 
 
-def run(name: str, count: int, checkout: Path) -> dict[str, Any]:
+def run(name: str, count: int, checkout: Path, *, latency: bool = False) -> dict[str, Any]:
     """In a new process, with the library of ``checkout``."""
     environment = dict(os.environ, PYTHONPATH=str(checkout), OMP_NUM_THREADS="1")
     command = [sys.executable, str(Path(__file__).resolve()), name, str(count)]
+    command += ["--latency"] if latency else []
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{name} with {count} examples failed:\n{done.stderr}")
@@ -300,7 +311,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             floor = f"{1e3 * r['least']:.2f}" if size == "1" and "least" in r else ""
             lines.append(
                 f"| {TITLES[r['name']]} | {r['version']} | {size} | {1e3 * forward:.2f} | {1e3 * score:.2f} | "
-                f"{score / forward:.1f} | {floor} |"
+                f"{score / forward:.2f} | {floor} |"
             )
     return lines
 
@@ -323,12 +334,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--before", type=Path)
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--latency", action="store_true")
     parser.add_argument("networks", nargs="*", default=[f"{n}={c}" for n, c in DEFAULT.items()])
     options = parser.parse_args()
     if len(options.networks) == 2 and options.networks[0] in DEFAULT:
-        print(json.dumps(measured(options.networks[0], int(options.networks[1]))))
+        name, count = options.networks[0], int(options.networks[1])
+        print(json.dumps(measured(name, count, latency=options.latency)))
         return
     counts = {n: int(c) for n, _, c in (text.partition("=") for text in options.networks)}
+    if options.latency:
+        here = Path(__file__).resolve().parents[1]
+        for name, count in counts.items():
+            row = run(name, count, here, latency=True)
+            print(row, flush=True)
+            if options.write:
+                written_latency(row)
+        return
     rows = all_costs(counts, options.before)
     print("\n".join(table(rows)))
     if options.write:
@@ -339,15 +360,32 @@ def written(rows: list[dict[str, Any]]) -> None:
     """Put ``rows`` in place of those of the same networks and versions in the results, and write its page anew."""
     from benchmarks import common  # not where this file runs by itself, with an earlier library
 
-    path = common.RESULTS / "layers.json"
-    results = json.loads(path.read_text())
+    results = json.loads((common.RESULTS / "layers.json").read_text())
     measured_now = {(r["name"], r["version"]) for r in rows}
     old = [r for r in results["cost"] if (r["name"], r["version"]) not in measured_now]
     order = list(DEFAULT)
     results["cost"] = sorted(
         old + rows, key=lambda r: (order.index(r["name"]), r["version"] == "now", r["examples"])
     )
-    before, _, rest = path.with_suffix(".md").read_text().partition("## Cost\n")
+    paged(results)
+
+
+def written_latency(row: dict[str, Any]) -> None:
+    """Put what was measured of novelty in place of the same network's figures from its largest fit."""
+    from benchmarks import common
+
+    results = json.loads((common.RESULTS / "layers.json").read_text())
+    same = [r for r in results["cost"] if (r["name"], r["version"]) == (row["name"], "now")]
+    max(same, key=lambda r: int(r["examples"])).update(row)
+    paged(results)
+
+
+def paged(results: dict[str, Any]) -> None:
+    """Write the results and their page anew."""
+    from benchmarks import common
+
+    path = common.RESULTS / "layers.md"
+    before, _, rest = path.read_text().partition("## Cost\n")
     after = rest[rest.index("\n## Quality") :]
     text = before + "## Cost\n\n" + "\n".join(table(results["cost"])) + "\n" + after
     common.write_results("layers", results, text)

@@ -1,15 +1,18 @@
 """What serving a posterior costs, in forward passes of its network: one input and 32, exact and from samples, loading.
 
-    python -m benchmarks.serving [--networks lenet residual swin encoder] [--samples 30] [--examples 8]
+    python -m benchmarks.serving [--networks lenet residual swin encoder packed lora] [--samples 30] [--examples 8]
 
 Each network has a process of its own with one thread; seconds are those of its processor, the least of several in
 turns. Weights are random and examples few, so that fits are short: what a prediction costs does not depend on what the
 samples are. Exact novelty costs more with more examples. ``layers`` is the score ``"leverage"`` of a layer null space.
+``packed`` is the encoder with ``compact(dtype=torch.int8)``, ``lora`` the encoder with an adapter, whose weights alone
+move. Rows of networks that are not asked for stay in the results as they are.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import tempfile
 import time
@@ -24,7 +27,7 @@ from torch import Tensor, nn
 import nullbayes as nb
 from benchmarks import common, networks
 from benchmarks.distil import residual
-from benchmarks.language import encoder
+from benchmarks.language import encoder, with_lora
 from nullbayes.demo.models import lenet
 from nullbayes.posterior.novelty import exact_pays
 
@@ -39,6 +42,8 @@ NETWORKS: dict[str, tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = {
     "residual": ("residual network", residual, (1, 28, 28)),
     "swin": ("Swin-T, 32 × 32", networks.swin_t, (3, 32, 32)),
     "encoder": ("encoder", encoder, LENGTHS),
+    "packed": ("encoder, samples in 8 bits", encoder, LENGTHS),
+    "lora": ("encoder with LoRA, r = 8", lambda: with_lora(encoder()), LENGTHS),
 }
 Run = Callable[[], Any]
 
@@ -46,6 +51,11 @@ Run = Callable[[], Any]
 def outputs_of(model: nn.Module, x: Any) -> Tensor:
     found = model(**x) if isinstance(x, dict) else model(x)
     return found if isinstance(found, Tensor) else found.logits
+
+
+def lengths_of(name: str) -> tuple[int, ...] | tuple[None]:
+    """How long the texts are; None where inputs are images."""
+    return LENGTHS if NETWORKS[name][2] is LENGTHS else (None,)
 
 
 def inputs(name: str, count: int, length: int | None) -> Any:
@@ -77,7 +87,12 @@ def resident() -> int:
 
 
 def fitted(model: nn.Module, x: Any, options: dict[str, Any]) -> nb.NullSpacePosterior:
-    """Fitted to ``x``, or loaded where a folder holds one of an earlier run."""
+    """Fitted to ``x``, or loaded where a folder holds one of an earlier run; in 8 bits if it shall be."""
+    posterior = _fitted(model, x, options)
+    return posterior.compact(dtype=torch.int8) if options["packed"] else posterior
+
+
+def _fitted(model: nn.Module, x: Any, options: dict[str, Any]) -> nb.NullSpacePosterior:
     if options["loaded"]:
         model.load_state_dict(torch.load(options["file"] + ".pt"))
         found = nb.load(options["file"], model, forward=outputs_of, mmap=True)
@@ -97,7 +112,7 @@ def measure(name: str, options: dict[str, Any]) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model, lengths = NETWORKS[name][1]().eval(), LENGTHS if name == "encoder" else (None,)
+    model, lengths = NETWORKS[name][1]().eval(), lengths_of(name)
     x = inputs(name, options["examples"], lengths[0])
     posterior = fitted(model, x, options)
     layers = nb.LayerNullSpacePosterior(model, forward=outputs_of).fit([x], progress=False)
@@ -121,7 +136,8 @@ def measure(name: str, options: dict[str, Any]) -> dict[str, Any]:
                 runs["exact"] = lambda some=some: posterior.novelty(some, exact=True)
             found = in_turns(runs, options["seconds"])
             rows.append({"length": length, "size": size, "seconds": found})
-    if not options["loaded"]:
+    if not options["loaded"] or options["packed"]:
+        options["file"] = options["kept"]
         posterior.save(options["file"])
         torch.save(model.state_dict(), options["file"] + ".pt")
     pays = state is not None and exact_pays(state, outputs, options["samples"])
@@ -129,6 +145,7 @@ def measure(name: str, options: dict[str, Any]) -> dict[str, Any]:
         "network": name,
         "weights": posterior.space.total,
         "samples": posterior.num_samples,
+        "sample_bytes": posterior._fit.stored.nbytes,  # type: ignore[union-attr]
         "rows": posterior.certificate.constraints,
         "chosen": "exact" if pays else "sampled",
         "timed": rows,
@@ -142,7 +159,7 @@ def loading(name: str, file: str, mmap: bool) -> dict[str, Any]:
     torch.set_num_threads(1)
     model = NETWORKS[name][1]().eval()
     model.load_state_dict(torch.load(file + ".pt", mmap=True))
-    x = inputs(name, 1, LENGTHS[0] if name == "encoder" else None)
+    x = inputs(name, 1, lengths_of(name)[0])
     outputs_of(model, x)
     size = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     before, started = resident(), time.perf_counter()
@@ -196,7 +213,7 @@ def table(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
         "|---" * 7 + "|",
     ]
     for r in results:
-        size = r["weights"] * r["samples"] * 4 / 1e6
+        size = r.get("sample_bytes", r["weights"] * r["samples"] * 4) / 1e6
         if r["weights"] < LARGE:
             continue  # what Python allocates is more than the network
         for found in r["loading"]:
@@ -217,17 +234,21 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keeps the posteriors, and loads those it has")
     options = parser.parse_args()
     asked = {k: v for k, v in vars(options).items() if k != "folder"}
-    results = []
+    known = common.RESULTS / "serving.json"
+    before = json.loads(known.read_text())["results"] if known.exists() else []
+    results = [r for r in before if r["network"] in NETWORKS]
     for name in options.networks:
         with tempfile.TemporaryDirectory() as folder:
-            path = (options.folder or Path(folder)) / f"{name}.safetensors"
-            file = str(path)
-            given = {**asked, "file": file, "loaded": path.exists()}
-            found = common.fresh_process(measure, name, given)
+            kept = options.folder or Path(folder)
+            packed, file = name == "packed", str(kept / f"{name}.safetensors")
+            path = kept / f"{'encoder' if packed else name}.safetensors"
+            given = {**asked, "file": str(path), "loaded": path.exists(), "packed": packed}
+            found = common.fresh_process(measure, name, {**given, "kept": file})
             found["loading"] = [
                 common.fresh_process(loading, name, file, mmap) for mmap in (False, True)
             ]
-        results.append(found)
+        results = [r for r in results if r["network"] != name] + [found]
+        results.sort(key=lambda r: list(NETWORKS).index(r["network"]))
         print(found, flush=True)
         page = {"results": results, "options": asked, "environment": common.environment()}
         print(common.write_results("serving", page, table(results, options)), flush=True)

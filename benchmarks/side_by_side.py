@@ -1,9 +1,12 @@
-"""The benchmarks in short, in two versions of the library by turns: what a change has cost or saved.
+"""The benchmarks in two versions of the library by turns: what a change has cost or saved.
 
-    python -m benchmarks.side_by_side --before CHECKOUT [--cases direct,whole,...] [--repeats 2]
+    python -m benchmarks.side_by_side --before CHECKOUT [--cases direct,direct_full,...] [--repeats 2]
 
-Every run is a process of its own with one thread, which imports `nullbayes` from one of the two checkouts; the two take
-turns. Processor seconds, so that what else runs on the machine counts little; the least of the repeats.
+Each benchmark in short, some seconds, and in the setting of its own page where that is affordable twice: cases that end
+with ``_full`` (60,000 images become 10,000, the 512 of the Swin 64). Every run is a process of its own with one thread,
+which imports `nullbayes` from one of the two checkouts; the two take turns. Processor seconds, so that what else runs
+on the machine counts little; the least of the repeats. Results are written after each run, and a run that they hold
+already is not repeated: what was cut off goes on.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+# Steps of refinement that an exact solution takes at most: no passes of a search.
+MOST_REFINED = 4
 
 
 def _lenet(path: str, count: int) -> tuple[Any, Any, Any]:
@@ -37,33 +42,58 @@ def _batches(x: Any, y: Any, size: int = 250) -> list[Any]:
     return list(zip(x.split(size), y.split(size), strict=True))
 
 
-def direct(path: str) -> dict[str, float]:
-    """Dual Cholesky, every direction: 400 images, 20 samples."""
+def _fitted(model: Any, batches: Any, samples: int, **options: Any) -> dict[str, float]:
     import nullbayes as nb
 
-    model, x, y = _lenet(path, 400)
     started = time.process_time()
-    p = nb.NullSpacePosterior(model, solver=nb.solvers.DualCholesky())
-    p.fit(_batches(x, y), 20, progress=False)
-    return {"seconds": time.process_time() - started, "residual": p.certificate.residual}
+    p = nb.NullSpacePosterior(model, **options).fit(batches, samples, progress=False)
+    c = p.certificate
+    found = {"seconds": time.process_time() - started, "residual": c.residual}
+    return found | ({"passes": c.iterations} if c.iterations > MOST_REFINED else {})
+
+
+def _direct(path: str, count: int, **options: Any) -> dict[str, float]:
+    import nullbayes as nb
+
+    model, x, y = _lenet(path, count)
+    return _fitted(model, _batches(x, y), 20, solver=nb.solvers.DualCholesky(), **options)
+
+
+def direct(path: str) -> dict[str, float]:
+    """Dual Cholesky, every direction: 400 images, 20 samples."""
+    return _direct(path, 400)
+
+
+def direct_full(path: str) -> dict[str, float]:
+    """Dual Cholesky, every direction: 1,000 images, 20 samples."""
+    return _direct(path, 1000)
 
 
 def versus(path: str) -> dict[str, float]:
     """The setting of the published method: the exact projection of 300 images, 20 samples."""
+    return _direct(path, 300, delta=0)
+
+
+def versus_full(path: str) -> dict[str, float]:
+    """The setting of the published method: the exact projection of 600 images, 20 samples."""
+    return _direct(path, 600, delta=0)
+
+
+def versus_search_full(path: str) -> dict[str, float]:
+    """The same 600 images by block conjugate gradients to 1e-2."""
     import nullbayes as nb
 
-    model, x, y = _lenet(path, 300)
-    started = time.process_time()
-    p = nb.NullSpacePosterior(model, solver=nb.solvers.DualCholesky(), delta=0)
-    p.fit(_batches(x, y), 20, progress=False)
-    return {"seconds": time.process_time() - started, "residual": p.certificate.residual}
+    model, x, y = _lenet(path, 600)
+    solver = nb.solvers.ConjugateGradient(1e-2)
+    return _fitted(model, _batches(x, y), 20, solver=solver, delta=0)
 
 
-def _searched(path: str, tolerance: float) -> dict[str, float]:
+def _searched(
+    path: str, tolerance: float, count: int = 1500, samples: int = 10
+) -> dict[str, float]:
     import nullbayes as nb
 
-    model, x, y = _lenet(path, 1500)
-    started = time.process_time()
+    model, x, y = _lenet(path, count)
     # What `solver="auto"` takes for 60,000 images, where that can be asked for.
     try:
         from nullbayes.solvers import Size, choose
@@ -72,14 +102,7 @@ def _searched(path: str, tolerance: float) -> dict[str, float]:
     except (ImportError, TypeError):
         chosen = nb.solvers.ConjugateGradient(tolerance, equilibrate=0.5)
     chosen.max_iterations = 150
-    p = nb.NullSpacePosterior(model, solver=chosen)
-    p.fit(_batches(x, y), 10, progress=False)
-    c = p.certificate
-    return {
-        "seconds": time.process_time() - started,
-        "residual": c.residual,
-        "passes": c.iterations,
-    }
+    return _fitted(model, _batches(x, y), samples, solver=chosen)
 
 
 def whole(path: str) -> dict[str, float]:
@@ -92,26 +115,45 @@ def finer(path: str) -> dict[str, float]:
     return _searched(path, 0.02)
 
 
-def swin(path: str) -> dict[str, float]:
-    """Swin-T, 27.5 million weights: the losses of 8 images, 2 samples."""
+def whole_full(path: str) -> dict[str, float]:
+    """What many images take: 10,000 images, 30 samples, conjugate gradients to 5e-2."""
+    return _searched(path, 0.05, 10_000, 30)
+
+
+def finer_full(path: str) -> dict[str, float]:
+    """The same to 2e-2."""
+    return _searched(path, 0.02, 10_000, 30)
+
+
+def _swin(path: str, count: int, size: int, samples: int, memory: str) -> dict[str, float]:
     import torch
     from torch.nn.functional import interpolate
     from transformers import SwinConfig, SwinForImageClassification
-
-    import nullbayes as nb
 
     torch.manual_seed(0)
     config = SwinConfig(image_size=32, patch_size=2, num_channels=1, num_labels=10, window_size=2)
     config._attn_implementation = "eager"
     model = SwinForImageClassification(config).eval()
-    _, x, y = _lenet(path, 8)
-    batches = _batches(interpolate(x, size=(32, 32)), y, 4)
-    started = time.process_time()
-    p = nb.NullSpacePosterior(
-        model, preserve="loss", forward=lambda m, inputs: m(inputs).logits, memory="6GB"
+    _, x, y = _lenet(path, count)
+    batches = _batches(interpolate(x, size=(32, 32)), y, size)
+    return _fitted(
+        model,
+        batches,
+        samples,
+        preserve="loss",
+        forward=lambda m, inputs: m(inputs).logits,
+        memory=memory,
     )
-    p.fit(batches, 2, progress=False)
-    return {"seconds": time.process_time() - started, "residual": p.certificate.residual}
+
+
+def swin(path: str) -> dict[str, float]:
+    """Swin-T, 27.5 million weights: the losses of 8 images, 2 samples."""
+    return _swin(path, 8, 4, 2, "6GB")
+
+
+def swin_full(path: str) -> dict[str, float]:
+    """Swin-T: the losses of 64 images, 4 samples."""
+    return _swin(path, 64, 16, 4, "5GB")
 
 
 def prediction(path: str) -> dict[str, float]:
@@ -129,9 +171,32 @@ def prediction(path: str) -> dict[str, float]:
     return {"seconds": (time.process_time() - started) / 10}
 
 
+def prediction_full(path: str) -> dict[str, float]:
+    """ResNet-18, 11.2 million weights: 256 inputs, 30 samples, linearised, and their novelty."""
+    import torch
+    from networks import resnet18  # of this folder, whichever version of the library it is
+
+    import nullbayes as nb
+
+    torch.manual_seed(0)
+    model, x = resnet18().eval(), torch.randn(256, 3, 32, 32)
+    p = nb.NullSpacePosterior(model, preserve="loss", prior_precision=1e6)
+    p.fit([(torch.randn(8, 3, 32, 32), torch.arange(8))], num_samples=6, progress=False)
+    while p.num_samples < 30:
+        p.draw(6)
+    started = time.process_time()
+    p.predict(x)
+    p.novelty(x, exact=False)
+    return {"seconds": time.process_time() - started}
+
+
 CASES: dict[str, Callable[[str], dict[str, float]]] = {
-    f.__name__: f for f in (direct, versus, whole, finer, swin, prediction)
-}
+    f.__name__: f
+    for f in (
+        direct, versus, whole, finer, swin, prediction,
+        direct_full, versus_full, versus_search_full, whole_full, prediction_full, swin_full, finer_full,
+    )
+}  # fmt: skip
 
 
 def run(case: str, checkout: Path, weights: str) -> dict[str, float]:
@@ -146,20 +211,24 @@ def run(case: str, checkout: Path, weights: str) -> dict[str, float]:
     return found
 
 
-def table(found: dict[str, dict[str, list[dict[str, float]]]], before: str, repeats: int) -> str:
+def table(found: dict[str, dict[str, list[dict[str, float]]]], before: str) -> str:
     lines = [
         "# Two versions side by side",
         "",
-        f"The benchmarks in short, processor seconds with one thread, the least of {repeats}; versions take turns.",
+        "The benchmarks in short, and those named `_full` in the setting of their own pages or a part of it that is",
+        "affordable twice; processor seconds with one thread, the least of some runs; versions take turns.",
         f"Before: {before}. `python -m benchmarks.side_by_side --before CHECKOUT`",
         "",
-        "| case | | before | now | ratio | residual before | now | passes before | now |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| case | | before | now | ratio | runs | residual before | now | passes before | now |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case, both in found.items():
+        if not (both["before"] and both["now"]):
+            continue
         ends = [min(runs, key=lambda r: r["seconds"]) for runs in (both["before"], both["now"])]
         seconds = [end["seconds"] for end in ends]
         cells = [f"{s:.3g}" for s in seconds] + [f"{seconds[1] / seconds[0]:.2f}"]
+        cells += [str(min(len(both["before"]), len(both["now"])))]
         for name, form in (("residual", ".1e"), ("passes", ".0f")):
             cells += [f"{end[name]:{form}}" if name in end else "" for end in ends]
         about = (CASES[case].__doc__ or "").rstrip(".")
@@ -173,6 +242,7 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--name", default="side_by_side", help="of the results' files")
+    parser.add_argument("--anew", action="store_true", help="without the runs that results hold")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--weights", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -193,20 +263,24 @@ def main() -> None:
 
     command = ["git", "-C", str(options.before), "log", "-1", "--format=%h, %ad", "--date=short"]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    found: dict[str, dict[str, list[dict[str, float]]]] = {}
+    path = common.RESULTS / f"{options.name}.json"
+    stored = json.loads(path.read_text()) if path.exists() and not options.anew else {}
+    found: dict[str, dict[str, list[dict[str, float]]]] = stored.get("runs", {})
+    text = table(found, told)
     with tempfile.TemporaryDirectory() as folder:
         weights = str(Path(folder) / "lenet.pt")
         torch.save(common.trained_lenet(1, epochs=2)[0].state_dict(), weights)
         for case in options.cases.split(","):
-            runs: dict[str, list[dict[str, float]]] = {"before": [], "now": []}
-            for _ in range(options.repeats):
+            runs = found.setdefault(case, {"before": [], "now": []})
+            for n in range(options.repeats):
                 for which, checkout in (("before", options.before), ("now", ROOT)):
+                    if len(runs[which]) > n:
+                        continue
                     runs[which].append(run(case, checkout, weights))
                     print(case, which, runs[which][-1], flush=True)
-            found[case] = runs
-            text = table(found, told, options.repeats)
-            results = {"runs": found, "before": told, "environment": common.environment()}
-            common.write_results(options.name, results, text)
+                    text = table(found, told)
+                    results = {"runs": found, "before": told, "environment": common.environment()}
+                    common.write_results(options.name, results, text)
     print(text)
 
 

@@ -25,9 +25,11 @@ from experiments.store import OUT, RESULTS, Store, collected
 # In the order in which they are run.
 EXPERIMENTS = (
     "digits_heldout", "fashion_lenet", "underfitting", "tabular", "toy", "ablations", "fashion_resnet", "swin",
-    "detection", "layers", "intervals", "joint", "language",
+    "detection", "layers", "candidates", "intervals", "sets", "joint", "language",
 )  # fmt: skip
 SETTINGS = ("small", "full")
+#: Settings that some experiments alone have.
+SOME = {"processor": ("language",)}
 
 
 def load(name: str) -> ModuleType:
@@ -40,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="The empirical evaluation; see docs/evaluation/index.md.",
     )
     parser.add_argument("names", nargs="*", metavar="experiment", help="all, if none is named")
-    parser.add_argument("--setting", choices=SETTINGS, default="small")
+    parser.add_argument("--setting", choices=(*SETTINGS, *SOME), default="small")
     parser.add_argument("--seeds", type=int, help="how many; each experiment has its own default")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--only-method", nargs="+", choices=list(METHODS), metavar="METHOD")
@@ -75,8 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for document in page.PAGES:
             page.update(document)
         return 0
-    if unknown := [name for name in options.names if name not in EXPERIMENTS]:
-        parser.error(f"unknown experiments {unknown}; there are {', '.join(EXPERIMENTS)}")
+    there = SOME.get(options.setting, EXPERIMENTS)
+    if unknown := [name for name in options.names if name not in there]:
+        parser.error(
+            f"unknown experiments {unknown}; with --setting {options.setting} there are {', '.join(there)}"
+        )
+    options.names = options.names or list(there)
     if options.device != "cpu":  # every process of the run reads it from there
         os.environ[devices.VARIABLE] = options.device
     signal.signal(signal.SIGTERM, _stop)  # a kill ends the process at work too
@@ -95,7 +101,7 @@ def evaluate(options: argparse.Namespace, console: Console) -> int:
     failures: dict[str, str] = {}
     skipped: dict[str, str] = {}
     started = time.perf_counter()
-    for name in options.names or EXPERIMENTS:
+    for name in options.names:
         module = load(name)
         seeds = None
         if options.seeds is not None:
@@ -121,8 +127,9 @@ def evaluate(options: argparse.Namespace, console: Console) -> int:
         except MixedNetworks as mixed:
             failures[f"the tables of {name}"] = str(mixed)
     folder = options.results / options.setting
-    claims.write(options.setting, folder)
-    overview.write(options.setting, claims.CLASSIFICATION, folder)
+    if options.setting in SETTINGS:  # claims are about experiments that the others lack
+        claims.write(options.setting, folder)
+        overview.write(options.setting, claims.CLASSIFICATION, folder)
     say(console, f"{words(time.perf_counter() - started)}. Tables and figures: {folder}")
     for why in dict.fromkeys(skipped.values()):  # one want may stop many methods
         say(console, f"Left out: {', '.join(m for m in skipped if skipped[m] == why)}. {why}")

@@ -19,6 +19,7 @@ from benchmarks.networks import Residual
 from experiments import shifts
 from experiments.detection import tabular
 from experiments.layers.sequences import VOCABULARY, Encoder, docstring_splits
+from experiments.methods.fixed_mean import FixedMean, Seen
 from experiments.networks import identity
 from experiments.runner import Job
 from experiments.store import Key
@@ -62,6 +63,7 @@ TITLES = {
     "layers": "layer null space, by the guarantee",
     "layers, prior": "layer null space, prior tuned",
     "layers, temperature": "layer null space, temperature tuned",
+    "process": "Gaussian process around the network (FMGP)",
     "ensemble": "five networks †",
     "ensemble, temperature": "five networks, temperature †",
 }
@@ -182,15 +184,22 @@ def measure_job(name: str, seed: int) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", nb.errors.NullBayesWarning)
         for key, (draws, temperature, seconds) in methods(network, data, seed).items():
-            found = {"seconds": seconds, "temperature": temperature}
-            for part, x in (("clean", data.test.inputs), ("shifted", data.shifted)):
-                p = (draws(x) / temperature).double().softmax(2)
-                found[part] = figures(p, data.test.targets, seed)
-            found["strengths"] = by_strength(draws, temperature, data, seed)
-            out["methods"][key] = found
+            out["methods"][key] = measured(draws, temperature, seconds, data, seed)
     classes = int(max(split.targets.max() for split in (data.train, data.test))) + 1
     out["methods"]["guess"] = guessed(data.test.targets, classes, seed)
     return out
+
+
+def measured(
+    draws: Draws, temperature: float, seconds: float, data: Data, seed: int
+) -> dict[str, Any]:
+    """Of one method: figures on test inputs, on those shifted, and at five strengths."""
+    found: dict[str, Any] = {"seconds": seconds, "temperature": temperature}
+    for part, x in (("clean", data.test.inputs), ("shifted", data.shifted)):
+        p = (draws(x) / temperature).double().softmax(2)
+        found[part] = figures(p, data.test.targets, seed)
+    found["strengths"] = by_strength(draws, temperature, data, seed)
+    return found
 
 
 def guessed(targets: Tensor, classes: int, seed: int) -> dict[str, Any]:
@@ -261,7 +270,7 @@ def methods(network: nn.Module, data: Data, seed: int) -> dict[str, tuple[Draws,
         "layers": lambda: nb.LayerNullSpacePosterior(network),
     }
     out: dict[str, tuple[Draws, float, float]] = {}
-    point = _of_networks([network])
+    point = of_networks([network])
     out["network"] = (point, 1.0, 0.0)
     out["temperature"] = (point, tuned(point, check), 0.0)
     for key, build in makers.items():
@@ -270,7 +279,7 @@ def methods(network: nn.Module, data: Data, seed: int) -> dict[str, tuple[Draws,
         posterior = build().fit(own, SAMPLES, progress=False)
         seconds = time.perf_counter() - started
         alpha = posterior.prior_precision
-        own_draws = _of_posterior(posterior)
+        own_draws = of_posterior(posterior)
         out[key] = (own_draws, 1.0, seconds)
         if key in ("null", "laplace"):
             width = widened(own_draws, check, seed)
@@ -283,8 +292,10 @@ def methods(network: nn.Module, data: Data, seed: int) -> dict[str, tuple[Draws,
             posterior.prior_precision = alpha
             out[f"{key}, prior"] = (spread(own_draws, width), 1.0, seconds)
     started = time.perf_counter()
+    out["process"] = (of_process(network, data, seed), 1.0, time.perf_counter() - started)
+    started = time.perf_counter()
     members = [network, *(trained(data, 1000 * (i + 1) + seed) for i in range(MEMBERS - 1))]
-    several = _of_networks(members)
+    several = of_networks(members)
     seconds = time.perf_counter() - started
     out["ensemble"] = (several, 1.0, seconds)
     out["ensemble, temperature"] = (several, tuned(several, check), seconds)
@@ -302,7 +313,7 @@ def last_block(network: nn.Module) -> list[str]:
     return names[-4:]
 
 
-def _of_networks(networks: Sequence[nn.Module]) -> Draws:
+def of_networks(networks: Sequence[nn.Module]) -> Draws:
     def draws(x: Tensor) -> Tensor:
         with torch.no_grad():
             return torch.stack([network(x) for network in networks])
@@ -310,7 +321,7 @@ def _of_networks(networks: Sequence[nn.Module]) -> Draws:
     return draws
 
 
-def _of_posterior(posterior: Any) -> Draws:
+def of_posterior(posterior: Any) -> Draws:
     """At the prior precision that it has now, with mirror images, as predictions are; computed once for each input."""
     alpha, known = posterior.prior_precision, dict[int, tuple[Tensor, Tensor]]()
 
@@ -325,6 +336,32 @@ def _of_posterior(posterior: Any) -> Draws:
         return known[id(x)][1]
 
     return draws
+
+
+def of_process(network: nn.Module, data: Data, seed: int) -> Draws:
+    """Of a Gaussian process over the network's features whose mean is the network."""
+    head = [m for m in network.modules() if isinstance(m, nn.Linear)][-1]
+    process = FixedMean(
+        Seen(*_features(network, head, data.train.inputs), data.train.targets), seed
+    )
+
+    def draws(x: Tensor) -> Tensor:
+        inputs, outputs = _features(network, head, x)
+        return (outputs + process.samples(inputs, SAMPLES, seed)).float()
+
+    return draws
+
+
+@torch.no_grad()
+def _features(network: nn.Module, head: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs of the last linear layer ``(N, D)`` and outputs ``(N, O)``."""
+    seen: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        outputs = torch.cat([network(part) for part in x.split(250)])
+    finally:
+        handle.remove()
+    return torch.cat(seen).flatten(1), outputs
 
 
 def spread(draws: Draws, width: float) -> Draws:

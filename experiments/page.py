@@ -5,7 +5,7 @@
 A marker ``<!-- begin digits_heldout: Under shift -->`` takes that section's table from the full results, or from the
 small ones where there are no full ones; ``<!-- begin digits_heldout: figure auroc -->`` the picture. Of long tables the
 page shows the variant that stands for each method and ours by the evidence. ``<!-- begin claims -->``: the whole page.
-``<!-- begin small/language: Free text -->`` takes the small one.
+``<!-- begin small/language: Free text -->`` takes the small one, ``processor/language`` that of this setting.
 ``<!-- begin overview: in brief -->``: of some of the overview's tables the rows of a few methods, as one table.
 """
 
@@ -40,9 +40,12 @@ PAGES = (
 PICTURES = "pictures"  # folder of copied figures, beside the page
 MARKER = re.compile(r"(<!-- begin (?P<what>[^\n]*?) -->\n)(?P<old>.*?)(<!-- end -->)", re.DOTALL)
 #: Pages whose long tables are shown whole: ours and all rivals.
-WHOLE = ("detection", "layers", "language")
+WHOLE = ("detection", "layers", "candidates", "sets", "language")
 ALSO_SHOWN = "null-space, by evidence"
-SMALL = "small/"  # of a marker: where the full results lack the table
+OTHERS = (
+    "small",
+    "processor",
+)  # settings that a marker may name: where the full results lack the table
 LONG = 16  # rows of a table from which on it is shortened
 
 
@@ -92,6 +95,7 @@ BRIEFS = {
             "Laplace, all weights",
             "null space, by evidence",
             "null space, prior tuned by joint NLL",
+            "Gaussian process around the network (FMGP)",
             "five networks",
         ),
     ),
@@ -115,8 +119,9 @@ def filled(text: str, results: Path, pictures: Path | None = None) -> str:
 def content(what: str, results: Path, pictures: Path | None) -> str:
     name, _, title = (part.strip() for part in what.partition(":"))
     settings: tuple[str, ...] = ("full", "small")
-    if name.startswith(SMALL):
-        name, settings = name.removeprefix(SMALL), settings[1:]
+    own, slash, rest = name.partition("/")
+    if slash and own in OTHERS:
+        name, settings = rest, (own,)
     for setting in settings:
         source = results / setting / f"{name}.md"
         if source.is_file():

@@ -39,7 +39,7 @@ from nullbayes.model.ragged import bags as bags
 from nullbayes.model.ragged import ragged as ragged
 from nullbayes.model.randomness import FrozenRandomness as FrozenRandomness
 from nullbayes.posterior.base import Posterior as Posterior
-from nullbayes.posterior.calibration import CalibrationPath as CalibrationPath
+from nullbayes.posterior.calibration_path import CalibrationPath as CalibrationPath
 from nullbayes.posterior.layers import LayerNullSpacePosterior as LayerNullSpacePosterior
 from nullbayes.posterior.loading import load as load
 from nullbayes.posterior.posterior import LaplacePosterior as LaplacePosterior

@@ -84,3 +84,11 @@ class LayerLeverage(_Layers):
     name = "layer null space, leverage"
     family = "layer null space"
     kind = "leverage"
+
+
+@score
+class LayerNeighbours(_Layers):
+    """With distances to training examples at every layer. A family of its own: the default stands for the posterior."""
+
+    name = family = "layer null space, neighbours"
+    kind = "neighbours"

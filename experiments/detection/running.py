@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.detection import posteriors, published, rivals  # noqa: F401 - they enter their scores
+from experiments.detection import (  # noqa: F401 - they enter their scores
+    posteriors,
+    processes,
+    published,
+    rivals,
+)
 from experiments.detection.base import SCORES
 from experiments.detection.families import FAMILIES, JUDGING, Problem, Size
 from experiments.devices import device
@@ -49,24 +54,35 @@ def measure_job(family: str, member: str, role: str, seed: int, size: Size) -> d
     """Every score that applies: AUROC and FPR95 of each set, seconds."""
     started = time.perf_counter()
     problem = FAMILIES[family].make(member, seed, size)
-    made = time.perf_counter() - started
-    out: dict[str, Any] = {
-        "family": family,
+    about = {
         "member": member,
         "role": role,
+        "network_seconds": time.perf_counter() - started,
+    }
+    names = [name for name, cls in SCORES.items() if cls.applies(problem.given.kind)]
+    return measured_scores(problem, names, about, family)
+
+
+def measured_scores(
+    problem: Problem, names: Sequence[str], about: dict[str, Any], family: str
+) -> dict[str, Any]:
+    """The piece of one problem with the scores named."""
+    started = time.perf_counter()
+    out: dict[str, Any] = {
+        "family": family,
+        **about,
         "network": identity(problem.given.network),
         "accuracy": problem.accuracy,
-        "network_seconds": made,
         "train": len(problem.given.train),
         "parameters": sum(p.numel() for p in problem.given.network.parameters()),
         "scores": {},
     }
-    for name, cls in SCORES.items():
-        if cls.applies(problem.given.kind):
-            out["scores"][name] = measured(cls, problem)
-            if device().type != "cpu":  # pieces of minutes: where they are
-                at = f"{family}, {member}, seed {seed}: {name}, {time.perf_counter() - started:.1f} s"
-                print(f"{at}, accuracy {out['accuracy']:.4f}", file=sys.stderr, flush=True)
+    for name in names:
+        out["scores"][name] = measured(SCORES[name], problem)
+        if device().type != "cpu":  # pieces of minutes: where they are
+            seconds = time.perf_counter() - started
+            at = f"{family}, {about['member']}, seed {problem.given.seed}: {name}, {seconds:.1f} s"
+            print(f"{at}, accuracy {out['accuracy']:.4f}", file=sys.stderr, flush=True)
     return out
 
 

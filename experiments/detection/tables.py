@@ -13,7 +13,7 @@ from experiments.detection.rivals import InputNeighbour
 from experiments.detection.running import NAME, SOLVED, both, representatives
 from experiments.tables import Column, Figures, Page, Row, provenances
 
-OURS = ("null space", "layer null space")
+OURS = ("null space", "layer null space", "layer null space, neighbours")
 
 
 def write(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:

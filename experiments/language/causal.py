@@ -21,7 +21,7 @@ import nullbayes as nb
 from experiments.devices import device
 from experiments.language import encoder
 from experiments.language.methods import at_temperature, tempered
-from experiments.language.problem import Problem, Row, Size, nll
+from experiments.language.problem import Problem, Row, Size, nll, remembered
 from experiments.methods.base import Draws, tune
 from experiments.networks import identity
 from experiments.runner import Unavailable
@@ -48,15 +48,14 @@ class Shape:
     texts: int  # that free text is preserved of
 
 
-#: By the number of seeds of a setting.
-SHAPES = {1: Shape(800, 48, 2, 20, 30, 40), 3: Shape(2000, 96, 3, 32, 15, 200)}
-
-
 def sized(size: Size) -> tuple[Size, Shape]:
-    """What this model has: in a small setting more texts than the encoder, since it costs next to nothing."""
+    """What this model has: in smaller settings more texts than the encoder, since it costs less."""
+    if size.limit is None:
+        return size, Shape(2000, 96, 3, 32, 15, 200)
     if size.seeds > 1:
-        return size, SHAPES[3]
-    return replace(size, limit=180, sets=50, test=200, samples=20), SHAPES[1]
+        own = replace(size, limit=120, sets=30, test=150, samples=12, validation=100)
+        return own, Shape(600, 32, 2, 16, 30, 30)
+    return replace(size, limit=180, sets=50, test=200, samples=20), Shape(800, 48, 2, 20, 30, 40)
 
 
 class Reader:
@@ -126,6 +125,10 @@ class Asked:
     @cached_property
     def model(self) -> nn.Module:
         """GPT-2 from its configuration, trained; in evaluation mode."""
+        return self.member(0)
+
+    def member(self, number: int) -> nn.Module:
+        """The model (0), and others of the same recipe from other weights and orders of texts."""
         try:
             from transformers import GPT2Config, GPT2LMHeadModel
         except ImportError as error:
@@ -140,21 +143,21 @@ class Asked:
             "attn_implementation": "eager",
         }  # fmt: skip
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.problem.seed)
+            torch.manual_seed(self.problem.seed + 1000 * number)
             model: nn.Module = GPT2LMHeadModel(GPT2Config(**settings))
         model.to(device())
-        self._train(model)
+        self._train(model, self.problem.seed + 1000 * number)
         return model.eval()
 
-    def _train(self, model: nn.Module) -> None:
+    def _train(self, model: nn.Module, seed: int) -> None:
         train, where = self.problem.train, device()
         data = self.reader.whole(train.inputs, train.targets)
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.05)
         steps = self.shape.epochs * -(-len(train) // BATCH)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
-        generator = torch.Generator().manual_seed(self.problem.seed)
+        generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
-            torch.manual_seed(self.problem.seed)  # dropout
+            torch.manual_seed(seed)  # dropout
             model.train()
             for _ in range(self.shape.epochs):
                 order = torch.randperm(len(train), generator=generator).to(where)
@@ -173,7 +176,7 @@ class Asked:
 
 
 def measure_job(kind: str, seed: int, size: Size) -> dict[str, Any]:
-    """``"choices"`` or ``"free text"``."""
+    """One of ``running.CAUSAL``."""
     from experiments.language.running import measured, peak, where
 
     size, shape = sized(size)
@@ -190,8 +193,9 @@ def measure_job(kind: str, seed: int, size: Size) -> dict[str, Any]:
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NullBayesWarning)
-        if kind == "choices":
-            out["rows"] = measured(problem, choices(asked))
+        if kind != "free text":
+            rows = choices(asked) if kind == "choices" else several(asked)
+            out["rows"] = measured(problem, rows)
         else:
             rows, qualities = free_text(asked)
             out["rows"] = measured(problem, rows)
@@ -261,6 +265,51 @@ def choices(asked: Asked) -> dict[str, Row]:
             "`nb.Choices`, tuned", at(best), {}, "prior precision", best, "variance"
         ),
     }  # fmt: skip
+
+
+def several(asked: Asked) -> dict[str, Row]:
+    """The same answers with dropout left on, and of several models."""
+    problem, size = asked.problem, asked.problem.size
+    members = [asked.model, *(asked.member(k) for k in range(1, size.members))]
+
+    def ensemble(x: Tensor) -> Draws:
+        return Draws(torch.stack([_answers(asked.reader, model, x) for model in members]))
+
+    def dropout(x: Tensor) -> Draws:
+        where = device()
+        with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+            torch.manual_seed(problem.seed)
+            asked.model.train()  # nothing but dropout differs
+            try:
+                drawn = [_answers(asked.reader, asked.model, x) for _ in range(size.samples)]
+            finally:
+                asked.model.eval()
+        return Draws(torch.stack(drawn))
+
+    out: dict[str, Row] = {}
+    for key, title, own in (
+        ("dropout", "MC dropout", dropout),
+        ("ensemble", f"{size.members} models †", ensemble),
+    ):
+        draws = remembered(own)
+        heat = tempered(draws, problem.validation)
+        out[key] = Row(title, draws)
+        out[f"{key}_temperature"] = Row(
+            f"{title}, temperature", at_temperature(draws, heat), {}, "temperature", heat
+        )
+    return out
+
+
+@torch.no_grad()
+def _answers(reader: Reader, model: nn.Module, x: Tensor) -> Tensor:
+    """Logits ``(N, C)`` of the answers after the question mark."""
+    found = []
+    for part in x.split(64):
+        inputs = reader.prompts(part)
+        last = inputs["attention_mask"].sum(1) - 1
+        logits = model(**inputs).logits[torch.arange(len(last), device=last.device), last]
+        found.append(logits[:, reader.answers].cpu())
+    return torch.cat(found)
 
 
 def _details(posterior: Any) -> dict[str, Any]:

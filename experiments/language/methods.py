@@ -16,6 +16,7 @@ from experiments.detection.base import SCORES
 from experiments.devices import device
 from experiments.language import encoder
 from experiments.language.problem import Problem, Row, nll, parts, remembered, unit
+from experiments.language.regime import Moved, regime
 from experiments.methods.base import Draws, Tuned, joined, tune
 from experiments.methods.peer_laplace import quiet, require_laplace
 from experiments.methods.point import EIGHTHS, FINER
@@ -156,8 +157,6 @@ def last_twentieth(problem: Problem) -> Rows:
 def _null_space(
     problem: Problem, key: str, title: str, split: Split, names: list[str] | None
 ) -> Rows:
-    from experiments.language.regime import regime
-
     posterior = nb.NullSpacePosterior(problem.network, parameters=names, memory=MEMORY)
     posterior.fit(problem.batches(split), problem.size.samples, problem.seed, progress=False)
     rows = linearised(posterior, problem, key, title, "novelty")
@@ -184,15 +183,10 @@ def layers(problem: Problem) -> Rows:
         problem.batches(problem.train), problem.size.samples, problem.seed, progress=False
     )
     own, certificate = float(posterior.prior_precision), posterior.certificate
+    networks = Moved(posterior)
 
     def at(value: float) -> Callable[[Tensor], Draws]:
-        def draws(x: Tensor) -> Draws:
-            posterior.prior_precision = value
-            found = [posterior.predict(part).outputs.cpu() for part in parts(x)]
-            posterior.prior_precision = own
-            return Draws(torch.cat(found, 1))
-
-        return draws
+        return lambda x: Draws(networks.outputs(x, value))
 
     def path(values: list[float]) -> list[float]:
         return [nll(at(a)(problem.validation.inputs), problem.validation.targets) for a in values]
@@ -300,7 +294,9 @@ def kronecker(problem: Problem) -> Rows:
         found = [at(a, problem.validation.inputs) for a in values]
         return [nll(each, problem.validation.targets) for each in found]
 
-    best = tune(1.0, path, FROM_ONE, ())
+    # Each value takes samples of all weights of its own: minutes of a processor.
+    decades = FROM_ONE if problem.size.limit is None else FROM_ONE[::2]
+    best = tune(1.0, path, decades, ())
 
     def draws(x: Tensor) -> Draws:
         return at(best.value, x)
@@ -381,6 +377,8 @@ def _nearest(embed: Any, network: Any, train: Tensor) -> Callable[[Tensor], Tens
 
 #: Of fully tuned networks alone.
 IN_FULL = ("last twentieth",)
+#: What takes the last twentieth of a fully tuned network's weights; left out on a processor.
+PART = ("last twentieth", "Laplace")
 #: In the order in which they are measured.
 GROUPS: dict[str, Callable[[Problem], Rows]] = {
     "null space": null_space,

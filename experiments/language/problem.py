@@ -52,6 +52,8 @@ class Size:
 SIZES = {
     "small": Size(90, 20, 60, 20, 6, 2, 60, 1, epochs=4),
     "full": Size(),
+    # Everything, three seeds, in an hour of one processor.
+    "processor": Size(80, 8, 64, 16, 6, 2, 40, 3, epochs=8, validation=60),
 }
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from experiments import measures
 from experiments.language.problem import Problem, nll, parts, unit
 from experiments.methods.base import Draws
 from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE
 
-CHECKED = 128  # training texts whose predictions are compared
+CHECKED = 128  # training texts whose predictions are compared at most; eight for each sample
 STEP = 10 ** (1 / 3)
 STEPS = 24
 
@@ -27,57 +28,75 @@ def regime(posterior: Any, problem: Problem) -> dict[str, Any]:
     own = float(posterior.prior_precision)
     certificate = posterior.certificate
     evidence = own if certificate.evidence is None else float(certificate.evidence)
-    named = {n: p.detach() for n, p in posterior.model.named_parameters()}
-    weights = [named[n].double().cpu() for n in posterior.space.by_name]
-    size = float(sum(w.square().sum() for w in weights)) ** 0.5
-    length = _lengths(posterior, named) * own**0.5 / size
-    train = problem.train[:CHECKED]
+    moved = Moved(posterior)
+    train = problem.train[: min(CHECKED, 8 * problem.size.samples)]
     out: dict[str, Any] = {
         "weights": certificate.parameters,
         "rank": certificate.rank,
-        "length of the weights": size,
+        "length of the weights": moved.size,
         "expected": (certificate.null_dim / max(1, certificate.rank)) ** 0.5,
     }
     units = {
         "test": unit(posterior, problem.test.inputs),
         "train": unit(posterior, train.inputs),
     }
-    try:
-        found = _bounded(posterior, train.inputs, own, units["train"])
-        for name, alpha in (
-            ("evidence", evidence),
-            ("bounded", own),
-            ("bounded, sampled networks", found),
-        ):
-            posterior.prior_precision = alpha
-            out[name] = {"prior_precision": alpha, "length": length * alpha**-0.5}
-            for method in ("linearised", "sampled"):
-                out[name][method] = _figures(posterior, problem, train.inputs, method, units)
-    finally:
-        posterior.prior_precision = own
+    found = _bounded(moved, train.inputs, own, units["train"][0])
+    for name, alpha in (
+        ("evidence", evidence),
+        ("bounded", own),
+        ("bounded, sampled networks", found),
+    ):
+        out[name] = {"prior_precision": alpha, "length": moved.length * alpha**-0.5}
+        for method in ("linearised", "sampled"):
+            out[name][method] = _figures(moved, problem, train.inputs, method, alpha, units)
     return out
 
 
 Units = dict[str, tuple[Tensor, Tensor]]
 
 
-def _lengths(posterior: Any, named: dict[str, Tensor]) -> float:
-    """Mean ``‖Δ‖`` of up to eight samples."""
-    found = []
-    for state, _ in zip(posterior.sample(), range(8), strict=False):
-        change = [
-            (state[n] - named[n].to(state[n].device)).double() for n in posterior.space.by_name
+class Moved:
+    """The re-weighted networks at any prior precision: changes scale with ``α^{-1/2}``.
+
+    Attributes:
+        size: length of the weights that move.
+        length: mean length of the changes at prior precision one, over that of the weights.
+    """
+
+    def __init__(self, posterior: Any) -> None:
+        self.model = posterior.model
+        named = {n: p.detach() for n, p in self.model.named_parameters()}
+        self.weights = {n: named[n] for n in posterior.space.by_name}
+        scale = float(posterior.prior_precision) ** 0.5
+        self.changes = [
+            {n: (state[n].to(w.device) - w) * scale for n, w in self.weights.items()}
+            for state in posterior.sample()
         ]
-        found.append(float(sum(c.square().sum() for c in change)) ** 0.5)
-    return sum(found) / len(found)
+        lengths = [_length(change) for change in self.changes]
+        self.size = _length(self.weights)
+        self.length = sum(lengths) / len(lengths) / self.size
+
+    @torch.no_grad()
+    def outputs(self, x: Tensor, alpha: float) -> Tensor:
+        """``(S, N, C)`` on the processor."""
+        found = []
+        for change in self.changes:
+            weights = {n: w + alpha**-0.5 * change[n] for n, w in self.weights.items()}
+            each = [functional_call(self.model, weights, (part,)).cpu() for part in parts(x)]
+            found.append(torch.cat(each))
+        return torch.stack(found)
+
+
+def _length(tensors: dict[str, Tensor]) -> float:
+    return float(sum(float(t.double().square().sum()) for t in tensors.values())) ** 0.5
 
 
 def _figures(
-    posterior: Any, problem: Problem, train: Tensor, method: str, units: Units
+    moved: Moved, problem: Problem, train: Tensor, method: str, alpha: float, units: Units
 ) -> dict[str, float]:
-    """Of the posterior at its prior precision: quality on test texts, divergence on training texts."""
+    """At one prior precision: quality on test texts, divergence on training texts."""
     test, known = (
-        _draws(posterior, x, method, units[name])
+        _draws(moved, x, method, alpha, units[name])
         for name, x in (("test", problem.test.inputs), ("train", train))
     )
     quality = measures.classification(test.probabilities(), problem.test.targets)
@@ -88,12 +107,13 @@ def _figures(
     }
 
 
-def _draws(posterior: Any, x: Tensor, method: str, unit: tuple[Tensor, Tensor]) -> Draws:
+def _draws(
+    moved: Moved, x: Tensor, method: str, alpha: float, unit: tuple[Tensor, Tensor]
+) -> Draws:
     if method == "linearised":
         point, change = unit
-        return Draws(point + change * posterior.prior_precision**-0.5, point)
-    found = [posterior.predict(part, method=method).outputs.cpu() for part in parts(x)]
-    return Draws(torch.cat(found, 1))
+        return Draws(point + change * alpha**-0.5, point)
+    return Draws(moved.outputs(x, alpha))
 
 
 def divergence(point: Tensor, outputs: Tensor) -> float:
@@ -102,12 +122,10 @@ def divergence(point: Tensor, outputs: Tensor) -> float:
     return float((before.exp() * (before - after)).sum(-1).mean())
 
 
-def _bounded(posterior: Any, train: Tensor, alpha: float, units: tuple[Tensor, Tensor]) -> float:
+def _bounded(moved: Moved, train: Tensor, alpha: float, point: Tensor) -> float:
     """The first of ``alpha · 10^(k/3)`` at which sampled networks move training predictions by 0.005 nats at most."""
     for _ in range(STEPS):
-        posterior.prior_precision = alpha
-        drawn = _draws(posterior, train, "sampled", units).outputs
-        if divergence(units[0], drawn) <= ALLOWED_DIVERGENCE:
+        if divergence(point, moved.outputs(train, alpha)) <= ALLOWED_DIVERGENCE:
             break
         alpha *= STEP
     return alpha

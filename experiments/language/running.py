@@ -16,7 +16,7 @@ from experiments import measures
 from experiments.detection.running import finite
 from experiments.devices import device
 from experiments.language import causal, encoder
-from experiments.language.methods import GROUPS, IN_FULL
+from experiments.language.methods import GROUPS, IN_FULL, PART
 from experiments.language.problem import SIZES, Problem, Row, Size, nll
 from experiments.language.texts import JUDGING, TUNING
 from experiments.methods.base import Draws
@@ -28,7 +28,7 @@ from nullbayes.posterior.measuring.records import joint_nll
 
 NAME = "language"
 VERSION = 1
-CAUSAL = ("choices", "free text")
+CAUSAL = ("choices", "free text", "choices, several")
 AFTER_CAUSAL = "last twentieth"  # the group of methods that comes next
 
 
@@ -63,9 +63,19 @@ def jobs(
         out += [
             job(seed, f"{way}: {group}", measure_job, (way, seed, group, size))
             for way, seed in each
-            if way == "full" or group not in IN_FULL
+            if (
+                group not in IN_FULL
+                if way == "LoRA"
+                else setting != "processor" or group not in PART
+            )
         ]
-    return out
+    return sorted(out, key=_whole) if setting == "processor" else out
+
+
+def _whole(job: Job) -> tuple[int, int]:
+    """One family after the other, and whole seeds of it: what a run that is cut off then has."""
+    families = ("GPT-2", "full", "LoRA")
+    return families.index(job.key.method.partition(":")[0]), job.key.seed
 
 
 def depends(size: Size) -> dict[str, Any]:
@@ -131,7 +141,7 @@ def peak() -> int | None:
 
 
 def measured(problem: Problem, rows: dict[str, Row]) -> dict[str, Any]:
-    """Quality on test texts, and the AUROC of every score on every set: a set after the other, all rows of it."""
+    """Quality on test texts, and the AUROC of every score on every set: all sets at once."""
     out: dict[str, Any] = {}
     known: dict[str, dict[str, Tensor]] = {}
     for key, row in rows.items():
@@ -152,14 +162,16 @@ def measured(problem: Problem, rows: dict[str, Row]) -> dict[str, Any]:
         out[key]["seconds_per_1000"] = 1000 * seconds / len(problem.test)
     roles = [JUDGING, TUNING] if all(row.draws is None for row in rows.values()) else [JUDGING]
     for role in roles:
-        for distance, sets in problem.sets(role).items():
-            for name, tokens in sets.items():
-                for key, row in rows.items():
-                    draws = None if row.draws is None else row.draws(tokens)
-                    for score, values in scores(row, draws, tokens).items():
-                        place = out[key]["auroc"].setdefault(score, {})
-                        place = place.setdefault(role, {}).setdefault(distance, {})
-                        place[name] = measures.detection(known[key][score], values)["auroc"]
+        placed = [(d, n, t) for d, sets in problem.sets(role).items() for n, t in sets.items()]
+        sizes = [len(tokens) for _, _, tokens in placed]
+        every = torch.cat([tokens for _, _, tokens in placed])  # fewer, fuller batches
+        for key, row in rows.items():
+            draws = None if row.draws is None else row.draws(every)
+            for score, values in scores(row, draws, every).items():
+                for (distance, name, _), own in zip(placed, values.split(sizes), strict=True):
+                    place = out[key]["auroc"].setdefault(score, {})
+                    place = place.setdefault(role, {}).setdefault(distance, {})
+                    place[name] = measures.detection(known[key][score], own)["auroc"]
     return out
 
 

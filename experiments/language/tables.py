@@ -203,11 +203,11 @@ def asked(page: Page, runs: Sequence[Run]) -> None:
         (
             "choices",
             "A causal model that names the topic",
-            ("point", "point_temperature", "null", "null_tuned"),
+            (*ORDER[:6], "null", "null_tuned"),
         ),
         ("free text", "A causal model of free text", ("point", "null_loss", "null_token")),
     ):
-        own = [r for r in runs if r["result"]["group"] == group]
+        own = [r for r in runs if r["result"]["group"].partition(",")[0] == group]
         found = by_seed(own, "GPT-2")
         if not found:
             continue

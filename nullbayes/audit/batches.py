@@ -10,7 +10,7 @@ Two questions that plain automatic differentiation and plain forward passes answ
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,7 +53,6 @@ def plain_gradient(functional: FunctionalModel, inputs: Inputs, cotangents: Tens
     Raises:
         ModelError: the outputs have another shape than the cotangents.
     """
-    space = functional.space
     weights = functional.weights(requires_grad=True)
     with torch.enable_grad():
         outputs = functional(weights, inputs)
@@ -62,11 +61,40 @@ def plain_gradient(functional: FunctionalModel, inputs: Inputs, cotangents: Tens
             f"the network returned shape {tuple(outputs.shape)} where {tuple(cotangents.shape)} came before; its "
             "outputs must depend on weights and inputs alone (look for a state that changes between calls)."
         )
+    return _gradient(functional, weights, [outputs], [cotangents])
+
+
+def gradient_of_parts(
+    functional: FunctionalModel,
+    weights: dict[str, Tensor],
+    parts: Sequence[tuple[list[int], Tensor]],
+    cotangents: Tensor,
+) -> Tensor:
+    """:func:`plain_gradient` of the examples in ``parts``, from outputs that have their graph still.
+
+    Args:
+        weights: the leaves of the graph, by name.
+        parts: places in the batch, and the outputs there, as :func:`shown_separate` gives them.
+        cotangents: ``(B, *out)``, of all examples of the batch.
+    """
+    return _gradient(
+        functional, weights, [out for _, out in parts], [cotangents[part] for part, _ in parts]
+    )
+
+
+def _gradient(
+    functional: FunctionalModel,
+    weights: dict[str, Tensor],
+    outputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+) -> Tensor:
+    space = functional.space
     found = torch.zeros(space.total, dtype=space.dtype, device=space.device)
-    if not outputs.requires_grad:
+    pairs = [(o, c.to(o)) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    if not pairs:
         return found
     gradients = torch.autograd.grad(
-        outputs, list(weights.values()), cotangents.to(outputs), allow_unused=True
+        [o for o, _ in pairs], list(weights.values()), [c for _, c in pairs], allow_unused=True
     )
     for name, gradient in zip(weights, gradients, strict=True):
         if gradient is not None:
@@ -214,24 +242,60 @@ def check_separate(
     Raises:
         ModelError: which example of which batch, by how much, and the mend.
     """
-    size = batch_size(inputs, where)
     weights = functional.weights(requires_grad=True)
-    for part in _parts(size, index):
+    parts = _parts(range(batch_size(inputs, where)), index)
+    for _ in _shown(functional, weights, inputs, outputs, parts, where):
+        pass
+
+
+def shown_separate(
+    functional: FunctionalModel,
+    weights: dict[str, Tensor],
+    inputs: Inputs,
+    outputs: Tensor,
+    numbers: range,
+    where: str,
+) -> list[tuple[list[int], Tensor]]:
+    """:func:`check_separate` of the examples ``numbers`` of a batch alone: their places, and their outputs with graph.
+
+    Args:
+        weights: the leaves that the graph is to have.
+
+    Raises:
+        ModelError: as there.
+    """
+    parts = _parts(numbers, numbers.start)
+    return list(_shown(functional, weights, inputs, outputs, parts, where))
+
+
+def _shown(
+    functional: FunctionalModel,
+    weights: dict[str, Tensor],
+    inputs: Inputs,
+    outputs: Tensor,
+    parts: Sequence[list[int]],
+    where: str,
+) -> Iterator[tuple[list[int], Tensor]]:
+    size = len(outputs)
+    for part in parts:
         piece = select(inputs, torch.tensor(part, device=functional.device))
         with _drawing_nothing(functional, where), torch.enable_grad():
             again = _evaluated(functional, weights, piece, part, size, where)
         worst = _difference(again.detach(), outputs[part], outputs, functional.rounding)
         if worst is not None:
             raise _explained(functional, inputs, outputs, part, worst, where)
+        yield part, again
+        del again  # and the graph behind it, unless it is kept
 
 
-def _parts(size: int, index: int) -> list[list[int]]:
+def _parts(numbers: range, index: int) -> list[list[int]]:
     """One example alone, the others in reverse order in two parts; a lone example is evaluated twice over."""
+    size = len(numbers)
     if size == 1:
-        return [[0, 0]]
+        return [[numbers.start, numbers.start]]
     drawn = torch.randint(0, size, (1,), generator=counter_generator(0, index, size))
-    alone = int(drawn)
-    others = [n for n in reversed(range(size)) if n != alone]
+    alone = numbers[int(drawn)]
+    others = [n for n in reversed(numbers) if n != alone]
     cut = len(others) // 3
     return [part for part in ([alone], others[:cut], others[cut:]) if part]
 

@@ -230,6 +230,9 @@ class _Examiner:
         #: why no copy of the network could be made; None where one was
         self.no_copy: str | None = None
         self._copy: NetworkCopy | None = None
+        #: the samples that the last example was moved by, and these with the prior vectors: one copy of them for all
+        #: examples that are moved by the same
+        self._directions: tuple[list[int], Tensor] | None = None
         try:
             self._copy = NetworkCopy(self.functional)
         except (MemoryError, torch.OutOfMemoryError):
@@ -257,6 +260,15 @@ class _Examiner:
             return found
         return again
 
+    def _both(self, which: list[int]) -> Tensor:
+        """Samples and prior vectors ``(2 k, P)``."""
+        if self._directions is None or self._directions[0] != which:
+            self._directions = None  # before the next ones are there
+            samples, prior = self.question.samples, self.question.prior
+            some = samples if which == list(range(len(samples))) else samples[which]
+            self._directions = which, torch.cat([some.to(prior), prior])
+        return self._directions[1]
+
     def _measured(self, along: Derivative, example: Drawn, place: int, claim: Claim) -> Measured:
         question, functional = self.question, self.functional
         with torch.no_grad():
@@ -264,7 +276,7 @@ class _Examiner:
         rows = question.rows(outputs, example).detach()
         rows = rows.reshape(len(rows), -1).double()  # (C, out)
         which = question.which(place)
-        both = torch.cat([question.samples[which].to(question.prior), question.prior])
+        both = self._both(which)
         changes = along(example.inputs, both)
         values = (changes.reshape(len(both), -1).double() @ rows.T).norm(dim=1)
         ours, prior = values[: len(which)], values[len(which) :]

@@ -114,7 +114,7 @@ class Certificate:
         def mean(a: float, b: float) -> float:
             return (here * a + there * b) / (here + there)
 
-        worse = new["status"] not in (Status.CONVERGED, Status.NUMERICAL)
+        worse = not new["status"].good
         return replace(
             self,
             residual=max(self.residual, new["residual"]),
@@ -160,13 +160,13 @@ class Certificate:
 
     @property
     def small_residual(self) -> bool:
-        """Within tolerance, or left on purpose in directions below ``delta`` and small."""
+        """Within tolerance; or left on purpose, below ``delta`` or by rounding what is stored, and small."""
         if self.residual <= self.tolerance:
             return True
         # For very confident networks both norms in the residual are close to zero, so their ratio means
         # little; `row_drift`, in nats, decides.
         little = self.natural_units and self.row_drift <= NUMERICAL_DRIFT
-        return self.status == Status.NUMERICAL.value and (
+        return self.status in (Status.NUMERICAL.value, Status.ROUNDED.value) and (
             self.residual <= NUMERICAL_RESIDUAL or little
         )
 
@@ -200,9 +200,11 @@ class Certificate:
         return cls(**kept)
 
     def _residual_note(self) -> str:
-        if self.residual <= self.tolerance or self.status != Status.NUMERICAL.value:
-            return f"tolerance {self.tolerance:.0e}"
-        return f"the share below delta = {self.delta:g}"
+        if self.residual > self.tolerance and self.status == Status.NUMERICAL.value:
+            return f"the share below delta = {self.delta:g}"
+        if self.residual > self.tolerance and self.status == Status.ROUNDED.value:
+            return f"tolerance {self.tolerance:.0e}, before samples were rounded"
+        return f"tolerance {self.tolerance:.0e}"
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the printed table."""

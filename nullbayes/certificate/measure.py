@@ -29,7 +29,7 @@ LOOKED_AT = 8
 SAMPLED_DRAWS = 10
 
 # Of large networks, each pass of which is dear, fewer.
-SAMPLED_OF_LARGE = 8
+SAMPLED_OF_LARGE, DRAWS_OF_LARGE = 8, 5
 
 # Outputs ``(B, *out)``, what samples at prior precision one do to them ``(S, B, *out)``, and targets.
 Batch = tuple[Tensor, Tensor, Any]
@@ -49,10 +49,10 @@ class GuaranteeCheck:
         samples: Tensor,
         processes: Processes | None = None,
         crowd: Crowd | None = None,
-        known: Sequence[tuple[Tensor, Tensor] | None] = (),
+        known: Sequence[tuple[Tensor | None, Tensor | None]] = (),
         places: Sequence[int] | None = None,
     ) -> None:
-        """``known``: outputs and their changes of the first of ``examples``, where rows say that (`row_changes`).
+        """``known``: outputs and their changes of ``examples``, training data, where rows say that (`row_changes`).
 
         ``places``: for each of ``examples``, how many of all processes' come before it; None: these are all.
         """
@@ -65,10 +65,10 @@ class GuaranteeCheck:
         self.inputs = [inputs for inputs, _ in examples]
         self.batches: list[Batch] = []
         for n, (inputs, targets) in enumerate(examples):
-            found = known[n] if n < len(known) else None
-            if found is None:
-                found = linearised_outputs(functional, plan, samples, inputs)
-            self.batches.append((found[0], crowd.joined(found[1]), targets))
+            point, change = known[n] if n < len(known) else (None, None)
+            if point is None or change is None:
+                point, change = linearised_outputs(functional, plan, samples, inputs, point=point)
+            self.batches.append((point, crowd.joined(change), targets))
         #: the number of the first sample here, among all
         self.first = 0
         if crowd.processes is not None:
@@ -112,7 +112,7 @@ class GuaranteeCheck:
     @property
     def sampled(self) -> Tensor:
         """Those of the samples with which the re-weighted network itself is run."""
-        return self.samples[: max(0, SAMPLED_DRAWS - self.first)]
+        return self.samples[: max(0, sampled_draws(self.problem) - self.first)]
 
     def _changes(self, inputs: Inputs, samples: Tensor) -> Tensor:
         return linearised_outputs(self.problem.functional, self.plan, samples, inputs)[1]
@@ -232,12 +232,17 @@ def sampled_examples(problem: Problem) -> int:
     return SAMPLED_OF_LARGE if is_large(problem.functional.model) else SAMPLED_EXAMPLES
 
 
+def sampled_draws(problem: Problem) -> int:
+    """With how many samples it is."""
+    return DRAWS_OF_LARGE if is_large(problem.functional.model) else SAMPLED_DRAWS
+
+
 def _pieces(batches: Sequence[Batch]) -> Iterator[Batch]:
     """The same examples, as many at a time as can be looked at in float64, and by way of a few temporaries."""
     for point, unit, targets in batches:
         size = len(point)
         each = 8 * unit[:, :1].numel() * LOOKED_AT
-        step = max(1, working_bytes() // max(1, each))
+        step = max(1, working_bytes(point.device) // max(1, each))
         if step >= size:
             yield point, unit, targets
             continue

@@ -15,20 +15,21 @@ from nullbayes.jacobian.linearise import linearised_outputs
 from nullbayes.model.batch import Inputs, batch_size, select
 
 # Numbers of the samples from which it pays, and outputs of an example up to which a small matrix of each is inverted.
-FROM, MOST_OUTPUTS = 2**20, 256
+FROM, MOST_OUTPUTS = 2**18, 256
 # By how much rounding may grow on the way back from rows to outputs.
 CONDITION = 100.0
 # Rows that are smaller, beside the largest of the batch, are near what products leave out.
 SMALLEST = 1e-20
 
-Changes = tuple[Tensor, Tensor]
+#: outputs and what samples do to them; None: not known
+Changes = tuple[Tensor | None, Tensor | None]
 
 
 def known_changes(
     problem: Problem, rows: TrainingRows, samples: Tensor, effects: Tensor
-) -> list[Changes | None]:
-    """For each batch of ``rows.checked``: ``f(θ̂, x) (B, *out)`` and ``J(x) Δ_s (S, B, *out)`` but for what
-    `Likelihood.centre` takes away; None where rows do not say that.
+) -> list[Changes]:
+    """For each batch of ``rows.checked``: ``f(θ̂, x) (B, *out)``, None where they were not kept, and ``J(x) Δ_s
+    (S, B, *out)`` but for what `Likelihood.centre` takes away, None where rows do not say that.
 
     Args:
         samples: ``(S, P)``, weight changes at prior precision one.
@@ -36,14 +37,14 @@ def known_changes(
     """
     wanted = samples.numel() >= FROM and not problem.preserve.numbered
     own = rows.operator.own_span
-    out: list[Changes | None] = []
+    out: list[Changes] = []
     outputs = rows.checked_outputs or [None] * len(rows.checked)
     examples = zip(rows.checked, rows.checked_numbers, outputs, strict=True)
     for (inputs, targets), numbers, point in examples:
         spans = [rows.span(n) for n in numbers]
         widths = {s.stop - s.start for s in spans}
         if not wanted or len(widths) != 1 or len(spans) != batch_size(inputs):
-            out.append(None)
+            out.append((point, None))
             continue
         index = torch.tensor([range(s.start, s.stop) for s in map(own, spans)])
         moved = effects[:, index.to(effects.device)]  # (S, B, C)
@@ -57,20 +58,20 @@ def _changes(
     examples: tuple[Inputs, object, Tensor | None],
     moved: Tensor,
     samples: Tensor,
-) -> Changes | None:
+) -> Changes:
     inputs, targets, point = examples
     if point is None:
         point = problem.functional.outputs(inputs)
     size, outputs = len(point), point[0].numel()
     if outputs > MOST_OUTPUTS:
-        return None
+        return point, None
     made = problem.cotangents(point, targets).values  # (C, B, *out)
     b = made.reshape(len(made), size, outputs).transpose(0, 1).double()
     eye = torch.eye(outputs, dtype=torch.float64, device=point.device)
     kept = problem.likelihood.centre(eye.reshape(outputs, 1, *point.shape[1:]))
     rank = round(float(kept.reshape(outputs, outputs).diagonal().sum()))  # of a projection
     if b.shape[1] != rank or moved.shape[2] != rank:
-        return None
+        return point, None
     norms = torch.linalg.vector_norm(b, dim=2)  # (B, C)
     tells = norms.amin(1) > SMALLEST * norms.max()
     scale = torch.where(norms > 0, norms, torch.ones_like(norms))

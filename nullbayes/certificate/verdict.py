@@ -35,12 +35,16 @@ def verdict_of(c: Certificate) -> str:
             cost = f"no training {name} could be measured"
         keep = f"A Laplace posterior does not promise to preserve training predictions; {cost}"
         text = f"{keep} ({scores})."
-        if c.status not in (Status.CONVERGED.value, Status.NUMERICAL.value):
+        if c.status not in [status.value for status in Status if status.good]:
             text += f" Its samples are not exact: {c.status}."
         return text
     if c.held:
         text = f"The guarantee held: {scores}. Samples move {c.preserve} by "
         text += f"{c.drift:.2g} (RMS), {_left(c)} of what the prior would."
+        if c.status == Status.ROUNDED.value:
+            text += (
+                f" Rounding them to what they are stored in left a residual of {c.residual:.1g}."
+            )
     elif c.audit is None and c.sound:
         text = "Whether the guarantee held is not known: this fit was never audited (version 0.1 had no audit). By its "
         text += f"own rows, which nobody checked, {scores}, and samples move {c.preserve} by {c.drift:.2g} (RMS), "

@@ -62,6 +62,13 @@ def check_choice(value: str, allowed: tuple[str, ...], name: str) -> str:
     return value
 
 
+def check_stored_dtype(value: Any, working: torch.dtype) -> torch.dtype:
+    """What samples may be made narrower to. Raises `InputError` for any other dtype."""
+    if value is torch.int8:
+        return value
+    return check_sample_dtype(value, working) or working
+
+
 def check_sample_dtype(value: Any, working: torch.dtype) -> torch.dtype | None:
     """None for the working precision itself. Raises `InputError` for a dtype that samples cannot be stored in."""
     if value is None or value == working:

@@ -18,7 +18,9 @@ from nullbayes.errors import InputError, MemoryBudgetError
 
 # Bytes that the temporaries of one product or one capture may take where no budget says less.
 WORKING_BYTES = 2**29
-_WORKING: ContextVar[int] = ContextVar("working", default=WORKING_BYTES)
+_WORKING: ContextVar[int | None] = ContextVar("working", default=None)
+# The share of an accelerator's memory that takes the place of `WORKING_BYTES`, and the most that pieces grow by.
+ACCELERATOR_SHARE, MOST_TIMES = 1 / 20, 16
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
@@ -55,21 +57,47 @@ def available_bytes(device: torch.device) -> int:
                     return int(line.split()[1]) * 1024
     except OSError:
         pass
+    return _all_memory() // 2
+
+
+def _all_memory() -> int:
+    """Bytes of the machine's memory; where it does not say, of a small one."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
-        return 8 * 2**30
+        return 16 * 2**30
 
 
-def working_bytes() -> int:
-    """Bytes that the temporaries of one product, or of one capture, may take now."""
-    return _WORKING.get()
+@functools.cache
+def times_on(device: torch.device) -> int:
+    """How many times the pieces that suit a CPU are made on ``device``: 1 on the CPU.
+
+    A CPU is fast where a piece stays in its cache. An accelerator waits for each operation that it is sent, so there
+    the fewest and largest pieces win, up to a share of its memory.
+    """
+    if device.type == "cpu":
+        return 1
+    whole = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else _all_memory()
+    return max(1, min(MOST_TIMES, int(ACCELERATOR_SHARE * whole / WORKING_BYTES)))
+
+
+def working_bytes(device: torch.device | None = None) -> int:
+    """Bytes that the temporaries of one product, or of one capture, on ``device`` (None: the CPU) may take now."""
+    most = WORKING_BYTES * (1 if device is None else times_on(device))
+    given = _WORKING.get()
+    return most if given is None else min(given, most)
+
+
+def bounded(device: torch.device | None = None) -> bool:
+    """Whether a budget leaves the temporaries on ``device`` (None: the CPU) less than they take without one."""
+    given = _WORKING.get()
+    return given is not None and given < WORKING_BYTES * (1 if device is None else times_on(device))
 
 
 @contextmanager
 def working_within(nbytes: int) -> Iterator[None]:
     """Products and captures in this thread cut their work so that its temporaries take about ``nbytes``."""
-    token = _WORKING.set(max(1, min(nbytes, WORKING_BYTES)))
+    token = _WORKING.set(max(1, nbytes))
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nullbayes.common.memory import WORKING_BYTES
+from nullbayes.common.memory import WORKING_BYTES, times_on
 from nullbayes.jacobian.block_storage import BLOCK_BYTES
 
 # Vectors of P numbers that the most demanding solver holds for a sample, and the share of what is left
@@ -18,6 +18,7 @@ CHECK_BYTES = 2**29
 # What a process grows by beside its tensors: buffers of the linear algebra libraries, code that is read for the first
 # time, holes between allocations (measured: 12 to 20 MB). Of small budgets a third.
 LIBRARY_BYTES = 20 * 2**20
+HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,12 @@ class FitMemory:
 
     @staticmethod
     def of(
-        budget: int, samples: int, columns: int, dtype: torch.dtype, each: int = SOLVER_VECTORS
+        budget: int,
+        samples: int,
+        columns: int,
+        dtype: torch.dtype,
+        each: int = SOLVER_VECTORS,
+        device: torch.device = HOST,
     ) -> FitMemory:
         """Rows take most of it at first; a solver that needs more sends some of them to disk later.
 
@@ -51,8 +57,9 @@ class FitMemory:
             each: vectors of ``columns`` numbers that the solver holds for a sample.
         """
         vectors = each * samples * columns * dtype.itemsize
-        block = min(BLOCK_BYTES, budget // 16)
-        temporaries = min(WORKING_BYTES, budget // 8)
+        times = times_on(device)
+        block = min(BLOCK_BYTES * times, budget // 16)
+        temporaries = min(WORKING_BYTES * times, budget // 8)
         check = min(CHECK_BYTES, budget // 16)
         libraries = min(LIBRARY_BYTES, budget // 3)
         # A block that is not in memory is there while it is read.

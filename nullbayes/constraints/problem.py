@@ -143,7 +143,7 @@ class Problem:
         away = self.trained_weights()
         if self.prior_mean is not None:
             away = away - self.prior_mean
-        return self.space.masked_(away) if self.space.masks else away
+        return self.space.masked_(away)
 
     # -- the prior -------------------------------------------------------------------------------
 

@@ -66,7 +66,8 @@ def together(
         return finish()
     processes = loader.processes
     # What no example of this process leads to may be reached by another's.
-    plan.unreached = set.intersection(*map(set, processes.gather(plan.unreached)))
+    unreached, felt = zip(*processes.gather((plan.unreached, plan.felt)), strict=True)
+    plan.unreached, plan.felt = set.intersection(*map(set, unreached)), set().union(*felt)
     return _joined(finish(), processes, loader, audited)
 
 

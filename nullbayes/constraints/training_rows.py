@@ -250,6 +250,7 @@ def capture_training(
         if not is_probe(loader):
             capturing.add(inputs, outputs, targets)
     assert capturing is not None
+    capturing.plan.shown = None
     return together(capturing.finish, capturing.plan, loader, audited)
 
 

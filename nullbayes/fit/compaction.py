@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.certificate import Certificate
+from nullbayes.common.packed import Packed, packed_in
 from nullbayes.errors import InputError
 from nullbayes.fit.auditing import audited
 from nullbayes.fit.pipeline import new_samples
@@ -29,7 +30,7 @@ def compacted(fit: Fit, samples: int, dtype: torch.dtype) -> Fit:
         raise InputError(
             f"`samples` is {samples}, and {len(fit.stored)} are stored; pass no more than that, or `draw` more first."
         )
-    stored = fit.stored[:samples].to(dtype, copy=True)
+    stored = narrowed(fit, samples, dtype)
     if fit.state is None:
         note = (
             f"Reduced to {samples} of {len(fit.stored)} samples in {str(dtype).removeprefix('torch.')} after the fit's "
@@ -51,6 +52,16 @@ def compacted(fit: Fit, samples: int, dtype: torch.dtype) -> Fit:
     )
 
 
+def narrowed(fit: Fit, samples: int, dtype: torch.dtype) -> Tensor:
+    """The first ``samples`` of ``fit`` in ``dtype``, copied."""
+    some = fit.stored[:samples]
+    if dtype is not torch.int8:
+        return some.to(dtype, copy=True)
+    if packed_in(some) is not None:
+        return some
+    return Packed.of(some, [slot.shape for slot in fit.problem.space.slots]).as_samples
+
+
 def _measured(fit: Fit, stored: Tensor) -> Certificate:
     """What the fit's rows, and the audit, say of ``stored (S, P)``."""
     state, problem = fit.state, fit.problem
@@ -62,11 +73,12 @@ def _measured(fit: Fit, stored: Tensor) -> Certificate:
     prior = Remembered.of(problem.space.fix_(v), operator, problem.functional.model)
     del v
     known = fit.certificate
-    done = Projection(
-        rounded, unit.new_tensor([known.residual]), Status(known.status), known.iterations
-    )
+    status = Status(known.status)
+    if stored.dtype != fit.stored.dtype:
+        status = status.rounded
+    done = Projection(rounded, unit.new_tensor([known.residual]), status, known.iterations)
     changed = new_samples(fit, done, prior, effects)
-    changed["status"] = known.status
+    changed["status"] = status.value
     if fit.check is not None:
         changed |= fit.check.of(stored).measure(fit.alpha**-0.5)
     audit = known.audit

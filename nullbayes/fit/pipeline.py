@@ -57,7 +57,7 @@ from nullbayes.jacobian.linearise import linearised_outputs
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.adapters import remarks
 from nullbayes.model.fingerprint import fingerprint, quick_digest
-from nullbayes.model.parameters import padding_notes
+from nullbayes.model.parameters import standing_notes
 from nullbayes.solvers import Choice, Projection, State
 
 # Seconds that the audit of examples may take beside a fit: a share of it, and at least so many.
@@ -95,7 +95,7 @@ def build(problem: Problem, settings: Settings, loader: Iterable[Any], run: Run)
         notes += remarks(problem.functional.model, problem.space)
         notes += not_kept(loader, rows, run.max_examples)
         notes += doubts(reading, rows, run.max_examples)
-        notes += padding_notes(problem.functional.model, problem.space)
+        notes += standing_notes(problem.functional.model, problem.space)
         noise = fitting.left_out_noise(notes)
     check_undisturbed(problem, before)
     fit = fitting.finish(check, evidence, audit, notes)
@@ -258,7 +258,7 @@ class Fitting:
         self.gamma = min(max(round(gamma), 0), m, p)
         self.rank = self.gamma if known is None else min(max(round(known), 0), m, p)
         self.rank_estimated = known is None
-        self.stored = stored_(problem, done.value, self.run.stored)
+        self.stored, self.done = stored_(problem, done, self.run.stored)
         if self.run.stored is not None:
             self.sizes = total(squared(done.value)), self.sizes[1]
 
@@ -374,7 +374,7 @@ def extended(fit: Fit, settings: Settings, count: int) -> Fit:
     del v
     if operator.processes is not None:
         done = replace(done, value=operator.processes.give_(done.value.contiguous()))
-    kept = stored_(fit.problem, done.value, fit.stored.dtype)
+    kept, done = stored_(fit.problem, done, fit.stored.dtype)
     stored = torch.cat([fit.stored, kept])
     check = fit.check and fit.check.with_more(kept)
     effects = operator.mine.matvec(done.value)

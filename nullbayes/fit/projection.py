@@ -106,17 +106,20 @@ def _before(
         return changes(done.value), done.iterations
 
 
-def stored_(problem: Problem, value: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Weight changes of projected vectors ``value (S, P)`` as they are stored, in ``dtype`` (None: the working one).
+def stored_(
+    problem: Problem, done: Projection, dtype: torch.dtype | None
+) -> tuple[Tensor, Projection]:
+    """Weight changes ``(S, P)`` of projected vectors as they are stored, in ``dtype`` (None: the working one).
 
-    Where that rounds, ``value`` is rounded in place: what is measured is what is stored. One sample at a time, so that
-    beside both there is no third copy.
+    Where that rounds, the vectors are rounded in place: what is measured is what is stored, and the status says so.
+    One sample at a time, so that beside both there is no third copy.
     """
+    value = done.value
     if dtype is None or dtype == problem.dtype:
-        return problem.weight_changes(value)
+        return problem.weight_changes(value), done
     columns = problem.weight_changes(value[:1].clone()).shape[1]
     out = value.new_empty(len(value), columns, dtype=dtype)
     for one, into in zip(value.split(1), out.split(1), strict=True):
         into.copy_(problem.weight_changes(one))
         one.copy_(problem.isotropic(into.to(problem.dtype)))
-    return out
+    return out, replace(done, status=done.status.rounded)

@@ -26,7 +26,7 @@ def divided(settings: Settings, space: ParameterSpace, samples: int, budget: int
     direct = settings.solver == "auto" or isinstance(settings.solver, DualCholesky)
     few = settings.target.numerical and direct and space.device.type == "cpu"
     each = 1 if few else SOLVER_VECTORS
-    return FitMemory.of(budget, samples, space.total, space.dtype, each)
+    return FitMemory.of(budget, samples, space.total, space.dtype, each, space.device)
 
 
 @contextmanager
@@ -53,6 +53,7 @@ def chosen_solver(
         operator.gram_flops,
         operator.dtype.itemsize,
         settings.target.numerical,
+        operator.device.type,
     )
     resident = operator.resident
     movable = resident if fits_on_disk(resident, operator.device) else 0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nullbayes.audit.examples import SAMPLES, Claim, Question, audit_examples
 from nullbayes.audit.sampling import Reservoir
-from nullbayes.certificate.measure import SAMPLED_DRAWS, GuaranteeCheck, sampled_examples
+from nullbayes.certificate.measure import GuaranteeCheck, sampled_draws, sampled_examples
 from nullbayes.common.progress import AUDIT, CERTIFICATE
 from nullbayes.constraints.memory_budget import FitMemory
 from nullbayes.constraints.problem import Problem
@@ -86,6 +86,7 @@ class Trial:
             self.operator.product_flops * scale,
             self.operator.gram_flops * scale**2,
             self.operator.dtype.itemsize,
+            device=self.operator.device.type,
         )
 
     def seconds(self, solver: Solver) -> dict[str, float]:
@@ -148,7 +149,9 @@ class Trial:
         some = take(self.inputs, 0, count)
         look = timed(lambda: check.divergence(1e-3))
         sampled, _ = settled(
-            lambda: sampled_outputs(self.problem.functional, v[:SAMPLED_DRAWS], some, scale=1e-3)
+            lambda: sampled_outputs(
+                self.problem.functional, v[: sampled_draws(self.problem)], some, scale=1e-3
+            )
         )
         each = max(1, sum(unit.nbytes for _, unit, _ in check.batches) // count)
         checked = min(self.examples, CHECK_EXAMPLES, max(1, self.memory.check // each))

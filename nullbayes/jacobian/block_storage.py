@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nullbayes.common.memory import WORKING_BYTES, format_bytes, give_back, working_bytes
+from nullbayes.common.memory import bounded, format_bytes, give_back, times_on
 from nullbayes.errors import MemoryBudgetError
 from nullbayes.jacobian.block import Block, Layout, common_layout, kinds
 from nullbayes.jacobian.capture.checking import captured
@@ -36,6 +36,8 @@ from nullbayes.model.functional import FunctionalModel
 # enough that the lower triangle of blocks is not far from half the Gram matrix.
 BLOCK_ROWS = 4096
 BLOCK_BYTES = 2**28
+# Bytes of merged pieces from which the memory that they leave is returned to the system, budget or not.
+TRIMMED_BYTES = 2**26
 # Share of the free disk that rows may take.
 DISK_SHARE = 0.8
 _ALIGNMENT = 64
@@ -248,7 +250,7 @@ class Keeper:
         group = self._groups.setdefault(kind, [])
         rows = sum(b.num_rows for b, _, _ in group) + block.num_rows
         held = sum(b.nbytes for b, _, _ in group) + block.nbytes
-        if group and (rows > BLOCK_ROWS or held > self._block_bytes):
+        if group and (rows > block_rows(self._functional.device) or held > self._block_bytes):
             self._flush(kind)
             group = self._groups[kind]
         group.append((block, inputs, cotangents))
@@ -259,11 +261,11 @@ class Keeper:
         """All blocks, in the order in which they came (those with as many rows and of one length), in the same factors.
 
         Raises:
-            ModelError: a parameter that no example leads to.
+            ModelError: a parameter that outputs depend on, and that no example leads to.
         """
         for kind in self._joined():
             self._flush(kind)
-        self._plan.check_reached(self._functional.model)
+        self._plan.check_reached(self._functional)
         if len(self._forms) > 1:
             self._arrange(common_layout(self._forms.values()))
         return self.kept
@@ -329,9 +331,10 @@ class Keeper:
                 )
                 for b, inputs, values in group
             ]
-        if working_bytes() < WORKING_BYTES:
+        several = len(group) > 1
+        del group
+        if bounded(self._functional.device) or (several and nbytes >= TRIMMED_BYTES):
             # The pieces lay between temporaries that are gone by now, and leave holes.
-            del group
             give_back()
         self._resident = sum(kept.resident for kept in self.kept)
         if self._resident > max(self._room, 1):
@@ -376,12 +379,23 @@ def _form(block: Block) -> Block:
     return Block(factors, 0, block.cotangents)
 
 
-def merge_blocks(blocks: Sequence[Block], rows: int = BLOCK_ROWS) -> list[Block]:
-    """Join consecutive small blocks with the same number of cotangents and the same factors."""
+def block_rows(device: torch.device) -> int:
+    """Rows at which a block on ``device`` is full."""
+    return BLOCK_ROWS * times_on(device)
+
+
+def merge_blocks(blocks: Sequence[Block], rows: int | None = None) -> list[Block]:
+    """Join consecutive small blocks with the same number of cotangents and the same factors.
+
+    Args:
+        rows: at which one is full (None: `block_rows`).
+    """
+    if rows is None and blocks:
+        rows = block_rows(blocks[0].device)
     out: list[Block] = []
     group: list[Block] = []
     for block in blocks:
-        fits = sum(b.num_rows for b in group) + block.num_rows <= max(rows, block.num_rows)
+        fits = sum(b.num_rows for b in group) + block.num_rows <= max(rows or 0, block.num_rows)
         if group and not (fits and group[0].cotangents == block.cotangents):
             out.append(Block.merge(group))
             group = []

@@ -117,7 +117,7 @@ def _add_pairs(
 
 def _room(out: Tensor) -> int:
     """Bytes for rows beside ``out``: solvers hold a second matrix of that size later, products half of one now."""
-    return 2 * working_bytes() + out.nbytes // 2
+    return 2 * working_bytes(out.device) + out.nbytes // 2
 
 
 def _ready(factors: list[Factor], room: int) -> list[Factor | Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nullbayes.audit.batches import counter_generator, plain_gradient
 from nullbayes.audit.signatures import Signature
-from nullbayes.common.memory import WORKING_BYTES, working_bytes
+from nullbayes.common.memory import bounded, working_bytes
 from nullbayes.jacobian.capture.batches import examples_per_capture
 from nullbayes.jacobian.capture.checking import captured_at_use, separate_at_use
 from nullbayes.jacobian.capture.plan import CapturePlan
@@ -114,8 +114,8 @@ def output_rows(
         return SimpleNamespace(values=values.expand(count, *point.shape), point=point)
 
     inputs = functional.batch(inputs)
-    room = working_bytes()
-    if room == WORKING_BYTES:  # no budget says less
+    room = working_bytes(functional.device)
+    if not bounded(functional.device):  # no budget says less
         room = max(room, vectors.nbytes)
     size, step = batch_size(inputs), examples_per_capture(functional, plan, outputs, room)
     for start in range(0, size, step):
@@ -132,9 +132,17 @@ def linearised_outputs(
     samples: Tensor,
     inputs: Inputs,
     where: str = "the inputs",
+    point: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``f(θ̂, x) (B, *out)`` and ``J(x) Δ_s (S, B, *out)`` for ``samples (S, P)``, in any precision."""
+    """``f(θ̂, x) (B, *out)`` and ``J(x) Δ_s (S, B, *out)`` for ``samples (S, P)``, in any precision.
+
+    Args:
+        point: the outputs of these very examples, which were shown to be functions of themselves; None: they are
+            computed, and shown to be so where no rows are captured.
+    """
     inputs = functional.batch(inputs)
+    if point is not None and point[0].numel() > REVERSE_OUTPUTS_PER_SAMPLE * len(samples):
+        return point, forward_mode(functional, plan, samples, inputs, proved=True)
     return by_known_shapes(plan, lambda: _linearised(functional, plan, samples, inputs, where))
 
 
@@ -156,21 +164,31 @@ def _linearised(
 
 
 def forward_mode(
-    functional: FunctionalModel, plan: CapturePlan, samples: Tensor, inputs: Inputs
+    functional: FunctionalModel,
+    plan: CapturePlan,
+    samples: Tensor,
+    inputs: Inputs,
+    *,
+    proved: bool = False,
 ) -> Tensor:
     """``J(x) Δ_s (S, B, *out)`` one sample at a time, whatever the number of outputs.
 
     Forward-mode differentiation where every operation of the model has it; otherwise two reverse
     passes (the derivative of ``wᵀJ`` by ``w``), which every differentiable model has. A batch is taken
     in pieces: a pass holds a multiple of the model's own activations.
+
+    Args:
+        proved: these very examples were shown to be functions of themselves, and are audited elsewhere: a way to
+            differentiate is then compared with a reverse pass once, and not for each piece.
     """
-    inputs, pieces = separate_at_use(functional, inputs)[0], []
-    size, step = batch_size(inputs), examples_per_capture(functional, plan, 1)
+    inputs = functional.batch(inputs) if proved else separate_at_use(functional, inputs)[0]
+    size, step, pieces = batch_size(inputs), examples_per_capture(functional, plan, 1), []
     for start in range(0, size, step):
         piece, out = take(inputs, start, min(start + step, size)), []
         for n, delta in enumerate(samples):
             delta = delta.to(functional.dtype)
-            change = _along(functional, plan, delta, piece, confirm=n == 0)
+            confirm = n == 0 and not (proved and plan.confirmed == plan.product)
+            change = _along(functional, plan, delta, piece, confirm=confirm)
             if change is None:  # as for one sample, so for all
                 out.append(_by_rows(functional, plan, samples[n:], piece))
                 break
@@ -196,7 +214,10 @@ def _along(
         try:
             with mode():
                 change = product(functional, tangent, inputs).detach()
-            if not confirm or _confirmed(functional, delta, inputs, change):
+            if not confirm:
+                return change
+            if _confirmed(functional, delta, inputs, change):
+                plan.confirmed = plan.product
                 return change
             plan.product += 1
         except (MemoryError, torch.OutOfMemoryError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,7 @@ class ParameterSpace:
         fixed: coordinates ``(k,)`` that no sample may move, such as the row of an embedding's ``padding_idx``. They
             count as constants: Jacobian rows are zero there, whatever else the network uses them for.
         fixed_rows: the same as rows of tables ``(V, ...)``, by name.
+        idle: parameters that stay as a whole, since no output on the training data depends on them.
         masks: by name, which entries of a tensor take part, where not all of them do.
     """
 
@@ -90,6 +91,7 @@ class ParameterSpace:
         self.fixed = torch.empty(0, dtype=torch.int64, device=self.device)
         self.fixed_rows: dict[str, tuple[int, ...]] = {}
         self.masks: dict[str, Tensor] = {}
+        self.idle: tuple[str, ...] = ()
 
     @property
     def free(self) -> int:
@@ -104,6 +106,22 @@ class ParameterSpace:
         self.fixed = torch.cat([self.fixed, *(e.to(self.fixed) for e in each)]).unique()
         self.fixed_rows[name] = tuple(rows)
 
+    def leave(self, name: str) -> None:
+        """Let no sample move a parameter, since no output depends on it."""
+        slot = self.by_name[name]
+        away = torch.arange(slot.start, slot.stop).to(self.fixed)
+        self.fixed = torch.cat([self.fixed, away]).unique()
+        self.idle = tuple(sorted({*self.idle, name}))
+
+    def rejoin(self) -> None:
+        """Take back every :meth:`leave`: other data may depend on these parameters."""
+        if self.idle:
+            rows, self.fixed, self.idle = self.fixed_rows, self.fixed[:0], ()
+            for name, some in rows.items():
+                self.fix(name, some)
+            for name in self.masks:
+                self._fix_masked(name)
+
     def mask(self, name: str, mask: Tensor) -> None:
         """Let samples move only those entries of a tensor where ``mask``, of its shape, is true."""
         self.masks[name] = mask.detach().to(self.device)
@@ -114,10 +132,12 @@ class ParameterSpace:
         self.fixed = torch.cat([self.fixed, away]).unique()
 
     def masked_(self, vectors: Tensor) -> Tensor:
-        """``vectors (*lead, P)`` with zeros, in place, at the entries that masks leave out."""
+        """``vectors (*lead, P)`` with zeros, in place, where masks leave entries out, or no output depends on them."""
         for name, mask in self.masks.items():
             slot = self.by_name[name]
             vectors[..., slot.start : slot.stop] *= mask.flatten()
+        for slot in (self.by_name[name] for name in self.idle):
+            vectors[..., slot.start : slot.stop] = 0
         return vectors
 
     def fix_(self, vectors: Tensor) -> Tensor:
@@ -283,17 +303,25 @@ def padding_rows(model: nn.Module) -> dict[str, set[int]]:
     return rows
 
 
-def padding_notes(model: nn.Module, space: ParameterSpace) -> list[str]:
-    """A sentence for each table whose padding rows stay though other layers use them too."""
+def standing_notes(model: nn.Module, space: ParameterSpace) -> list[str]:
+    """A sentence for parameters that no output depends on, and for each table whose padding rows other layers use."""
     users: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for local, p in module._parameters.items():
             if p is not None and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
                 users.setdefault(id(p), []).append(f"{path}.{local}".lstrip("."))
     named = dict(model.named_parameters())
-    return [
+    idle = [
+        f"No output on the training data depends on {_some(space.idle)}: they stay where they are."
+    ]
+    return (idle if space.idle else []) + [
         f"Rows {list(rows)} of {name!r} (`padding_idx`) stay where they are, also in {users[id(named[name])]}, which "
         "is the same tensor."
         for name, rows in space.fixed_rows.items()
         if id(named[name]) in users
     ]
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more parameters" if len(names) > 3 else ""
+    return ", ".join(map(repr, names[:3])) + more

@@ -78,13 +78,15 @@ def middles(positions: Sequence[int], at_most: int) -> list[tuple[int, int, int]
 
 
 @functools.lru_cache(256)
-def _places(positions: torch.Size, at_most: int) -> list[tuple[int, int, int]]:
+def places_of(positions: torch.Size, at_most: int) -> list[tuple[int, int, int]]:
     """The same, remembered."""
     return middles(positions, at_most)
 
 
 def _picked(module: Any, x: Tensor, places: Sequence[tuple[int, int, int]]) -> Tensor:
     """Inputs ``(N, T, G, I)`` at some positions, looked up by their places in memory: in one step."""
+    if len(x) == 1 and module.groups == 1:
+        return _picked_of_one(module, x, places)
     sides = tuple(module._reversed_padding_repeated_twice[-2::-2])
     axes = tuple(
         (size, start * stride - side, step * stride, count, taps, far)
@@ -102,6 +104,54 @@ def _picked(module: Any, x: Tensor, places: Sequence[tuple[int, int, int]]) -> T
     index = _indices(x.shape[1], axes, x.device)
     count = math.prod(axis[3] for axis in axes)
     return x.flatten(1).index_select(1, index).view(len(x), count, module.groups, -1)
+
+
+def _picked_of_one(module: Any, x: Tensor, places: Sequence[tuple[int, int, int]]) -> Tensor:
+    """The same of one example and one group: a view whose columns lie together.
+
+    All channels have the same places, so few are looked up, and what surrounds the map is one column of zeros.
+    """
+    index, outside = columns_of(module, x.shape[2:], places, x.device)
+    columns = x.reshape(x.shape[1], -1)
+    if outside:
+        columns = pad(columns, (0, 1))
+    rows = columns.index_select(1, index.flatten()).view(-1, index.shape[1]).t()  # (T, I)
+    return rows[None, :, None]
+
+
+def columns_of(
+    module: Any, space: torch.Size, places: Sequence[tuple[int, int, int]], device: torch.device
+) -> tuple[Tensor, bool]:
+    """Places ``(taps, T)`` in a flat map ``space`` of what patches at ``places`` hold; whether some lie outside.
+
+    These are zeros, and have the place after the last.
+    """
+    settings = module.kernel_size, module.stride, module.dilation
+    amounts = tuple(module._reversed_padding_repeated_twice)
+    return _columns(space, tuple(places), settings, amounts, module.padding_mode, device)
+
+
+@functools.lru_cache(256)
+def _columns(
+    space: torch.Size,
+    places: tuple[tuple[int, int, int], ...],
+    settings: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+    amounts: tuple[int, ...],
+    mode: str,
+    device: torch.device,
+) -> tuple[Tensor, bool]:
+    """Found on a map that holds its own places, from one on, as the convolution itself would see it."""
+    last = math.prod(space)
+    numbers = torch.arange(1, last + 1, dtype=torch.float64).view(1, 1, *space)
+    around = pad(numbers, amounts, mode="constant" if mode == "zeros" else mode)
+    seen = patches(around, *settings)[0, 0]
+    for axis, (start, step, n) in enumerate(places):
+        seen = (
+            seen.narrow(axis, start, step * (n - 1) + 1).movedim(axis, 0)[::step].movedim(0, axis)
+        )
+    index = seen.reshape(math.prod(n for _, _, n in places), -1).T.long() - 1
+    outside = bool((index < 0).any())
+    return index.where(index >= 0, last).contiguous().to(device), outside
 
 
 def _inside(size: int, first: int, step: int, count: int, taps: int, apart: int) -> bool:
@@ -316,7 +366,7 @@ class ConvInputs(InputRule):
         positions = output.shape[-len(module.kernel_size) :]
         x = _batched(argument(args, kwargs, 0, "input"), len(positions))
         if not torch.compiler.is_compiling():
-            picked = _picked(module, x, _places(positions, at_most))
+            picked = _picked(module, x, places_of(positions, at_most))
             return iter((Seen("weight", picked),))
         places = middles(positions, at_most)
         cuts = [slice(start, None, step) for start, step, _ in places]

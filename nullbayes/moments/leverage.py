@@ -77,8 +77,12 @@ class Leverage:
             x = x[:, :own]
         if x.dtype != self.dtype:
             x = x.to(self.dtype)
-        weight, one = self._part(own, column)
+        weight, one = self.part(own, column)
         y = torch.mm(x, weight[0]) if one is None else torch.addmm(one[0], x, weight[0])
+        if (
+            x.stride(0) == 1 < x.stride(1)
+        ):  # columns lie together: norms along them take four times as long
+            return torch.linalg.vector_norm(y, dim=1), torch.mul(x, x).sum(1).sqrt_()
         return torch.linalg.vector_norm(y, dim=1), torch.linalg.vector_norm(x, dim=1)
 
     def of(self, a: Tensor, own: int, column: int | None) -> Tensor:
@@ -89,13 +93,14 @@ class Leverage:
         flat = a.reshape(-1, groups, a.shape[-1])[..., :own].to(self.dtype)
         if self.low is not None:
             return self._of_low(flat.transpose(0, 1), own, column).reshape(lead)
-        weight, one = self._part(own, column)
+        weight, one = self.part(own, column)
         y = flat.transpose(0, 1) @ weight
         if one is not None:
             y = y + one
         return torch.linalg.vector_norm(y, dim=(0, 2)).square().reshape(lead)
 
-    def _part(self, own: int, column: int | None) -> tuple[Tensor, Tensor | None]:
+    def part(self, own: int, column: int | None) -> tuple[Tensor, Tensor | None]:
+        """Of a root ``(G, own, k)`` as it multiplies inputs, and what a constant one adds ``(G, 1, k)``."""
         if (own, column) not in self._parts:
             assert self.root is not None
             one = None if column is None else self.root[:, None, :, own + column].contiguous()

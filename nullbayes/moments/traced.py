@@ -8,8 +8,7 @@ with what these take away from ``1 / δ``, which costs as many products as there
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +26,8 @@ from nullbayes.moments.second import BlockMoments, DenseMoments
 SCALARS = 2
 # An edge below this share of the mean eigenvalue leaves too little of `1 / δ` for single precision.
 SMALLEST_EDGE = 1e-3
+# Inputs of a layer up to which calls are finished together: of more, one sum for all would be mostly of zeros.
+MERGED = 512
 # Directions, of all columns, from which on the whole root is cheaper.
 MOST = 0.8
 
@@ -86,6 +87,8 @@ class Probe(nn.Module):
         super().__init__()
         groups, k, _ = form.root.shape
         self.sign, self.one = form.sign, 0.0 if column is None else 1.0
+        #: whether what it receives changes before the pass ends, so that its norms have to be taken at once
+        self.early = False
         shift = form.root.new_zeros(groups, k)
         if column is not None:
             shift = form.root[:, :, block.own + column]
@@ -96,7 +99,7 @@ class Probe(nn.Module):
         self.register_buffer("shift", shift.to(dtype).contiguous())
         self.register_buffer("base", form.base.to(dtype))
 
-    def forward(self, a: Tensor) -> Call:
+    def forward(self, a: Tensor) -> Call | Put:
         """Inputs ``(*lead, G, I)``."""
         a = a[..., : self.root.shape[2]].to(self.root.dtype)
         if len(self.root) == 1:
@@ -104,11 +107,14 @@ class Probe(nn.Module):
         along = torch.einsum("...gi,gki->...gk", a, self.root) + self.shift
         return Call(self, norm(a), norm(along))
 
-    def of_one(self, a: Tensor, groups: int = 1) -> Call:
+    def of_one(self, a: Tensor, groups: int = 1) -> Call | Put:
         """Inputs ``(*lead, I)`` that every one of ``groups`` groups, which are alike, receives."""
         a = a.to(self.root.dtype)
-        along = F.linear(a, self.root[0], self.shift[0])
-        return Call(self, norm(a, keepdim=True), norm(along, keepdim=True), groups)
+        # Of vectors a product takes the shift with it; of more axes it is an operation of its own, later one for many.
+        shifted = a.ndim == 2
+        along = F.linear(a, self.root[0], self.shift[0] if shifted else None)
+        put = Put(self, a, along, groups, shifted)
+        return put.call() if self.early or a.shape[-1] > MERGED else put
 
     def whole(self, sizes: Tensor) -> Tensor:
         """Squared sizes with the constant one of a bias, from squares ``‖a‖²``."""
@@ -134,11 +140,6 @@ class Call:
     along: Tensor
     times: int = 1
 
-    @property
-    def simple(self) -> bool:
-        """One group and one position an example: many of these can be finished at once."""
-        return self.times == 1 and self.size.ndim == 2 and self.size.shape[1] == 1
-
     def plain(self) -> Tensor:
         """Leverages ``(*lead)``, not over squared sizes."""
         sizes = self.times * self.size.square().sum(-1)
@@ -159,12 +160,99 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Put:
+    """What one call received ``a (*lead, I)``, and the product ``R a (*lead, k)``, ``shifted`` or not yet."""
+
+    probe: Probe
+    a: Tensor
+    along: Tensor
+    times: int
+    shifted: bool
+
+    def call(self) -> Call:
+        """Its norms."""
+        sizes, along = norm(self.a, keepdim=True), norm(self.moved(), keepdim=True)
+        return Call(self.probe, sizes, along, self.times)
+
+    def moved(self) -> Tensor:
+        """The product with what a constant one adds."""
+        return self.along if self.shifted else self.along + self.probe.shift[0]
+
+    def plain(self) -> Tensor:
+        """Not over squared sizes."""
+        return self.call().plain()
+
+    def values(self) -> Tensor:
+        """Leverages over squared sizes, ``(*lead)``."""
+        return self.call().values()
+
+
+class Merged(nn.Module):
+    """Calls of different blocks on inputs of one kind, ``(B, I)`` each or ``(B, T, I)``, finished together.
+
+    Numerators and denominators of all leverages are one product of squares that the calls left: of norms; of vectors,
+    where that takes fewer operations, of the numbers themselves.
+
+    Args:
+        places: of the calls in the pass.
+        calls: as one pass left them.
+    """
+
+    weights: Tensor
+    added: Tensor
+    signs: Tensor
+
+    def __init__(self, places: Sequence[int], calls: Sequence[Put]) -> None:
+        super().__init__()
+        self.places, count = tuple(places), len(calls)
+        self.vectors = calls[0].a.ndim == 2
+        first = calls[0].probe.root
+        weights = torch.eye(2 * count, dtype=first.dtype, device=first.device)
+        added = first.new_full((2 * count,), torch.finfo(first.dtype).tiny)
+        for i, call in enumerate(calls):
+            probe, times = call.probe, call.times
+            weights[i, i], weights[count + i, count + i] = probe.sign * times, times
+            added[count + i] += probe.one
+            if probe.sign < 0:
+                weights[count + i, i] = times * probe.base[0]
+                added[i] += times * probe.base[0] * probe.one
+        if self.vectors:
+            widths = [c.along.shape[-1] for c in calls] + [c.a.shape[-1] for c in calls]
+            weights = weights.repeat_interleave(torch.tensor(widths, device=first.device), 0)
+        #: whether numerators and denominators are other than the squares themselves
+        self.weighs = self.vectors or not torch.equal(weights, torch.eye(2 * count).to(weights))
+        signs = torch.cat([first.new_ones(count), -first.new_ones(count)])
+        for name, value in (("weights", weights), ("added", added), ("signs", signs)):
+            self.register_buffer(name, value)
+
+    @staticmethod
+    def key(call: Call | Done | Put) -> torch.Size | None:
+        """The same for calls that one of these may finish; None: none may."""
+        if not isinstance(call, Put) or call.a.ndim not in (2, 3):
+            return None
+        return call.a.shape[1:-1]
+
+    def forward(self, calls: Sequence[Put]) -> Tensor:
+        """Sums over the calls of their log mean leverages over squared sizes ``(B,)``."""
+        parts = [call.moved() for call in calls] + [call.a for call in calls]
+        if not self.vectors:
+            parts = [norm(part, keepdim=True) for part in parts]
+        joined = torch.cat(parts, -1)
+        pairs = joined * joined
+        pairs = (pairs @ self.weights if self.weighs else pairs) + self.added
+        tiny = torch.finfo(pairs.dtype).tiny
+        if pairs.ndim == 2:
+            return pairs.clamp_min(tiny).log() @ self.signs
+        above, below = pairs.split(len(calls), -1)
+        return (above / below).mean(1).clamp_min(tiny).log().sum(1)
+
+
+@dataclass(frozen=True)
 class Done:
     """Leverages ``(*lead)`` that are finished already, of looked-up rows for one; over ``whole``, if given."""
 
     found: Tensor
     whole: Tensor | None = None
-    simple = False
 
     def values(self) -> Tensor:
         return self.found
@@ -194,12 +282,16 @@ class Tape:
     """What one forward pass left, call by call, with the number of its block."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[int, Call | Done]] = []
+        self.calls: list[tuple[int, Call | Done | Put]] = []
+        #: how often what each call received had been changed in place, where that is asked for
+        self.versions: list[int] | None = None
 
-    def add(self, number: int, call: Call | Done) -> None:
+    def add(self, number: int, call: Call | Done | Put) -> None:
         self.calls.append((number, call))
+        if self.versions is not None:
+            self.versions.append(call.a._version if isinstance(call, Put) else 0)
 
-    def taken(self) -> list[tuple[int, Call | Done]]:
+    def taken(self) -> list[tuple[int, Call | Done | Put]]:
         """What was added since the last time."""
         out, self.calls = self.calls, []
         return out
@@ -238,7 +330,7 @@ def probes_of(
 
 
 def means(
-    calls: list[tuple[int, Call | Done]], split: Callable[[int, Tensor], Tensor]
+    calls: Sequence[tuple[int, Call | Done | Put]], split: Callable[[int, Tensor], Tensor]
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """By block: means over its inputs of leverages, and of those over squared sizes, ``(B,)`` float64 each.
 
@@ -258,43 +350,39 @@ def means(
     }
 
 
-def scores(calls: list[tuple[int, Call | Done]], split: Callable[[int, Tensor], Tensor]) -> Tensor:
+def scores(
+    calls: Sequence[tuple[int, Call | Done | Put]],
+    split: Callable[[int, Tensor], Tensor],
+    merged: Iterable[Merged] = (),
+) -> Tensor:
     """``Σ_l log mean_t s_l``: ``(B,)``.
 
     Args:
         split: what call number ``i`` left, ``(*lead)``, as ``(B, T)``.
+        merged: what finishes some of the calls together.
     """
-    several = Counter(number for number, _ in calls)
-    simple: list[Call] = []
+    finished: set[int] = set()
+    found: list[Tensor] = []
+    for group in merged:
+        own = [calls[i][1] for i in group.places]
+        puts = [call for call in own if isinstance(call, Put)]
+        # No comparison of batch sizes: they may be symbols, which it would make numbers.
+        alike = all(Merged.key(call) == Merged.key(own[0]) for call in own)
+        if alike and len(puts) == len(own):
+            found.append(group(puts))
+            finished.update(group.places)
     parts: dict[int, list[Tensor]] = {}
     for i, (number, call) in enumerate(calls):
-        if isinstance(call, Call) and call.simple and several[number] == 1:
-            simple.append(call)
-        else:
+        if i not in finished:
             parts.setdefault(number, []).append(split(i, call.values()))
     means = [
         (some[0] if len(some) == 1 else torch.cat(some, 1)).mean(1, keepdim=True)
         for some in parts.values()
     ]
-    if simple:
-        means.append(_together(simple))
-    joined = means[0] if len(means) == 1 else torch.cat(means, 1)
-    return joined.clamp_min(torch.finfo(joined.dtype).tiny).log().sum(1)
-
-
-def _together(calls: list[Call]) -> Tensor:
-    """Values of calls with one group and one position each, ``(B, L)``."""
-    along = torch.cat([call.along for call in calls], 1).square()
-    sizes = torch.cat([call.size for call in calls], 1).square()
-    ones = {call.probe.one for call in calls}
-    if ones == {1.0}:
-        whole = sizes + 1.0
-    else:
-        whole = sizes + along.new_tensor([call.probe.one for call in calls])
-        whole = whole.clamp_min(torch.finfo(sizes.dtype).tiny)
-    values = along / whole
-    if all(call.probe.sign > 0 for call in calls):
-        return values
-    signs = along.new_tensor([call.probe.sign for call in calls])
-    base = torch.cat([call.probe.base for call in calls]) * (signs < 0)
-    return base + values * signs
+    if means:
+        joined = means[0] if len(means) == 1 else torch.cat(means, 1)
+        found.append(joined.clamp_min(torch.finfo(joined.dtype).tiny).log().sum(1))
+    total = found[0]
+    for more in found[1:]:
+        total = total + more
+    return total

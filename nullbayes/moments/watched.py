@@ -16,7 +16,7 @@ from nullbayes.moments.blocks import Blocks, Site
 from nullbayes.moments.convolution import ConvInputs, middles, padded
 from nullbayes.moments.recurrent import mapped, single, steps_seen, weights_of
 from nullbayes.moments.rule import InputRule, argument
-from nullbayes.moments.traced import Call, Done, Probe, Tape
+from nullbayes.moments.traced import Call, Done, Probe, Put, Tape
 
 
 class Watched(nn.Module):
@@ -117,7 +117,8 @@ class WatchedConvolution(Watched):
         return (F.pad(x, amounts) if any(amounts) else x), strides
 
 
-def _continued(before: Call | Done, more: Call | Done) -> Call | Done:
+def _continued(before: Call | Done | Put, more: Call | Done | Put) -> Call | Done:
+    before, more = (part.call() if isinstance(part, Put) else part for part in (before, more))
     if isinstance(before, Call) and isinstance(more, Call):
         size, along = (torch.cat(p) for p in ((before.size, more.size), (before.along, more.along)))
         return Call(before.probe, size, along, before.times)

@@ -36,10 +36,8 @@ from nullbayes.model.functional import FunctionalModel, undisturbed_method
 from nullbayes.model.loader import first_inputs
 from nullbayes.model.parameters import ParameterSpace
 from nullbayes.model.shares import shared
-from nullbayes.posterior.calibration import (
-    CalibrationPath,
-    calibration_path,
-)
+from nullbayes.posterior.calibration import calibration_path
+from nullbayes.posterior.calibration_path import CalibrationPath, warn_of_closed
 from nullbayes.posterior.growing import Grows
 from nullbayes.posterior.judged import RowJudged
 from nullbayes.posterior.predicting import Predicts
@@ -48,8 +46,8 @@ from nullbayes.posterior.storage import described, restored, write_posterior
 from nullbayes.posterior.validation import checked, search_of
 
 Self = TypeVar("Self", bound="Posterior")
-# Weights that are looked at at each call: all of them, up to so many (some 8 ms).
-LOOKED_AT = 2**25
+# Weights that are looked at at each call: all of them, up to so many (some 2 ms); of more, these in turn.
+LOOKED_AT = 2**23
 
 
 class Posterior(RowJudged, Predicts, Grows, Serves):
@@ -318,6 +316,8 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
         fit = self._fitted()
         self._check_model()
         loaders = checked(self.functional, val_loader, ood_loader, metric)
+        if tune == "temperature":
+            warn_of_closed(self.calibration, self.prior_precision)
         with self._together("calibrate") as processes:
             plan = fit.plan or self._proven
             if plan is None:

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from nullbayes.certificate.certificate import Certificate
-from nullbayes.posterior.calibration import CalibrationPath
+from nullbayes.posterior.calibration_path import CalibrationPath
 
 # Far above what a posterior writes (a megabyte for ten thousand tensors), far below what a reader could choke on.
 MAX_CHARACTERS = 2**28
 MAX_DEPTH = 24
 MAX_ENTRIES = 10_000_000
-DTYPES = ("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
+DTYPES = ("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16", "torch.int8")
 
 
 class DescriptionError(ValueError):

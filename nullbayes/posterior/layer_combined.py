@@ -82,8 +82,7 @@ class Combined:
                 part = take(inputs, start, min(start + BATCH, wanted), size)
                 found.append(self._found(part))
         sizes, directions = (torch.cat([f[i] for f in found]) for i in (0, 1))  # type: ignore[misc]
-        reached = [i for i in range(directions.shape[1]) if bool(directions[:, i].isfinite().any())]
-        last = max(reached, default=0)
+        last = last_reached(directions)
         parts = [sizes, directions[:, last, None]]
         if found[0][2] is not None:
             parts.append(torch.cat([f[2] for f in found if f[2] is not None])[:, None])
@@ -100,3 +99,9 @@ class Combined:
         if energy is not None:
             energy = energy.double().reshape(len(energy), -1).mean(1)
         return logs[0], logs[1], energy
+
+
+def last_reached(directions: Tensor) -> int:
+    """The last layer of ``(B, L)`` that any example reaches."""
+    reached = [i for i in range(directions.shape[1]) if bool(directions[:, i].isfinite().any())]
+    return max(reached, default=0)

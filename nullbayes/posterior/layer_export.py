@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +16,7 @@ from nullbayes.likelihood import Likelihood
 from nullbayes.model.batch import Inputs, batch_size, plain, take
 from nullbayes.model.functional import Forward
 from nullbayes.moments.factor import Edge
-from nullbayes.moments.traced import Call, Done, Tape, means, probes_of, scores
+from nullbayes.moments.traced import Call, Done, Merged, Put, Tape, means, probes_of, scores
 from nullbayes.moments.watched import watched
 from nullbayes.posterior.exported import Exported
 from nullbayes.posterior.layer_combined import ENERGY_WEIGHT, References
@@ -121,6 +122,7 @@ class LayerModule(Exported):
         self.likelihood, self.user_forward = likelihood, user_forward
         self.tape = tape
         self.layout: tuple[str, ...] = ()
+        self.merged = nn.ModuleList()
         self.output_names = (NAMES[0], *PREDICTED, NAMES[1]) if members else NAMES
 
     def forward(self, *inputs: Any, **named: Any) -> tuple[Any, ...]:
@@ -141,12 +143,14 @@ class LayerModule(Exported):
         moments = self.likelihood.moments(draws, outputs, linearised=False)
         return outputs, moments.mean, moments.total, moments.epistemic, novelty
 
-    def _novelty(self, calls: list[tuple[int, Call | Done]], outputs: Any, size: Any) -> Tensor:
+    def _novelty(
+        self, calls: list[tuple[int, Call | Done | Put]], outputs: Any, size: Any
+    ) -> Tensor:
         def split(call: int, values: Tensor) -> Tensor:
             return _split(values, self.layout[call], size)
 
         if self.excess is None:
-            return scores(calls, split)
+            return scores(calls, split, [m for m in self.merged if isinstance(m, Merged)])
         energy = None
         if self.excess.energetic:
             found = self.likelihood.energy(outputs)
@@ -158,6 +162,7 @@ class LayerModule(Exported):
     def settle(self, few: Inputs) -> None:
         """Find out on a few examples which axis of each call's leverages is theirs. Raises `ModelError`."""
         size = batch_size(few)
+        self._take_early(few)
         together = self._raw(few)
         alone = [self._raw(take(few, i, i + 1, size)) for i in range(size)]
         layout = []
@@ -180,12 +185,43 @@ class LayerModule(Exported):
                 "apart in an exported module. Score such a network with `posterior.novelty(x, 'leverage')`."
             )
         self.layout = tuple(layout)
+        if self.excess is None:
+            self._merge(few)
 
-    def _raw(self, inputs: Inputs) -> list[Tensor]:
+    def _merge(self, few: Inputs) -> None:
+        """Find calls that can be finished together: of blocks that are called once, with the examples in front."""
+        calls = self._calls(few)
+        numbers = Counter(number for number, _ in calls)
+        groups: dict[torch.Size, list[int]] = {}
+        for i, (number, call) in enumerate(calls):
+            key = Merged.key(call)
+            if key is not None and numbers[number] == 1 and self.layout[i] == FLAT:
+                groups.setdefault(key, []).append(i)
+        for places in groups.values():
+            puts = [call for _, call in (calls[i] for i in places) if isinstance(call, Put)]
+            if len(puts) > 1:
+                self.merged.append(Merged(places, puts))
+
+    def _take_early(self, few: Inputs) -> None:
+        """Find what changes after a layer has received it, in place: there norms are taken at once."""
+        with torch.no_grad():
+            self.tape.taken()
+            self.tape.versions = []
+            self._called(self.network, plain(few))
+            versions, self.tape.versions = self.tape.versions, None
+            for (_, call), version in zip(self.tape.taken(), versions, strict=True):
+                if isinstance(call, Put) and call.a._version != version:
+                    call.probe.early = True
+
+    def _calls(self, inputs: Inputs) -> list[tuple[int, Call | Done | Put]]:
         with torch.no_grad():
             self.tape.taken()
             self._called(self.network, plain(inputs))
-            return [call.values() for _, call in self.tape.taken()]
+            return self.tape.taken()
+
+    def _raw(self, inputs: Inputs) -> list[Tensor]:
+        with torch.no_grad():
+            return [call.values() for _, call in self._calls(inputs)]
 
 
 def _split(values: Tensor, place: str, size: Any) -> Tensor:

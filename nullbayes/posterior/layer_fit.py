@@ -236,10 +236,15 @@ def reports(state: LayerState) -> list[LayerReport]:
     return out
 
 
-def leverages(state: LayerState) -> Leverages:
-    """Scorer of inputs for ``state``."""
+def leverages(state: LayerState, *, pooling: bool = False) -> Leverages:
+    """Scorer of inputs for ``state``; ``pooling``: with the mean input of each block."""
     return Leverages(
-        state.functional, state.blocks, state.gathered, state.delta, factors=state.factors
+        state.functional,
+        state.blocks,
+        state.gathered,
+        state.delta,
+        factors=state.factors,
+        pooling=pooling,
     )
 
 

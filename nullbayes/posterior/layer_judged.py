@@ -17,10 +17,8 @@ from nullbayes.model.functional import FunctionalModel, undisturbed_method
 from nullbayes.model.loader import first_inputs
 from nullbayes.moments.gather import drawn, unlabelled
 from nullbayes.posterior import layer_change
-from nullbayes.posterior.calibration import (
-    CalibrationPath,
-    calibration_path,
-)
+from nullbayes.posterior.calibration import calibration_path
+from nullbayes.posterior.calibration_path import CalibrationPath, warn_of_closed
 from nullbayes.posterior.joint import Joint
 from nullbayes.posterior.judged import Judged
 from nullbayes.posterior.layer_export import LEVERAGE, TOLERANCE, Export, LayerModule, export_module
@@ -103,6 +101,8 @@ class LayerJudged(Judged):
         own = cast("LayerNullSpacePosterior", self)
         fit = own._ready()
         loaders = checked(own.functional, val_loader, ood_loader, metric)
+        if tune == "temperature":
+            warn_of_closed(own.calibration, own.prior_precision)
         with self._together("calibrate") as processes:
             plan = own._plan_of_rows(first_inputs(own.functional, loaders[0], "val_loader"))
             search = search_of(loaders, metric, tune, progress, processes)

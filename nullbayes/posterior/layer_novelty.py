@@ -13,7 +13,7 @@ from nullbayes.posterior.layer_leverage import Leverages
 from nullbayes.posterior.layer_rows import output_covariance
 from nullbayes.posterior.layer_state import LayerState
 
-SCORES = ("combined", "leverage", "information", "variance")
+SCORES = ("combined", "neighbours", "leverage", "information", "variance")
 
 
 def leverage_score(leverages: Leverages, inputs: Inputs) -> Tensor:

@@ -13,6 +13,7 @@ from nullbayes.model.functional import undisturbed_method
 from nullbayes.posterior.layer_combined import Combined, References
 from nullbayes.posterior.layer_fit import leverages
 from nullbayes.posterior.layer_leverage import Leverages
+from nullbayes.posterior.layer_neighbours import Neighbours
 from nullbayes.posterior.layer_novelty import (
     SCORES,
     information_score,
@@ -29,6 +30,7 @@ class LayerScored:
 
     # Made when they are first asked for, of the fit that stands.
     _leverages: Leverages | None = None
+    _near: Neighbours | None = None
 
     @undisturbed_method
     def novelty(self, x: Inputs, score: str = "combined") -> Tensor:
@@ -38,12 +40,15 @@ class LayerScored:
 
         Args:
             score: ``"combined"`` (default): by how much leverages, and the energy of logits, exceed those of training
-                examples, see :class:`.Combined`; ``"leverage"``: the sum over layers of the log leverage of what they
-                receive, relative to its size; each one forward pass. ``"information"``: ``½ log det(I + J Σ Jᵀ)`` in
-                nats, one backward pass an output; ``"variance"``: ``tr J Σ Jᵀ``.
+                examples, see :class:`.Combined`; ``"neighbours"``: the same with distances to training examples at
+                every layer, see :class:`.Neighbours`; it needs training examples and so is not there after `nb.load`;
+                ``"leverage"``: the sum over layers of the log leverage of what they receive, relative to its size; each
+                one forward pass. ``"information"``: ``½ log det(I + J Σ Jᵀ)`` in nats, one backward pass an output;
+                ``"variance"``: ``tr J Σ Jᵀ``.
 
         Raises:
-            InputError: inputs that cannot be used; ``"combined"`` of a posterior from a file without references.
+            InputError: inputs that cannot be used; ``"combined"`` of a posterior from a file without references;
+                ``"neighbours"`` of any from a file.
         """
         check_choice(score, SCORES, "score")
         own = cast("LayerNullSpacePosterior", self)
@@ -57,6 +62,11 @@ class LayerScored:
         fit = own._fitted()
         if score == "combined":
             return self._combined().score(self._references(), x)
+        if score == "neighbours":
+            if self._near is None:
+                scorer = leverages(fit.state, pooling=True)
+                self._near = Neighbours(scorer, own.likelihood, fit.gathered.kept)
+            return self._near.score(x)
         if score == "leverage":
             return leverage_score(self._of_layers(), x)
         plan = own._plan_of_rows(x)
@@ -80,4 +90,4 @@ class LayerScored:
         return found
 
     def _forget_scores(self) -> None:
-        self._leverages = None
+        self._leverages = self._near = None

@@ -14,7 +14,7 @@ from nullbayes.fit.prior_samples import generator_for
 from nullbayes.jacobian.linearise import _double_reverse, _forward
 from nullbayes.model.batch import Inputs, batch_size, select, tensor_leaves
 from nullbayes.model.functional import FunctionalModel
-from nullbayes.moments.blocks import Blocks
+from nullbayes.moments.blocks import Block, Blocks
 from nullbayes.moments.capture import plain_paths
 from nullbayes.moments.factor import Edge, Factor, factorise
 from nullbayes.moments.gather import Gathered
@@ -135,8 +135,18 @@ class LayerState:
         out = {name: torch.zeros_like(t) for name, t in tensors.items()}
         for block, factor in zip(self.blocks.blocks, self.factors, strict=True):
             matrix = block.matrix({n: tensors[n] for n in block.names})
-            out.update(block.tensors(of(factor, matrix)))
+            out.update(block.tensors(self._standing(block, of(factor, matrix))))
         return space.flatten(out)
+
+    def _standing(self, block: Block, matrix: Tensor) -> Tensor:
+        """A block's changes ``(*lead, G, O, I)``, in place without those of rows of padding.
+
+        These are no weights, whether the data have padding or not. The whole row stands, its bias in an output layer
+        that shares the table too: the null space balances a bias against its row.
+        """
+        if rows := self.functional.space.fixed_rows.get(block.name):
+            matrix[..., list(rows), :] = 0
+        return matrix
 
     def change(self, index: int) -> Changes:
         """Sample ``index`` as changes of the weights, at prior precision one."""
@@ -146,10 +156,8 @@ class LayerState:
         for block, factor in zip(self.blocks.blocks, self.factors, strict=True):
             z = torch.empty(block.size, dtype=self.products).normal_(generator=generator)
             change = factor.spread(z.to(self.functional.device))
-            out.update(block.tensors(change.to(self.functional.dtype)))
-        for name, rows in self.functional.space.fixed_rows.items():
-            if name in out:  # rows of padding are no weights, whether the data have padding or not
-                out[name][list(rows)] = 0
+            change = self._standing(block, change.to(self.functional.dtype))
+            out.update(block.tensors(change))
         each = sum(t.nbytes for t in out.values())
         if each * (len(self._cache) + 1) <= CACHE_BYTES:
             self._cache[index] = out

@@ -23,7 +23,7 @@ from nullbayes.moments.gather import Gathered
 from nullbayes.moments.members import CELLS, Members
 from nullbayes.moments.second import BlockMoments, DenseMoments
 from nullbayes.moments.sketch import Sketch
-from nullbayes.posterior.calibration import CalibrationPath
+from nullbayes.posterior.calibration_path import CalibrationPath
 from nullbayes.posterior.description import parsed
 from nullbayes.posterior.layer_certificate import LayerCertificate
 from nullbayes.posterior.layer_combined import References

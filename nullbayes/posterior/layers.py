@@ -30,10 +30,7 @@ from nullbayes.model.randomness import FrozenRandomness, resolve_randomness
 from nullbayes.model.shares import shared
 from nullbayes.moments.products import working_dtype
 from nullbayes.posterior import layer_change
-from nullbayes.posterior.calibration import (
-    CalibrationPath,
-    temperature_of,
-)
+from nullbayes.posterior.calibration_path import CalibrationPath, temperature_of
 from nullbayes.posterior.layer_certificate import LayerCertificate
 from nullbayes.posterior.layer_fit import (
     INPUTS,

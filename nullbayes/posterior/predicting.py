@@ -23,7 +23,7 @@ from nullbayes.model.data import is_stream
 from nullbayes.model.fingerprint import check_unchanged
 from nullbayes.model.functional import undisturbed, undisturbed_method
 from nullbayes.model.shares import inputs_of_share
-from nullbayes.posterior.calibration import temperature_of
+from nullbayes.posterior.calibration_path import temperature_of
 from nullbayes.posterior.differentiable import (
     changes_with_graph,
     check_requires_grad,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
-from nullbayes.common.arguments import check_count, check_sample_dtype
+from nullbayes.common.arguments import check_count, check_stored_dtype
 from nullbayes.errors import InputError
 from nullbayes.fit.compaction import compacted
 from nullbayes.model.data import as_loader, without_targets
@@ -42,7 +42,8 @@ class Serves:
         Args:
             samples: the first so many; None: all that are stored.
             dtype: what they are stored in: ``torch.bfloat16`` takes half the room and rounds each by up to 0.4 %;
-                None: what they are in now.
+                ``torch.int8`` takes a quarter and changes each by 1 % of its size (biases and norm layers stay as
+                they are); None: what they are in now.
 
         Raises:
             NotFittedError: not fitted. InputError: fewer samples are stored, or another dtype.
@@ -50,9 +51,10 @@ class Serves:
         own = cast("Posterior", self)
         fit = own._fitted()
         count = len(fit.stored) if samples is None else check_count(samples, "samples")
-        chosen = None if dtype is None else check_sample_dtype(dtype, own.functional.dtype)
+        stored = fit.stored.dtype
+        chosen = stored if dtype is None else check_stored_dtype(dtype, own.functional.dtype)
         with own._together("compact"):
-            own._take(compacted(fit, count, fit.stored.dtype if dtype is None else chosen or dtype))
+            own._take(compacted(fit, count, chosen))
         return self
 
     @undisturbed_method
@@ -76,7 +78,7 @@ class Serves:
         Args:
             loader: examples to fit it to: training data, or other data of that kind; targets are left out.
             shifted: ``{name: data}`` of out-of-distribution inputs to judge it by, beside the built-in shifts.
-            max_examples: of ``loader``, the first ones; each is scored by the posterior some eight times (a text: four).
+            max_examples: of ``loader``, the first ones; each is scored by the posterior some eight times, texts four.
             seed: of the shifts and the head.
             least_correlation: rank correlation with the posterior's novelty, over all that judges, below which the
                 module is refused; on ordinary examples alone it may be 0.3 less.

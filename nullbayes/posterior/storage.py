@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nullbayes.certificate import Certificate
 from nullbayes.common.files import atomic_file, checksum
+from nullbayes.common.packed import ALIGNED, Packed, Piece, packed_in
 from nullbayes.constraints.problem import Problem
 from nullbayes.errors import NullBayesError, NullBayesWarning, StorageError
 from nullbayes.fit.result import Fit
@@ -25,14 +26,17 @@ from nullbayes.likelihood import Likelihood, likelihood_from_config
 from nullbayes.model.adapters import MERGED
 from nullbayes.model.fingerprint import fingerprint
 from nullbayes.model.parameters import HALF, WRAPPED, ParameterSpace
-from nullbayes.posterior.calibration import CalibrationPath
+from nullbayes.posterior.calibration_path import CalibrationPath
 from nullbayes.posterior.description import DescriptionError, check_settings, parsed
 
 FORMAT = "nullbayes-posterior"
 # 1: without a checksum. 3: with a prior mean, masks or one prior precision a layer; what has none of these stays at 2.
-VERSION, PLAIN = 3, 2
+# 4: with samples in 8 bits.
+VERSION, SPECIAL, PLAIN = 4, 3, 2
 # What a file may hold beside the samples: vectors of P numbers.
 BESIDE = ("prior_mean", "mask")
+# What belongs to samples in 8 bits: their scales, and the columns that are not packed.
+SCALES, REST, FILLED = "sample_scales", "sample_rest", "filled"
 
 
 def write_posterior(
@@ -47,13 +51,16 @@ def write_posterior(
     beside = _beside(problem)
     meta = {
         "format": FORMAT,
-        "version": VERSION if beside or problem.layers else PLAIN,
+        "version": _version(problem, samples, special=bool(beside)),
         "names": list(space.names),
         "shapes": [list(slot.shape) for slot in space.slots],
         "dtype": str(samples.dtype),
         "fingerprint": fingerprint(model),
         "settings": settings,
     }
+    packed = packed_in(samples)
+    if packed is not None:
+        meta["each"] = [packed.each(slot.start) for slot in space.slots]
     try:
         text = json.dumps(meta)
     except TypeError as error:
@@ -64,10 +71,45 @@ def write_posterior(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(target) as part:
-            tensors = {"samples": samples.detach().cpu().contiguous(), **beside}
-            save_file(tensors, part, metadata=signed(text, tensors))
+            tensors = {**_in_tensors(samples), **beside}
+            _save(tensors, part, signed(text, tensors))
     except (OSError, ValueError, SafetensorError) as error:  # a name with a NUL is a ValueError
         raise StorageError(f"could not write {target}: {error}.") from error
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Samples in 8 bits begin where the kernel that reads them can load from, mapped or not."""
+    if SCALES not in tensors:
+        save_file(tensors, path, metadata=metadata)
+        return
+    save_file(tensors, path, metadata={**metadata, FILLED: ""})
+    away = -_begins(path, "samples") % ALIGNED
+    if away:  # a description that is longer by so much moves them by as much
+        save_file(tensors, path, metadata={**metadata, FILLED: " " * away})
+
+
+def _begins(path: Path, name: str) -> int:
+    """At which byte of a safetensors file a tensor begins."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return 8 + length + int(header[name]["data_offsets"][0])
+
+
+def _version(problem: Problem, samples: Tensor, *, special: bool) -> int:
+    """The earliest that has a place for all of it."""
+    if packed_in(samples) is not None:
+        return VERSION
+    return SPECIAL if special or problem.layers else PLAIN
+
+
+def _in_tensors(samples: Tensor) -> dict[str, Tensor]:
+    """Samples as a file holds them."""
+    packed = packed_in(samples)
+    if packed is None:
+        return {"samples": samples.detach().cpu().contiguous()}
+    parts = {"samples": packed.values, SCALES: packed.scales, REST: packed.plain}
+    return {name: part.cpu().contiguous() for name, part in parts.items()}
 
 
 def _beside(problem: Problem) -> dict[str, Tensor]:
@@ -219,13 +261,15 @@ class Stored:
 
     def samples(self, space: ParameterSpace) -> Tensor:
         """Samples ``(S, P)`` on the model's device and in its dtype."""
-        if self.tensor.dtype not in (space.dtype, *HALF):
+        if self.tensor.dtype not in (space.dtype, torch.int8, *HALF):
             warnings.warn(
                 f"{self.path} holds {self.meta['dtype']} samples, the model is {space.dtype}: they are "
                 "converted, and the certificate speaks of the original.",
                 NullBayesWarning,
                 stacklevel=3,
             )
+        if SCALES in self.beside:
+            return self._packed(space).as_samples
         tensor, shape = self.tensor, tuple(self.tensor.shape)
         if len(shape) != 2 or shape[0] < 1 or shape[1] != space.total:
             raise StorageError(
@@ -243,6 +287,39 @@ class Stored:
         # Samples that were asked for in half precision stay so; any other dtype follows the model's.
         dtype = tensor.dtype if tensor.dtype in HALF else space.dtype
         return tensor.to(device=space.device, dtype=dtype)
+
+    def _packed(self, space: ParameterSpace) -> Packed:
+        """Samples in 8 bits, whose tensors may be registered in another order by now."""
+        shapes: list[list[int]] = self.meta["shapes"]
+        each: Any = self.meta.get("each")
+        sane = isinstance(each, list) and len(each) == len(shapes)
+        most = [shape[0] if len(shape) > 1 else 0 for shape in shapes]
+        sane = sane and all(type(e) is int and 0 <= e <= m for e, m in zip(each, most, strict=True))
+        if not sane:
+            raise StorageError(
+                f"{self.path} does not say how its samples in 8 bits are laid out. The file is damaged; save it again."
+            )
+        columns = zip(self.names, shapes, each, strict=True)
+        pieces = [Piece.of(space.by_name[n].start, shape, e) for n, shape, e in columns]
+        scales, rest = self.beside[SCALES], self.beside[REST]
+        count = len(rest)
+        packed = sum(p.chunks * p.chunk for p in pieces)
+        sizes = packed * count, sum(p.chunks for p in pieces) * count
+        left = sum(p.numel for p in pieces if not p.each)
+        if (self.tensor.shape, scales.shape, rest.shape) != (
+            (sizes[0],),
+            (sizes[1],),
+            (count, left),
+        ):
+            raise StorageError(
+                f"{self.path} holds samples in 8 bits of other sizes than its description says. The file is damaged; "
+                "save it again."
+            )
+        if not bool(scales.isfinite().all() and rest.isfinite().all()):
+            raise StorageError(
+                f"{self.path} holds NaN or infinity in its samples. The file is damaged; save it again."
+            )
+        return Packed(pieces, self.tensor, scales, rest).placed(space.device)
 
 
 def read_posterior(path: str | os.PathLike[str], *, mapped: bool = False) -> Stored:
@@ -278,14 +355,16 @@ def read_posterior(path: str | os.PathLike[str], *, mapped: bool = False) -> Sto
     beside = {name: t for name, t in tensors.items() if name in BESIDE}
     count = sum(math.prod(shape) for shape in meta["shapes"])
     whole = all(t.shape == (count,) for t in beside.values()) and meta["version"] >= (
-        VERSION if beside else 0
+        SPECIAL if beside else 0
     )
-    expected = {"samples", *beside}
+    packed = {SCALES, REST} if meta["dtype"] == "torch.int8" else set()
+    expected = {"samples", *beside, *packed}
     if set(tensors) != expected or not whole or str(tensors["samples"].dtype) != meta["dtype"]:
         raise StorageError(
             f"{source} holds {sorted(tensors)[:4]}, expected 'samples' of {meta['dtype']}. The file is damaged; "
             "save it again."
         )
+    beside |= {name: tensors[name] for name in packed}
     return Stored(source, meta, tensors["samples"], beside, mapped)
 
 

@@ -26,6 +26,7 @@ class Status(Enum):
 
     CONVERGED = "the tolerance was reached"
     NUMERICAL = "what is left lies in directions that move the preserved quantity less than `delta` asks for"
+    ROUNDED = "the tolerance was reached; then samples were rounded to what they are stored in"
     STAGNATED = (
         "rounding stopped the residual above the tolerance; use a float64 model "
         "(`model.double()`) or accept the residual by a larger `tolerance`"
@@ -34,6 +35,16 @@ class Status(Enum):
     MAX_ITERATIONS = (
         "the iteration limit came before the tolerance; raise `max_iterations` of the solver"
     )
+
+    @property
+    def good(self) -> bool:
+        """Whether what is left of a sample was left on purpose."""
+        return self in (Status.CONVERGED, Status.NUMERICAL, Status.ROUNDED)
+
+    @property
+    def rounded(self) -> Status:
+        """The status once samples are stored in fewer digits."""
+        return Status.ROUNDED if self is Status.CONVERGED else self
 
 
 @dataclass(frozen=True)
@@ -104,6 +115,7 @@ class Size:
         product: flops of ``A v`` for one vector; ``gram``: of ``A Aᵀ``. None: as for a dense matrix.
         itemsize: bytes of one number of the rows.
         written_over: whether samples may take the place of what they are projected from: for the numerical null space.
+        device: the type of the device that the rows lie on.
     """
 
     rows: int
@@ -113,6 +125,7 @@ class Size:
     gram: float | None = None
     itemsize: int = 4
     written_over: bool = False
+    device: str = "cpu"
 
     @property
     def product_flops(self) -> float:

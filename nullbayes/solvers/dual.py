@@ -346,7 +346,9 @@ class DualState(State):
         image = image.double()  # (S, M)
         out: list[Tensor] = []
         # A solve holds the right sides, scaled and transposed, and the solutions, likewise.
-        for some in _grouped(spans, max(1, working_bytes() // (6 * 8 * len(self.chol)))):
+        for some in _grouped(
+            spans, max(1, working_bytes(image.device) // (6 * 8 * len(self.chol)))
+        ):
             out += self._left_out(image, some)
         return out
 

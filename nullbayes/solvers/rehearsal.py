@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nullbayes.jacobian.block_storage import BLOCK_ROWS
+from nullbayes.jacobian.block_storage import block_rows
 from nullbayes.jacobian.operator import JacobianOperator
 
 QUICK = 0.3  # seconds
@@ -62,7 +62,9 @@ class Rehearsal:
         part = timed(lambda: half.normal(v))
         per_row = max(0.0, whole - part) / (here - half.shape[0])
         once = max(0.0, whole - per_row * here)
-        block = min(BLOCK_ROWS, self.block_bytes * here / max(1, self.operator.nbytes))
+        block = min(
+            block_rows(self.operator.device), self.block_bytes * here / max(1, self.operator.nbytes)
+        )
         return once * max(1.0, self.rows / block) + per_row * self.rows
 
 

@@ -38,12 +38,10 @@ def gram_spectrum(gram: Tensor, settled: Settled | None = None) -> Spectrum:
     generator = torch.Generator().manual_seed(0)
     probes = torch.randint(0, 2, (m, PROBES), generator=generator).double().mul_(2).sub_(1)
     # The products run in float32, half the reading, since a quadrature of a few dozen nodes is
-    # coarser than that.
+    # coarser than that; from the left, which reads the symmetric matrix in half the time (9,000 rows).
     single = gram.float()
     starts = probes.T.to(gram.device)
-    return _lanczos(
-        lambda v: (single @ v.T.float()).T.double(), starts, STEPS, settled, BASIS_BYTES
-    )
+    return _lanczos(lambda v: (v.float() @ single).double(), starts, STEPS, settled, BASIS_BYTES)
 
 
 def operator_spectrum(

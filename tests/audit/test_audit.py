@@ -211,7 +211,7 @@ def test_wrong_rows_are_caught_whatever_their_own_residual_says(
     def unchecked(functional: Any, plan: Any, inputs: Any, make: Any, *rest: Any) -> Any:
         return lying(functional, plan, inputs, make)
 
-    monkeypatch.setattr("nullbayes.jacobian.capture.batches.checked", unchecked)
+    monkeypatch.setattr("nullbayes.jacobian.capture.spot_checks.checked", unchecked)
     posterior = nb.NullSpacePosterior(network(), preserve="outputs", delta=0, prior_precision=1.0)
     certificate = posterior.fit([(x[:2], y[:2]), (x[2:4], y[2:4])], 4, **QUIET).certificate
     assert certificate.residual < 1e-8  # by its own rows all is well

@@ -192,13 +192,24 @@ def test_early_exits(sizes: tuple[int, ...]) -> None:
     assert_kept(posterior, dense)
 
 
-def test_what_no_example_reaches_is_named_after_all_of_them() -> None:
+def test_what_no_example_reaches_is_named_after_all_of_them_and_stays() -> None:
     model, x = seeded(Exits), normal(6, 3)
     x[:, 0] = -x[:, 0].abs()
-    with pytest.raises(
-        nb.ModelError, match=r"'deep.bias', 'deep.weight', 'second.bias'.*any example"
-    ):
-        fitted(model, x.split(3))
+    posterior = fitted(model, x.split(3))
+    named = "depends on 'deep.bias', 'deep.weight', 'second.bias' and 1 more"
+    assert any(named in n for n in posterior.certificate.notes)
+    assert_kept(posterior, rows(model, x.split(1)))
+    samples, deep = posterior._samples().double(), x.abs()  # others reach them
+    staying = nn.utils.parameters_to_vector(
+        [
+            torch.full_like(p, n.split(".")[0] in ("deep", "second"))
+            for n, p in model.named_parameters()
+        ]
+    ).bool()
+    assert not samples[:, staying].any() and samples[:, ~staying].any()
+    found = posterior.predict(deep).outputs - model(deep).detach()
+    wanted = torch.einsum("nop,sp->sno", rows(model, deep.split(1)), samples)
+    assert torch.allclose(found.double(), wanted, atol=1e-9)
 
 
 class Views(nn.Module):

@@ -24,7 +24,7 @@ from nullbayes.certificate.certificate import Certificate
 from nullbayes.common import memory, progress
 from nullbayes.fit import plan as planning
 from nullbayes.fit.evidence import fixed_point, null_space_precision
-from nullbayes.posterior.calibration import CalibrationPath
+from nullbayes.posterior.calibration_path import CalibrationPath
 from nullbayes.solvers import Spectrum
 from nullbayes.solvers.base import Status
 

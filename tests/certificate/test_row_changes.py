@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 import nullbayes as nb
 from nullbayes.certificate import measure, row_changes
+from nullbayes.jacobian import linearise
 
 
 def _network(outputs: int) -> nn.Module:
@@ -44,6 +45,24 @@ def test_changes_from_rows_are_those_of_the_dense_jacobian(monkeypatch):
     wanted = wanted - wanted.mean(2, keepdim=True)
     assert wanted.abs().max() > 1e-3
     assert_close(found, wanted, rtol=1e-7, atol=1e-9)
+
+
+def test_training_examples_are_not_shown_separate_once_more(monkeypatch):
+    monkeypatch.setattr(row_changes, "FROM", 10**9)
+    shown: list[int] = []
+    real = linearise.separate_at_use
+    monkeypatch.setattr(linearise, "separate_at_use", lambda *a: shown.append(1) or real(*a))
+    model, x = _network(8), torch.randn(10, 5, dtype=torch.float64)
+    posterior = nb.NullSpacePosterior(model, preserve="loss", delta=0.1)
+    # Eight outputs under two samples: forward mode.
+    posterior.fit([(x[:6], torch.arange(6)), (x[6:], torch.arange(4))], 2, progress=False)
+    assert not shown
+    batches = posterior._fit.check.batches
+    found = torch.cat([unit for _, unit, _ in batches], 1)
+    assert_close(found, _dense_changes(model, x, posterior._fit.unit))
+    assert_close(torch.cat([point for point, _, _ in batches]), model(x).detach())
+    posterior.predict(x)
+    assert shown  # others are
 
 
 def test_regression_and_outputs_keep_every_number(monkeypatch):

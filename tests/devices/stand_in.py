@@ -23,6 +23,7 @@ from experiments.detection import families, running
 from experiments.detection.base import Given
 from experiments.tasks import small_resnet
 from nullbayes import solvers
+from nullbayes.common import memory
 from nullbayes.datasets import Split
 from nullbayes.demo.models import lenet
 from tests.devices.scenes import QUIET, Place, compare, scenes
@@ -183,6 +184,32 @@ def test_an_iteration_asks_as_often_whatever_the_depth() -> None:
             each.append((many - few) / 4)
     assert each[1] <= each[0] + 2
     assert each[1] < 16
+
+
+def test_an_iteration_launches_fewer_where_there_is_more_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A block of rows that suits a CPU's cache is a launch that an accelerator waits for."""
+    x = torch.randn(4200, 4, generator=torch.Generator().manual_seed(1))
+    train = list(zip(x.split(1400), (torch.arange(4200) % 3).split(1400), strict=True))
+    each = []
+    try:
+        for gigabytes in (1, 400):
+            monkeypatch.setattr(memory, "_all_memory", lambda n=gigabytes: n * 2**30)
+            memory.times_on.cache_clear()
+            with Elsewhere() as device:
+                counted = []
+                for steps in (1, 3):
+                    solver = solvers.ConjugateGradient(max_iterations=steps, tolerance=1e-30)
+                    before = device.launches
+                    nb.NullSpacePosterior(deep(2), solver=solver, prior_precision=1.0).fit(
+                        train, 3, **QUIET
+                    )
+                    counted.append(device.launches - before)
+                each.append((counted[1] - counted[0]) / 2)
+    finally:
+        memory.times_on.cache_clear()
+    assert each[1] < 0.6 * each[0]
 
 
 def test_the_stand_in_refuses_what_a_gpu_refuses() -> None:

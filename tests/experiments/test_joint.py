@@ -82,3 +82,16 @@ def test_the_last_block_is_whole_layers_from_the_end() -> None:
     assert "mix.linear1.weight" in joint.last_block(Encoder(3))
     assert "mix.self_attn.in_proj_weight" not in joint.last_block(Encoder(3))
     assert joint.last_block(mlp(4, 2)) == ["2.weight", "2.bias", "4.weight", "4.bias"]
+
+
+def test_a_process_around_the_network_keeps_its_outputs() -> None:
+    """Samples about the network's own outputs, joint over inputs: the same input twice has one value in each."""
+    data = joint.make("breast cancer", 0)
+    network = joint.trained(data, 0)
+    draws = joint.of_process(network, data, 0)
+    x = data.test.inputs[:6]
+    found = draws(torch.cat([x, x[:1]]))
+    assert found.shape == (joint.SAMPLES, 7, 2)
+    torch.testing.assert_close(found[:, 0], found[:, 6], atol=0.05, rtol=0.05)
+    gap = (found.mean(0)[:6] - network(x)).detach().abs().max()
+    assert float(gap) < 3 * float(found.std(0).max())

@@ -168,6 +168,31 @@ def test_a_reader_keeps_frequent_tokens_and_asks_at_the_end(packed):
     assert whole["labels"][0, 4] == causal.IGNORED
 
 
+def test_answers_of_several_models_and_with_dropout(packed):
+    asked = causal.Asked(Problem("LoRA", 0, TINY), causal.sized(TINY)[1])
+    found, x = causal.several(asked), asked.problem.test.inputs
+    inputs = asked.reader.prompts(x)
+    with torch.no_grad():
+        logits = asked.model(**inputs).logits
+    asks = (inputs["input_ids"] == asked.reader.ask).nonzero()
+    wanted = logits[asks[:, 0], asks[:, 1]][:, asked.reader.answers]
+    ensemble = found["ensemble"].draws(x).outputs
+    torch.testing.assert_close(ensemble[0], wanted)
+    assert len(ensemble) == TINY.members and float((ensemble[1] - ensemble[0]).abs().min()) > 0
+    dropped = found["dropout"].draws(x).outputs
+    assert len(dropped) == TINY.samples and float(dropped.std(0).mean()) > 0
+    assert not asked.model.training
+
+
+def test_jobs_on_a_processor_come_family_by_family_in_whole_seeds():
+    methods_of = [(j.key.method.partition(":")[0], j.key.seed) for j in running.jobs("processor")]
+    assert list(dict.fromkeys(methods_of)) == [
+        (family, seed) for family in ("GPT-2", "full", "LoRA") for seed in range(3)
+    ]
+    assert "full: Laplace" not in {j.key.method for j in running.jobs("processor")}
+    assert "full: Laplace" in {j.key.method for j in running.jobs("full")}
+
+
 def test_last_layer_laplace_is_ours(packed):
     """laplace-torch on features against the library's exact posterior of the head, at one prior precision."""
     import nullbayes as nb
@@ -189,7 +214,7 @@ def test_every_piece_runs_and_is_reported(packed, tmp_path):
     if importlib.util.find_spec("pytorch_ood") is None:
         pytest.skip("pytorch-ood is not installed")
     jobs = running.jobs("small")
-    assert len({job.key for job in jobs}) == len(jobs) == 2 + 2 * len(methods.GROUPS) - 1 + 2
+    assert len({job.key for job in jobs}) == len(jobs) == 2 + 2 * len(methods.GROUPS) - 1 + 3
     # Each group of methods once, the null space of both.
     once = {
         "full: networks",

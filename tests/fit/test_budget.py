@@ -21,6 +21,7 @@ from nullbayes.solvers import DualCholesky, PrimalQR, spectrum
 from tests.support import operator_for
 
 F64 = torch.float64
+HOST = torch.device("cpu")
 
 
 @pytest.mark.parametrize("megabytes", [20, 50, 200, 1000, 20_000])
@@ -38,13 +39,31 @@ def test_work_is_limited_only_within() -> None:
     before = memory.working_bytes()
     with pytest.raises(KeyError), memory.working_within(10_000):
         assert memory.working_bytes() == 10_000
-        assert products.chunk_elements() == 625
+        assert products.chunk_elements(HOST) == 625
         with memory.working_within(2**40):
             assert memory.working_bytes() == memory.WORKING_BYTES
         raise KeyError
     assert memory.working_bytes() == before == memory.WORKING_BYTES
-    assert products.chunk_elements() == products.CHUNK_ELEMENTS
+    assert products.chunk_elements(HOST) == products.CHUNK_ELEMENTS
     memory.give_back()
+
+
+@pytest.mark.parametrize(("gigabytes", "times"), [(4, 1), (12, 1), (24, 2), (80, 8), (1000, 16)])
+def test_pieces_grow_with_the_memory_of_an_accelerator(
+    monkeypatch: pytest.MonkeyPatch, gigabytes: int, times: int
+) -> None:
+    """A launch costs as much for few numbers as for many."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, gigabytes * 2**30))
+    card = torch.device("cuda", gigabytes)
+    assert memory.times_on(HOST) == 1 and memory.times_on(card) == times
+    assert memory.working_bytes(card) == times * memory.WORKING_BYTES
+    assert products.chunk_elements(card) == times * products.CHUNK_ELEMENTS
+    assert not memory.bounded(card)
+    with memory.working_within(10_000):
+        assert memory.working_bytes(card) == 10_000 and memory.bounded(card)
+        assert products.chunk_elements(card) == 625
+    parts = FitMemory.of(gigabytes * 2**29, 10, 20_000, torch.float32, device=card)
+    assert 16 * parts.block <= gigabytes * 2**29 >= 8 * parts.temporaries
 
 
 class Tokens(nn.Module):

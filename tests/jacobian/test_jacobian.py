@@ -207,7 +207,8 @@ class Dead(Mixing):
 )
 def test_models_without_per_example_rows_are_refused(model: nn.Module, message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        operator_for(model, torch.randn(4, 3))[1].check_reached(model)
+        _, plan = operator_for(model, torch.randn(4, 3))
+        plan.check_reached(FunctionalModel(model, jacobian.ParameterSpace.from_model(model)))
     assert not any(m._forward_hooks for m in model.modules())
 
 

@@ -151,7 +151,7 @@ def test_products_through_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     operator = JacobianOperator(of, [block([16, 5, *[9] * 7], of)])
     rows = torch.cat(list(operator.iter_rows(10**6)))
     monkeypatch.setattr(products, "ONEDNN_PRODUCT", 0)
-    monkeypatch.setattr("nullbayes.jacobian.factors.outer.near_elements", lambda: 1)
+    monkeypatch.setattr("nullbayes.jacobian.factors.outer.near_elements", lambda device: 1)
     monkeypatch.setattr(OuterFactor, "products_by_rows", lambda *_: True)
     v, w = torch.randn(5, of.total, dtype=F64), torch.randn(5, B * C, dtype=F64)
     assert_close(operator.matvec(v), v @ rows.T, atol=1e-10, rtol=1e-10)

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import nullbayes as nb
 from nullbayes.errors import InputError
-from nullbayes.posterior.calibration import CalibrationPath, _warn
+from nullbayes.posterior.calibration_path import CalibrationPath, warn
 
 F64 = torch.float64
 
@@ -150,12 +150,16 @@ def test_accuracy_is_bounded() -> None:
         ({"bounded": True}, "was bounded at 10:.*fall by more than 0.01"),
         ({"chosen": 3, "nll": [0.4, 0.5, 0.6, 0.3]}, "all but closed"),
         ({"chosen": 3, "at_edge": True}, "joint predictions .* are gone"),
+        (
+            {"chosen": 3, "point": {"nll": 0.7, "accuracy": 0.9, "ece": None}},
+            "adds nothing. The prior precision grew from 1 to 1e.04.*set `prior_precision = 1` again",
+        ),
     ],
 )
 def test_what_is_warned_of(changes: dict[str, Any], words: str) -> None:
     path = path_of(**changes)
     with pytest.warns(nb.NullBayesWarning, match=words):
-        _warn(path, path.nll)
+        warn(path, path.nll)
 
 
 def test_before_and_after() -> None:
@@ -163,7 +167,24 @@ def test_before_and_after() -> None:
     assert path.before == {"nll": 0.5, "accuracy": 0.8, "ece": None}
     assert path.after == {"nll": 0.6, "accuracy": 0.9, "ece": None}
     assert not path.closed and path_of(chosen=3).closed
-    assert "accuracy 0.8 → 0.9" in repr(path)
+    assert "prior precision 1 → 10; nll 0.5 → 0.6 (network 0.8), accuracy 0.8 → 0.9" in repr(path)
+    assert "prior precision 1 → 1e+04, closed; nll" in repr(path_of(chosen=3))
+
+
+def test_a_temperature_on_a_closed_posterior_is_warned_of() -> None:
+    model, data = confident(), problem(200)
+    posterior = KINDS["null"](model)
+    open_at = posterior.prior_precision
+    posterior.calibration, posterior.prior_precision = path_of(chosen=3), 1e4
+    with pytest.warns(
+        nb.NullBayesWarning, match="that an earlier calibration has closed"
+    ) as caught:
+        posterior.calibrate(data, tune="temperature", progress=False)
+    assert caught[0].filename == __file__
+    posterior.calibration, posterior.prior_precision = path_of(chosen=3), open_at
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        posterior.calibrate(data, tune="temperature", progress=False)
 
 
 def test_a_temperature_needs_probabilities() -> None:

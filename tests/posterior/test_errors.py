@@ -351,8 +351,11 @@ def test_hidden_randomness_and_ties(
     what: Callable[[Tensor], Tensor], words: tuple[str, ...]
 ) -> None:
     model = network(Hidden(what))
-    with unchanged(model), says(nb.ModelError, *words):
-        fit(model)
+    # Two numbers drawn one after the other may be almost the same; then the example alone tells it, in other words.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        with unchanged(model), says(nb.ModelError, *words):
+            fit(model)
 
 
 @pytest.mark.parametrize(
@@ -395,13 +398,11 @@ def test_outputs_without_any_gradient_path() -> None:
         fit(model)
 
 
-def test_an_unused_parameter_can_be_left_out() -> None:
+def test_an_unused_parameter_stays_or_is_left_out() -> None:
     model = network()
     model[1].register_module("spare", nn.Linear(2, 2))  # within Tanh, which does not call it
-    with says(
-        nb.ModelError, "no gradient path", "['1.spare.bias', '1.spare.weight']", "parameters=lambda"
-    ):
-        fit(model)
+    note = "depends on '1.spare.bias', '1.spare.weight': they stay where they are"
+    assert any(note in n for n in fit(model).certificate.notes)
     kept = fit(model, parameters=lambda name, _: "spare" not in name)
     assert kept.certificate.parameters == 45
 
@@ -769,3 +770,25 @@ def test_compiled_models_are_unwrapped() -> None:
     assert nb.plan(compiled, TRAIN).parameters == 45
     named = fit(compiled, parameters=["2.weight"], prior_precision={"2.weight": 2.0})
     assert named.certificate.parameters == 18
+
+
+class TwoPrecisions(nn.Module):
+    """A table in bfloat16 under a head in float32, with the conversion between them or without."""
+
+    def __init__(self, join: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.join = join
+        self.table, self.head = nn.Embedding(9, 6).bfloat16(), nn.Linear(6, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.head(self.join(torch.tanh(self.table(tokens).mean(1))))
+        return out
+
+
+def test_a_network_whose_precisions_do_not_fit_together_fails_before_it_is_fitted() -> None:
+    data = [(torch.arange(10).reshape(5, 2) % 9, torch.arange(5) % 3)]
+    joined = nb.NullSpacePosterior(TwoPrecisions(Tensor.float)).fit(data, 3, progress=False)
+    assert joined.certificate.audit is not None and joined.certificate.audit.passed
+    model, says = TwoPrecisions(torch.relu), r"bfloat16 and torch\.float32.*autocast"
+    with pytest.raises(nb.InputError, match="itself fails on the first example.*" + says):
+        nb.NullSpacePosterior(model).fit(data, 3, progress=False)

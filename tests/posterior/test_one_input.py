@@ -98,16 +98,98 @@ def test_one_input_is_compared_once_for_each_way_through_the_network(
     assert len(comparisons) <= again + 2
 
 
-def test_batches_are_compared_each_time(comparisons: list[int]) -> None:
+class Sorting(nn.Module):
+    """Sorts the examples by their first number, and puts their outputs back: by an index, or by a matrix of ones."""
+
+    def __init__(self, *, by_index: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.by_index = by_index
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x[:, 0].argsort()
+        out: Tensor = self.last(torch.tanh(self.first(x[order])))
+        if self.by_index:
+            return out[order.argsort()]
+        there: Tensor = nn.functional.one_hot(order, len(x)).to(out).T @ out
+        return there
+
+
+def plain_network() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def test_batches_whose_examples_stay_in_place_are_compared_once(comparisons: list[int]) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double().eval()
+    model = plain_network().double().eval()
     x = torch.randn(8, 4).double()
     posterior = nb.NullSpacePosterior(model).fit((x, torch.arange(8) % 3), **QUIET)
-    posterior.predict(x)
-    for _ in range(2):
+    comparisons.clear()
+    for _ in range(3):
+        check_exact_batch(posterior, model, torch.randn(6, 4).double())
+    first = len(comparisons)
+    assert first  # another number of examples is another way
+    for _ in range(3):
+        check_exact_batch(posterior, model, torch.randn(6, 4).double())
+    assert len(comparisons) == first
+
+
+@pytest.mark.parametrize("by_index", [True, False])
+def test_batches_that_an_operation_may_reorder_are_compared_each_time(
+    comparisons: list[int], *, by_index: bool
+) -> None:
+    torch.manual_seed(0)
+    model = Sorting(by_index=by_index).double().eval()
+    x = torch.randn(8, 4).double()
+    posterior = nb.NullSpacePosterior(model).fit((x, torch.arange(8) % 3), **QUIET)
+    x = x[x[:, 0].argsort()]  # in place in the order in which they come first
+    check_exact_batch(posterior, model, x)
+    for _ in range(3):
         comparisons.clear()
-        posterior.predict(x)
+        check_exact_batch(posterior, model, x[torch.randperm(8)])
         assert comparisons
+
+
+def check_exact_batch(posterior: nb.NullSpacePosterior, model: nn.Module, x: Tensor) -> None:
+    change = (posterior._samples() @ dense_jacobian(model, x).T).reshape(4, len(x), 3)
+    assert_close(posterior.predict(x).outputs, model(x).detach() + change)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(18, 3)),
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 4, bias=False), nn.LayerNorm(4), nn.GELU()),
+    ],
+)  # fmt: skip
+def test_operations_that_leave_examples_in_place(make: Any) -> None:
+    model, x = make().eval(), torch.randn(3, 1, 4, 4)
+    weights = dict(model.named_parameters())
+    found = route_of(model(x), weights, ())
+    assert found is not None and found.in_place
+    # A weight that is not of this network's is a matrix that may have been computed.
+    weights.popitem()
+    first = next(iter(weights))
+    other = route_of(model(x), {n: w for n, w in weights.items() if n != first}, ())
+    assert other is not None and not other.in_place
+
+
+def test_operations_that_may_move_examples() -> None:
+    layer, x = nn.Linear(4, 4), torch.randn(4, 4)
+    weights = dict(layer.named_parameters())
+    computed = torch.eye(4)[torch.randperm(4)]
+    for function in (
+        lambda h: h[torch.randperm(4)],
+        lambda h: computed @ h,
+        lambda h: h @ h,
+        lambda h: torch.bmm(h[None], h[None])[0],
+        lambda h: h.sort(0).values,
+        lambda h: h.roll(1, 0),
+        lambda h: nn.functional.batch_norm(h, None, None, training=True),
+        lambda h: (computed[:, :, None] * h).sum(1),
+    ):
+        found = route_of(function(layer(x)), weights, ())
+        assert found is not None and not found.in_place
 
 
 def test_routes() -> None:
@@ -181,7 +263,7 @@ def test_products_with_few_rows(
     generator = torch.Generator().manual_seed(0)
     whole = torch.randn(5, 40, generator=generator).to(stored or dtype)
     rows = torch.randn(3, 29, generator=generator).to(dtype)
-    found = sizes.few_rows(whole[:, 4:33], rows)
+    found = sizes.few_rows(whole, slice(4, 33), rows)
     assert found.dtype == dtype
     assert_close(found.double(), whole[:, 4:33].double() @ rows.double().T, rtol=1e-5, atol=1e-5)
 

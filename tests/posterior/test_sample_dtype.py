@@ -58,6 +58,12 @@ def test_the_certificate_measures_what_is_stored(prior: Any) -> None:
     )
     assert exact.certificate.drift < half.certificate.drift < 0.05
     assert half.certificate.audit.passed
+    # What was asked for is no weakness, and the certificate says what it costs.
+    assert half.certificate.residual > half.certificate.tolerance
+    assert half.certificate.held
+    assert "Rounding them to what they are stored in left a residual" in half.certificate.verdict
+    assert "Rounding" not in exact.certificate.verdict
+    assert "before samples were rounded" in str(half.certificate)
 
 
 def test_more_samples_files_updates_and_predictions(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def test_narrow_samples_are_measured_as_they_are_stored():
     posterior, x = fitted(network())
     before, residual = posterior._fit.stored.clone(), posterior.certificate.residual
     posterior.compact(dtype=torch.bfloat16)
+    assert posterior.certificate.held
     assert posterior._fit.stored.dtype == torch.bfloat16
     assert_close(posterior._fit.stored, before.bfloat16())
     assert posterior.certificate.residual > 2 * residual  # of rounding by 0.4 %

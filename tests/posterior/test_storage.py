@@ -549,7 +549,8 @@ def test_a_changed_number_or_word_is_noticed(saved: Path) -> None:
     [
         ({"names": ["0.weight"]}, "do not go together"),
         ({"shapes": [[-1]]}, "'shapes'"),
-        ({"dtype": "torch.int8"}, "'dtype'"),
+        ({"dtype": "torch.int16"}, "'dtype'"),
+        ({"dtype": "torch.int8"}, "expected 'samples' of torch.int8"),
         ({"fingerprint": [1]}, "'fingerprint'"),
         ({"settings": "x"}, "'settings'"),
         ({"seed": 2**70}, "'seed'"),

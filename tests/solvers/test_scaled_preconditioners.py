@@ -12,7 +12,7 @@ from zoo import dense_jacobian
 import nullbayes as nb
 from nullbayes import solvers
 from nullbayes.jacobian.operator import DenseOperator
-from nullbayes.solvers import Size, choose
+from nullbayes.solvers import Size, choose, preconditioners
 from nullbayes.solvers.preconditioners import Subset
 from nullbayes.solvers.row_scaling import RowScaled, RowWeighted
 
@@ -92,6 +92,29 @@ def test_equilibrated_rows_and_a_subset_need_fewer_passes_than_either() -> None:
     both = residual(preconditioner=Subset(60), equilibrate=0.5)
     assert both < 0.8 * residual(equilibrate=0.5)
     assert both < 0.8 * residual(preconditioner=Subset(60))
+
+
+def test_a_factor_in_single_precision_is_near_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = smooth(300, 200)
+    v = torch.randn(8, 200, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found: dict[int, tuple[torch.dtype, Tensor, Tensor]] = {}
+    for least in (1, 10**9):
+        monkeypatch.setattr(preconditioners, "SINGLE", least)
+        chosen = Subset(60)
+        state = solvers.ConjugateGradient(1e-12, 20, chosen, 0.5).prepare(DenseOperator(a.float()))
+        state.factorise(1e-6, numerical=True)
+        x = state.project(v.float()).value.double()
+        left = (a @ x.T).norm() / (a @ v.T).norm()
+        found[least] = chosen._factor.dtype, chosen.apply(v.float()), left
+    single, double = found[1], found[10**9]
+    assert single[0] == torch.float32 and double[0] == torch.float64
+    assert_close(single[1], double[1], rtol=0, atol=1e-3 * float(v.norm(dim=1).max()))
+    assert single[2] < 1.1 * double[2]
+    # Rows in float64 keep theirs, whatever their number.
+    monkeypatch.setattr(preconditioners, "SINGLE", 1)
+    chosen = Subset(60)
+    chosen.prepare(DenseOperator(a), 1e-6)
+    assert chosen._factor.dtype == torch.float64
 
 
 def test_rows_that_are_held_out_are_not_seen_through_the_preconditioner() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -327,6 +327,10 @@ def test_auto_counts() -> None:
     assert chosen.solver.name == "primal QR" and "dual Cholesky" in chosen.why
     large = solvers.choose("auto", Size(540_000, 61_706, 30), 8 * 10**9)
     assert large.solver.name == "conjugate gradients" and "no exact solver" in large.why
+    four_thousand, room = Size(36_000, 61_706, 30), 50 * 2**30  # ten classes
+    assert solvers.choose("auto", four_thousand, room).solver.name == "conjugate gradients"
+    there = replace(four_thousand, device="cuda")
+    assert solvers.choose("auto", there, room).solver.name == "dual Cholesky"
     with pytest.raises(MemoryBudgetError, match="directions='auto'"):
         solvers.choose("auto", Size(100_000, 100_000), 10**6)
     with pytest.raises(InputError, match="`solver` is 'cg'"):

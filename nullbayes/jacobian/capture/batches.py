@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nullbayes.common.memory import working_bytes
+from nullbayes.common.memory import times_on, working_bytes
 from nullbayes.jacobian.block import Block
-from nullbayes.jacobian.capture.checking import captured_at_use, checked, separate
+from nullbayes.jacobian.capture.checking import captured_at_use
 from nullbayes.jacobian.capture.plan import CapturePlan
+from nullbayes.jacobian.capture.spot_checks import checked_in_part, shown_or_separate
 from nullbayes.jacobian.capture.verify import prove
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.model.batch import Inputs, batch_size, take
@@ -32,8 +33,9 @@ def examples_per_capture(
     temporaries: int | None = None,
 ) -> int:
     """How many examples one backward pass may carry, with so many bytes of ``temporaries`` (None: what work may)."""
-    fits = (temporaries or working_bytes()) // capture_bytes(functional, plan, cotangents)
-    return max(1, min(fits, CAPTURE_ROWS // max(1, cotangents)))
+    device = functional.device
+    fits = (temporaries or working_bytes(device)) // capture_bytes(functional, plan, cotangents)
+    return max(1, min(fits, CAPTURE_ROWS * times_on(device) // max(1, cotangents)))
 
 
 def capture_bytes(functional: FunctionalModel, plan: CapturePlan, cotangents: int) -> int:
@@ -70,7 +72,7 @@ def capture_batch(
         def made_of(outputs: Tensor, piece: slice = piece) -> Any:
             return make(outputs, piece)
 
-        block, made = checked(functional, plan, some, made_of, scales, plan.where, start)
+        block, made = checked_in_part(functional, plan, some, made_of, scales, start)
         yield block, some, made
 
 
@@ -97,9 +99,9 @@ def ready(
         functional.remember(inputs, outputs)
     plan.where = where
     since = time.perf_counter()
-    inputs = separate(functional, inputs, outputs, where, index)
+    plan.shown, taken = shown_or_separate(functional, plan, inputs, outputs, index)
     plan.checking_seconds += time.perf_counter() - since
-    return plan, inputs
+    return plan, taken
 
 
 def output_operators(

@@ -7,7 +7,7 @@ carries every example's own gradient. Parameters without a rule go through ``gen
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from nullbayes.audit.precision import tolerance
-from nullbayes.audit.route import route_of
+from nullbayes.audit.route import Route, route_of
 from nullbayes.jacobian.block import Block
 from nullbayes.jacobian.capture.contributions import Contributions
 from nullbayes.jacobian.capture.contributions import RuleMismatch as RuleMismatch
@@ -127,9 +127,24 @@ def check_places(
     if not outputs.requires_grad or not (records or uses):
         return
     edges = [r.edge for r in records] + [u.edge for u in uses]
-    tagged = cotangents * tags.reshape(-1, *[1] * (cotangents.ndim - 1))
-    both = torch.stack([cotangents, tagged]).to(outputs.dtype)
+    both = with_tags(cotangents[None], tags).to(outputs.dtype)
     grads = batched_grad(outputs, edges, both, batched=plan.batched_backward)
+    _places_agree(functional, (records, uses), grads, tags)
+
+
+def with_tags(cotangents: Tensor, tags: Tensor) -> Tensor:
+    """``(C, B, *out)``, and behind them the same times a number of each example: ``(2 C, B, *out)``."""
+    return torch.cat([cotangents, cotangents * tags.reshape(-1, *[1] * (cotangents.ndim - 2))])
+
+
+def _places_agree(
+    functional: FunctionalModel,
+    recorded: tuple[Sequence[_Record], Sequence[LocalUse]],
+    grads: Sequence[Tensor | None],
+    tags: Tensor,
+) -> None:
+    """See :func:`check_places`, of gradients for cotangents that :func:`with_tags` made."""
+    records, uses = recorded
     places = [(r.site.batch_axis, list(r.site.names.values())) for r in records]
     places += [(u.site.axis, u.site.names) for u in uses]
     allowed = tolerance(functional.rounding, functional.device)
@@ -152,8 +167,9 @@ def _in_place(g: Tensor, axis: int, tags: Tensor, allowed: float) -> Tensor:
     """Whether the examples are on that axis: a boolean without axes, on the device."""
     if g.ndim <= axis or g.shape[axis] % len(tags):
         return torch.zeros((), dtype=torch.bool, device=g.device)
-    plain, tagged = g.movedim(axis, 1).unflatten(1, (len(tags), -1)).double()
-    wanted = plain * tags.double().reshape(-1, *[1] * (plain.ndim - 1))
+    moved = g.movedim(axis, 1).unflatten(1, (len(tags), -1)).double()
+    plain, tagged = moved.tensor_split(2)
+    wanted = plain * tags.double().reshape(-1, *[1] * (plain.ndim - 2))
     return (tagged - wanted).norm() <= allowed * wanted.norm()
 
 
@@ -163,18 +179,20 @@ def capture(
     inputs: Inputs,
     make_cotangents: Any,
     scales: dict[str, float] | None = None,
-    routes: list[Hashable] | None = None,
+    routes: list[Route] | None = None,
 ) -> tuple[Block, Any]:
     """The rows of one batch, and what ``make_cotangents`` returned.
 
     Args:
-        make_cotangents: ``outputs (B, *out) -> object`` whose ``.values`` is ``(C, B, *out)``.
+        make_cotangents: ``outputs (B, *out) -> object`` whose ``.values`` is ``(C, B, *out)``; where it has ``.tags``,
+            by which :func:`with_tags` made them, places are checked with the same gradients.
         scales: what to multiply the columns of each parameter by.
         routes: takes the way that the network took (:func:`nullbayes.audit.route.route_of`).
 
     A batch that reaches no parameter has rows of zero.
 
     Raises:
+        Misplaced: see :func:`check_places`, with ``.tags``.
         RuleMismatch, GenericPathFailed, LocalFailed: for ``checking.py``, which mends the plan.
     """
     examples = batch_size(inputs)
@@ -201,6 +219,8 @@ def capture(
         edges = [r.edge for r in records] + [u.edge for u in uses] + shared
         grads = batched_grad(outputs, edges, cotangents, batched=plan.batched_backward)
         grads, given = grads[: len(grads) - len(shared)], grads[len(grads) - len(shared) :]
+        if getattr(made, "tags", None) is not None:
+            _places_agree(functional, (records, uses), grads, made.tags)
         with torch.no_grad():
             contributions.take(records, grads)
         passed = sum(r.x.numel() + r.shape.numel() for r in records) + sum(u.numel for u in uses)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +25,7 @@ from nullbayes.audit.batches import (
     plain_gradient,
     random_weights,
 )
+from nullbayes.audit.route import Route
 from nullbayes.audit.signatures import Signature
 from nullbayes.errors import ModelError, NullBayesError
 from nullbayes.jacobian.block import Block
@@ -34,6 +35,7 @@ from nullbayes.jacobian.capture.capture import (
     RuleMismatch,
     capture,
     check_places,
+    with_tags,
 )
 from nullbayes.jacobian.capture.plan import CapturePlan, Site
 from nullbayes.jacobian.capture.single_module import LocalFailed
@@ -47,10 +49,11 @@ Scales = dict[str, float] | None
 
 # One thread at a time may mend a plan: predictions in several threads share it.
 _MENDING = threading.RLock()
-# Batches of several examples whose rows are also proved in reverse order, and how many of the examples.
+# Batches of several examples at most whose rows are also proved in reverse order, of each way through the network one,
+# and how many of the examples.
 TURNED, TURNED_EXAMPLES = 4, 64
 # Of large networks, each pass of which is dear, fewer.
-TURNED_OF_LARGE, TURNED_EXAMPLES_OF_LARGE = 2, 4
+TURNED_OF_LARGE, TURNED_EXAMPLES_OF_LARGE = 2, 2
 # Examples of a batch at most that are evaluated in other company at use, where no rows are captured.
 SEPARATED_EXAMPLES = 64
 # What a step of the plan may fail with, to be tried in another way; a lack of memory is none.
@@ -64,7 +67,7 @@ def captured(
     make: Make,
     scales: Scales = None,
     where: str = "the inputs",
-    routes: list[Hashable] | None = None,
+    routes: list[Route] | None = None,
 ) -> tuple[Block, Any]:
     """The rows of one piece, without a check; where the plan does not run it is mended.
 
@@ -78,7 +81,7 @@ def captured(
         try:
             return capture(functional, plan, inputs, make, scales, routes)
         except Exception as error:  # noqa: PERF203 - each failure changes the plan
-            if isinstance(error, (NullBayesError, LocalFailed, *_MEMORY)):
+            if isinstance(error, (NullBayesError, LocalFailed, Misplaced, *_MEMORY)):
                 raise
             with _MENDING:
                 _other_way(functional, plan, inputs, error, where)
@@ -99,22 +102,37 @@ def checked(
         ModelError: a parameter's rows differ on every path; names it and the piece.
     """
     while True:
-        block, made = captured(functional, plan, inputs, make, scales, where)
+        routes: list[Route] = []
+        block, made = captured(functional, plan, inputs, make, scales, where, routes)
         since = time.perf_counter()
         gradient, bad = _compared(functional, inputs, block, made.values, scales, index)
-        if not bad:
+        turning = _turns(functional, plan, inputs, routes)
+        if not bad and turning:
             bad = _in_other_order(functional, plan, inputs, made.values, where)
         with _MENDING:
             plan.checking_seconds += time.perf_counter() - since
             _note_reached(functional, plan, inputs, gradient)
             if not bad:
                 if batch_size(inputs) > 1:
-                    plan.turned += 1
+                    plan.compared += 1
                     for site in plan.sites:
                         site.axis_proved = True
+                if turning:
+                    plan.turned += 1
+                    plan.turned_routes.update(routes)
                 plan.proved.add(Signature.of(inputs))
+                plan.routes.update(routes)
                 return block, made
             _mend(plan, bad, where)
+
+
+def _turns(
+    functional: FunctionalModel, plan: CapturePlan, inputs: Inputs, routes: Sequence[Route]
+) -> bool:
+    """Whether rows of this batch are also proved in reverse order: not where others were that came the same way."""
+    most = TURNED_OF_LARGE if is_large(functional.model) else TURNED
+    known = bool(routes) and routes[0] in plan.turned_routes
+    return batch_size(inputs) > 1 and plan.turned < most and not known
 
 
 def _compared(
@@ -131,7 +149,7 @@ def _compared(
     found = torch.zeros_like(expected)[None]
     for factor in block.factors.values():
         factor.rmatvec(weights[None].to(expected), found)
-    found = _unscaled(functional, found[0], scales)
+    found = unscaled_(functional, found[0], scales)
     space, rounding = functional.space, functional.rounding
     bad = gradient_mismatches(space, expected, found, rounding=rounding)
     if bad and len(total) > 1:
@@ -155,31 +173,27 @@ def _in_other_order(
     layer that does nothing on these examples, such as a `PReLU` of positive numbers, has right rows in any order.
     """
     size = batch_size(inputs)
-    large = is_large(functional.model)
-    if size == 1 or plan.turned >= (TURNED_OF_LARGE if large else TURNED):
-        return []
     generator = counter_generator(0, size)
-    most = TURNED_EXAMPLES_OF_LARGE if large else TURNED_EXAMPLES
+    most = TURNED_EXAMPLES_OF_LARGE if is_large(functional.model) else TURNED_EXAMPLES
     index = torch.arange(min(size, most))
     shape = (1, len(index), *values.shape[2:])
     cotangents = torch.randn(shape, generator=generator, dtype=torch.float64).to(values)
     tags = (torch.rand(len(index), generator=generator, dtype=torch.float64) + 0.5).to(values)
-    made, activations = SimpleNamespace(values=cotangents), plan.activations
+    made, activations = (
+        SimpleNamespace(values=with_tags(cotangents, tags), tags=tags),
+        plan.activations,
+    )
     try:
-        for order in (index, index.flip(0)):
-            some = select(inputs, order.to(functional.device))
-            # As they come, their rows have just been compared, with all others of the batch.
-            if order is not index or not large:
-                block, _ = captured(functional, plan, some, lambda _: made, None, where)
-                bad = _compared(functional, some, block, cotangents, None, 0)[1]
-                if bad:
-                    return bad
-            check_places(functional, plan, some, cotangents[0], tags)
+        # As they come, their rows have just been compared, with all others of the batch.
+        some = select(inputs, index.to(functional.device))
+        check_places(functional, plan, some, cotangents[0], tags)
+        some = select(inputs, index.flip(0).to(functional.device))
+        block, _ = captured(functional, plan, some, lambda _: made, None, where)
+        return _compared(functional, some, block, made.values, None, 0)[1]
     except Misplaced as found:
         return found.names
     finally:
         plan.activations = activations
-    return []
 
 
 def captured_at_use(
@@ -193,19 +207,20 @@ def captured_at_use(
     """The rows of one piece, equal to plain automatic differentiation.
 
     A batch unlike those that were proved is also evaluated in parts. One like them may still take another way through
-    the network (experts, exits, sorted examples), which the comparison of each piece finds; one example alone is
-    compared where its way through the network is another than those that were.
+    the network (experts, exits, sorted examples), which the comparison of each piece finds. A way that was compared is
+    not compared again where examples cannot change places on it unseen: one alone, or `Route.in_place`.
 
     Raises:
         ModelError: examples depend on one another; rows that differ on every path.
     """
     if plan.proved.covers(Signature.of(inputs)):
-        routes: list[Hashable] | None = [] if batch_size(inputs) == 1 else None
+        routes: list[Route] = []
         block, made = captured(functional, plan, inputs, make, scales, where, routes)
-        if routes and routes[0] in plan.routes:
+        known = batch_size(inputs) == 1 or (bool(routes) and routes[0].in_place)
+        if known and not plan.routes.isdisjoint(routes):
             return block, made
         if not _compared(functional, inputs, block, made.values, scales, 0)[1]:
-            plan.routes.update(routes or ())
+            plan.routes.update(routes)
             return block, made
     outputs = functional.outputs(inputs, where)
     if not bool(outputs.isfinite().all()):  # an error of its own where they are used
@@ -280,7 +295,8 @@ def _check_some(
     check_separate(functional, inputs, outputs, where, index)
 
 
-def _unscaled(functional: FunctionalModel, rows: Tensor, scales: Scales) -> Tensor:
+def unscaled_(functional: FunctionalModel, rows: Tensor, scales: Scales) -> Tensor:
+    """A sum of rows ``(P,)`` without the ``scales`` of its columns, written over it."""
     if scales:
         for name, scale in scales.items():
             slot = functional.space.by_name[name]
@@ -299,6 +315,8 @@ def _note_reached(
             plan.unreached.discard(name)
     if plan.unreached:  # a path may lead to zero, as from weights that are zero
         plan.unreached -= reached(functional, inputs, sorted(plan.unreached))
+    if rest := sorted(plan.unreached - plan.felt):
+        plan.felt |= felt(functional, inputs, rest)
 
 
 def reached(functional: FunctionalModel, inputs: Inputs, names: Sequence[str]) -> set[str]:
@@ -312,6 +330,37 @@ def reached(functional: FunctionalModel, inputs: Inputs, names: Sequence[str]) -
     return {name for name, g in zip(names, grads, strict=True) if g is not None}
 
 
+def felt(functional: FunctionalModel, inputs: Inputs, names: Sequence[str]) -> set[str]:
+    """Which parameters the outputs depend on, by other values of them, whether there is a gradient path or not."""
+    weights = functional.weights()
+    with torch.no_grad():
+        before = functional(weights, inputs)
+        other = {n: weights[n] * 1.1 + 0.1 for n in names}
+        if not _differs(functional, weights | other, inputs, before):
+            return set()
+        alone = [{n: other[n]} for n in names]
+        found = {
+            n
+            for n, one in zip(names, alone, strict=True)
+            if _differs(functional, weights | one, inputs, before)
+        }
+        if found:
+            return found
+        # Each needs others: a product of two.
+        rest = [{n: w for n, w in other.items() if n != name} for name in names]
+        return {
+            n
+            for n, most in zip(names, rest, strict=True)
+            if not _differs(functional, weights | most, inputs, before)
+        }
+
+
+def _differs(
+    functional: FunctionalModel, weights: dict[str, Tensor], inputs: Inputs, before: Tensor
+) -> bool:
+    return not torch.equal(functional(weights, inputs), before)
+
+
 # -- mending a plan ------------------------------------------------------------------------------
 
 
@@ -320,6 +369,7 @@ def _other_way(
 ) -> None:
     """Change the plan so that what failed is done in another way."""
     plan.routes.clear()
+    plan.turned_routes.clear()
     if isinstance(error, RuleMismatch):
         for site in [s for s in plan.sites if s.path == error.path]:
             next_layout(plan, site, str(error))
@@ -365,6 +415,7 @@ def reentrant(where: str) -> ModelError:
 def _mend(plan: CapturePlan, bad: list[str], where: str) -> None:
     """The next explanation for each parameter whose rows are wrong."""
     plan.routes.clear()
+    plan.turned_routes.clear()
     wrong = set(bad)
     local = [site for site in plan.local if wrong & set(site.names)]
     served = {name for site in plan.local for name in site.names} | set(plan.spread)

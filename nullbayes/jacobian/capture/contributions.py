@@ -41,7 +41,7 @@ class Contributions:
         self.functional, self.plan, self.size, self.scales = functional, plan, size, scales
         self.slots = functional.space.by_name
         # Rows of tables that stay where they are: nothing is contributed to them.
-        self.fixed = functional.space.fixed_rows
+        self.fixed, self.idle = functional.space.fixed_rows, functional.space.idle
         self.outer: dict[tuple[str, str | None, bool], list[tuple[Tensor, Tensor]]]
         self.outer = defaultdict(list)
         self.rows: dict[str, list[Tensor]] = defaultdict(list)
@@ -70,7 +70,7 @@ class Contributions:
             x, g = x.transpose(0, 1), g.transpose(1, 2)
         if x.shape[0] != g.shape[1]:
             raise RuleMismatch(site.path, "input and output differ in their leading axis")
-        names = site.names
+        names = self._moving(site)
         x, g = (_single(t) for t in (x, g))
         try:
             items = list(site.rule.contributions(site.module, x, g))
@@ -117,8 +117,12 @@ class Contributions:
         if lead != [count] or any(sizes[n] != numel for n, numel in wanted.items()):
             raise RuleMismatch(site.path, "its rule gives rows of another size")
 
+    def _moving(self, site: Site) -> dict[str, str]:
+        """Without the parameters that stay because no training example depends on them: others may."""
+        return {local: name for local, name in site.names.items() if name not in self.idle}
+
     def _add_outer(self, site: Site, item: Outer) -> None:
-        names = site.names
+        names = self._moving(site)
         a = self._split(item.a, 0, site.path).flatten(1, 2)
         g = self._split(item.g, 1, site.path).flatten(2, 3).transpose(0, 1)
         weight = names.get(item.weight)
@@ -140,6 +144,8 @@ class Contributions:
     def add_rows(self, name: str, values: Tensor) -> None:
         """``values (B, C, numel)``."""
         values = values.to(self.functional.dtype)
+        if name in self.idle:
+            values = torch.zeros_like(values)
         if name in self.fixed:
             values = values.clone()
             values.unflatten(-1, (self.slots[name].shape[0], -1))[

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
+from nullbayes.audit.route import Route
 from nullbayes.audit.signatures import Signature, SignatureSet
 from nullbayes.errors import ModelError
 from nullbayes.jacobian.capture.single_module import LocalSite
@@ -54,38 +55,67 @@ class CapturePlan:
 
     # Kinds of batches whose rows were proved.
     proved: SignatureSet = field(default_factory=SignatureSet)
-    # Ways through the network on which the rows of one example alone were compared with plain differentiation; any
-    # change of the plan ends them.
-    routes: set[Hashable] = field(default_factory=set)
+    # Ways through the network on which all rows of a batch were compared with plain differentiation; any change of the
+    # plan ends them.
+    routes: set[Route] = field(default_factory=set)
+    # Ways on which several examples were proved in reverse order as well.
+    turned_routes: set[Route] = field(default_factory=set)
+    # Examples of the batch that comes next which were evaluated in other company, see `spot_checks.py`.
+    shown: Any = None
     # The shape of one example's outputs, by the kind of batch.
     shapes: dict[Signature, torch.Size] = field(default_factory=dict)
     # Parameters that no example so far has a gradient path to.
     unreached: set[str] = field(default_factory=set)
+    # Those that some outputs depend on, though no gradient path led to them where that was seen.
+    felt: set[str] = field(default_factory=set)
     # The number of the next example of the training data.
     numbered: int = 0
     # What comparing captured rows with plain differentiation has taken.
     checking_seconds: float = 0.0
-    # Batches of several examples that were proved, in reverse order as well for the first of them.
+    # Batches of several examples that were compared in full, and those of them that were proved in reverse order, too.
+    compared: int = 0
     turned: int = 0
     # The batch that is being captured, for messages.
     where: str = "the training data"
     # Which of the ways to differentiate along a weight change this model takes, see `linearise.py`.
     product: int = 0
+    # The one of them that was last compared with a reverse pass.
+    confirmed: int | None = None
 
-    def check_reached(self, model: nn.Module) -> None:
-        """Raise :class:`ModelError` if there is a parameter that no example leads to."""
-        if self.unreached:
-            packed = quantised(model)
+    def check_reached(self, functional: FunctionalModel) -> None:
+        """Let parameters stay where they are that no output of any example depends on.
+
+        Raises:
+            ModelError: outputs depend on a parameter that no gradient path leads to, or on no parameter at all; or
+                those of more data on one that has stayed since the fit.
+        """
+        space = functional.space
+        hidden = sorted(self.unreached & self.felt)
+        if hidden:
+            packed = quantised(functional.model)
             raise ModelError(
-                f"no gradient path leads from the output to {sorted(self.unreached)} on any example: nothing can be "
-                "preserved by them. Leave them out with `parameters=lambda name, p: name not in "
-                "{...}`, or look for `.detach()` / `torch.no_grad()` / integer conversions in the forward pass."
+                f"no gradient path leads from the output to {hidden} on any example, though outputs depend on them: "
+                "nothing can be preserved by them. Leave them out with `parameters=lambda name, p: name not in "
+                f"{{{', '.join(map(repr, hidden[:2]))}{', ...' if len(hidden) > 2 else ''}}}`, or look for `.detach()` "
+                "/ `torch.no_grad()` / integer conversions in the forward pass."
                 + (
                     f" Quantised layers have no derivative: {packed[:5]}. {QUANTISED_MEND}"
                     if packed
                     else ""
                 )
             )
+        if self.unreached >= set(space.names):
+            raise ModelError(
+                f"no output of any example depends on a parameter that takes part: {sorted(self.unreached)[:4]}. Name "
+                "those that the network uses in `parameters=`, or give them `requires_grad`."
+            )
+        if moved := set(space.idle) - self.unreached:
+            raise ModelError(
+                f"outputs of these examples depend on {sorted(moved)[:4]}, on which none did when the posterior was "
+                "fitted, so no sample moves them. Fit anew, with all data."
+            )
+        for name in self.unreached:
+            space.leave(name)
 
     def owners(self, name: str) -> list[Site]:
         return [site for site in self.sites if name in site.names.values()]
@@ -103,6 +133,7 @@ class CapturePlan:
 def make_plan(functional: FunctionalModel) -> CapturePlan:
     """Assign every chosen parameter to the layers that own it, or to the generic path."""
     model, space = functional.model, functional.space
+    space.rejoin()
     canonical = {id(p): n for n, p in model.named_parameters()}
     aliases = {n: canonical[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
     sites: list[Site] = []

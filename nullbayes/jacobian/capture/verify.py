@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from nullbayes.audit.network import NetworkCopy
 from nullbayes.audit.precision import tolerance
-from nullbayes.errors import ModelError, NonFiniteError
+from nullbayes.errors import InputError, ModelError, NonFiniteError, NullBayesError
 from nullbayes.jacobian.block import Block
 from nullbayes.jacobian.capture.checking import cannot, captured, next_layout
 from nullbayes.jacobian.capture.plan import CapturePlan, make_plan
@@ -22,28 +23,34 @@ from nullbayes.jacobian.capture.single_module import LocalFailed, LocalSite, anc
 from nullbayes.jacobian.capture.spreading import candidates
 from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.model.functional import FunctionalModel
+from nullbayes.model.size import is_large
 
 PROBE_EXAMPLES = 3
-PROBE_COTANGENTS = 2
+# Of large networks, whose rows written out are gigabytes, one: the comparison of the first batch has several as well.
+PROBE_COTANGENTS, PROBE_COTANGENTS_OF_LARGE = 2, 1
 
 
 def prove(functional: FunctionalModel, inputs: Inputs) -> CapturePlan:
     """A capture plan whose rows equal those of automatic differentiation on the first of ``inputs``.
 
     Raises:
+        InputError: the network fails in its own precision.
         ModelError: the output has no batch axis, an example's output depends on the other examples
             of its batch or on chance, or rows still differ when every doubtful parameter is on the generic path.
+        NonFiniteError: outputs or their gradients are no numbers.
     """
     inputs = functional.batch(inputs)
     inputs = take(inputs, 0, min(batch_size(inputs), PROBE_EXAMPLES))
     size = batch_size(inputs)
     outputs = functional.outputs(inputs)
     _check_outputs(functional, inputs, outputs, size)
+    _check_runs(functional, inputs)
     generator = torch.Generator().manual_seed(0)
-    cots = torch.randn(PROBE_COTANGENTS, *outputs.shape, generator=generator, dtype=torch.float64)
-    cots = cots.to(outputs)
+    count = PROBE_COTANGENTS_OF_LARGE if is_large(functional.model) else PROBE_COTANGENTS
+    cots = torch.randn(count, *outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
     plan = make_plan(functional)
     truth = _reference_rows(functional, plan, inputs, cots)
+    _check_gradients(functional, truth)
     while True:
         bad = _mismatches(functional, _captured(functional, plan, inputs, cots), truth)
         if not bad:
@@ -89,6 +96,25 @@ def _check_outputs(functional: FunctionalModel, inputs: Inputs, outputs: Tensor,
             "`model.eval()`, replace layers that use batch statistics, and draw random numbers one per example, "
             "the batch on the first axis."
         )
+
+
+def _check_runs(functional: FunctionalModel, inputs: Inputs) -> None:
+    """Raise `InputError` where weights of several precisions do not fit together: rows are computed in one."""
+    parameters = functional.model.parameters()
+    kinds = sorted({str(p.dtype) for p in parameters if p.is_floating_point()})
+    if functional.widened is None or len(kinds) == 1:
+        return
+    try:
+        NetworkCopy(functional).outputs(take(inputs, 0, 1))
+    except (NullBayesError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the network itself fails on the first example: {type(error).__name__}: {error}. Its weights are "
+            f"{' and '.join(kinds)}; rows are computed in {functional.widened}, where it runs. Convert at the joint "
+            "(`x.to(self.head.weight.dtype)`), convert the model (`model.to(dtype)`), or pass `forward=` that calls "
+            "it as it was trained (under `torch.autocast`)."
+        ) from error
 
 
 def _one_by_one(functional: FunctionalModel, inputs: Inputs, outputs: Tensor) -> Tensor:
@@ -164,14 +190,35 @@ def block_rows(functional: FunctionalModel, block: Block) -> Tensor:
     return out
 
 
-def _mismatches(functional: FunctionalModel, block: Block, truth: Tensor) -> list[str]:
+def _check_gradients(functional: FunctionalModel, rows: Tensor) -> None:
+    """Raise `NonFiniteError` where the model's own gradients are no numbers."""
+    if not bool(rows.isfinite().all()):
+        slots = functional.space.slots
+        names = [s.name for s in slots if not rows[:, s.start : s.stop].isfinite().all()]
+        raise NonFiniteError(
+            f"the outputs on the first batch are finite, their gradients with respect to {names[:4]} are not (of "
+            f"{len(names)} of {len(slots)} parameters): automatic differentiation of the model gives NaN or infinity. "
+            "Look for a root or a norm at zero, a division whose result is masked out, or an attention row that is "
+            "masked as a whole; try another attention implementation, or leave these out of `parameters=`."
+        )
+
+
+def _mismatches(
+    functional: FunctionalModel, block: Block, truth: Tensor, asked: set[str] | None = None
+) -> list[str]:
     """Parameters whose rows are not those of ``truth (B*C, P)``, one factor written out at a time.
 
     All rows of a network of 100 million weights would take as much memory as its samples.
+
+    Args:
+        asked: the parameters that are looked at; None: all.
     """
     space = functional.space
+    asked = set(space.names) if asked is None else asked
     away: dict[str, Tensor] = {}
     for factor in block.factors.values():  # each parameter is in one of them
+        if asked.isdisjoint(slot.name for slot in factor.slots):
+            continue
         values, at = factor.rows(), 0
         for slot in factor.slots:
             theirs = truth[:, slot.start : slot.stop]
@@ -183,11 +230,12 @@ def _mismatches(functional: FunctionalModel, block: Block, truth: Tensor) -> lis
     # it is held against the whole row, not against itself.
     floor = 10 * torch.finfo(truth.dtype).eps * truth.norm().double()
     good = []
-    for slot in space.slots:
+    slots = [slot for slot in space.slots if slot.name in asked]
+    for slot in slots:
         size = truth[:, slot.start : slot.stop].norm()
         good.append(away.get(slot.name, size).double() <= allowed * size.double() + floor)
     told = torch.stack(good).tolist()  # of all parameters by one read
-    return [slot.name for slot, fine in zip(space.slots, told, strict=True) if not fine]
+    return [slot.name for slot, fine in zip(slots, told, strict=True) if not fine]
 
 
 def _repair(plan: CapturePlan, bad: list[str]) -> None:
@@ -250,7 +298,8 @@ def _localise(
                 kept = []
                 break
         else:
-            wrong = set(_mismatches(functional, block, truth))
+            tried = {name for site in trying for name in site.names}
+            wrong = set(_mismatches(functional, block, truth, tried))
             bad = [site for site in trying if wrong & set(site.names)]
             kept += [site for site in trying if site not in bad]
             trying = []

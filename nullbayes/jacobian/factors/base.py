@@ -38,6 +38,10 @@ class Factor(ABC):
         return sum(slot.numel for slot in self.slots)
 
     @property
+    def device(self) -> torch.device:
+        return self.tensors()[0].device
+
+    @property
     @abstractmethod
     def nbytes(self) -> int: ...
 
@@ -130,7 +134,9 @@ class Factor(ABC):
 
     def squared_norms(self) -> Tensor:
         """Squared length of each of the ``B*C`` rows, float64."""
-        step = max(1, products.chunk_elements() // (4 * max(1, self.columns * self.cotangents)))
+        step = max(
+            1, products.chunk_elements(self.device) // (4 * max(1, self.columns * self.cotangents))
+        )
         starts = range(0, self.examples, step)
         pieces = (self.narrow(i, min(i + step, self.examples)).rows() for i in starts)
         return torch.cat(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from nullbayes.common.packed import Packed, packed_in
 from nullbayes.jacobian.factors import products
 from nullbayes.jacobian.factors.base import Factor
 from nullbayes.model.parameters import Slot
@@ -74,15 +75,28 @@ class LookupFactor(Factor):
         return self._compact(self.index, self.slot.shape[0])
 
     def matvec(self, vectors: Tensor) -> Tensor:
+        packed = packed_in(vectors)
+        if packed is not None:
+            return self._matvec_packed(packed)
         table = vectors[:, self.slot.start : self.slot.stop].reshape(len(vectors), -1, self.dim)
         index, here = self.index.clamp(min=0), (self.index >= 0)[None, :, :, None]
-        step = max(1, products.chunk_elements() // max(1, index.numel() * self.dim))
+        step = max(1, products.chunk_elements(self.device) // max(1, index.numel() * self.dim))
         return torch.cat(
             [
                 torch.einsum("bctd,sbtd->sbc", self.g, some[:, index].to(self.g.dtype) * here)
                 for some in table.split(step)
             ]
         ).reshape(len(vectors), -1)
+
+    def _matvec_packed(self, vectors: Packed) -> Tensor:
+        """Only of the entries that are looked up: the whole tables in float32 may be gigabytes."""
+        entries, index = self.index.clamp(min=0).unique(return_inverse=True)
+        found = vectors.looked_up(self.slot.start, entries).to(self.g.dtype)  # (S, N, D)
+        g = self.g * (self.index >= 0)[:, None, :, None]
+        some = torch.zeros(self.num_rows, len(entries), self.dim, dtype=g.dtype, device=g.device)
+        at = index[:, None].expand(-1, self.cotangents, -1).flatten(0, 1)
+        some.scatter_add_(1, at[..., None].expand(-1, -1, self.dim), g.flatten(0, 1))
+        return found.flatten(1) @ some.flatten(1).T
 
     def rmatvec(self, weights: Tensor, out: Tensor) -> None:
         s = len(weights)
@@ -109,7 +123,7 @@ class LookupFactor(Factor):
         shared = mine[torch.isin(mine, theirs) & (mine >= 0)]
         out = self.g.new_zeros(self.num_rows, other.num_rows)
         rows = max(self.num_rows, other.num_rows)
-        step = max(1, products.chunk_elements() // max(1, rows * self.dim))
+        step = max(1, products.chunk_elements(self.device) // max(1, rows * self.dim))
         for i in range(0, len(shared), step):
             part = shared[i : i + step]
             left = self._compact(renumber(self.index, part), len(part))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nullbayes.common.memory import working_bytes
+from nullbayes.common.memory import times_on, working_bytes
+from nullbayes.common.packed import packed_in
 from nullbayes.jacobian.factors import contraction
 from nullbayes.jacobian.factors import products as sizes
 from nullbayes.jacobian.factors.base import Factor
@@ -32,9 +33,9 @@ ROWS_PENALTY = 1.4
 ALONE = 16
 
 
-def near_elements() -> int:
-    """``NEAR_ELEMENTS``, or fewer where a budget asks for it."""
-    return min(NEAR_ELEMENTS, max(1, working_bytes() // 32))
+def near_elements(device: torch.device) -> int:
+    """``NEAR_ELEMENTS``, more on an accelerator, or fewer where a budget asks for it."""
+    return min(NEAR_ELEMENTS * times_on(device), max(1, working_bytes(device) // 32))
 
 
 class OuterFactor(OuterCosts):
@@ -123,7 +124,7 @@ class OuterFactor(OuterCosts):
         return new
 
     def chunks(self, per_example: int) -> list[OuterFactor]:
-        step = max(1, sizes.chunk_elements() // max(1, per_example))
+        step = max(1, sizes.chunk_elements(self.device) // max(1, per_example))
         if step >= self.examples:
             return [self]
         return [self.narrow(i, min(i + step, self.examples)) for i in range(0, self.examples, step)]
@@ -159,7 +160,7 @@ class OuterFactor(OuterCosts):
         return t > 1 and ROWS_PENALTY * c * (t + s) < t * s * (1 + c / inputs)
 
     def matvec(self, vectors: Tensor) -> Tensor:
-        by_rows = self.products_by_rows(len(vectors))
+        by_rows = self.products_by_rows(len(vectors)) or self._read_packed(vectors)
         if self._copies and not by_rows:
             return self._matvec_copied(vectors)
         out = (self._matvec_rows if by_rows else self._matvec_in_place)(vectors)
@@ -167,6 +168,11 @@ class OuterFactor(OuterCosts):
             shifts = vectors[:, self.bias.start : self.bias.stop].to(out.dtype)
             out.addmm_(shifts, self._bias_rows().T)
         return out
+
+    def _read_packed(self, vectors: Tensor) -> bool:
+        """Whether these are samples in 8 bits, which are widened for anything but a product with a few rows."""
+        simple = self.groups == 1 and not self.transposed and self.num_rows <= sizes.FEW_ROWS
+        return simple and packed_in(vectors) is not None
 
     def rmatvec(self, weights: Tensor, out: Tensor) -> None:
         by_rows = self.products_by_rows(len(weights))
@@ -177,7 +183,7 @@ class OuterFactor(OuterCosts):
         if self.bias is not None:
             out[:, self.bias.start : self.bias.stop].addmm_(weights, self._bias_rows())
 
-    def _row_blocks(self, *, single: bool) -> Iterator[tuple[slice, slice, Tensor]]:
+    def _row_blocks(self, *, single: bool, span: int = 0) -> Iterator[tuple[slice, slice, Tensor]]:
         """Rows of the weight a piece at a time: which of the ``B*C`` rows, which columns, values.
 
         A piece holds the weights of some outputs (of some inputs if ``transposed``), or of some
@@ -185,14 +191,15 @@ class OuterFactor(OuterCosts):
 
         Args:
             single: pieces may be of one example each, where these are large enough.
+            span: outputs of a piece, of one group; 0: as many as are near.
         """
         c, t, o, i = self.cotangents, self.tokens, self.width_out, self._inputs.shape[3]
         lead, trail = (i, o) if self.transposed else (o, i)
         wide = -(-64 // c)  # rows of the products that write them: fewer would be slow
-        near = near_elements()
+        near = near_elements(self.device)
         at_once = near // max(1, self.num_rows * trail)
         if self.groups == 1:
-            groups, span = 1, min(lead, max(wide, at_once))
+            groups, span = 1, min(lead, span or max(wide, at_once))
         else:
             groups, span = min(self.groups, max(1, at_once // lead)), lead
         # On an accelerator a launch for each example costs more than its product.
@@ -231,7 +238,7 @@ class OuterFactor(OuterCosts):
 
     @property
     def _on_cpu(self) -> bool:
-        return self.a.device.type == "cpu"
+        return self.device.type == "cpu"
 
     def _panels(
         self, inputs: Tensor, span: int, step: int
@@ -260,6 +267,10 @@ class OuterFactor(OuterCosts):
             inputs: ``(B, T, I)``: those of the weight, or with the constant one of the bias.
         """
         g = self.g[:, :, :, 0, start : start + wide]  # (B, C, T, wide)
+        if len(g) == 1:  # of one example, each row by itself is as fast, and needs no copy
+            out = into.view(self.cotangents, wide, inputs.shape[2])
+            each = inputs.expand(self.cotangents, -1, -1)
+            return torch.bmm(g[0].transpose(1, 2), each, out=out).view(self.num_rows, -1)
         left = g.transpose(2, 3).reshape(len(g), -1, self.tokens)
         out = into.view(len(g), left.shape[1], inputs.shape[2])
         return torch.bmm(left, inputs, out=out).view(self.num_rows, -1)
@@ -267,8 +278,11 @@ class OuterFactor(OuterCosts):
     def _matvec_rows(self, vectors: Tensor) -> Tensor:
         out = self.g.new_zeros(len(vectors), self.num_rows)
         if self.num_rows <= sizes.FEW_ROWS:
-            for at, columns, rows in self._row_blocks(single=True):
-                out[:, at] += sizes.few_rows(vectors[:, columns], rows)
+            # Chunks of packed samples are read whole.
+            packed = packed_in(vectors)
+            span = 0 if packed is None else packed.each(self.weight.start)
+            for at, columns, rows in self._row_blocks(single=True, span=span):
+                out[:, at] += sizes.few_rows(vectors, columns, rows)
             return out
         part, of = vectors, slice(0, 0)
         # One example's rows alone would read the vectors once for very few products.
@@ -353,9 +367,11 @@ class OuterFactor(OuterCosts):
         for part in self.chunks(self.tokens * o):
             b = part.examples
             a, g = part._inputs.flatten(0, 2).contiguous(), part.g.reshape(b, c, -1)
-            step = max(1, near_elements() // (len(a) * o))
+            step = max(1, near_elements(self.device) // (len(a) * o))
             for k, some in zip(range(0, len(w), step), w.split(step), strict=True):
-                u = torch.stack([product(a, one) for one in some.to(a.dtype)])  # (s, B*T, O)
+                some = some.to(a.dtype)
+                each = [product(a, one) for one in some] if self._on_cpu else []
+                u = torch.stack(each) if each else a @ some.mT  # (s, B*T, O)
                 y = torch.bmm(g, u.view(len(some), b, -1).permute(1, 2, 0))  # (B, C, s)
                 out[k : k + step, start : start + b * c] = y.permute(2, 0, 1).flatten(1)
             start += b * c
@@ -370,10 +386,13 @@ class OuterFactor(OuterCosts):
             b = part.examples
             a, g = part._inputs.flatten(0, 2).contiguous(), part.g.reshape(b, c, -1)
             w = weights[:, start : start + b * c].unflatten(1, (b, c)).transpose(0, 1)  # (B, S, C)
-            step = max(1, near_elements() // (len(a) * o))
+            step = max(1, near_elements(self.device) // (len(a) * o))
             for k in range(0, len(weights), step):
                 h = torch.bmm(w[:, k : k + step], g).transpose(0, 1)  # (s, B, T*O)
                 h = h.reshape(len(h), -1, o).contiguous()
+                if not self._on_cpu:
+                    to[k : k + step] += h.mT @ a
+                    continue
                 for into, one in zip(to[k : k + step], h, strict=True):
                     into += product(one.mT, a.mT)
             start += b * c

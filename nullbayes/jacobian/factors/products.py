@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nullbayes.common.memory import WORKING_BYTES, working_bytes
+from nullbayes.common.memory import bounded, times_on, working_bytes
+from nullbayes.common.packed import packed_in
 from nullbayes.model.parameters import Slot
 
 # Elements of the largest temporary that one product may create (256 MB of float32).
@@ -23,14 +24,14 @@ ONEDNN_PRODUCT = 2**20
 # Rows up to which a product with vectors is as fast as these can be read: where they lie, then. With more, it pays to
 # bring them together first. And columns that are read at a time, for a result that stays in registers.
 FEW_ROWS, READ_COLUMNS = 16, 2**13
-# Examples of a batch that are looked at for subnormal numbers.
-SEEN_FIRST = 4
+# Examples of a batch that are looked at for subnormal numbers; of one example alone, one number in so many.
+SEEN_FIRST, ONE_IN = 4, 8
 
 
-def chunk_elements() -> int:
+def chunk_elements(device: torch.device) -> int:
     """Elements of the largest temporary that one product may create now; up to four of them are held at a time."""
-    room = working_bytes()
-    return CHUNK_ELEMENTS if room == WORKING_BYTES else min(CHUNK_ELEMENTS, max(1, room // 16))
+    most = CHUNK_ELEMENTS * times_on(device)
+    return min(most, max(1, working_bytes(device) // 16)) if bounded(device) else most
 
 
 def add_into(out: Tensor, values: Tensor) -> None:
@@ -55,13 +56,17 @@ def product(x: Tensor, y: Tensor) -> Tensor:
     return x @ y.T
 
 
-def few_rows(vectors: Tensor, rows: Tensor) -> Tensor:
-    """``vectors rowsᵀ (S, R)`` for a few ``rows (R, K)``; ``vectors (S, K)`` are columns of larger ones.
+def few_rows(vectors: Tensor, columns: slice, rows: Tensor) -> Tensor:
+    """``vectors[:, columns] rowsᵀ (S, R)`` for a few ``rows (R, K)``.
 
     Reading the vectors is what takes time: 1.3 GB for 30 samples of 11 million weights. They are read once, where they
     lie; a copy that a product may like better would write and read them again. In half precision they are widened a
     piece at a time.
     """
+    packed = packed_in(vectors)
+    if packed is not None:
+        return packed.few_rows(columns.start, rows)
+    vectors = vectors[:, columns]
     out = rows.new_zeros(len(rows), len(vectors))
     for start in range(0, rows.shape[1], READ_COLUMNS):
         some = vectors[:, start : start + READ_COLUMNS].to(rows.dtype)
@@ -94,8 +99,12 @@ def flushed(x: Tensor) -> Tensor:
         return x
     info = torch.finfo(x.dtype)
     eps = min(info.eps, torch.finfo(torch.float32).eps) ** 4
-    for part in (x[:: -(-len(x) // SEEN_FIRST)], x):
-        largest = float(torch.linalg.vector_norm(part, float("inf")))
+    few = x[:: -(-len(x) // SEEN_FIRST)]
+    if len(x) == 1 and x.shape[-1] > ONE_IN:  # a token has them in all its numbers
+        few = x[..., ::ONE_IN]
+    for part in (few, x):
+        low, high = torch.aminmax(part)  # in a tenth of the time of a norm
+        largest = max(-float(low), float(high))
         if not math.isfinite(largest):  # an error that others report
             return x
         kept = torch.nn.functional.hardshrink(part, max(info.tiny, largest * eps))

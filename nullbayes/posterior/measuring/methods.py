@@ -18,7 +18,7 @@ from nullbayes.likelihood.helpers import mirrored
 from nullbayes.posterior.measuring.observing import kind_of
 
 if TYPE_CHECKING:
-    from nullbayes.posterior.calibration import CalibrationPath
+    from nullbayes.posterior.calibration_path import CalibrationPath
     from nullbayes.posterior.measuring.subject import Moved, Subject
 
 #: inverse temperatures tried: twentieth to twentyfold, in steps of a tenth, then in steps of a hundredth

@@ -13,7 +13,7 @@ from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.parameters import ParameterSpace
 
 if TYPE_CHECKING:
-    from nullbayes.posterior.calibration import CalibrationPath
+    from nullbayes.posterior.calibration_path import CalibrationPath
 
 #: outputs ``(S, B, *out)`` of the samples, given the scale of samples at prior precision one
 Moved = Callable[[float], Tensor]

@@ -151,7 +151,7 @@ class Distilled(Exported):
                 f"{len(found)} of the layers that the head looks at were called, and {self.taps} when it was fitted: "
                 "a module that is distilled has to call the same layers on all inputs."
             )
-        return outputs, [*found, outputs.flatten(1)]
+        return outputs, [*found, outputs if outputs.ndim == 2 else outputs.flatten(1)]
 
     def forward(self, *inputs: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Called as the network is (a mapping may come as one argument); or with what ``forward=`` takes."""

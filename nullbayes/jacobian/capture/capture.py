@@ -204,9 +204,7 @@ def capture(
     # Copies: activation checkpointing calls modules, and so the hooks, once more in the backward pass.
     records, uses = list(records), list(uses)
     if routes is not None:
-        called = [(r.site.path, r.x.shape, r.shape) for r in records]
-        route = route_of(outputs, leaves, (*called, *(u.site.path for u in uses)))
-        routes[:] = [] if route is None else [route]
+        routes[:] = _routes(outputs, leaves, records, uses)
     made = make_cotangents(outputs.detach())
     cotangents = made.values.to(outputs.dtype)
     count, size = cotangents.shape[:2]
@@ -237,6 +235,18 @@ def capture(
             contributions.add_rows(name, values)
     with torch.no_grad():
         return Block(contributions.factors(count), size, count), made
+
+
+def _routes(
+    outputs: Tensor,
+    leaves: dict[str, Tensor],
+    records: Sequence[_Record],
+    uses: Sequence[LocalUse],
+) -> list[Route]:
+    """The way that the network took, if it can be told."""
+    called = [(r.site.path, r.x.shape, r.shape) for r in records]
+    route = route_of(outputs, leaves, (*called, *(u.site.path for u in uses)))
+    return [] if route is None else [route]
 
 
 def _by_whole_model(

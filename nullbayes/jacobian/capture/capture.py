@@ -181,15 +181,13 @@ def capture(
     scales: dict[str, float] | None = None,
     routes: list[Route] | None = None,
 ) -> tuple[Block, Any]:
-    """The rows of one batch, and what ``make_cotangents`` returned.
+    """The rows of one batch, zero where it reaches no parameter, and what ``make_cotangents`` returned.
 
     Args:
         make_cotangents: ``outputs (B, *out) -> object`` whose ``.values`` is ``(C, B, *out)``; where it has ``.tags``,
             by which :func:`with_tags` made them, places are checked with the same gradients.
         scales: what to multiply the columns of each parameter by.
         routes: takes the way that the network took (:func:`nullbayes.audit.route.route_of`).
-
-    A batch that reaches no parameter has rows of zero.
 
     Raises:
         Misplaced: see :func:`check_places`, with ``.tags``.

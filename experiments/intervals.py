@@ -238,7 +238,7 @@ def seeds_of(runs: Sequence[dict[str, Any]]) -> str:
     for run in runs:
         counts[run["seed"]] = counts.get(run["seed"], 0) + 1
     few = {seed: n for seed, n in counts.items() if n < len(TABLES)}
-    words = f"Seeds {min(counts)} to {max(counts)}."
+    words = f"Seeds {min(counts)} to {max(counts)}." if len(counts) > 1 else f"Seed {min(counts)}."
     return words + "".join(f" Seed {s}: {n} of {len(TABLES)} tables." for s, n in few.items())
 
 

@@ -76,6 +76,7 @@ BRIEFS = {
         (
             "null space",
             "layer null space",
+            "layer null space, neighbours",
             "max-softmax",
             "energy",
             "Mahalanobis",
@@ -83,6 +84,7 @@ BRIEFS = {
             "KNN",
             "ViM",
             "DDU",
+            "GAPA",
             "nearest input",
         ),
     ),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.certificate import Certificate
-from nullbayes.common.packed import Packed, packed_in
+from nullbayes.common.eight_bits import Packed, packed_in
 from nullbayes.errors import InputError
 from nullbayes.fit.auditing import audited
 from nullbayes.fit.pipeline import new_samples

@@ -88,7 +88,7 @@ class Watch:
     substitute for :func:`quick_digest` where an answer has to be certain.
 
     Args:
-        always: numbers that are looked at at each question; None: a million.
+        always: numbers that are looked at at each question; None: all of up to a million; of more, a quarter of that.
     """
 
     def __init__(self, model: nn.Module, always: int | None = None) -> None:
@@ -108,7 +108,9 @@ class Watch:
                     self.pieces.append((tensor, view, start, stop))
             self.sums = _read([self._sum(*piece) for piece in self.pieces])
         numbers = sum(stop - start for _, _, start, stop in self.pieces)
-        self.at_once = max(_ALWAYS if always is None else always, numbers // 64)
+        if always is None:  # what is large is looked at as a whole within 64 questions
+            always = numbers if numbers <= _ALWAYS else _ALWAYS // 4
+        self.at_once = max(always, -(-numbers // 64))
         self.next = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -161,7 +163,7 @@ def _wide(words: Tensor) -> Tensor:
     return words.view(torch.int64)
 
 
-# Numbers of a piece of a :class:`Watch`, and how many are looked at each time.
+# Numbers of a piece of a :class:`Watch`, and up to how many all are looked at each time.
 _PIECE, _ALWAYS = 2**16, 2**20
 
 

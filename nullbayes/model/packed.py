@@ -7,17 +7,23 @@ plain tensors inside.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
+def is_packed(tensor: Tensor) -> bool:
+    """Whether it is made of other tensors."""
+    return type(tensor) is not nn.Parameter and bool(is_traceable_wrapper_subclass(tensor))
+
+
 def opened(tensor: Tensor) -> dict[str, Tensor]:
     """The plain tensors inside by name, ``""`` for one that is plain itself."""
-    if isinstance(tensor, nn.Parameter) and type(tensor) is nn.Parameter:
+    if not is_packed(tensor):
         return {"": tensor}
-    if not is_traceable_wrapper_subclass(tensor):
-        return {"": tensor}
-    names, _ = tensor.__tensor_flatten__()
+    packed: Any = tensor
+    names, _ = packed.__tensor_flatten__()
     return {
         f"{name}.{inner}".rstrip("."): part
         for name in names

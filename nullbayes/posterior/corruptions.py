@@ -270,6 +270,18 @@ def _one_token(x: Tensor, real: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(_chosen(x, real, _shares(x, generator), generator), one, x)
 
 
+def _ciphered(x: Tensor, real: Tensor, generator: torch.Generator) -> Tensor:
+    """Some of the tokens that an example uses are others wherever they stand, as in another language."""
+    low, high = int(x.amin()), int(x.amax()) + 1
+    table = torch.randint(low, high, (len(x), high - low), generator=generator)
+    chosen = torch.rand(table.shape, generator=generator) < torch.rand(
+        len(x), 1, generator=generator
+    )
+    table = torch.where(chosen, table, torch.arange(low, high)).to(x)
+    found = table.gather(1, (x - low).long().flatten(1)).view_as(x)
+    return torch.where(real, found, x)
+
+
 def _shuffled_tokens(x: Tensor, real: Tensor, generator: torch.Generator) -> Tensor:
     """The same tokens in an order that is no example's."""
     out = x.clone()
@@ -310,6 +322,7 @@ _TOKENS: dict[str, ChangeTokens] = {
     "mixed": _spliced,
     "rolled": _some_replaced,
     "patched": _repeated,
+    "blended": _ciphered,
     "sparse": _one_token,
     "shuffled": _shuffled_tokens,
     "inverted": _unlikely,

@@ -209,7 +209,8 @@ class Leverages:
     def _plan(self, kind: tuple[torch.Size, ...]) -> None:
         """Plan passes of inputs like that of the last one, from the second that is met on."""
         tries = self._tries[kind] = self._tries.get(kind, 0) + 1
-        if self.functional.device.type != "cpu" or not 1 < tries <= 1 + TRIES:
+        planned = self.functional.device.type == "cpu" and not self.pooling
+        if not planned or not 1 < tries <= 1 + TRIES:
             return
         joined = Joined(self._visits, self._sites, self.layers, self.ordered, self.positions)
         if len(joined):

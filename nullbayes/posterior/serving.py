@@ -70,15 +70,15 @@ class Serves:
     ) -> Distilled:
         """One plain module, ``module(x) -> (outputs, novelty, variance)`` in one forward pass, for deployment.
 
-        A small head on what the network's last layers receive, fitted to the logarithms of this posterior's scores
-        ``"information"`` and ``"variance"``: on three quarters of the examples, and on copies with noise or mixed with
-        others. The rest of the examples, and copies shifted in other ways, say how closely it follows
-        (``module.fidelity``).
+        A small head on what the network's last layers receive (and of texts, on the mean of the first tokens), fitted
+        to the logarithms of this posterior's scores ``"information"`` and ``"variance"``: on three quarters of the
+        examples, and on copies shifted in many ways. The rest of the examples, and copies shifted in other ways, say
+        how closely it follows (``module.fidelity``).
 
         Args:
             loader: examples to fit it to: training data, or other data of that kind; targets are left out.
             shifted: ``{name: data}`` of out-of-distribution inputs to judge it by, beside the built-in shifts.
-            max_examples: of ``loader``, the first ones; each is scored by the posterior some five times.
+            max_examples: of ``loader``, the first ones; each is scored by the posterior some eight times, texts four.
             seed: of the shifts and the head.
             least_correlation: rank correlation with the posterior's novelty, over all that judges, below which the
                 module is refused; on ordinary examples alone it may be 0.3 less.

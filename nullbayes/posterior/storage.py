@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nullbayes.certificate import Certificate
+from nullbayes.common.eight_bits import ALIGNED, Packed, Piece, packed_in
 from nullbayes.common.files import atomic_file, checksum
-from nullbayes.common.packed import ALIGNED, Packed, Piece, packed_in
 from nullbayes.constraints.problem import Problem
 from nullbayes.errors import NullBayesError, NullBayesWarning, StorageError
 from nullbayes.fit.result import Fit

@@ -597,7 +597,7 @@ def test_the_pages_have_every_marker_that_they_had_on_one() -> None:
     """Five pages of the evaluation: none of what is measured is lost between them."""
     found = [m["what"] for p in page.PAGES for m in page.MARKER.finditer(p.read_text())]
     assert len(found) == len(set(found))
-    tables = {what.split(":")[0].rpartition("/")[2] for what in found}
+    tables = {what.split(":")[0].rpartition("/")[2] for what in found}  # without their setting
     written = {p.stem for s in ("full", *page.OTHERS) for p in (RESULTS / s).glob("*.md")}
     assert tables == written
 

@@ -181,15 +181,13 @@ def capture(
     scales: dict[str, float] | None = None,
     routes: list[Route] | None = None,
 ) -> tuple[Block, Any]:
-    """The rows of one batch, and what ``make_cotangents`` returned.
+    """The rows of one batch, zero where it reaches no parameter, and what ``make_cotangents`` returned.
 
     Args:
         make_cotangents: ``outputs (B, *out) -> object`` whose ``.values`` is ``(C, B, *out)``; where it has ``.tags``,
             by which :func:`with_tags` made them, places are checked with the same gradients.
         scales: what to multiply the columns of each parameter by.
         routes: takes the way that the network took (:func:`nullbayes.audit.route.route_of`).
-
-    A batch that reaches no parameter has rows of zero.
 
     Raises:
         Misplaced: see :func:`check_places`, with ``.tags``.
@@ -204,9 +202,7 @@ def capture(
     # Copies: activation checkpointing calls modules, and so the hooks, once more in the backward pass.
     records, uses = list(records), list(uses)
     if routes is not None:
-        called = [(r.site.path, r.x.shape, r.shape) for r in records]
-        route = route_of(outputs, leaves, (*called, *(u.site.path for u in uses)))
-        routes[:] = [] if route is None else [route]
+        routes[:] = _routes(outputs, leaves, records, uses)
     made = make_cotangents(outputs.detach())
     cotangents = made.values.to(outputs.dtype)
     count, size = cotangents.shape[:2]
@@ -237,6 +233,18 @@ def capture(
             contributions.add_rows(name, values)
     with torch.no_grad():
         return Block(contributions.factors(count), size, count), made
+
+
+def _routes(
+    outputs: Tensor,
+    leaves: dict[str, Tensor],
+    records: Sequence[_Record],
+    uses: Sequence[LocalUse],
+) -> list[Route]:
+    """The way that the network took, if it can be told."""
+    called = [(r.site.path, r.x.shape, r.shape) for r in records]
+    route = route_of(outputs, leaves, (*called, *(u.site.path for u in uses)))
+    return [] if route is None else [route]
 
 
 def _by_whole_model(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nullbayes.common.packed import Packed, packed_in
+from nullbayes.common.eight_bits import Packed, packed_in
 from nullbayes.jacobian.factors import products
 from nullbayes.jacobian.factors.base import Factor
 from nullbayes.model.parameters import Slot

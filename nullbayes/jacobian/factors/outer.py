@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from nullbayes.common.eight_bits import packed_in
 from nullbayes.common.memory import times_on, working_bytes
-from nullbayes.common.packed import packed_in
 from nullbayes.jacobian.factors import contraction
 from nullbayes.jacobian.factors import products as sizes
 from nullbayes.jacobian.factors.base import Factor

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nullbayes.common.eight_bits import packed_in
 from nullbayes.common.memory import bounded, times_on, working_bytes
-from nullbayes.common.packed import packed_in
 from nullbayes.model.parameters import Slot
 
 # Elements of the largest temporary that one product may create (256 MB of float32).

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import nullbayes as nb
-from nullbayes.common import packed
-from nullbayes.common.packed import ALIGNED, Packed
+from nullbayes.common import eight_bits
+from nullbayes.common.eight_bits import ALIGNED, Packed
 
 SHAPES = [(7,), (300, 600), (50, 3, 3, 3), (2, 8), (1500, 10)]
 
@@ -41,7 +41,7 @@ def test_parts_and_products_are_those_of_the_same_numbers_in_float64(
     fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not fast:
-        monkeypatch.setattr(packed, "_kernel", lambda: False)
+        monkeypatch.setattr(eight_bits, "_kernel", lambda: False)
     x = samples()
     q = Packed.of(x, SHAPES)
     wide = q.to(torch.float64)

@@ -148,40 +148,31 @@ def test_launches_are_not_one_an_example() -> None:
     assert counted[1] < 3 * counted[0]
 
 
-def test_a_batch_more_of_a_fit_asks_as_often_whatever_the_depth() -> None:
-    more = []
+def reads_of_one_more(fit: Callable[[int, int], Any]) -> list[float]:
+    """What one more of something asks, for networks of 1 and 6 layers: ``fit(depth, 6)`` beside ``fit(depth, 2)``."""
     with Elsewhere() as device:
-        for depth in (1, 6):
-            few, many = (
-                reads(
-                    lambda n=n, d=depth: nb.NullSpacePosterior(
-                        deep(d), solver=solvers.DualCholesky(), prior_precision=1.0
-                    ).fit(batches(n), 3, **QUIET),
-                    device,
-                )
-                for n in (2, 6)
-            )
-            more.append((many - few) / 4)
+        each = [[reads(partial(fit, depth, count), device) for count in (2, 6)] for depth in (1, 6)]
+    return [(many - few) / 4 for few, many in each]
+
+
+def test_a_batch_more_of_a_fit_asks_as_often_whatever_the_depth() -> None:
+    more = reads_of_one_more(
+        lambda depth, count: nb.NullSpacePosterior(
+            deep(depth), solver=solvers.DualCholesky(), prior_precision=1.0
+        ).fit(batches(count), 3, **QUIET)
+    )
     assert more[1] <= 1.2 * more[0]
 
 
 def test_an_iteration_asks_as_often_whatever_the_depth() -> None:
     """To stop needs an answer; nothing that grows with the network may be asked beside."""
-    each = []
-    with Elsewhere() as device:
-        for depth in (1, 6):
-            few, many = (
-                reads(
-                    lambda n=n, d=depth: nb.NullSpacePosterior(
-                        deep(d),
-                        solver=solvers.ConjugateGradient(max_iterations=n, tolerance=1e-30),
-                        prior_precision=1.0,
-                    ).fit(batches(4), 3, **QUIET),
-                    device,
-                )
-                for n in (2, 6)
-            )
-            each.append((many - few) / 4)
+    each = reads_of_one_more(
+        lambda depth, count: nb.NullSpacePosterior(
+            deep(depth),
+            solver=solvers.ConjugateGradient(max_iterations=count, tolerance=1e-30),
+            prior_precision=1.0,
+        ).fit(batches(4), 3, **QUIET)
+    )
     assert each[1] <= each[0] + 2
     assert each[1] < 16
 

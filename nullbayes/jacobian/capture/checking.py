@@ -146,10 +146,7 @@ def _compared(
     """A gradient ``(P,)`` by plain differentiation, and the parameters whose rows add up to another."""
     weights, total = random_weights(values, 0, index)
     expected = plain_gradient(functional, inputs, total)
-    found = torch.zeros_like(expected)[None]
-    for factor in block.factors.values():
-        factor.rmatvec(weights[None].to(expected), found)
-    found = unscaled_(functional, found[0], scales)
+    found = summed_rows(functional, block, weights.to(expected), scales)
     space, rounding = functional.space, functional.rounding
     bad = gradient_mismatches(space, expected, found, rounding=rounding)
     if bad and len(total) > 1:
@@ -295,13 +292,18 @@ def _check_some(
     check_separate(functional, inputs, outputs, where, index)
 
 
-def unscaled_(functional: FunctionalModel, rows: Tensor, scales: Scales) -> Tensor:
-    """A sum of rows ``(P,)`` without the ``scales`` of its columns, written over it."""
+def summed_rows(
+    functional: FunctionalModel, block: Block, weights: Tensor, scales: Scales
+) -> Tensor:
+    """``weights (B*C,)`` times the rows of a block, without the ``scales`` of their columns: ``(P,)``."""
+    rows = weights.new_zeros(1, functional.space.total)
+    for factor in block.factors.values():
+        factor.rmatvec(weights[None], rows)
     if scales:
         for name, scale in scales.items():
             slot = functional.space.by_name[name]
-            rows[slot.start : slot.stop] /= scale
-    return rows
+            rows[0, slot.start : slot.stop] /= scale
+    return rows[0]
 
 
 def _note_reached(

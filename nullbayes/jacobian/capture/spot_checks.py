@@ -34,7 +34,7 @@ from nullbayes.jacobian.capture.checking import (
     captured,
     checked,
     separate,
-    unscaled_,
+    summed_rows,
 )
 from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.model.batch import Inputs, batch_size, take
@@ -156,9 +156,6 @@ def _some_agree(
         found.parts.clear()  # the graph is gone
     else:
         expected = plain_gradient(functional, take(inputs, start, stop), total)
-    ours = torch.zeros_like(expected)[None]
-    for factor in block.narrow(start, stop).factors.values():
-        factor.rmatvec(weights[None].to(expected), ours)
-    unscaled = unscaled_(functional, ours[0], scales)
+    ours = summed_rows(functional, block.narrow(start, stop), weights.to(expected), scales)
     space, rounding = functional.space, functional.rounding
-    return not gradient_mismatches(space, expected, unscaled, rounding=rounding)
+    return not gradient_mismatches(space, expected, ours, rounding=rounding)

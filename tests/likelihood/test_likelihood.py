@@ -460,7 +460,7 @@ def test_moments_at_extreme_logits_are_finite_in_float32():
     draws = torch.tensor([[[300.0, -300.0]], [[-300.0, 300.0]]])
     for likelihood, shape in ((Classification(), (1,)), (Binary(), (1, 2))):
         moments = likelihood.moments(draws, draws.mean(0), linearised=True)
-        # Two sure draws that contradict each other: all of ln 2 is epistemic.
+        # Two confident samples that contradict each other: all of ln 2 is epistemic.
         assert_close(moments.total, torch.full(shape, math.log(2)))
         assert_close(moments.epistemic, moments.total)
         assert torch.equal(moments.aleatoric, torch.zeros(shape))
@@ -469,12 +469,12 @@ def test_moments_at_extreme_logits_are_finite_in_float32():
 @pytest.mark.parametrize(
     "likelihood", [Classification(), Binary(), Regression(1.0)], ids=lambda x: x.name
 )
-def test_too_few_draws_are_refused(likelihood):
+def test_too_few_samples_are_refused(likelihood):
     point = normal(3, 2)
     likelihood.moments(point[None], point, linearised=True)
-    with pytest.raises(InputError, match="got 1 draws of the outputs, expected at least 2"):
+    with pytest.raises(InputError, match="got 1 samples of the outputs, expected at least 2"):
         likelihood.moments(point[None], point, linearised=False)
-    with pytest.raises(InputError, match="got 0 draws"):
+    with pytest.raises(InputError, match="got 0 samples"):
         likelihood.moments(point[None][:0], point, linearised=True)
 
 

@@ -20,7 +20,7 @@ import nullbayes as nb
 from nullbayes.constraints import preserve as constraints
 from nullbayes.likelihood import base, epistemic_variance
 from nullbayes.posterior import description as description_module
-from nullbayes.posterior import storage
+from nullbayes.posterior import posterior_file, storage
 
 
 @pytest.fixture
@@ -317,7 +317,7 @@ def rewrite(path: Path, **changes: Any) -> None:
 def sign(path: Path, meta: dict[str, Any], samples: Tensor) -> None:
     """Write a file whose checksum is right, whatever else is wrong with it."""
     tensors = {"samples": samples.contiguous()}
-    save_file(tensors, path, storage.signed(json.dumps(meta), tensors))
+    save_file(tensors, path, posterior_file.signed(json.dumps(meta), tensors))
 
 
 @pytest.mark.parametrize(
@@ -591,10 +591,10 @@ def test_descriptions_within_bounds(saved: Path, monkeypatch: pytest.MonkeyPatch
         (text.replace('"seed": 0', f'"seed": 1{"0" * 5000}'), "not JSON"),
     ):
         assert changed != text
-        save_file(tensors, saved, storage.signed(changed, tensors))
+        save_file(tensors, saved, posterior_file.signed(changed, tensors))
         with says(nb.StorageError, "cannot be read", words):
             nb.load(saved, network(nn.BatchNorm1d(6)))
-    save_file(tensors, saved, storage.signed(text, tensors))
+    save_file(tensors, saved, posterior_file.signed(text, tensors))
     for name, limit, words in (
         ("MAX_CHARACTERS", 100, "characters"),
         ("MAX_ENTRIES", 9, "entries"),

@@ -18,8 +18,6 @@ from benchmarks.scaling import cnn, forget_peak, mlp, peak_resident
 from nullbayes.common.memory import format_bytes
 from nullbayes.demo.models import lenet, seeded
 
-WITHIN = 0.3
-
 #: name -> (network, its arguments, shape of an input, examples, options of the fit)
 CASES: dict[str, tuple[Any, tuple[Any, ...], tuple[int, ...], int, dict[str, Any]]] = {
     "LeNet, N = 300": (lenet, (10,), (1, 28, 28), 300, {}),

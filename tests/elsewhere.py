@@ -117,9 +117,8 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any], mode: Elsewhere | N
             return func(*args, **kwargs)
     elif not there:
         return func(*args, **kwargs)
-    if (
-        name == "aten::_efficientzerotensor"
-    ):  # zeros without memory, which the inner operation would read
+    # Zeros without memory, which the inner operation would read.
+    if name == "aten::_efficientzerotensor":
         func = aten.zeros.default
     result = THERE if (asked is None and there) or (asked and asked.type == THERE.type) else HERE
     if there and name not in _COPYING:

@@ -74,9 +74,8 @@ class CallableLoss(Likelihood):
     def __init__(self, function: LossFunction) -> None:
         self.function = function
         self.layouts: Layouts = Layouts()
-        self._separate: set[tuple[int, ...]] = (
-            set()
-        )  # output shapes for which examples were found separate
+        # Output shapes for which examples were found separate.
+        self._separate: set[tuple[int, ...]] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallableLoss:
         # A bound method would take its object along, and that may be the model.

@@ -190,9 +190,8 @@ class Stored:
             return likelihood_from_config(self.settings["likelihood"])
         except NullBayesError:
             raise
-        except (
-            Exception
-        ) as error:  # of a class, maybe the user's own, about values that it never wrote
+        except Exception as error:
+            # Of a class, maybe the user's own, about values that it never wrote.
             raise StorageError(
                 f"{self.path} holds settings of its likelihood that cannot be used ({type(error).__name__}: {error}); "
                 "it was written by another version of nullbayes or changed since. Fit and save it again."

@@ -286,9 +286,8 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert [r["result"]["number"] for r in outcome.runs] == [0, 1, 2, 3]
     assert outcome.runs[0]["result"]["odd"] is None  # strict JSON
     assert outcome.runs[0]["environment"]["torch"] == torch.__version__
-    run(
-        jobs(False, config=1), store, console=quiet, fresh=False
-    )  # other settings: nothing is reused
+    # Other settings: nothing is reused.
+    run(jobs(False, config=1), store, console=quiet, fresh=False)
     assert calls[5:] == [0, 1, 2, 3]
 
 

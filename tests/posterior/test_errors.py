@@ -668,9 +668,8 @@ def test_an_interrupt_in_the_loader_leaves_no_trace(error: Any, likelihood: str)
             posterior.calibrate(whole, ood_loader=Broken(0, 1), **QUIET)
 
 
-@pytest.mark.filterwarnings(
-    "ignore::nullbayes.errors.NullBayesWarning"
-)  # too few data to calibrate on
+# Too few data to calibrate on.
+@pytest.mark.filterwarnings("ignore::nullbayes.errors.NullBayesWarning")
 @pytest.mark.parametrize("kind", [nb.NullSpacePosterior, nb.LaplacePosterior])
 @pytest.mark.parametrize("stage", ["spectrum", "factorise", "project", "measure", "kept"])
 def test_an_interrupt_in_the_solver_leaves_no_trace(

@@ -302,9 +302,10 @@ def test_predictions_rows_are_the_gauss_newton_matrix(kind: str) -> None:
     rows = fitted_rows(posterior)
     assert rows.shape == (7 * 11, sum(p.numel() for p in model.parameters()))
     layouts = Layouts()
+    # Shape (7, 11, P).
     jacobian = torch.func.jacrev(losses_of(model, lambda m: layouts.flatten(m(X), 7)))(
         flat_weights(model)
-    )  # (7, 11, P)
+    )
     flat = layouts.flatten(model(X), 7).detach()
     hessian = torch.stack(
         [

@@ -390,9 +390,8 @@ def test_calibration_warns_when_the_posterior_adds_nothing(trained: Any) -> None
     posterior = nb.NullSpacePosterior(model).fit(train, num_samples=5, **QUIET)
     every = torch.cat([x for x, _ in val])
     best, labels = model(every).softmax(1).max(1)
-    sure = [
-        (every[best > 0.9], labels[best > 0.9])
-    ]  # the network is sure, and right: doubt can only cost
+    # The network is sure, and right: doubt can only cost.
+    sure = [(every[best > 0.9], labels[best > 0.9])]
     assert len(sure[0][1]) > 5
     with pytest.warns(nb.NullBayesWarning, match="trained network"):
         posterior.calibrate(sure, **QUIET)

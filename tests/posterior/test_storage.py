@@ -90,9 +90,8 @@ def test_round_trip_of_regression(dtype: torch.dtype, path: Path) -> None:
     assert loaded.likelihood.noise_variance.shape == (2,)
 
 
-@pytest.mark.filterwarnings(
-    "ignore::nullbayes.errors.NullBayesWarning"
-)  # too few data to calibrate on
+# Too few data to calibrate on.
+@pytest.mark.filterwarnings("ignore::nullbayes.errors.NullBayesWarning")
 def test_round_trip_after_calibration_and_more_draws(path: Path) -> None:
     posterior = nb.NullSpacePosterior(network()).fit(TRAIN, 4, **QUIET)
     posterior.draw(3)
@@ -209,9 +208,8 @@ def test_other_architectures_and_weights(saved: Path) -> None:
     statistics[2].running_mean += 0.1
     with says(nb.StorageError, fit_again, "'2.running_mean'"):
         nb.load(saved, statistics)
-    frozen = network(
-        nn.BatchNorm1d(6), nn.Linear(6, 6)
-    )  # more layers: the last ones are called otherwise
+    # More layers: the last ones are called otherwise.
+    frozen = network(nn.BatchNorm1d(6), nn.Linear(6, 6))
     with says(nb.StorageError, "3.weight"):
         nb.load(saved, frozen)
     with says(nb.InputError, "`model` is str", "torch.nn.Module"):

@@ -314,9 +314,8 @@ def _mistakes(likelihood: Likelihood, observed: Observed, mean: Tensor) -> Tenso
     """How confidently wrong each example is ``(B,)``: confidence in a wrong class, or the NLL; -inf where right."""
     if _unit(likelihood, mean) == "NLL" or observed.confidence is None or observed.hit is None:
         return observed.nll
-    out = torch.full_like(
-        observed.nll, -torch.inf
-    )  # examples whose label is ignored have no answer
+    # Examples whose label is ignored have no answer.
+    out = torch.full_like(observed.nll, -torch.inf)
     out[observed.example] = torch.where(observed.hit > 0, -torch.inf, observed.confidence)
     return out
 

@@ -34,9 +34,9 @@ from nullbayes.constraints.directions import (
     AUTO_SHARE,
     Cotangents,
     Directions,
-    _trace,
     leading_directions,
     resolve_directions,
+    trace_of,
 )
 from nullbayes.errors import InputError
 from nullbayes.likelihood.base import Likelihood
@@ -130,7 +130,7 @@ class Preserve(ABC):
             return shortcut
         if limit is not None:
             return leading_directions(values, limit)
-        trace = _trace(values)
+        trace = trace_of(values)
         return Cotangents(values, torch.zeros_like(trace), trace)
 
     def shortcut(

@@ -602,8 +602,15 @@ def still_answers(posterior: Any) -> Iterator[None]:
     assert_same(same_answers(posterior), before)
 
 
-@pytest.mark.parametrize("likelihood", ["classification", "regression"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, ValueError])
+@pytest.mark.parametrize(
+    ("likelihood", "error"),
+    [
+        ("classification", KeyboardInterrupt),
+        ("regression", KeyboardInterrupt),
+        ("classification", RuntimeError),
+        ("regression", ValueError),
+    ],
+)
 def test_an_interrupt_in_any_forward_pass_leaves_no_trace(likelihood: str, error: Any) -> None:
     model = delicate()
     model.error = error

@@ -15,6 +15,7 @@ from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE, ALLOWED_LEFT_OUT
 from nullbayes.common.crowd import ALONE, Crowd
 from nullbayes.common.memory import working_bytes
 from nullbayes.common.processes import Processes
+from nullbayes.constraints.preserve import Predictions
 from nullbayes.constraints.problem import Problem
 from nullbayes.errors import NonFiniteError
 from nullbayes.jacobian.capture.plan import CapturePlan
@@ -217,7 +218,10 @@ class GuaranteeCheck:
             rms.total, rms.count = self._sum(rms.total, rms.count)
         before, after = self._scores(scale)
         out = self.divergence(scale, left_out=True) if self.has_left_out else None
+        # Of other things that are preserved, predictions may move on purpose.
+        whole = self.problem.preserve.name == Predictions.name
         return {
+            "divergence": self.divergence(scale) if whole else None,
             "drift": change.value,
             "output_drift": outputs.value,
             "sampled_drift": sampled.value,

@@ -121,10 +121,12 @@ def plan_fit(
     num_samples: int,
     max_examples: int | None,
     processes: Processes | None = None,
+    elsewhere: int = 0,
 ) -> Plan:
     """Count the loader, and capture and solve a few of its examples.
 
     Args:
+        elsewhere: how many examples others have, of which nothing is in this loader.
         processes: those that the rows are to be spread over; bytes and seconds are those of one of them, without what
             they send (``plan_many.py``).
     """
@@ -132,6 +134,7 @@ def plan_fit(
     budget = settings.memory or own_budget(problem.device, processes)
     memory = divided(settings, problem.space, num_samples, budget)
     few = _counted(problem, train_loader, max_examples)
+    few = replace(few, examples=few.examples + elsewhere)
     problem, rows, outputs, targets = _tried(problem, few)
     proving, proven = settled(lambda: prove(problem.functional, few.inputs))
     size = batch_size(few.inputs)

@@ -33,7 +33,7 @@ from nullbayes.model.bound import bound
 from nullbayes.model.checks import check_kind, check_scripted
 from nullbayes.model.huggingface import HuggingFace
 from nullbayes.model.parameters import HALF, ParameterChoice, ParameterSpace
-from nullbayes.model.precision import Unrounded, Watch, tolerance, widening
+from nullbayes.model.precision import Unrounded, tolerance, widening
 from nullbayes.model.private import Copier, Hooks, Modules
 from nullbayes.model.ragged import restored, unbatched
 from nullbayes.model.randomness import FrozenRandomness, Replay, keyed
@@ -85,7 +85,7 @@ class FunctionalModel(Reads):
         # Whether transformer encoders give zeros at padded positions, as they do without gradients.
         self.padded = False
         # Looks at the operations of forward passes, innermost, while that is asked for.
-        self.watch: Watch | None = None
+        self.watch: AbstractContextManager[Any] | None = None
         # The least precise numbers that a forward pass was seen to compute with.
         self.rounding: torch.dtype = space.dtype
         # Whether the chosen weights are said to be those of a last layer.

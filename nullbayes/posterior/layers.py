@@ -146,7 +146,7 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
         """
         num_samples = check_count(num_samples, "num_samples")
         seed = check_count(seed, "seed", 0)
-        with self._together("fit") as processes:
+        with self._together("fit", num_samples=num_samples) as processes:
             data = self._part(self._data(train, "train"), "train", processes, seed)
             self._check_mode()
             self.space.check_finite(self.model)

@@ -206,6 +206,55 @@ def test_a_custom_gradient_that_is_not_the_derivative() -> None:
     assert "custom gradient" in audit.verdict
 
 
+PAST_THE_GRADIENT: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "detach": lambda m, x: m.b(torch.tanh(m.a(x)) + torch.tanh(m.a(x)).detach()),
+    "straight-through": lambda m, x: m.b((lambda h: h + (h.round() - h).detach())(m.a(x))),
+    ".data": lambda m, x: m.b(torch.tanh(m.a(x) + F.linear(x, m.a.weight.data))),
+    ".item()": lambda m, x: m.b(torch.tanh(m.a(x) * m.a.weight.norm().item())),
+    "no_grad": lambda m, x: m.b(torch.tanh(m.a(x) + torch.no_grad()(m.a)(x))),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", PAST_THE_GRADIENT)
+def test_weights_that_act_past_their_gradient(kind: str, dtype: torch.dtype) -> None:
+    """Forward mode and reverse mode agree with the rows, and the network moves otherwise."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Calls(PAST_THE_GRADIENT[kind], a=nn.Linear(4, 9), b=nn.Linear(9, 2)).to(dtype)
+    x = data().to(dtype)
+    posterior = nb.NullSpacePosterior(
+        model.eval(), nb.Regression(noise_variance=1.0), "outputs", delta=0.0, prior_precision=1.0
+    ).fit([(x, x.new_zeros(len(x), 2))], 3, progress=False)
+    certificate = posterior.certificate
+    assert certificate.residual < 1e-4 and not certificate.held
+    assert "`.detach()`" in certificate.verdict
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_kinks_and_jumps_without_a_slope_do_not_condemn_right_rows(dtype: torch.dtype) -> None:
+    """A ReLU of zero has no derivative, and the choice of an expert has none but zero."""
+    model = Calls(
+        lambda m, x: m.b(torch.relu(m.a(x)) * F.one_hot(m.g(x).argmax(-1), 9)),
+        a=nn.Linear(4, 9),
+        g=nn.Linear(4, 9),
+        b=nn.Linear(9, 2),
+    ).to(dtype)
+    with torch.no_grad():
+        model.a.bias.zero_()
+    x = data().to(dtype)
+    x[0] = 0
+    posterior = nb.NullSpacePosterior(
+        model.eval(),
+        nb.Regression(noise_variance=1.0),
+        "outputs",
+        parameters=["a.weight", "a.bias", "b.weight", "b.bias"],
+        delta=0.0,
+        prior_precision=1.0,
+    ).fit([(x, x.new_zeros(len(x), 2))], 3, progress=False)
+    assert posterior.certificate.held
+
+
 def test_a_wrong_forward_formula_does_not_condemn_right_rows() -> None:
     f = functional(
         Calls(

@@ -89,13 +89,7 @@ class CapturePlan:
             ModelError: outputs depend on a parameter that no gradient path leads to, or on no parameter at all; or
                 those of more data on one that has stayed since the fit.
         """
-        space, packed = functional.space, quantised(functional.model)
-        # Rounded away on the way through such a layer, a weight may seem to move no output.
-        why = (
-            f" Quantised layers have no derivative: {packed[:5]}. {QUANTISED_MEND}"
-            if packed
-            else ""
-        )
+        space = functional.space
         hidden = sorted(self.unreached & self.felt)
         if hidden:
             raise ModelError(

@@ -145,8 +145,13 @@ def _reference_rows(
     rows = torch.zeros(size * count, space.total, dtype=space.dtype, device=space.device)
     for n in range(size):
         weights = functional.weights(requires_grad=True)
-        with torch.enable_grad():
-            out = functional(weights, take(inputs, n, n + 1))
+        try:
+            with torch.enable_grad():
+                out = functional(weights, take(inputs, n, n + 1))
+        except (NullBayesError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # an operation that runs without gradients alone
+            raise cannot(functional, inputs, error, "the first examples") from error
         if not out.requires_grad:
             continue
         for c in range(count):

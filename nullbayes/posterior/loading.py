@@ -9,9 +9,10 @@ from torch import nn
 from nullbayes.errors import InputError, StorageError
 from nullbayes.likelihood import Likelihood, LossFunction
 from nullbayes.model.adapters import beside_adapter
+from nullbayes.model.fingerprint import Watch
 from nullbayes.model.functional import Forward, unwrapped
 from nullbayes.model.randomness import FrozenRandomness
-from nullbayes.posterior.base import Posterior
+from nullbayes.posterior.base import LOOKED_AT, Posterior
 from nullbayes.posterior.layer_storage import is_layer_file, load_layers
 from nullbayes.posterior.layers import LayerNullSpacePosterior
 from nullbayes.posterior.posterior import LaplacePosterior, NullSpacePosterior
@@ -50,6 +51,8 @@ def load(
     kinds: dict[str, type[NullSpacePosterior] | type[LaplacePosterior]] = {
         c.__name__: c for c in (NullSpacePosterior, LaplacePosterior)
     }
+    # Looked at first: what changes in between shows at the first use.
+    watch = Watch(unwrapped(model), LOOKED_AT)
     stored.check_model(unwrapped(model))
     try:
         settings = stored.settings
@@ -66,7 +69,7 @@ def load(
             forward=forward,
             randomness=frozen and FrozenRandomness(**frozen),
         )
-        posterior._restore(stored.samples(posterior.space), settings)
+        posterior._restore(stored.samples(posterior.space), stored, watch)
     except InputError as error:  # a likelihood or a preserve mode that this process does not know
         raise StorageError(
             f"{stored.path} holds a setting that cannot be used here: {error} Import the module that "

@@ -43,17 +43,12 @@ BESIDE = ("prior_mean", "mask")
 SCALES, REST, FILLED = "sample_scales", "sample_rest", "filled"
 
 
-def write_posterior(
-    path: str | os.PathLike[str],
-    model: nn.Module,
-    problem: Problem,
-    samples: Tensor,
-    settings: dict[str, Any],
-) -> None:
+def write_posterior(path: str | os.PathLike[str], fit: Fit, settings: dict[str, Any]) -> None:
     """Write one safetensors file, whole or not at all. Raises `StorageError`."""
+    problem, samples = fit.problem, fit.stored
     space, beside = problem.space, _beside(problem)
     version = _version(problem, samples, special=bool(beside))
-    meta = description(model, space, samples.dtype, version, settings)
+    meta = description(fit.fingerprint, space, samples.dtype, version, settings)
     packed = packed_in(samples)
     if packed is not None:
         meta["each"] = [packed.each(slot.start) for slot in space.slots]
@@ -128,9 +123,10 @@ def described(fit: Fit, target: Target, calibration: CalibrationPath | None) -> 
 
 
 def restored(
-    problem: Problem, samples: Tensor, settings: dict[str, Any]
+    problem: Problem, samples: Tensor, stored: Stored
 ) -> tuple[Fit, CalibrationPath | None]:
     """The inverse of :func:`described`, around the problem's model. Raises KeyError, TypeError, ValueError."""
+    settings = stored.settings
     path = settings["calibration"]
     if settings.get("layers"):
         problem = replace(problem, layers=dict(settings["layers"]))
@@ -145,7 +141,7 @@ def restored(
         float(settings["prior_precision"]),
         int(settings["seed"]),
         Certificate.from_dict(settings["certificate"]),
-        fingerprint(problem.functional.model),
+        dict(stored.meta["fingerprint"]),
     )
     return fit, None if path is None else CalibrationPath(**path)
 

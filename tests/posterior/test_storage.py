@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,30 @@ def test_other_architectures_and_weights(saved: Path) -> None:
     with says(nb.InputError, "`model` is str", "torch.nn.Module"):
         nb.load(saved, "model.pt")
     assert nb.load(saved, network(nn.BatchNorm1d(6)).requires_grad_(False)).num_samples == 3
+
+
+@pytest.mark.parametrize("kind", [nb.NullSpacePosterior, nb.LayerNullSpacePosterior])
+def test_a_file_is_of_the_weights_that_were_fitted(kind: Any, path: Path) -> None:
+    model: Any = network()
+    posterior = kind(model).fit(TRAIN, 3, **QUIET)
+    wanted, weight = posterior.predict(X).mean, model[0].weight.data.clone()
+    model[0].weight.data.mul_(1.5)  # trained on, before anybody saved
+    with contextlib.suppress(nb.ModelError):  # that of layers looks first
+        posterior.save(path)
+        with says(nb.StorageError, "fitted around other weights"):
+            nb.load(path, model)
+    model[0].weight.data.copy_(weight)
+    posterior.save(path)
+    assert torch.equal(nb.load(path, model).predict(X).mean, wanted)
+
+
+def test_a_model_that_changes_after_loading_is_refused(saved: Path) -> None:
+    model: Any = network(nn.BatchNorm1d(6))
+    again = nb.load(saved, model)
+    again.predict(X)
+    model[0].weight.data.mul_(1.5)
+    with says(nb.ModelError, "changed since"):
+        again.predict(X)
 
 
 def test_another_dtype_warns_and_works(tmp_path: Path) -> None:

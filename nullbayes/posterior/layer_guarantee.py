@@ -249,10 +249,19 @@ def _left_out(
     names = list(leaves)
     variance = 0.0
     for cotangent in cotangents:
-        with plain_paths():
-            rows = torch.autograd.grad(
-                point, list(leaves.values()), cotangent, retain_graph=True, materialize_grads=True
-            )
+        try:
+            with plain_paths():
+                rows = torch.autograd.grad(
+                    point,
+                    list(leaves.values()),
+                    cotangent,
+                    retain_graph=True,
+                    materialize_grads=True,
+                )
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # an operation in place, say: nothing else here needs derivatives
+            return None
         row = dict(zip(names, rows, strict=True))
         for number, block in enumerate(blocks.blocks):
             variance += own.variance(state, number, block.matrix(row))

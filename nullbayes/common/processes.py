@@ -7,12 +7,13 @@ Nobody waits without looking: a process that died, stalled or failed ends all ot
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import itertools
-import math
 import pickle
 import signal
 import socket
+import sys
 import threading
 import time
 import weakref
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nullbayes.common.alike import shortened, told_apart
 from nullbayes.common.pulse import Pulse
 from nullbayes.errors import InputError, NullBayesError, ProcessError
 
@@ -147,14 +149,14 @@ class Processes:
         """Raise ``kind`` in every process unless all have the same ``facts``, naming who differs and in what."""
         everyone = self.gather(facts)
         for name in dict.fromkeys(name for each in everyone for name in each):
-            values = _told_apart([each.get(name) for each in everyone])
+            values = told_apart([each.get(name) for each in everyone])
             common = max(values, key=lambda v: (values.count(v), -values.index(v)))
             others = [rank for rank, value in enumerate(values) if value != common]
             if others:
                 raise kind(
                     f"{'process' if len(others) == 1 else 'processes'} {', '.join(map(str, others))} of {self.size} "
                     f"{'has' if len(others) == 1 else 'have'} other {name} than the rest: "
-                    f"{_short(values[others[0]])} instead of {_short(common)}. Give every process the same."
+                    f"{shortened(values[others[0]])} instead of {shortened(common)}. Give every process the same."
                 )
 
     @contextmanager
@@ -299,15 +301,27 @@ class Processes:
                 if now - started > _SPIN:
                     time.sleep(2e-4 if now - started < 0.1 else 2e-3)
             work.wait()
-        except RuntimeError as error:
+        except BaseException as error:
             self._broken = True
-            if isinstance(error, ProcessError):
-                raise
-            raise self.pulse.blame(error) from error
+            if not work.is_completed():
+                _keep_for_good(self._group)
+            if isinstance(error, RuntimeError) and not isinstance(error, ProcessError):
+                raise self.pulse.blame(error) from error
+            raise
         finally:
             self.pulse.end()
         self.seconds += time.perf_counter() - started
         self.sent += nbytes
+
+
+def _keep_for_good(group: Any) -> None:
+    """See that a group is never taken down, in which an exchange waits that may never end.
+
+    Gloo's threads are waited for where a group is taken down, at the end of the program if not before: a process that
+    waited for one that hangs would then hang itself, after its error, and whoever started it would never know.
+    """
+    if sys.implementation.name == "cpython":
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 def _kind(values: Tensor) -> str:
@@ -401,37 +415,6 @@ def _group_of(asked: Any) -> Any:
 def _told(error: BaseException) -> str:
     text = f"{type(error).__name__}: {error}"[:1000].rstrip()
     return text if text[-1] in ".!?" else f"{text}."
-
-
-class Rounded(tuple[float, ...]):
-    """Numbers that are the same in two processes where they differ by rounding alone."""
-
-    __slots__ = ()
-
-    def like(self, other: object) -> bool:
-        """Whether they are."""
-        return (
-            isinstance(other, Rounded)
-            and len(self) == len(other)
-            and all(
-                a == b or math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-6) or a != a != b
-                for a, b in zip(self, other, strict=True)
-            )
-        )
-
-
-def _told_apart(values: list[Any]) -> list[str]:
-    """Each value as text; numbers that are the same but for rounding in the words of the first of them."""
-    out: list[str] = []
-    for i, value in enumerate(values):
-        alike = (j for j in range(i) if isinstance(value, Rounded) and value.like(values[j]))
-        first = next(alike, i)
-        out.append(out[first] if first < i else repr(value))
-    return out
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def spread(count: int, size: int) -> Sequence[range]:

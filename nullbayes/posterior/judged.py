@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from torch import Tensor
 
+from nullbayes.common.alike import Rounded
 from nullbayes.common.crowd import Crowd, groups_of
-from nullbayes.common.processes import Processes, Rounded, resolve
+from nullbayes.common.processes import Processes, resolve
 from nullbayes.errors import InputError
 from nullbayes.jacobian.linearise import linearised_outputs
 from nullbayes.jacobian.shared import serve

@@ -394,6 +394,7 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
         state = self._ready().state
         return LayerProjector(self.model, state.blocks, state.factors)
 
+    @undisturbed_method
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write sums, settings, certificate and a fingerprint of the model to one file; no data, no samples."""
         from nullbayes.posterior.layer_storage import write_layers

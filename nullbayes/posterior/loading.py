@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 from torch import nn
 
 from nullbayes.errors import InputError, StorageError
@@ -19,6 +20,7 @@ from nullbayes.posterior.posterior import LaplacePosterior, NullSpacePosterior
 from nullbayes.posterior.storage import read_posterior
 
 
+@torch.inference_mode(mode=False)
 def load(
     path: str | os.PathLike[str],
     model: nn.Module,

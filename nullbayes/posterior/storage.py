@@ -22,7 +22,7 @@ from nullbayes.errors import NullBayesError, NullBayesWarning, StorageError
 from nullbayes.fit.result import Fit
 from nullbayes.fit.target import Target
 from nullbayes.likelihood import Likelihood, likelihood_from_config
-from nullbayes.model.adapters import MERGED
+from nullbayes.model.adapters import ACTIVE, MERGED
 from nullbayes.model.fingerprint import fingerprint
 from nullbayes.model.parameters import HALF, WRAPPED, ParameterSpace
 from nullbayes.posterior.calibration_path import CalibrationPath
@@ -223,7 +223,15 @@ class Stored:
                 f"{self.path}: parameter {n!r} has shape {tuple(named[n].shape)} here and "
                 f"{tuple(wanted[n])} in the file. Build the same architecture."
             )
-        ours, theirs = fingerprint(model), self.meta["fingerprint"]
+        ours, theirs = fingerprint(model), dict(self.meta["fingerprint"])
+        active = ours.pop(ACTIVE, None)
+        # Files of version 0.1 do not say which adapters were active.
+        if theirs.get(ACTIVE, active) != active:
+            raise StorageError(
+                f"{self.path} was fitted with {theirs[ACTIVE]!r} as the active adapters; here they are {active!r}. "
+                "Call `model.set_adapter`, or leave `model.disable_adapter()`."
+            )
+        theirs.pop(ACTIVE, None)
         other = sorted(n for n in set(ours) | set(theirs) if ours.get(n) != theirs.get(n))
         if other:
             raise StorageError(

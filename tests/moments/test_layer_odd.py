@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import nullbayes as nb
 from nullbayes.errors import ModelError
 from nullbayes.moments.capture import plain_paths
 from tests.moments.layer_networks import quiet
@@ -172,3 +174,16 @@ def test_a_setting_of_the_process_is_put_back_by_the_last_of_several() -> None:
     assert not torch.backends.mha.get_fastpath_enabled()
     second.__exit__(None, None, None)
     assert torch.backends.mha.get_fastpath_enabled() == before
+
+
+def test_files_under_inference_mode(tmp_path: Path) -> None:
+    """With a buffer, whose private copy counts what is written to it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 30), nn.BatchNorm1d(30), nn.Linear(30, 3)).double()
+    posterior = quiet(model.eval(), [flat()], **EXACT)
+    with torch.inference_mode():
+        posterior.save(tmp_path / "layers.safetensors")
+        loaded = nb.load(tmp_path / "layers.safetensors", model)
+    wanted = posterior.predict(flat(3, 1)).outputs
+    torch.testing.assert_close(loaded.predict(flat(3, 1)).outputs, wanted)

@@ -17,7 +17,8 @@ from nullbayes.audit.network import NetworkCopy
 from nullbayes.audit.precision import tolerance
 from nullbayes.errors import InputError, ModelError, NonFiniteError, NullBayesError
 from nullbayes.jacobian.block import Block
-from nullbayes.jacobian.capture.checking import cannot, captured, next_layout
+from nullbayes.jacobian.capture.checking import captured
+from nullbayes.jacobian.capture.mending import cannot, next_layout
 from nullbayes.jacobian.capture.plan import CapturePlan, make_plan
 from nullbayes.jacobian.capture.single_module import LocalFailed, LocalSite, ancestors
 from nullbayes.jacobian.capture.spreading import candidates

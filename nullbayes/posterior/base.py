@@ -42,7 +42,7 @@ from nullbayes.posterior.growing import Grows
 from nullbayes.posterior.judged import RowJudged
 from nullbayes.posterior.predicting import Predicts
 from nullbayes.posterior.serving import Serves
-from nullbayes.posterior.storage import Stored, described, restored, write_posterior
+from nullbayes.posterior.storage import described, restored, write_posterior
 from nullbayes.posterior.validation import checked, search_of
 
 Self = TypeVar("Self", bound="Posterior")
@@ -421,8 +421,10 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
         settings["class"] = type(self).__name__
         write_posterior(beside_adapter(path), fit, settings)
 
-    def _restore(self, samples: Tensor, stored: Stored, watch: Watch) -> None:
-        """Take over what a file holds, around this posterior's model, compared with it since ``watch`` was made."""
-        fit, self.calibration = restored(self.problem, samples, stored)
+    def _restore(
+        self, samples: Tensor, settings: dict[str, Any], prints: dict[str, str], watch: Watch
+    ) -> None:
+        """Take over what a file holds, around this posterior's model, whose ``prints`` were taken after ``watch``."""
+        fit, self.calibration = restored(self.problem, samples, settings, prints)
         self._take(fit)
         self._watch = watch

@@ -119,7 +119,7 @@ def load_layers(
     source = Path(path)
     meta, tensors = read_layers(source)
     stored = Stored(source, meta, torch.empty(0))
-    stored.check_model(unwrapped(model))
+    prints = stored.check_model(unwrapped(model))
     try:
         settings = stored.settings
         frozen = settings.get("randomness")
@@ -135,7 +135,7 @@ def load_layers(
         blocks = find_blocks(posterior.model, posterior.space, settings["fixed"])
         _check_blocks(source, blocks, settings)
         gathered = _gathered(blocks, tensors, settings, posterior.functional.device)
-        _restore(posterior, blocks, gathered, stored)
+        _restore(posterior, blocks, gathered, settings, prints)
         if settings.get("last") is not None:
             values = tensors["references"].to(posterior.functional.device)
             posterior._fitted().state.references = References(values, int(settings["last"]))
@@ -208,9 +208,9 @@ def _restore(
     posterior: LayerNullSpacePosterior,
     blocks: Blocks,
     gathered: Gathered,
-    stored: Stored,
+    settings: dict[str, Any],
+    prints: dict[str, str],
 ) -> None:
-    settings = stored.settings
     state = LayerState(
         posterior.functional,
         blocks,
@@ -226,7 +226,7 @@ def _restore(
             float(settings["prior_precision"]),
             settings["left_out"],
             LayerCertificate.from_dict(settings["certificate"]),
-            dict(stored.meta["fingerprint"]),
+            prints,
         )
     )
     posterior._given = bool(settings.get("given", False))  # files of version 0.1 do not say

@@ -55,7 +55,7 @@ def load(
     }
     # Looked at first: what changes in between shows at the first use.
     watch = Watch(unwrapped(model), LOOKED_AT)
-    stored.check_model(unwrapped(model))
+    prints = stored.check_model(unwrapped(model))
     try:
         settings = stored.settings
         frozen = settings.get("randomness")  # files of earlier versions have none
@@ -71,7 +71,7 @@ def load(
             forward=forward,
             randomness=frozen and FrozenRandomness(**frozen),
         )
-        posterior._restore(stored.samples(posterior.space), stored, watch)
+        posterior._restore(stored.samples(posterior.space), settings, prints, watch)
     except InputError as error:  # a likelihood or a preserve mode that this process does not know
         raise StorageError(
             f"{stored.path} holds a setting that cannot be used here: {error} Import the module that "

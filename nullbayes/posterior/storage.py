@@ -123,10 +123,13 @@ def described(fit: Fit, target: Target, calibration: CalibrationPath | None) -> 
 
 
 def restored(
-    problem: Problem, samples: Tensor, stored: Stored
+    problem: Problem, samples: Tensor, settings: dict[str, Any], prints: dict[str, str]
 ) -> tuple[Fit, CalibrationPath | None]:
-    """The inverse of :func:`described`, around the problem's model. Raises KeyError, TypeError, ValueError."""
-    settings = stored.settings
+    """The inverse of :func:`described`, around the problem's model with the fingerprint ``prints``.
+
+    Raises:
+        KeyError, TypeError, ValueError: settings that nobody wrote.
+    """
     path = settings["calibration"]
     if settings.get("layers"):
         problem = replace(problem, layers=dict(settings["layers"]))
@@ -141,7 +144,7 @@ def restored(
         float(settings["prior_precision"]),
         int(settings["seed"]),
         Certificate.from_dict(settings["certificate"]),
-        dict(stored.meta["fingerprint"]),
+        prints,
     )
     return fit, None if path is None else CalibrationPath(**path)
 
@@ -206,8 +209,8 @@ class Stored:
         meta = {**self.meta, "names": names, "fingerprint": prints, "settings": settings}
         return replace(self, meta=meta)
 
-    def check_model(self, model: nn.Module) -> None:
-        """Raise :class:`StorageError` unless ``model`` is the one that the file was written for."""
+    def check_model(self, model: nn.Module) -> dict[str, str]:
+        """The fingerprint of ``model``. Raises :class:`StorageError` unless the file was written for that model."""
         named = dict(model.named_parameters())
         wanted = dict(zip(self.names, self.meta["shapes"], strict=True))
         missing = sorted(set(wanted) - set(named))
@@ -223,7 +226,8 @@ class Stored:
                 f"{self.path}: parameter {n!r} has shape {tuple(named[n].shape)} here and "
                 f"{tuple(wanted[n])} in the file. Build the same architecture."
             )
-        ours, theirs = fingerprint(model), dict(self.meta["fingerprint"])
+        found = fingerprint(model)
+        ours, theirs = dict(found), dict(self.meta["fingerprint"])
         active = ours.pop(ACTIVE, None)
         # Files of version 0.1 do not say which adapters were active.
         if theirs.get(ACTIVE, active) != active:
@@ -239,6 +243,7 @@ class Stored:
                 f"{other[:3]}. Load the checkpoint that the posterior was fitted for "
                 "(`model.load_state_dict`), or fit anew."
             )
+        return found
 
     def samples(self, space: ParameterSpace) -> Tensor:
         """Samples ``(S, P)`` on the model's device and in its dtype."""

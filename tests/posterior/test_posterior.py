@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -135,36 +133,3 @@ def test_residual_on_every_layer_kind(case: Case, preserve: str, dtype: torch.dt
             rows @ kept, torch.zeros_like(rows @ kept), atol=1e-3 * float(rows.norm()), rtol=0
         )
         assert_close(delta.T, projector(rows, 1e-7) @ v.T, atol=2e-2, rtol=0)
-
-
-def test_the_guarantee_on_a_trained_network(
-    trained: tuple[nn.Module, list[Any], list[Any]],
-) -> None:
-    model, train, _ = trained
-    posterior = nb.NullSpacePosterior(model).fit(train, num_samples=30, **QUIET)
-    c = posterior.certificate
-    assert c.posterior_score == c.network_score
-    assert c.held and "held" in c.verdict and c.null_dim > 0
-    assert c.drift < 0.01 and c.residual < 0.05
-    laplace = nb.LaplacePosterior(model).fit(train, num_samples=30, **QUIET).certificate
-    assert laplace.drift > 10 * c.drift and not laplace.held
-    assert "does not promise" in laplace.verdict
-
-
-@pytest.fixture(scope="module")
-def trained() -> tuple[nn.Module, list[Any], list[Any]]:
-    """A small network trained on three overlapping blobs, long enough to overfit."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        centres = torch.tensor([[0.0, 2.0], [2.0, -1.0], [-2.0, -1.0]])
-        y = torch.arange(180) % 3
-        x = centres[y] + 1.2 * torch.randn(180, 2)
-        model = nn.Sequential(
-            nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 3)
-        )
-        optimiser = torch.optim.Adam(model.parameters(), 1e-2)
-        for _ in range(150):
-            optimiser.zero_grad()
-            nn.functional.cross_entropy(model(x[:120]), y[:120]).backward()
-            optimiser.step()
-    return model.eval(), loader(x[:120], y[:120], 32), loader(x[120:], y[120:], 25)

@@ -39,6 +39,20 @@ def trained() -> tuple[nn.Module, list[Any], list[Any]]:
     return model.eval(), loader(x[:120], y[:120], 32), loader(x[120:], y[120:], 25)
 
 
+def test_the_guarantee_on_a_trained_network(
+    trained: tuple[nn.Module, list[Any], list[Any]],
+) -> None:
+    model, train, _ = trained
+    posterior = nb.NullSpacePosterior(model).fit(train, num_samples=30, **QUIET)
+    c = posterior.certificate
+    assert c.posterior_score == c.network_score
+    assert c.held and "held" in c.verdict and c.null_dim > 0
+    assert c.drift < 0.01 and c.residual < 0.05
+    laplace = nb.LaplacePosterior(model).fit(train, num_samples=30, **QUIET).certificate
+    assert laplace.drift > 10 * c.drift and not laplace.held
+    assert "does not promise" in laplace.verdict
+
+
 def test_linearised_predictions_are_jacobian_products(trained: Any) -> None:
     model, train, val = trained
     posterior = nb.NullSpacePosterior(model).fit(train, num_samples=5, **QUIET)

@@ -257,8 +257,10 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
             if processes is not None:
                 run = replace(run, progress=progress and processes.leads)
                 train_loader = shared(train_loader, processes, "train_loader", run.max_examples)
+            # Looked at first: what changes in between shows at the first use.
+            watch = Watch(self.model, LOOKED_AT)
             self._take(build(self.problem, self._settings, train_loader, run))
-        self.calibration = None
+        self.calibration, self._watch = None, watch
         return self
 
     def _data(self, data: Any, name: str) -> Iterable[Any]:

@@ -77,9 +77,8 @@ class Derivative:
                     return run[self.way](inputs, directions).detach()
             except (MemoryError, torch.OutOfMemoryError):
                 raise
-            except (
-                Exception
-            ) as error:  # an operation without a derivative of that kind, in whatever words
+            except Exception as error:
+                # An operation without a derivative of that kind, in whatever words.
                 if len(self._left) == 1:
                     raise ModelError(
                         "the guarantee could not be audited: no way was found to differentiate the network along a "

@@ -19,6 +19,7 @@ from torch import Tensor
 from nullbayes.errors import ModelError
 from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.model.functional import FunctionalModel
+from nullbayes.model.precision import Watch
 from nullbayes.moments.blocks import Block, Blocks, Site, find_blocks
 from nullbayes.moments.capture import TransformedCall, plain_paths, recording, restored
 from nullbayes.moments.collector import Collector
@@ -97,6 +98,7 @@ def other_uses(functional: FunctionalModel, blocks: Blocks, few: Inputs) -> Move
     # The same road as below, so that rounding is the same.
     with restored(sites, originals):
         point = functional(weights, few)
+    allowed = _allowed(functional, few)
 
     def moves(which: range | list[int]) -> bool:
         changed = dict(weights)
@@ -104,7 +106,7 @@ def other_uses(functional: FunctionalModel, blocks: Blocks, few: Inputs) -> Move
             for name in blocks.blocks[i].names:
                 changed[name] = weights[name] + _like(weights[name], i)
         with restored(sites, originals):
-            return _moved(point, functional(changed, few))
+            return _moved(point, functional(changed, few), allowed)
 
     return moves
 
@@ -112,6 +114,7 @@ def other_uses(functional: FunctionalModel, blocks: Blocks, few: Inputs) -> Move
 def _null_space(functional: FunctionalModel, blocks: Blocks, few: Inputs) -> Moves:
     weights = functional.weights()
     sums, point = seen_by(functional, blocks, few, ranks=proof_ranks(blocks.blocks))
+    allowed = _allowed(functional, few)
     changes: list[Mapping[str, Tensor]] = []
     for i, (block, moments) in enumerate(zip(blocks.blocks, sums, strict=True)):
         factor = _beside(moments, block.columns)
@@ -128,7 +131,7 @@ def _null_space(functional: FunctionalModel, blocks: Blocks, few: Inputs) -> Mov
             for name, value in changes[i].items():
                 changed[name] = weights[name] + value
         with plain_paths():
-            return _moved(point, functional(changed, few))
+            return _moved(point, functional(changed, few), allowed)
 
     return moves
 
@@ -199,7 +202,16 @@ def _like(tensor: Tensor, seed: int) -> Tensor:
     return noise.to(tensor) * _size(tensor)
 
 
-def _moved(point: Tensor, other: Tensor) -> bool:
-    tolerance = TOLERANCE.get(point.dtype, HALF_TOLERANCE)
+def _allowed(functional: FunctionalModel, few: Inputs) -> float:
+    """What rounding explains: by the least precise numbers on the way, such as float32 norms in a float64 network."""
+    found = functional.dtype
+    if found == torch.float64:
+        with Watch(found, ()) as watch:
+            functional(functional.weights(), few)
+        found = watch.found
+    return TOLERANCE.get(found, HALF_TOLERANCE)
+
+
+def _moved(point: Tensor, other: Tensor, tolerance: float) -> bool:
     change = (other - point).abs().amax()
     return not bool(change <= tolerance * point.abs().amax().clamp_min(1e-30))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.fit.prior_samples import generator_for
-from nullbayes.jacobian.linearise import _double_reverse, _forward
+from nullbayes.jacobian.linearise import double_reverse_product, forward_product
 from nullbayes.model.batch import Inputs, batch_size, select, tensor_leaves
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.smooth import written_out
@@ -179,7 +179,7 @@ class LayerState:
 
     def linearised(self, inputs: Inputs, count: int) -> Tensor:
         """``J(x) Δ_s (S, B, *out)`` at prior precision one: forward mode, or two reverse passes where there is none."""
-        product, out = _forward, []
+        product, out = forward_product, []
         zeros = {n: torch.zeros_like(t) for n, t in self.functional.weights().items()}
         # Attention by its plain operations has derivatives of both kinds.
         with plain_paths(), written_out():
@@ -188,9 +188,9 @@ class LayerState:
                 try:
                     change = product(self.functional, dict(tangent), inputs)
                 except (NotImplementedError, RuntimeError):
-                    if product is _double_reverse:
+                    if product is double_reverse_product:
                         raise
-                    product = _double_reverse
+                    product = double_reverse_product
                     change = product(self.functional, dict(tangent), inputs)
                 out.append(change.detach())
         return torch.stack(out)

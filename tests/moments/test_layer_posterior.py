@@ -241,9 +241,8 @@ def test_left_out_divergence_against_refits(name: str) -> None:
     for block, factor in zip(state.blocks.blocks, without.factors, strict=True):
         variance += float(factor.whiten(block.matrix(named)).square().sum())
     want = variance / (2 * labels[0].numel())
-    if (
-        name == "decoder"
-    ):  # inputs of a tied layer are not taken out of its sums: a little less, never more
+    # Inputs of a tied layer are not taken out of its sums: a little less, never more.
+    if name == "decoder":
         assert 0.5 * want < found <= want * (1 + 1e-9)
     else:
         assert found == pytest.approx(want, rel=1e-6)

@@ -187,9 +187,8 @@ def _compared(
         # Where differentiating examples one by one gives the same as all at once no more closely, rounding is why.
         noise = (gradient_by_examples(functional, inputs, total) - expected).abs()
         bad = gradient_mismatches(space, expected, found, rounding=rounding, noise=noise)
-    if (
-        bad and len(values) > 1
-    ):  # or outputs one by one: each may be large where their sum is nothing
+    # Or outputs one by one: each may be large where their sum is nothing.
+    if bad and len(values) > 1:
         noise = (gradient_by_outputs(functional, inputs, values, weights) - expected).abs()
         bad = gradient_mismatches(space, expected, found, rounding=rounding, noise=noise)
     return expected, bad

@@ -56,5 +56,8 @@ class DenseFactor(Factor):
     def narrow(self, start: int, stop: int) -> DenseFactor:
         return DenseFactor(self.slots, self.values[start:stop])
 
+    def single(self, rows: Tensor) -> DenseFactor:
+        return DenseFactor(self.slots, self.rows()[rows][:, None])
+
     def joined(self, parts: Sequence[DenseFactor]) -> DenseFactor:
         return DenseFactor(self.slots, torch.cat([p.values for p in parts]))

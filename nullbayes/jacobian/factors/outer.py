@@ -94,6 +94,10 @@ class OuterFactor(OuterCosts):
     def narrow(self, start: int, stop: int) -> OuterFactor:
         return self.like(self.a[start:stop], self.g[start:stop])
 
+    def single(self, rows: Tensor) -> OuterFactor:
+        n, c = rows // self.cotangents, rows % self.cotangents
+        return self.like(self.a[n], self.g[n, c][:, None])
+
     def joined(self, parts: Sequence[OuterFactor]) -> OuterFactor:
         tokens = max(p.tokens for p in parts)
         a = [pad(p.a, (0, 0, 0, 0, 0, tokens - p.tokens)) for p in parts]

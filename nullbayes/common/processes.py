@@ -187,7 +187,9 @@ class Processes:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
-            self._interrupted = False
+            unheard, self._interrupted = self._interrupted, False
+        if unheard:  # it came after the last decision
+            raise KeyboardInterrupt
 
     def decided(self, value: int) -> int:
         """The leader's ``value`` (0 or more), on every process.

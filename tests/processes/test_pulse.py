@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from support import says
 import nullbayes as nb
 from nullbayes.common import pulse
 from nullbayes.common.alike import Rounded, told_apart
+from nullbayes.common.processes import Processes
 from nullbayes.common.pulse import Pulse
 
 
@@ -97,3 +100,17 @@ def test_numbers_are_the_same_but_for_rounding() -> None:
     assert apart[0] == apart[1]
     assert len(set(apart)) == 3
     assert len(set(told_apart([1.0, 1.0 + 1e-9, True, "1.0"]))) == 4
+
+
+def test_ctrl_c_after_the_last_decision_is_not_lost() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    processes = Processes.__new__(Processes)
+    processes._interrupted = False
+    try:
+        with pytest.raises(KeyboardInterrupt), processes.interruptible():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+        with processes.interruptible():  # nobody presses it
+            pass
+    finally:
+        signal.signal(signal.SIGINT, before)

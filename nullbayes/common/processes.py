@@ -139,8 +139,14 @@ class Processes:
             self.barrier()
         except BaseException as error:
             self._broken = True
+            if isinstance(error, ProcessError):
+                self.pulse.fail(str(error), relays=True)
+                raise
             kind = "it was interrupted." if isinstance(error, KeyboardInterrupt) else _told(error)
             self.pulse.fail(kind)
+            if self._ranks[self.rank] == 0:  # which may hold the store
+                with contextlib.suppress(ProcessError):
+                    self.pulse.linger()
             raise
         finally:
             self.pulse.leave()
@@ -181,7 +187,9 @@ class Processes:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
-            self._interrupted = False
+            unheard, self._interrupted = self._interrupted, False
+        if unheard:  # it came after the last decision
+            raise KeyboardInterrupt
 
     def decided(self, value: int) -> int:
         """The leader's ``value`` (0 or more), on every process.

@@ -25,6 +25,8 @@ SILENT = 15.0
 STALLED = 45.0
 # Processor seconds within that time below which nothing was computed; beats alone take a hundredth of it.
 _IDLE = 0.25
+# Seconds that a process which fails waits, at most, for the others to hear of it.
+HEARD = 4.0
 # Seconds that a process may take to come to a call that the others have made already.
 ABSENT = 300.0
 
@@ -69,6 +71,7 @@ class Pulse:
         self.rank, self.size, self._store = rank, size, store
         self.stalled = stall_limit()
         self.where, self.waiting, self.failed = OUTSIDE, False, ""
+        self.relays = False  # whether the failure is that of another process
         self.calls = 0
         #: the exchange that this process waits in: which one since the beginning, and what it is
         self.exchange: tuple[int, str] = (0, "")
@@ -83,7 +86,7 @@ class Pulse:
 
     def enter(self, where: str) -> None:
         """This process is now in the call ``where``."""
-        self.where, self.calls, self.failed = where, self.calls + 1, ""
+        self.where, self.calls, self.failed, self.relays = where, self.calls + 1, "", False
         self.beat()
 
     def leave(self) -> None:
@@ -91,10 +94,21 @@ class Pulse:
         self.where, self.waiting = OUTSIDE, False
         self.beat()
 
-    def fail(self, why: str) -> None:
-        """Tell all others that this process has ended, and why."""
-        self.failed = why
+    def fail(self, why: str, *, relays: bool = False) -> None:
+        """Tell all others that this process has ended, and why; ``relays``: as another one told it."""
+        self.failed, self.relays = why, relays
         self.beat()
+
+    def linger(self) -> None:
+        """Return once all others have heard of a failure here, or soon: with this process their store may go."""
+        until = time.monotonic() + HEARD
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        while time.monotonic() < until:
+            beats = self._beats()
+            inside = (beats[r] for r in others if r in beats and not beats[r]["failed"])
+            if not any(b["where"] == self.where and b["calls"] == self.calls for b in inside):
+                return
+            time.sleep(BEAT / 10)
 
     def stop(self) -> None:
         """No beats any more."""
@@ -115,6 +129,7 @@ class Pulse:
                 "waiting": self.waiting,
                 "exchange": self.exchange,
                 "failed": self.failed,
+                "relays": self.relays,
                 "who": f"{socket.gethostname()}, pid {os.getpid()}",
             }
             self._store.set(f"beat/{self.rank}", json.dumps(told))
@@ -222,6 +237,8 @@ class Pulse:
 
     def _judge(self, rank: int, seen: _Seen, now: float) -> None:
         who = _who(rank, seen)
+        if seen.beat.get("relays"):
+            raise ProcessError(seen.beat["failed"])
         if seen.beat.get("failed"):
             raise ProcessError(f"{who} ended with an error: {seen.beat['failed']} {_REST}.")
         self._judge_silence(rank, seen, now)

@@ -76,15 +76,18 @@ def hooks_of(
                 # Asking costs a tenth of turning gradients off once more.
                 with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
                     summer = None if summers is None else summers.get(number)
-                    if summer is not None and summer.add(module, args, kwargs, out):
-                        return
+                    if summer is not None:
+                        with torch._C.DisableTorchFunction():  # modes watch the network, not this
+                            if summer.add(module, args, kwargs, out):
+                                return
                     if thin is None:
                         found = site.rule.inputs(module, args, kwargs, out)
                     else:
                         found = site.rule.thinned(module, args, kwargs, out, thin)
                     for seen in found:
                         if seen.weight in site.places:
-                            receive(number, *site.places[seen.weight], seen)
+                            with torch._C.DisableTorchFunction():
+                                receive(number, *site.places[seen.weight], seen)
             except (AttributeError, IndexError, TypeError) as error:
                 raise ModelError(
                     f"the rule {type(site.rule).__name__} cannot read the inputs of {site.path or 'the model'!r} "

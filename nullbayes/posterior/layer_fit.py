@@ -125,7 +125,12 @@ def collect(
     if known is not None:
         blocks, ranks = known
     else:
-        functional.outputs(first, f"{name}, batch 0")  # wrong inputs are said to be that
+        outputs = functional.outputs(first, f"{name}, batch 0")  # wrong inputs are said to be that
+        if not outputs.is_floating_point():
+            raise InputError(
+                f"{name}, batch 0: the outputs have dtype {outputs.dtype}, expected real floating point: raw logits or "
+                "regression outputs, before any argmax or comparison."
+            )
         blocks = verified_blocks(functional, first, f"{name}, batch 0")
         ranks = sketch_ranks(blocks.blocks, budget)
         if not blocks.blocks:

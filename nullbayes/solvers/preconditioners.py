@@ -177,14 +177,10 @@ class Rows(Subset):
         # Imported here: that of weighted rows builds on this file.
         from nullbayes.solvers.row_scaling import RowWeighted
 
-        weights = None
-        inner = operator
-        if isinstance(operator, RowWeighted):
-            weights, inner = operator.weights, operator.operator
+        whole = operator if isinstance(operator, RowWeighted) else None
+        inner = operator if whole is None else whole.operator
         wanted = self._wanted(inner.shape[0])
-        squares = row_square_norms(inner)
-        if weights is not None:
-            squares = squares * weights.double().square()
+        squares = row_square_norms(inner) if whole is None else whole.squared_norms()
         squares = squares.cpu()
         there = int((squares > 0).sum())
         if not there or wanted * row_bytes(inner) > self._copied(wanted):
@@ -193,8 +189,8 @@ class Rows(Subset):
         some = single_rows(inner, drawn(chance, generator))
         assert some.chosen is not None
         scale = chance[some.chosen].rsqrt().to(inner.device)
-        if weights is not None:
-            scale = scale * weights[some.chosen.to(weights.device)]
+        if whole is not None:
+            scale = scale * whole.weights[some.chosen.to(inner.device)]
         return RowWeighted(some, scale), 1.0
 
     @staticmethod

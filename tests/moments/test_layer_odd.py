@@ -187,3 +187,26 @@ def test_files_under_inference_mode(tmp_path: Path) -> None:
         loaded = nb.load(tmp_path / "layers.safetensors", model)
     wanted = posterior.predict(flat(3, 1)).outputs
     torch.testing.assert_close(loaded.predict(flat(3, 1)).outputs, wanted)
+
+
+@pytest.mark.parametrize("kind", ["layers", "rows"])
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda m, x: m.a(x).to_sparse(), "`.to_dense()`"),
+        (lambda m, x: torch.nested.nested_tensor([m.a(one) for one in x]), "to_padded_tensor"),
+        (lambda m, x: m.a(x) > 0, "raw logits"),
+        (lambda m, x: m.a(x).argmax(-1, keepdim=True), "raw logits"),
+    ],
+    ids=["sparse", "nested", "bool", "int"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_outputs_of_another_kind_are_named(function: Any, words: str, kind: str) -> None:
+    model = two(function)
+    with says(nb.NullBayesError, words):
+        if kind == "layers":
+            quiet(model, [flat()], nb.Regression(noise_variance=1.0), **EXACT)
+        else:
+            nb.NullSpacePosterior(model, nb.Regression(noise_variance=1.0)).fit(
+                [(flat(), torch.zeros(12, 3).double())], 2, progress=False
+            )

@@ -101,7 +101,7 @@ def _check_outputs(functional: FunctionalModel, inputs: Inputs, outputs: Tensor,
 
 
 def _check_frequencies(functional: FunctionalModel) -> None:
-    """Raise `ModelError` for tables whose gradient is divided by how often the batch reads a row: it is no derivative."""
+    """Raise `ModelError` for tables whose gradient is divided by how often the batch reads a row."""
     chosen = {
         id(p) for n, p in functional.model.named_parameters() if n in functional.space.by_name
     }

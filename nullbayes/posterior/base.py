@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nullbayes.certificate import Certificate
 from nullbayes.common.arguments import check_count, check_positive, check_sample_dtype
+from nullbayes.common.chance import keeping_chance
 from nullbayes.common.crowd import Crowd
 from nullbayes.constraints.directions import Directions
 from nullbayes.constraints.preserve import Preserve
@@ -166,6 +167,7 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
 
     # -- fit ---------------------------------------------------------------------------------------
 
+    @keeping_chance
     @undisturbed_method
     def plan(
         self,
@@ -199,6 +201,7 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
             plan = made_together(made, self.problem, train_loader, processes)
             return with_communication(plan, self.problem, self._settings, num_samples, processes)
 
+    @keeping_chance
     @undisturbed_method
     def fit(
         self: Self,
@@ -287,6 +290,7 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
 
     # -- use ---------------------------------------------------------------------------------------
 
+    @keeping_chance
     @undisturbed_method
     def calibrate(
         self,

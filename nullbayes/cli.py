@@ -50,7 +50,7 @@ def demo(
     ] = None,
     seed: Annotated[int, typer.Option(help="One seed, one result.")] = 0,
     examples: Annotated[
-        int | None, typer.Option(help="Training images whose predictions are kept.")
+        int | None, typer.Option(help="Training images whose predictions are preserved.")
     ] = None,
     samples: Annotated[int, typer.Option(help="Weight samples that each posterior draws.")] = 30,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,

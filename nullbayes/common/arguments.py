@@ -44,6 +44,14 @@ def check_positive(value: float, name: str) -> float:
     return float(value)
 
 
+def check_delta(value: float) -> float:
+    """Where a null space ends: finite, 0 or more."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value < math.inf:
+        raise InputError(f"`delta` is {value!r}; expected a number, 0 (exact) or more.")
+    return float(value)
+
+
 def check_count(value: int, name: str, least: int = 1) -> int:
     """A whole number, NumPy's included, of at least ``least``."""
     try:

@@ -28,7 +28,7 @@ def check_kind(model: nn.Module) -> None:
     if empty:
         raise ModelError(
             f"{empty[:5]} are on the meta device, where tensors have shapes and no values (built under "
-            "`torch.device('meta')`, or offloaded). Load the weights first, `model.load_state_dict(state, assign=True)`, "
+            "`torch.device('meta')`, or offloaded). Load the weights, `model.load_state_dict(state, assign=True)`; "
             "or build the model on a device."
         )
     sharded = [

@@ -57,7 +57,8 @@ class ParameterSpace:
             raise InputError(
                 "`parameters` selects nothing: an empty list, a filter that says no to every name, or "
                 "a model without a parameter that requires a gradient. Name some "
-                "(`parameters=['head.weight', ...]`) or call `model.requires_grad_(True)`."
+                "(`parameters=['head.weight', ...]`) or call `model.requires_grad_(True)`. An adapter of peft is "
+                "frozen unless it is loaded with `is_trainable=True`, or while it is disabled."
             )
         devices = sorted({str(t.device) for t in tensors.values()})
         if len(devices) > 1:

@@ -419,9 +419,12 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
         fit.check_whole("save")
         settings = described(fit, self._settings.target, self.calibration)
         settings["class"] = type(self).__name__
-        write_posterior(beside_adapter(path), self.model, self.problem, fit.stored, settings)
+        write_posterior(beside_adapter(path), fit, settings)
 
-    def _restore(self, samples: Tensor, settings: dict[str, Any]) -> None:
-        """Take over what a file holds, around this posterior's model."""
-        fit, self.calibration = restored(self.problem, samples, settings)
+    def _restore(
+        self, samples: Tensor, settings: dict[str, Any], prints: dict[str, str], watch: Watch
+    ) -> None:
+        """Take over what a file holds, around this posterior's model, whose ``prints`` were taken after ``watch``."""
+        fit, self.calibration = restored(self.problem, samples, settings, prints)
         self._take(fit)
+        self._watch = watch

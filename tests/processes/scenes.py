@@ -93,6 +93,7 @@ SOLVERS: dict[str, Callable[[float], Any]] = {
     "kronecker": lambda t: CG(t, preconditioner="kronecker"),
     "subset": lambda t: CG(t, preconditioner=solvers.preconditioners.Subset(12)),
     "scaled subset": lambda t: CG(t, 300, solvers.preconditioners.Subset(12), 0.5),
+    "scaled rows": lambda t: CG(t, 300, solvers.preconditioners.Rows(12), 0.5),
     "scaled kronecker": lambda t: CG(t, 300, "kronecker", 0.5),
     "sketch": lambda t: CG(t, preconditioner="sketch"),
     "pivoted": lambda t: CG(t, preconditioner="pivoted"),

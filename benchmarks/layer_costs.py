@@ -155,9 +155,8 @@ def measured(name: str, count: int, *, latency: bool = False) -> dict[str, Any]:
     call(some)
     if latency:
         posterior = nb.LayerNullSpacePosterior(model).fit(Again(batches), progress=False)
-        some = next(
-            network(name, DEFAULT[name])[1]()
-        )  # texts are ordered by length: those of the whole fit
+        # Texts are ordered by length: those of the whole fit.
+        some = next(network(name, DEFAULT[name])[1]())
         return {"name": name} | novelty_costs(posterior, call, some)
     loading = seconds(lambda: [None for _ in batches()])
     forward = plain()

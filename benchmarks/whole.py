@@ -146,9 +146,8 @@ def curve(path: str, options: argparse.Namespace) -> dict[str, Any]:
         seen.append((time.perf_counter() - started, int(state["done"]), state["x"].clone()))
         offer(self, state, now=now)
 
-    whole = mock.patch(
-        "nullbayes.fit.pipeline.held_out", return_value=[]
-    )  # one search from end to end
+    # One search from end to end.
+    whole = mock.patch("nullbayes.fit.pipeline.held_out", return_value=[])
     with mock.patch.object(Watch, "offer", recording), whole:
         posterior = fitted(model, batches, options.curve_to, options)
     end = posterior._fit

@@ -169,9 +169,8 @@ def _figures(mean: Tensor, total: Tensor, targets: Tensor) -> dict[str, float]:
 def conformal(network: nn.Module, data: Dataset) -> dict[str, float]:
     """Coverage and width of the interval of one size whose level split conformal prediction guarantees on average."""
     gaps = (network(data.validation.inputs) - data.validation.targets).abs().flatten().sort().values
-    rank = math.ceil(
-        (len(gaps) + 1) * LEVEL
-    )  # beyond the last: no finite interval has the guarantee
+    # Beyond the last: no finite interval has the guarantee.
+    rank = math.ceil((len(gaps) + 1) * LEVEL)
     size = float(gaps[rank - 1]) if rank <= len(gaps) else float("inf")
     away = (network(data.test.inputs) - data.test.targets).abs()
     covered = float((away <= size).double().mean())

@@ -55,9 +55,8 @@ def scale_of(task: str, setting: str) -> Scale:
     measured, test, outside = few
     seeds = {"small": 2, "full": 3}[setting] - (task == "fashion_lenet")
     if task == "fashion_lenet" and setting == "small":
-        base = replace(
-            base, train=1000, memory="1GB"
-        )  # too little for a direct solver, which takes longer
+        # Too little for a direct solver, which takes longer.
+        base = replace(base, train=1000, memory="1GB")
     return replace(
         base,
         seeds=seeds,

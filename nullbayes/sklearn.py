@@ -134,9 +134,8 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
             net = self.net_.module_
             net.eval()
         elif isinstance(net, nn.Module):
-            net = copy.deepcopy(
-                net
-            )  # later changes of the user's are not those of a fitted estimator
+            # Later changes of the user's are not those of a fitted estimator.
+            net = copy.deepcopy(net)
         else:
             raise InputError(
                 f"`module` is {type(net).__name__}; expected a trained torch.nn.Module or a skorch net."

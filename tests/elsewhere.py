@@ -7,11 +7,8 @@ a generator of the wrong device too, and each transfer of values to the host is 
 
 from __future__ import annotations
 
-import traceback
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +18,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from tests.host_reads import waits
+from tests.host_reads import Reads, waits
 
 
 class _Module(backend_registration._DummyBackendModule):  # type: ignore[misc]
@@ -34,7 +31,6 @@ class _Module(backend_registration._DummyBackendModule):  # type: ignore[misc]
 backend_registration._setup_privateuseone_for_python_backend("elsewhere", _Module())
 HERE = torch.device("cpu")
 THERE = torch.device("elsewhere", 0)
-LIBRARY = str(Path(__file__).parents[1] / "nullbayes")
 
 aten = torch.ops.aten
 # Where a tensor of the host may stand beside one of the device.
@@ -87,7 +83,7 @@ class Elsewhere(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.reads: Counter[str] = Counter()
+        self.reads = Reads()
         self.watching = False
         #: operations on the device so far; each is a launch, or several
         self.launches = 0
@@ -95,16 +91,10 @@ class Elsewhere(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return dispatched(func, args, kwargs or {}, self)
 
-    def read(self, what: str) -> None:
-        if self.watching:
-            lines = [f for f in traceback.extract_stack() if f.filename.startswith(LIBRARY)]
-            where = f"{Path(lines[-1].filename).name}:{lines[-1].lineno}" if lines else "outside"
-            self.reads[f"{where} {what}"] += 1
-
     @contextmanager
-    def watch(self) -> Iterator[Counter[str]]:
+    def watch(self) -> Iterator[Reads]:
         """Count, in the block, the transfers to the host."""
-        self.watching, self.reads = True, Counter()
+        self.watching, self.reads = True, Reads()
         try:
             yield self.reads
         finally:
@@ -127,9 +117,8 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any], mode: Elsewhere | N
             return func(*args, **kwargs)
     elif not there:
         return func(*args, **kwargs)
-    if (
-        name == "aten::_efficientzerotensor"
-    ):  # zeros without memory, which the inner operation would read
+    # Zeros without memory, which the inner operation would read.
+    if name == "aten::_efficientzerotensor":
         func = aten.zeros.default
     result = THERE if (asked is None and there) or (asked and asked.type == THERE.type) else HERE
     if there and name not in _COPYING:
@@ -168,8 +157,8 @@ def _count(func: Any, name: str, args: Any, result: torch.device, mode: Elsewher
     what = waits(func, args)
     if away or (copied and not isinstance(args[0], There)):
         what = "copied to the host"
-    if what is not None:
-        mode.read(what)
+    if what is not None and mode.watching:
+        mode.reads.note(what)
 
 
 def _together(name: str, given: list[Tensor], there: list[There]) -> None:

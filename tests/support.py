@@ -50,6 +50,10 @@ def perceptron(outputs: int = 3, seed: int = 0, *, width: int = 9) -> nn.Module:
         return nn.Sequential(*layers).double().eval()
 
 
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def inputs(count: int, seed: int = 1) -> Tensor:
     """``(count, 4)`` for it."""
     return torch.randn(count, 4, generator=torch.Generator().manual_seed(seed)).double()

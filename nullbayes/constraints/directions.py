@@ -110,7 +110,7 @@ def _eigen(factor: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     return scaled, eigenvalues.clamp_min(0).flip(-1)
 
 
-def _trace(values: Tensor) -> Tensor:
+def trace_of(values: Tensor) -> Tensor:
     """Sum of squares of each example's cotangents ``(C, B, *out)``: ``(B,)``."""
     count, batch = values.shape[:2]
     norms = torch.linalg.vector_norm(values.reshape(count, batch, -1), dim=(0, 2))

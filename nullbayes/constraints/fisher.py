@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.common.arguments import check_count
-from nullbayes.constraints.directions import Cotangents, Directions, _trace
+from nullbayes.constraints.directions import Cotangents, Directions, trace_of
 from nullbayes.constraints.preserve import (
     Predictions,
     Preserve,
@@ -89,7 +89,7 @@ class SampledFisher(Predictions):
             "the gradients at sampled labels",
             "Check the outputs, and your own likelihood's `sampled_gradient`.",
         )
-        trace = _trace(values)
+        trace = trace_of(values)
         return Cotangents(values, torch.zeros_like(trace), trace)
 
     def describe(self) -> str:

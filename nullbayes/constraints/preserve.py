@@ -34,9 +34,9 @@ from nullbayes.constraints.directions import (
     AUTO_SHARE,
     Cotangents,
     Directions,
-    _trace,
     leading_directions,
     resolve_directions,
+    trace_of,
 )
 from nullbayes.errors import InputError
 from nullbayes.likelihood.base import Likelihood
@@ -60,7 +60,7 @@ class Preserve(ABC):
 
     @abstractmethod
     def num_rows(self, likelihood: Likelihood, output_shape: tuple[int, ...]) -> int:
-        """C, the rows per example with all directions kept (output shape without the batch axis)."""
+        """C, the rows per example with all directions preserved (output shape without the batch axis)."""
 
     @abstractmethod
     def build(self, likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -68,17 +68,23 @@ class Preserve(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """What is kept, as a phrase that ends "the posterior keeps ..."."""
+        """What is preserved, as a phrase that ends "the posterior preserves ..."."""
 
     def change(
-        self, likelihood: Likelihood, point: Tensor, draws: Tensor, targets: Tensor, *, linear: bool
+        self,
+        likelihood: Likelihood,
+        point: Tensor,
+        samples: Tensor,
+        targets: Tensor,
+        *,
+        linear: bool,
     ) -> Tensor:
-        """How far draws ``(S, B, *out)`` move what is kept, element by element: ``(S, B, ...)``.
+        """How far samples ``(S, B, *out)`` move what is preserved, element by element: ``(S, B, ...)``.
 
-        For the certificate. ``linear``: to first order, where what is kept is not an output itself.
+        For the certificate. ``linear``: to first order, where what is preserved is not an output itself.
         Default: the change of the outputs.
         """
-        return draws - point
+        return samples - point
 
     def rows(
         self, likelihood: Likelihood, output_shape: tuple[int, ...], directions: Directions = None
@@ -124,7 +130,7 @@ class Preserve(ABC):
             return shortcut
         if limit is not None:
             return leading_directions(values, limit)
-        trace = _trace(values)
+        trace = trace_of(values)
         return Cotangents(values, torch.zeros_like(trace), trace)
 
     def shortcut(
@@ -232,10 +238,16 @@ class Predictions(Preserve):
         return Cotangents(values, left.clamp_min(0).to(outputs), trace.to(outputs))
 
     def change(
-        self, likelihood: Likelihood, point: Tensor, draws: Tensor, targets: Tensor, *, linear: bool
+        self,
+        likelihood: Likelihood,
+        point: Tensor,
+        samples: Tensor,
+        targets: Tensor,
+        *,
+        linear: bool,
     ) -> Tensor:
         """Change of the predicted probabilities (of the outputs, for regression)."""
-        return likelihood.inverse_link(draws) - likelihood.inverse_link(point[None])
+        return likelihood.inverse_link(samples) - likelihood.inverse_link(point[None])
 
     def describe(self) -> str:
         return "the training predictions"
@@ -262,7 +274,7 @@ class Outputs(Preserve):
 
 @register_preserve
 class Loss(Preserve):
-    """Rows ``∇_f ℓ_nᵀ J_n``, one an example: each example's loss is kept to first order."""
+    """Rows ``∇_f ℓ_nᵀ J_n``, one an example: each example's loss is preserved to first order."""
 
     name = "loss"
     natural_units = True
@@ -274,14 +286,20 @@ class Loss(Preserve):
         return likelihood.loss_gradient(outputs, targets).unsqueeze(0)
 
     def change(
-        self, likelihood: Likelihood, point: Tensor, draws: Tensor, targets: Tensor, *, linear: bool
+        self,
+        likelihood: Likelihood,
+        point: Tensor,
+        samples: Tensor,
+        targets: Tensor,
+        *,
+        linear: bool,
     ) -> Tensor:
         """Change of each example's loss in nats, ``(S, B)``."""
         if linear:
             gradient = likelihood.loss_gradient(point, targets)
-            return ((draws - point) * gradient).reshape(*draws.shape[:2], -1).sum(2)
+            return ((samples - point) * gradient).reshape(*samples.shape[:2], -1).sum(2)
         before = likelihood.loss(point, targets)
-        return torch.stack([likelihood.loss(draw, targets) - before for draw in draws])
+        return torch.stack([likelihood.loss(sample, targets) - before for sample in samples])
 
     def describe(self) -> str:
         return "each training example's loss"
@@ -289,7 +307,7 @@ class Loss(Preserve):
 
 @register_preserve
 class TokenLoss(Preserve):
-    """One row for each position of each example: each token's loss is kept to first order.
+    """One row for each position of each example: each token's loss is preserved to first order.
 
     Positions that are ignored have none. For classification with outputs ``(B, T, O)``, images included.
     """
@@ -304,7 +322,13 @@ class TokenLoss(Preserve):
         return likelihood.position_gradients(outputs, targets)
 
     def change(
-        self, likelihood: Likelihood, point: Tensor, draws: Tensor, targets: Tensor, *, linear: bool
+        self,
+        likelihood: Likelihood,
+        point: Tensor,
+        samples: Tensor,
+        targets: Tensor,
+        *,
+        linear: bool,
     ) -> Tensor:
         """Change of the loss of each position that counts, in nats, ``(S, tokens)``."""
         before = likelihood.position_losses(point, targets)
@@ -312,12 +336,12 @@ class TokenLoss(Preserve):
         if linear:
             after = [
                 torch.func.jvp(
-                    lambda f: likelihood.position_losses(f, targets), (point,), (draw - point,)
+                    lambda f: likelihood.position_losses(f, targets), (point,), (sample - point,)
                 )[1]
-                for draw in draws
+                for sample in samples
             ]
         else:
-            after = [likelihood.position_losses(draw, targets) - before for draw in draws]
+            after = [likelihood.position_losses(sample, targets) - before for sample in samples]
         return torch.stack([a[counted] for a in after])
 
     def describe(self) -> str:

@@ -65,7 +65,7 @@ class Task:
     data: Dataset
     model: nn.Module
     shifts: dict[str, Shift]
-    examples: int  # training images whose predictions are kept
+    examples: int  # training images whose predictions are preserved
     epochs: int
     batch_size: int
     learning_rate: float

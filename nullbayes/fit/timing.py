@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nullbayes.audit.examples import SAMPLES, Claim, Question, audit_examples
 from nullbayes.audit.sampling import Reservoir
-from nullbayes.certificate.measure import GuaranteeCheck, sampled_draws, sampled_examples
+from nullbayes.certificate.measure import GuaranteeCheck, sampled_examples, sampled_networks
 from nullbayes.common.progress import AUDIT, CERTIFICATE
 from nullbayes.constraints.memory_budget import FitMemory
 from nullbayes.constraints.problem import Problem
@@ -150,7 +150,7 @@ class Trial:
         look = timed(lambda: check.divergence(1e-3))
         sampled, _ = settled(
             lambda: sampled_outputs(
-                self.problem.functional, v[: sampled_draws(self.problem)], some, scale=1e-3
+                self.problem.functional, v[: sampled_networks(self.problem)], some, scale=1e-3
             )
         )
         each = max(1, sum(unit.nbytes for _, unit, _ in check.batches) // count)

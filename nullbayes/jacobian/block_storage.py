@@ -421,9 +421,8 @@ def moved_out(blocks: Sequence[Openable], room: int) -> list[Openable]:
         if isinstance(block, Block) and fits_on_disk(block.nbytes, block.device):
             try:
                 out[i] = OnDisk(block)
-            except (
-                OSError
-            ):  # a disk that is fuller than it said; the budget's own check speaks of it
+            except OSError:
+                # A disk that is fuller than it said; the budget's own check speaks of it.
                 break
             held -= block.nbytes
     return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -260,7 +261,10 @@ def _by_rows(
     return torch.cat(changes, dim=2).reshape(len(samples), *point.shape)
 
 
-def _forward(functional: FunctionalModel, tangent: dict[str, Tensor], inputs: Inputs) -> Tensor:
+def forward_product(
+    functional: FunctionalModel, tangent: dict[str, Tensor], inputs: Inputs
+) -> Tensor:
+    """``J(x) Δ (B, *out)`` by one pass in forward mode."""
     weights = functional.weights()
     change: Tensor = torch.func.jvp(lambda w: functional(w, inputs), (weights,), (tangent,))[1]
     return change
@@ -272,8 +276,8 @@ def differentiable_change(
     """``J(x) Δ (B, *out)`` with a graph to the inputs, by the first way that serves; None: by none of them."""
     tangent = functional.space.unflatten(delta)
     ways: tuple[tuple[Product, Callable[[], AbstractContextManager[Any]]], ...] = (
-        (_forward, smooth),
-        (_double_reverse_kept, smooth),
+        (forward_product, smooth),
+        (partial(double_reverse_product, kept=True), smooth),
     )
     found = (_tried(product, mode, functional, tangent, inputs) for product, mode in ways)
     return next((change for change in found if change is not None), None)
@@ -297,20 +301,14 @@ def _tried(
     return change if change.requires_grad else None
 
 
-def _double_reverse_kept(
-    functional: FunctionalModel, tangent: dict[str, Tensor], inputs: Inputs
-) -> Tensor:
-    return _double_reverse(functional, tangent, inputs, kept=True)
-
-
-def _double_reverse(
+def double_reverse_product(
     functional: FunctionalModel,
     tangent: dict[str, Tensor],
     inputs: Inputs,
     *,
     kept: bool = False,
 ) -> Tensor:
-    """``J(x) Δ``; ``kept``: with the graph behind it."""
+    """``J(x) Δ (B, *out)`` by two reverse passes; ``kept``: with the graph behind it."""
     leaves = functional.weights(requires_grad=True)
     with torch.enable_grad():
         f = functional(leaves, inputs)
@@ -328,10 +326,10 @@ def _double_reverse(
 def _products() -> tuple[tuple[Product, Callable[[], AbstractContextManager[Any]]], ...]:
     """Ways to differentiate along a weight change, the cheapest first; rows serve where none of them does."""
     return (
-        (_forward, nullcontext),
-        (_double_reverse, nullcontext),
-        (_forward, Mathematical),
-        (_double_reverse, Mathematical),
+        (forward_product, nullcontext),
+        (double_reverse_product, nullcontext),
+        (forward_product, Mathematical),
+        (double_reverse_product, Mathematical),
     )
 
 

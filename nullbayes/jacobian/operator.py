@@ -415,9 +415,8 @@ def chosen_parts(
 
     Views are slices, and data come shuffled or by class.
     """
-    torch.randperm(
-        len(sizes), generator=generator
-    )  # unused, as in version 0.1: the same seed, the same parts
+    # Unused, as in version 0.1: the same seed, the same parts.
+    torch.randperm(len(sizes), generator=generator)
     due = 0.0
     for i, size in enumerate(sizes):
         due += share * size

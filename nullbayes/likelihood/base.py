@@ -16,7 +16,7 @@ from nullbayes.errors import InputError, NullBayesError, StorageError
 from nullbayes.likelihood.helpers import (
     check_batch,
     log_mean_exp,
-    require_draws,
+    require_samples,
     to_float64,
     without_rounding,
 )
@@ -27,7 +27,7 @@ from nullbayes.model.structure import Layouts
 
 @dataclass(frozen=True)
 class Moments:
-    """What a set of output draws says about a batch of ``B`` examples.
+    """What a set of output samples says about a batch of ``B`` examples.
 
     The shapes of the last three depend on the likelihood: one value per example (or position) for
     classification, one per logit or output for binary and regression.
@@ -55,9 +55,9 @@ class Likelihood(ABC):
             nll = outputs.exp() - targets * outputs + torch.lgamma(targets + 1)
             return nll.flatten(1).sum(1)
 
-        def moments(self, draws, point, *, linearised):
-            rate = draws.exp()
-            variance = epistemic_variance(draws, point, linearised=linearised)
+        def moments(self, samples, point, *, linearised):
+            rate = samples.exp()
+            variance = epistemic_variance(samples, point, linearised=linearised)
             mean = rate.mean(0)
             epistemic = rate.var(0)
             return Moments(mean, variance, mean + epistemic, mean, epistemic)
@@ -95,10 +95,10 @@ class Likelihood(ABC):
         """
 
     @abstractmethod
-    def moments(self, draws: Tensor, point: Tensor, *, linearised: bool) -> Moments:
-        """Predictive moments from ``draws`` ``(S, B, *out)`` around ``point`` ``(B, *out)``.
+    def moments(self, samples: Tensor, point: Tensor, *, linearised: bool) -> Moments:
+        """Predictive moments from ``samples`` ``(S, B, *out)`` around ``point`` ``(B, *out)``.
 
-        Linearised draws have the exact mean ``point``; those of the sampled network do not, and their
+        Linearised samples have the exact mean ``point``; those of the sampled network do not, and their
         variance is taken about their own mean (which needs ``S >= 2``).
         """
 
@@ -128,7 +128,7 @@ class Likelihood(ABC):
     # -- what a prediction is --------------------------------------------------------------------
 
     def inverse_link(self, outputs: Tensor) -> Tensor:
-        """What draws ``(S, B, *out)`` predict: probabilities, or (the default) themselves."""
+        """What samples ``(S, B, *out)`` predict: probabilities, or (the default) themselves."""
         return outputs
 
     def centre(self, change: Tensor) -> Tensor:
@@ -272,28 +272,28 @@ class Likelihood(ABC):
 
     # -- predictions against targets -------------------------------------------------------------
 
-    def log_predictive(self, draws: Tensor, targets: Tensor) -> Tensor:
-        """Log predictive density of the targets, ``(B,)``, under ``draws`` ``(S, B, *out)``.
+    def log_predictive(self, samples: Tensor, targets: Tensor) -> Tensor:
+        """Log predictive density of the targets, ``(B,)``, under ``samples`` ``(S, B, *out)``.
 
         Default: ``log mean_s exp(-loss_s)``, the joint density of all that one example predicts.
         """
-        require_draws(draws, 1)
-        return log_mean_exp(torch.stack([-self.loss(draw, targets) for draw in draws]))
+        require_samples(samples, 1)
+        return log_mean_exp(torch.stack([-self.loss(sample, targets) for sample in samples]))
 
-    def divergence(self, point: Tensor, draws: Tensor, targets: Tensor) -> Tensor:
+    def divergence(self, point: Tensor, samples: Tensor, targets: Tensor) -> Tensor:
         """Kullback-Leibler divergence in nats from the prediction at ``point`` ``(B, *out)`` to that of
-        ``draws`` ``(S, B, *out)``, averaged over what one example observes: ``(S, B)``.
+        ``samples`` ``(S, B, *out)``, averaged over what one example observes: ``(S, B)``.
 
         Default: second order, half the change through the loss's Hessian (one double-backward pass a
-        draw), over the number of target elements of an example.
+        sample), over the number of target elements of an example.
         """
         with torch.inference_mode(False), torch.enable_grad():
             at = point.detach().clone().requires_grad_()
             gradient = self._gradient(at, detached(targets), create_graph=True)
             if not gradient.requires_grad:  # a loss linear in the outputs
-                return draws.new_zeros(draws.shape[:2])
+                return samples.new_zeros(samples.shape[:2])
             values = []
-            for change in (draws - point).detach().clone():
+            for change in (samples - point).detach().clone():
                 (product,) = torch.autograd.grad(
                     gradient, at, change, retain_graph=True, materialize_grads=True
                 )
@@ -315,10 +315,10 @@ class Likelihood(ABC):
         return float(values.sum()), values.numel()
 
     def score_draws(
-        self, draws: Tensor, point: Tensor, *, linearised: bool, targets: Any
+        self, samples: Tensor, point: Tensor, *, linearised: bool, targets: Any
     ) -> tuple[float, int]:
-        """`score` of what draws ``(S, B, *out)`` predict together: of their mean prediction."""
-        return self.score(self.moments(draws, point, linearised=linearised).mean, targets)
+        """`score` of what samples ``(S, B, *out)`` predict together: of their mean prediction."""
+        return self.score(self.moments(samples, point, linearised=linearised).mean, targets)
 
     def final_score(self, total: float, count: int) -> float:
         """The score called `score_name` from summed `score` results; NaN where nothing was counted."""

@@ -16,7 +16,7 @@ from nullbayes.likelihood.helpers import (
     entropy_terms,
     epistemic_variance,
     log_mean_exp,
-    require_draws,
+    require_samples,
     reshape_column,
 )
 
@@ -84,28 +84,28 @@ class Binary(Likelihood):
         return outputs.sigmoid()
 
     @formerly_positional("linearised")
-    def moments(self, draws: Tensor, point: Tensor, *, linearised: bool) -> Moments:
+    def moments(self, samples: Tensor, point: Tensor, *, linearised: bool) -> Moments:
         """Mean probabilities, and entropies in nats of each logit's label: all ``(B, *out)``."""
-        variance = epistemic_variance(draws, point, linearised=linearised)
-        log_yes, log_no = F.logsigmoid(draws), F.logsigmoid(-draws)
+        variance = epistemic_variance(samples, point, linearised=linearised)
+        log_yes, log_no = F.logsigmoid(samples), F.logsigmoid(-samples)
         mean_yes, mean_no = log_mean_exp(log_yes), log_mean_exp(log_no)
         total = entropy_terms(mean_yes) + entropy_terms(mean_no)
         aleatoric = (entropy_terms(log_yes) + entropy_terms(log_no)).mean(0)
         epistemic = (total - aleatoric).clamp_min(0)
         return Moments(mean_yes.exp(), variance, total, aleatoric, epistemic)
 
-    def log_predictive(self, draws: Tensor, targets: Tensor) -> Tensor:
+    def log_predictive(self, samples: Tensor, targets: Tensor) -> Tensor:
         """``log mean_s p_s(y_k)``, summed over logits (probabilities as targets: averaged): ``(B,)``."""
-        require_draws(draws, 1)
-        labels = self.prepare_targets(draws[0], targets)
-        yes, no = log_mean_exp(F.logsigmoid(draws)), log_mean_exp(F.logsigmoid(-draws))
+        require_samples(samples, 1)
+        labels = self.prepare_targets(samples[0], targets)
+        yes, no = log_mean_exp(F.logsigmoid(samples)), log_mean_exp(F.logsigmoid(-samples))
         return (labels * yes + (1 - labels) * no).reshape(labels.shape[0], -1).sum(1)
 
-    def divergence(self, point: Tensor, draws: Tensor, targets: Tensor) -> Tensor:
+    def divergence(self, point: Tensor, samples: Tensor, targets: Tensor) -> Tensor:
         """Exact, averaged over the logits: ``(S, B)``."""
-        yes = point.sigmoid() * (F.logsigmoid(point) - F.logsigmoid(draws))
-        no = (-point).sigmoid() * (F.logsigmoid(-point) - F.logsigmoid(-draws))
-        return (yes + no).reshape(*draws.shape[:2], -1).mean(2).clamp_min(0)
+        yes = point.sigmoid() * (F.logsigmoid(point) - F.logsigmoid(samples))
+        no = (-point).sigmoid() * (F.logsigmoid(-point) - F.logsigmoid(-samples))
+        return (yes + no).reshape(*samples.shape[:2], -1).mean(2).clamp_min(0)
 
     def correct(self, mean: Tensor, targets: Tensor) -> Tensor:
         """1 where probability and target lie on the same side of one half, else 0: ``(B, *out)``."""

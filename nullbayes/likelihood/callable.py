@@ -74,9 +74,8 @@ class CallableLoss(Likelihood):
     def __init__(self, function: LossFunction) -> None:
         self.function = function
         self.layouts: Layouts = Layouts()
-        self._separate: set[tuple[int, ...]] = (
-            set()
-        )  # output shapes for which examples were found separate
+        # Output shapes for which examples were found separate.
+        self._separate: set[tuple[int, ...]] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallableLoss:
         # A bound method would take its object along, and that may be the model.
@@ -219,10 +218,10 @@ class CallableLoss(Likelihood):
         scaled = (vectors * values.sqrt().unsqueeze(-1)).transpose(0, 1).to(outputs)
         return scaled.reshape(-1, *outputs.shape), values, torch.maximum(traces, values.sum(1))
 
-    def divergence(self, point: Tensor, draws: Tensor, targets: Any) -> Tensor:
+    def divergence(self, point: Tensor, samples: Tensor, targets: Any) -> Tensor:
         """Second order: half the change through the loss's Hessian, over the number of target elements."""
         hessian = OutputHessian(self.loss, point, targets)
-        changes = (draws - point).reshape(len(draws), *hessian.shape)
+        changes = (samples - point).reshape(len(samples), *hessian.shape)
         values = [(hessian.product(change) * change).sum(1) for change in changes]
         elements = [t.numel() for t in tree_flatten(targets)[0] if isinstance(t, Tensor)]
         observed = max(1, sum(elements) // len(point))
@@ -231,10 +230,10 @@ class CallableLoss(Likelihood):
     # -- predictions -----------------------------------------------------------------------------
 
     @formerly_positional("linearised")
-    def moments(self, draws: Tensor, point: Tensor, *, linearised: bool) -> Moments:
+    def moments(self, samples: Tensor, point: Tensor, *, linearised: bool) -> Moments:
         """Mean and epistemic variance of the flat outputs."""
-        variance = epistemic_variance(draws, point, linearised=linearised)
-        mean = point if linearised else draws.mean(0)
+        variance = epistemic_variance(samples, point, linearised=linearised)
+        mean = point if linearised else samples.mean(0)
         return Moments(mean, variance, variance, torch.zeros_like(variance), variance)
 
     def structured(self, values: Tensor) -> Any:
@@ -246,11 +245,11 @@ class CallableLoss(Likelihood):
         return self.loss(mean, targets)
 
     def score_draws(
-        self, draws: Tensor, point: Tensor, *, linearised: bool, targets: Any
+        self, samples: Tensor, point: Tensor, *, linearised: bool, targets: Any
     ) -> tuple[float, int]:
-        """Losses of the draws themselves: that of their mean would say nothing of their spread."""
-        total = sum(float(to_float64(self.loss(draw, targets)).sum()) for draw in draws)
-        return total / len(draws), len(point)
+        """Losses of the samples themselves: that of their mean would say nothing of their spread."""
+        total = sum(float(to_float64(self.loss(sample, targets)).sum()) for sample in samples)
+        return total / len(samples), len(point)
 
     # -- storage ---------------------------------------------------------------------------------
 

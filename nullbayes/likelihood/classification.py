@@ -18,7 +18,7 @@ from nullbayes.likelihood.helpers import (
     epistemic_variance,
     float64_setting,
     log_mean_exp,
-    require_draws,
+    require_samples,
     to_float64,
 )
 from nullbayes.likelihood.softmax import position_directions, softmax_directions, softmax_factor
@@ -346,45 +346,45 @@ class Classification(Likelihood):
     # -- what a prediction is --------------------------------------------------------------------
 
     def inverse_link(self, outputs: Tensor) -> Tensor:
-        """Probabilities of draws ``(S, B, *out)``."""
+        """Probabilities of samples ``(S, B, *out)``."""
         return outputs.softmax(self._trailing_axis(outputs))
 
     def centre(self, change: Tensor) -> Tensor:
         """Softmax does not see a constant added to all logits."""
         return change - change.mean(self._trailing_axis(change), keepdim=True)
 
-    def _trailing_axis(self, draws: Tensor) -> int:
-        """Class axis, from the end, of draws ``(S, B, *out)``."""
-        shape = draws.shape[1:]
+    def _trailing_axis(self, samples: Tensor) -> int:
+        """Class axis, from the end, of samples ``(S, B, *out)``."""
+        shape = samples.shape[1:]
         return self._axis(shape) - len(shape)
 
     # -- predictions -----------------------------------------------------------------------------
 
     @formerly_positional("linearised")
-    def moments(self, draws: Tensor, point: Tensor, *, linearised: bool) -> Moments:
+    def moments(self, samples: Tensor, point: Tensor, *, linearised: bool) -> Moments:
         """Mean probabilities ``(B, *out)`` and entropies in nats, ``(B,)`` or ``(B, *positions)``.
 
         ``total = H[mean_s p_s]``, ``aleatoric = mean_s H[p_s]`` and their difference, the mutual
         information between label and weights (never below 0; rounding could put it there).
         """
-        variance = epistemic_variance(draws, point, linearised=linearised)
+        variance = epistemic_variance(samples, point, linearised=linearised)
         axis = self._axis(point.shape)
-        log_p = draws.log_softmax(axis + 1)
+        log_p = samples.log_softmax(axis + 1)
         log_mean = log_mean_exp(log_p)
         total = entropy_terms(log_mean).sum(axis)
         aleatoric = entropy_terms(log_p).sum(axis + 1).mean(0)
         epistemic = (total - aleatoric).clamp_min(0)
         return Moments(log_mean.exp(), variance, total, aleatoric, epistemic)
 
-    def log_predictive(self, draws: Tensor, targets: Tensor) -> Tensor:
+    def log_predictive(self, samples: Tensor, targets: Tensor) -> Tensor:
         """``log mean_s p_s(y)`` of each position, summed over positions: ``(B,)``.
 
         Soft labels average it over the label distribution. Ignored positions add nothing; class
         weights are not applied, as they weight a loss and not a probability.
         """
-        require_draws(draws, 1)
-        axis = self._axis(draws.shape[1:], self.prepare_targets(draws[0], targets))
-        log_mean = log_mean_exp(draws.log_softmax(axis + 1))
+        require_samples(samples, 1)
+        axis = self._axis(samples.shape[1:], self.prepare_targets(samples[0], targets))
+        log_mean = log_mean_exp(samples.log_softmax(axis + 1))
         flat, labels, _ = self._flatten(log_mean, targets)
         if labels.is_floating_point():
             return (labels * flat).sum((1, 2))
@@ -392,11 +392,11 @@ class Classification(Likelihood):
         index = torch.where(kept, labels, torch.zeros_like(labels)).unsqueeze(-1)
         return (flat.gather(-1, index).squeeze(-1) * kept).sum(1)
 
-    def divergence(self, point: Tensor, draws: Tensor, targets: Tensor) -> Tensor:
+    def divergence(self, point: Tensor, samples: Tensor, targets: Tensor) -> Tensor:
         """Exact, averaged over the positions that are not ignored: ``(S, B)``. Weights do not enter."""
         flat, labels, axis = self._flatten(point, targets)
         log_p = flat.log_softmax(-1)
-        log_q = draws.movedim(axis + 1, -1).reshape(len(draws), *flat.shape).log_softmax(-1)
+        log_q = samples.movedim(axis + 1, -1).reshape(len(samples), *flat.shape).log_softmax(-1)
         each = (log_p.exp() * (log_p - log_q)).sum(-1)  # (S, B, T)
         if labels.is_floating_point():
             return each.mean(-1).clamp_min(0)

@@ -38,35 +38,35 @@ def log_mean_exp(values: Tensor) -> Tensor:
     return values.logsumexp(0) - math.log(values.shape[0])
 
 
-def require_draws(draws: Tensor, least: int) -> None:
-    """Raise `InputError` where fewer draws came than the estimate needs."""
-    if draws.shape[0] < least:
+def require_samples(samples: Tensor, least: int) -> None:
+    """Raise `InputError` where fewer samples came than the estimate needs."""
+    if samples.shape[0] < least:
         raise InputError(
-            f"got {draws.shape[0]} draws of the outputs, expected at least {least}. Fit the posterior "
+            f"got {samples.shape[0]} samples of the outputs, expected at least {least}. Fit the posterior "
             f"with a larger `num_samples`."
         )
 
 
-def mirrored(draws: Tensor, point: Tensor) -> Tensor:
-    """Linearised draws ``(S, B, *out)`` and their mirror images about ``point``: ``(2S, B, *out)``.
+def mirrored(samples: Tensor, point: Tensor) -> Tensor:
+    """Linearised samples ``(S, B, *out)`` and their mirror images about ``point``: ``(2S, B, *out)``.
 
-    A Gaussian is symmetric, so both are draws; together their mean is ``point`` exactly, and what is odd in the
+    A Gaussian is symmetric, so both are samples; together their mean is ``point`` exactly, and what is odd in the
     weights drops out of every average over them (antithetic variates, Hammersley & Morton 1956). A mean prediction
-    of few draws then does not wander from that of the trained network by chance: with two classes, the more
+    of few samples then does not wander from that of the trained network by chance: with two classes, the more
     probable one always stays the same.
     """
-    return torch.cat([draws, 2 * point - draws])
+    return torch.cat([samples, 2 * point - samples])
 
 
 @formerly_positional("linearised")
-def epistemic_variance(draws: Tensor, point: Tensor, *, linearised: bool) -> Tensor:
-    """Variance of ``draws`` ``(S, B, *out)`` over S: ``(B, *out)``, unbiased either way.
+def epistemic_variance(samples: Tensor, point: Tensor, *, linearised: bool) -> Tensor:
+    """Variance of ``samples`` ``(S, B, *out)`` over S: ``(B, *out)``, unbiased either way.
 
-    Linearised draws have the known mean ``point``, so the squares are divided by S; otherwise the mean
-    is estimated and they are divided by S - 1. Raises `InputError` for too few draws.
+    Linearised samples have the known mean ``point``, so the squares are divided by S; otherwise the mean
+    is estimated and they are divided by S - 1. Raises `InputError` for too few samples.
     """
-    require_draws(draws, 1 if linearised else 2)
-    return (draws - point).square().mean(0) if linearised else draws.var(0)
+    require_samples(samples, 1 if linearised else 2)
+    return (samples - point).square().mean(0) if linearised else samples.var(0)
 
 
 def entropy_terms(log_p: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from nullbayes.likelihood.helpers import (
     epistemic_variance,
     float64_setting,
     log_mean_exp,
-    require_draws,
+    require_samples,
     reshape_column,
     to_float64,
 )
@@ -179,31 +179,31 @@ class Regression(Likelihood):
     # -- predictions -----------------------------------------------------------------------------
 
     @formerly_positional("linearised")
-    def moments(self, draws: Tensor, point: Tensor, *, linearised: bool) -> Moments:
+    def moments(self, samples: Tensor, point: Tensor, *, linearised: bool) -> Moments:
         """Mean and variances of the prediction, all ``(B, *out)``; ``total = aleatoric + epistemic``."""
-        epistemic = epistemic_variance(draws, point, linearised=linearised)
+        epistemic = epistemic_variance(samples, point, linearised=linearised)
         aleatoric = self._variance(point).expand_as(point).clone()
-        mean = point if linearised else draws.mean(0)
+        mean = point if linearised else samples.mean(0)
         return Moments(mean, epistemic, aleatoric + epistemic, aleatoric, epistemic)
 
-    def log_predictive(self, draws: Tensor, targets: Tensor) -> Tensor:
+    def log_predictive(self, samples: Tensor, targets: Tensor) -> Tensor:
         """``log mean_s N(y_o; f_so, σ_o²)``, summed over outputs (marginals, not joint): ``(B,)``.
 
-        Taken per output because the joint density of many outputs, averaged over a few draws, is
-        ruled by the one draw that happens to fit best.
+        Taken per output because the joint density of many outputs, averaged over a few samples, is
+        ruled by the one sample that happens to fit best.
         """
-        require_draws(draws, 1)
-        wanted = self.prepare_targets(draws[0], targets)
-        log_density = torch.stack([self._log_density(draw, wanted) for draw in draws])
+        require_samples(samples, 1)
+        wanted = self.prepare_targets(samples[0], targets)
+        log_density = torch.stack([self._log_density(sample, wanted) for sample in samples])
         return log_mean_exp(log_density).reshape(wanted.shape[0], -1).sum(1)
 
     def observed(self, change: Tensor) -> Tensor:
         return change / self._variance(change[0]).sqrt()
 
-    def divergence(self, point: Tensor, draws: Tensor, targets: Tensor) -> Tensor:
+    def divergence(self, point: Tensor, samples: Tensor, targets: Tensor) -> Tensor:
         """``(f_s - f)² / 2σ²``, averaged over the outputs: ``(S, B)``."""
-        squares = (draws - point).square() / (2 * self._variance(point))
-        return squares.reshape(*draws.shape[:2], -1).mean(2)
+        squares = (samples - point).square() / (2 * self._variance(point))
+        return squares.reshape(*samples.shape[:2], -1).mean(2)
 
     # -- storage ---------------------------------------------------------------------------------
 

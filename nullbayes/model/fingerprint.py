@@ -31,7 +31,7 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
             if values.is_floating_point():
                 values = values.to(torch.float32)
             digest = hashlib.sha256(str(tuple(values.shape)).encode())
-            digest.update(values.contiguous().numpy().tobytes())
+            digest.update(values.reshape(-1).contiguous().view(torch.uint8).numpy().data)
             out[f"{name}.{inner}" if inner else name] = digest.hexdigest()[:24]
     return out
 

@@ -46,9 +46,8 @@ def limited(
         known = len(targets) if isinstance(targets, Tensor) and targets.ndim else None
         same = targets is inputs and not isinstance(targets, Tensor)
         inputs = functional.batch(inputs, known)
-        targets = (
-            inputs if same else targets
-        )  # of a loss that needs no targets: cut as the inputs are
+        # Of a loss that needs no targets: cut as the inputs are.
+        targets = inputs if same else targets
         size = batch_size(inputs, f"{name}, batch {index}")
         if limit is not None and seen + size > limit:
             targets = take(targets, 0, limit - seen, size)

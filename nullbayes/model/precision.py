@@ -65,9 +65,8 @@ class Watch(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if (
-            getattr(func, "__name__", "") != "__get__"
-        ):  # a look at a shape or dtype is none at the numbers
+        # A look at a shape or dtype is none at the numbers.
+        if getattr(func, "__name__", "") != "__get__":
             self.used = self.used or any(map(self._is_original, (*args, *kwargs.values())))
         out = func(*args, **kwargs)
         if getattr(func, "__name__", "") in COPIES:

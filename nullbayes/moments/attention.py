@@ -42,9 +42,8 @@ class AttentionInputs(InputRule):
             argument(args, kwargs, i, name) for i, name in enumerate(("query", "key", "value"))
         )
         if module._qkv_same_embed_dim:
-            if (
-                query is key and key is value
-            ):  # one input for the three, which is multiplied out once
+            # One input for the three, which is multiplied out once.
+            if query is key and key is value:
                 yield Seen("in_proj_weight", query.unsqueeze(-2).expand(*query.shape[:-1], 3, -1))
             elif query.shape == key.shape == value.shape:
                 yield Seen("in_proj_weight", torch.stack((query, key, value), dim=-2))

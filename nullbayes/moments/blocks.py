@@ -75,9 +75,8 @@ class Site:
     path: str
     module: nn.Module
     rule: InputRule
-    places: Mapping[
-        str, tuple[int, int | None]
-    ]  # local weight: its block, and its bias's column there
+    # Local weight: its block, and its bias's column there.
+    places: Mapping[str, tuple[int, int | None]]
     claimed: tuple[str, ...]  # local names of all weights and biases that the rule accounts for
 
 

@@ -62,9 +62,8 @@ class Step:
         assert visit.inputs is not None and visit.outputs is not None
         self.site, self.shape, self.layer = visit.site, visit.inputs, layer
         self.column, self.count = visit.parts[0].column, visit.parts[0].size
-        self.blocks = [
-            visit.parts[0].block
-        ]  # and those of the weights that receive the same tensor
+        # And those of the weights that receive the same tensor.
+        self.blocks = [visit.parts[0].block]
         self.order: Tensor | None = None  # of its columns, if not that of the weight
         self.index: Tensor | None = None
         self.map: Tensor | None = None

@@ -79,9 +79,8 @@ class Leverage:
             x = x.to(self.dtype)
         weight, one = self.part(own, column)
         y = torch.mm(x, weight[0]) if one is None else torch.addmm(one[0], x, weight[0])
-        if (
-            x.stride(0) == 1 < x.stride(1)
-        ):  # columns lie together: norms along them take four times as long
+        # Columns lie together: norms along them take four times as long.
+        if x.stride(0) == 1 < x.stride(1):
             return torch.linalg.vector_norm(y, dim=1), torch.mul(x, x).sum(1).sqrt_()
         return torch.linalg.vector_norm(y, dim=1), torch.linalg.vector_norm(x, dim=1)
 

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nullbayes.model.module_rules import ModuleRules
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -145,33 +147,17 @@ class InputRule(ABC):
         return None
 
 
-_RULES: dict[type[nn.Module], InputRule] = {}
-# Classes of packages that need not be installed, by qualified name.
-_NAMED: dict[str, InputRule] = {}
+_RULES = ModuleRules[InputRule]()
 
 
 def register(*kinds: type[nn.Module] | str) -> Callable[[type[InputRule]], type[InputRule]]:
     """Class decorator: use this rule for modules of these classes (or of these ``"module.Class"`` names)."""
-
-    def decorate(rule: type[InputRule]) -> type[InputRule]:
-        for kind in kinds:
-            if isinstance(kind, str):
-                _NAMED[kind] = rule()
-            else:
-                _RULES[kind] = rule()
-        return rule
-
-    return decorate
+    return _RULES.register(*kinds)
 
 
 def rule_for(module: nn.Module) -> InputRule | None:
     """The rule of the nearest registered ancestor whose ``forward`` the class still runs."""
-    for kind in type(module).__mro__:
-        rule = _RULES.get(kind) or _NAMED.get(f"{kind.__module__}.{kind.__qualname__}")
-        if rule is not None:
-            same = type(module).forward is getattr(kind, "forward", None)
-            return rule if same and rule.supports(module) else None
-    return None
+    return _RULES.rule_for(module)
 
 
 def argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str) -> Any:

@@ -21,13 +21,16 @@ from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.precision import Watch
 from nullbayes.moments.blocks import Block, Blocks, Site, find_blocks
-from nullbayes.moments.capture import plain_paths, recording, restored
+from nullbayes.moments.capture import TransformedCall, plain_paths, recording, restored
 from nullbayes.moments.collector import Collector
 from nullbayes.moments.factor import Edge, Factor, LowRankFactor, factorise
 from nullbayes.moments.second import BlockMoments, DenseMoments
 from nullbayes.moments.sketch import Sketch
 
 OTHER_USE = "it is used outside of the layers that have a rule"
+TRANSFORMED = (
+    "its layer is called within `torch.func` (`vmap`, `jacrev`), where its inputs cannot be read"
+)
 WRONG_RULE = "outputs move although the inputs that its rule names would allow it"
 # Largest change of an output, relative to the largest output, that rounding explains.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
@@ -47,8 +50,16 @@ def verified_blocks(
     """
     few = take(inputs, 0, min(EXAMPLES, batch_size(inputs)))
     blocks = find_blocks(functional.model, functional.space)
-    seen_by(functional, blocks, few, where, ranks=proof_ranks(blocks.blocks))
-    for change_of, reason in ((_other_uses, OTHER_USE), (_null_space, WRONG_RULE)):
+    while True:
+        try:
+            seen_by(functional, blocks, few, where, ranks=proof_ranks(blocks.blocks))
+            break
+        except TransformedCall as call:
+            places = blocks.sites[call.site].places.values()
+            names = {n for i, _ in places for n in blocks.blocks[i].names}
+            fixed = blocks.fixed | dict.fromkeys(names, TRANSFORMED)
+            blocks = find_blocks(functional.model, functional.space, fixed)
+    for change_of, reason in ((other_uses, OTHER_USE), (_null_space, WRONG_RULE)):
         with torch.no_grad():
             change = change_of(functional, blocks, few)
             if not change(range(len(blocks.blocks))):
@@ -79,7 +90,8 @@ def _failing(change: Moves, among: list[int]) -> list[int]:
     return [i for half in halves if half and change(half) for i in _failing(change, half)]
 
 
-def _other_uses(functional: FunctionalModel, blocks: Blocks, few: Inputs) -> Moves:
+def other_uses(functional: FunctionalModel, blocks: Blocks, few: Inputs) -> Moves:
+    """Whether outputs for ``few`` move by other weights of some blocks, while layers give what they do with these."""
     weights = functional.weights()
     sites = blocks.sites
     originals = [{local: _local(site, local).detach() for local in site.claimed} for site in sites]

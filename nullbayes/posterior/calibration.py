@@ -1,6 +1,6 @@
 """The whole prior-scale path from one pass over validation data; or that of a temperature, or of a regression's noise.
 
-Linearised function draws scale with ``α^{-1/2}``: the Jacobian products are computed once, and every
+Linearised samples scale with ``α^{-1/2}``: the Jacobian products are computed once, and every
 prior precision is a multiplication away. The far end of the path is the trained network itself.
 
 Observation noise that was estimated from training residuals is too small wherever the network fits its training data

@@ -139,9 +139,8 @@ class Distilled(Exported):
         """The network's outputs, and what its tapped layers received, each ``(B, d)``, with the outputs."""
         seen = self.seen
         seen.values = []  # of a pass that failed
-        if (
-            isinstance(given, Tensor) and self.user_forward is None
-        ):  # the short way: small networks take microseconds
+        # The short way: small networks take microseconds.
+        if isinstance(given, Tensor) and self.user_forward is None:
             outputs = as_tensor_output(self.network(given))
         else:
             seen.mask = given.get("attention_mask") if isinstance(given, Mapping) else None

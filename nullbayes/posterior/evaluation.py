@@ -7,16 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from nullbayes.common.writing import plain, write_signed_json
 from nullbayes.posterior.measuring.estimates import Estimate
 from nullbayes.posterior.measuring.records import METRICS
 from nullbayes.posterior.measuring.running import Question as Question
 from nullbayes.posterior.measuring.running import measured
-
-if TYPE_CHECKING:
-    pass
 
 SCHEMA = 1
 KIND = "nullbayes-evaluation"

@@ -103,7 +103,8 @@ class LayerJudged(Judged):
         loaders = checked(own.functional, val_loader, ood_loader, metric)
         if tune == "temperature":
             warn_of_closed(own.calibration, own.prior_precision)
-        with self._together("calibrate") as processes:
+        asked = {"metric": metric, "tune": tune, "ood_loader": ood_loader is not None}
+        with self._together("calibrate", **asked) as processes:
             plan = own._plan_of_rows(first_inputs(own.functional, loaders[0], "val_loader"))
             search = search_of(loaders, metric, tune, progress, processes)
             path = calibration_path(as_fit(fit, own.likelihood), plan, search)

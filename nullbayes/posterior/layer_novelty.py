@@ -24,9 +24,8 @@ def leverage_score(leverages: Leverages, inputs: Inputs) -> Tensor:
     count: two values of a channel say all of them.
     """
     _, directions, _ = leverages.means(inputs)
-    return (
-        directions.clamp_min(1e-300).log().nansum(1)
-    )  # layers that an example does not reach are left out
+    # Layers that an example does not reach are left out.
+    return directions.clamp_min(1e-300).log().nansum(1)
 
 
 def information_score(

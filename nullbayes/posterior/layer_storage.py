@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nullbayes.common.files import atomic_file, checksum
 from nullbayes.errors import InputError, StorageError
 from nullbayes.likelihood import Likelihood, LossFunction
-from nullbayes.model.fingerprint import fingerprint
 from nullbayes.model.functional import Forward, unwrapped
 from nullbayes.model.randomness import FrozenRandomness
 from nullbayes.moments.blocks import Blocks, find_blocks
@@ -29,7 +25,14 @@ from nullbayes.posterior.layer_certificate import LayerCertificate
 from nullbayes.posterior.layer_combined import References
 from nullbayes.posterior.layer_fit import LayerFit
 from nullbayes.posterior.layer_state import LayerState
-from nullbayes.posterior.storage import FORMAT, VERSION, Stored, signed
+from nullbayes.posterior.posterior_file import (
+    VERSION,
+    check_format,
+    check_whole,
+    description,
+    write_file,
+)
+from nullbayes.posterior.storage import Stored
 
 if TYPE_CHECKING:
     from nullbayes.posterior.layers import LayerNullSpacePosterior
@@ -41,7 +44,7 @@ def write_layers(
     path: str | os.PathLike[str], posterior: LayerNullSpacePosterior, fit: LayerFit
 ) -> None:
     """Write one safetensors file, whole or not at all. Raises `StorageError`."""
-    target, space, state = Path(path), posterior.space, fit.state
+    space, state = posterior.space, fit.state
     tensors, ranks = _tensors(fit.gathered)
     references = posterior._references() if state.references or state.gathered.kept else None
     if references is not None:
@@ -67,28 +70,8 @@ def write_layers(
         "certificate": fit.certificate.as_dict(),
         "calibration": None if posterior.calibration is None else posterior.calibration.as_dict(),
     }
-    meta = {
-        "format": FORMAT,
-        "version": VERSION,
-        "names": list(space.names),
-        "shapes": [list(slot.shape) for slot in space.slots],
-        "dtype": str(space.dtype),
-        "fingerprint": fingerprint(posterior.model),
-        "settings": settings,
-    }
-    try:
-        text = json.dumps(meta)
-    except TypeError as error:
-        raise StorageError(
-            f"the posterior's settings cannot be written as JSON ({error}); a custom likelihood's "
-            "`config()` must return plain numbers, strings and lists."
-        ) from error
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(target) as part:
-            save_file(tensors, part, metadata=signed(text, tensors))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise StorageError(f"could not write {target}: {error}.") from error
+    meta = description(fit.fingerprint, space, space.dtype, VERSION, settings)
+    write_file(Path(path), meta, tensors)
 
 
 def _tensors(gathered: Gathered) -> tuple[dict[str, Tensor], list[int | None]]:
@@ -136,7 +119,7 @@ def load_layers(
     source = Path(path)
     meta, tensors = read_layers(source)
     stored = Stored(source, meta, torch.empty(0))
-    stored.check_model(unwrapped(model))
+    prints = stored.check_model(unwrapped(model))
     try:
         settings = stored.settings
         frozen = settings.get("randomness")
@@ -152,7 +135,7 @@ def load_layers(
         blocks = find_blocks(posterior.model, posterior.space, settings["fixed"])
         _check_blocks(source, blocks, settings)
         gathered = _gathered(blocks, tensors, settings, posterior.functional.device)
-        _restore(posterior, blocks, gathered, settings)
+        _restore(posterior, blocks, gathered, settings, prints)
         if settings.get("last") is not None:
             values = tensors["references"].to(posterior.functional.device)
             posterior._fitted().state.references = References(values, int(settings["last"]))
@@ -181,16 +164,8 @@ def read_layers(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise StorageError(
             f"{source} cannot be read: {error}. It is truncated or not a posterior file; save it again."
         ) from error
-    if meta["format"] != FORMAT or meta["version"] > VERSION:
-        raise StorageError(
-            f"{source} has format {meta['format']!r} version {meta['version']}; this "
-            f"nullbayes reads {FORMAT!r} up to version {VERSION}. Upgrade nullbayes."
-        )
-    if metadata.get("checksum") != checksum(text, tensors):
-        raise StorageError(
-            f"{source} cannot be read: it is not what was written (its checksum differs). It was damaged or changed "
-            "since; save it again."
-        )
+    check_format(source, meta)
+    check_whole(source, metadata.get("checksum"), text, tensors)
     return meta, tensors
 
 
@@ -234,6 +209,7 @@ def _restore(
     blocks: Blocks,
     gathered: Gathered,
     settings: dict[str, Any],
+    prints: dict[str, str],
 ) -> None:
     state = LayerState(
         posterior.functional,
@@ -250,7 +226,7 @@ def _restore(
             float(settings["prior_precision"]),
             settings["left_out"],
             LayerCertificate.from_dict(settings["certificate"]),
-            fingerprint(posterior.model),
+            prints,
         )
     )
     posterior._given = bool(settings.get("given", False))  # files of version 0.1 do not say

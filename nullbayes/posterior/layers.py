@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from nullbayes.common.arguments import check_choice, check_count, check_positive
+from nullbayes.common.arguments import check_choice, check_count, check_delta, check_positive
 from nullbayes.common.memory import available_bytes, explained_out_of_memory, parse_bytes
 from nullbayes.common.processes import Processes
 from nullbayes.common.progress import Laps, stages
@@ -99,12 +98,9 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
         draws: int | None = None,
         process_group: Any = None,
     ) -> None:
-        number = isinstance(delta, (int, float)) and not isinstance(delta, bool)
-        if not number or not 0 <= delta < math.inf:
-            raise InputError(f"`delta` is {delta!r}; expected a number, 0 (exact) or more.")
         self.model = unwrapped(model)
         self.likelihood = resolve_loss(likelihood, loss, CLASSIFICATION)
-        self.delta, self.process_group = float(delta), process_group
+        self.delta, self.process_group = check_delta(delta), process_group
         if isinstance(prior_precision, str):
             check_choice(prior_precision, (AUTO,), "prior_precision")
             self._prior: float | None = None
@@ -150,7 +146,7 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
         """
         num_samples = check_count(num_samples, "num_samples")
         seed = check_count(seed, "seed", 0)
-        with self._together("fit") as processes:
+        with self._together("fit", num_samples=num_samples) as processes:
             data = self._part(self._data(train, "train"), "train", processes, seed)
             self._check_mode()
             self.space.check_finite(self.model)
@@ -398,6 +394,7 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
         state = self._ready().state
         return LayerProjector(self.model, state.blocks, state.factors)
 
+    @undisturbed_method
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write sums, settings, certificate and a fingerprint of the model to one file; no data, no samples."""
         from nullbayes.posterior.layer_storage import write_layers

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from nullbayes.common.arguments import PriorPrecision
+from nullbayes.common.arguments import PriorPrecision, check_delta
 from nullbayes.common.deprecation import warn_deprecated
 from nullbayes.constraints.directions import Directions
 from nullbayes.constraints.fisher import with_curvature
 from nullbayes.constraints.preserve import Preserve
 from nullbayes.constraints.problem import PriorMean, Problem
-from nullbayes.errors import InputError
 from nullbayes.fit.plan import Plan
 from nullbayes.fit.result import Settings
 from nullbayes.fit.target import FullLaplace, NullSpace
 from nullbayes.likelihood import Likelihood, LossFunction, resolve_loss
-from nullbayes.model.functional import Forward, functional_model, unwrapped
+from nullbayes.model.functional import Forward, FunctionalModel, functional_model, unwrapped
 from nullbayes.model.last_layer import resolved
 from nullbayes.model.parameters import ParameterChoice
 from nullbayes.model.randomness import FrozenRandomness, resolve_randomness
@@ -114,21 +112,16 @@ class NullSpacePosterior(Posterior):
         process_group: Any = None,
         device_mesh: Any = None,
     ) -> None:
-        number = isinstance(delta, (int, float)) and not isinstance(delta, bool)
-        if not number or not 0 <= delta < math.inf:
-            raise InputError(f"`delta` is {delta!r}; expected a number, 0 (exact) or more.")
+        target = NullSpace(check_delta(delta))
         explained = resolve_loss(likelihood, loss, "classification")
         frozen = resolve_randomness(randomness, draws)
-        chosen = resolved(unwrapped(model), parameters)
-        functional = functional_model(model, chosen, forward, explained.layouts, frozen)
-        functional.last_layer = chosen is not parameters
+        functional = _functional(model, parameters, forward, explained, frozen)
         prior = None if within is None else within.as_prior(functional)
         rows = with_curvature(preserve, curvature, directions)
         problem = Problem.of(
             functional, explained, rows, directions, prior_precision, prior, prior_mean
         )
         row_drift = _row_drift(row_drift, drift)
-        target = NullSpace(float(delta))
         super().__init__(problem, Settings.of(target, solver, tolerance, row_drift, memory))
         self._shared_by(process_group, device_mesh)
 
@@ -175,9 +168,7 @@ class LaplacePosterior(Posterior):
     ) -> None:
         explained = resolve_loss(likelihood, loss, "classification")
         frozen = resolve_randomness(randomness, draws)
-        chosen = resolved(unwrapped(model), parameters)
-        functional = functional_model(model, chosen, forward, explained.layouts, frozen)
-        functional.last_layer = chosen is not parameters
+        functional = _functional(model, parameters, forward, explained, frozen)
         rows = with_curvature(preserve, curvature, directions)
         problem = Problem.of(
             functional, explained, rows, directions, prior_precision, prior_mean=prior_mean
@@ -186,6 +177,20 @@ class LaplacePosterior(Posterior):
         target = FullLaplace(1.0)
         super().__init__(problem, Settings.of(target, solver, tolerance, row_drift, memory))
         self._shared_by(process_group, device_mesh)
+
+
+def _functional(
+    model: nn.Module,
+    parameters: ParameterChoice,
+    forward: Forward | None,
+    likelihood: Likelihood,
+    randomness: FrozenRandomness | None,
+) -> FunctionalModel:
+    """The network as a function of the chosen weights."""
+    chosen = resolved(unwrapped(model), parameters)
+    functional = functional_model(model, chosen, forward, likelihood.layouts, randomness)
+    functional.last_layer = chosen is not parameters
+    return functional
 
 
 def _row_drift(row_drift: float | None, drift: float | None) -> float | None:

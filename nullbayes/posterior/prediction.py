@@ -13,7 +13,7 @@ from torch import Tensor
 from nullbayes.common.processes import Processes
 from nullbayes.errors import InputError, NonFiniteError
 from nullbayes.likelihood import Likelihood
-from nullbayes.likelihood.helpers import mirrored, require_draws
+from nullbayes.likelihood.helpers import mirrored, require_samples
 from nullbayes.model.structure import tensors_in
 
 METHODS = ("linearised", "sampled")
@@ -22,13 +22,13 @@ SHOWN = 10  # examples of a prediction shown in a notebook
 
 @dataclass(frozen=True, repr=False)
 class Prediction:
-    """A Bayesian prediction for ``B`` examples from ``S`` function draws.
+    """A Bayesian prediction for ``B`` examples from ``S`` samples.
 
     Attributes:
         mean: ``(B, *out)`` predictive mean: class probabilities, or the regression mean. Linearised, it and the
-            uncertainties are averages over the draws and their mirror images about ``point``.
-        outputs: ``(S, B, *out)`` raw outputs (logits) of each draw; draw ``s`` is the same function
-            for every batch, so draws can be followed across batches.
+            uncertainties are averages over the samples and their mirror images about ``point``.
+        outputs: ``(S, B, *out)`` raw outputs (logits) of each sample; sample ``s`` is the same function
+            for every batch, so samples can be followed across batches.
         point: ``(B, *out)`` raw outputs of the trained network.
         variance: ``(B, *out)`` epistemic variance of the raw outputs.
         total, aleatoric, epistemic: uncertainty of the prediction and its two parts. Classification:
@@ -103,8 +103,8 @@ class Prediction:
 
 
 def of_samples(outputs: Tensor, mean: Tensor | None) -> Tensor:
-    """Covariance ``(B, D, D)`` of draws ``(S, B, *out)``: about a mean that is known, or (None) about their own."""
-    require_draws(outputs, 2 if mean is None else 1)
+    """Covariance ``(B, D, D)`` of samples ``(S, B, *out)``: about a mean that is known, or (None) about their own."""
+    require_samples(outputs, 2 if mean is None else 1)
     flat = outputs.reshape(*outputs.shape[:2], -1)
     centre = flat.mean(0) if mean is None else mean.reshape(flat.shape[1:])
     change = (flat - centre).double()
@@ -121,7 +121,7 @@ def make_prediction(
     differentiable: bool = False,
     temperature: float = 1.0,
 ) -> Prediction:
-    """Turn draws ``(S, B, *out)`` around ``point (B, *out)`` into a :class:`Prediction`.
+    """Turn samples ``(S, B, *out)`` around ``point (B, *out)`` into a :class:`Prediction`.
 
     Args:
         temperature: what outputs are divided by before they become probabilities; as outputs they stay.

@@ -53,7 +53,7 @@ class Serves:
         count = len(fit.stored) if samples is None else check_count(samples, "samples")
         stored = fit.stored.dtype
         chosen = stored if dtype is None else check_stored_dtype(dtype, own.functional.dtype)
-        with own._together("compact"):
+        with own._together("compact", samples=count, dtype=chosen):
             own._take(compacted(fit, count, chosen))
         return self
 

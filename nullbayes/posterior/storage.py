@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from nullbayes.certificate import Certificate
 from nullbayes.common.eight_bits import ALIGNED, Packed, Piece, packed_in
-from nullbayes.common.files import atomic_file, checksum
 from nullbayes.constraints.problem import Problem
 from nullbayes.errors import NullBayesError, NullBayesWarning, StorageError
 from nullbayes.fit.result import Fit
@@ -28,53 +27,32 @@ from nullbayes.model.fingerprint import fingerprint
 from nullbayes.model.parameters import HALF, WRAPPED, ParameterSpace
 from nullbayes.posterior.calibration_path import CalibrationPath
 from nullbayes.posterior.description import DescriptionError, check_settings, parsed
+from nullbayes.posterior.posterior_file import (
+    PLAIN,
+    SPECIAL,
+    VERSION,
+    check_format,
+    check_whole,
+    description,
+    write_file,
+)
 
-FORMAT = "nullbayes-posterior"
-# 1: without a checksum. 3: with a prior mean, masks or one prior precision a layer; what has none of these stays at 2.
-# 4: with samples in 8 bits.
-VERSION, SPECIAL, PLAIN = 4, 3, 2
 # What a file may hold beside the samples: vectors of P numbers.
 BESIDE = ("prior_mean", "mask")
 # What belongs to samples in 8 bits: their scales, and the columns that are not packed.
 SCALES, REST, FILLED = "sample_scales", "sample_rest", "filled"
 
 
-def write_posterior(
-    path: str | os.PathLike[str],
-    model: nn.Module,
-    problem: Problem,
-    samples: Tensor,
-    settings: dict[str, Any],
-) -> None:
-    """Write under a temporary name in the same folder, then rename: never half a file."""
-    target, space = Path(path), problem.space
-    beside = _beside(problem)
-    meta = {
-        "format": FORMAT,
-        "version": _version(problem, samples, special=bool(beside)),
-        "names": list(space.names),
-        "shapes": [list(slot.shape) for slot in space.slots],
-        "dtype": str(samples.dtype),
-        "fingerprint": fingerprint(model),
-        "settings": settings,
-    }
+def write_posterior(path: str | os.PathLike[str], fit: Fit, settings: dict[str, Any]) -> None:
+    """Write one safetensors file, whole or not at all. Raises `StorageError`."""
+    problem, samples = fit.problem, fit.stored
+    space, beside = problem.space, _beside(problem)
+    version = _version(problem, samples, special=bool(beside))
+    meta = description(fit.fingerprint, space, samples.dtype, version, settings)
     packed = packed_in(samples)
     if packed is not None:
         meta["each"] = [packed.each(slot.start) for slot in space.slots]
-    try:
-        text = json.dumps(meta)
-    except TypeError as error:
-        raise StorageError(
-            f"the posterior's settings cannot be written as JSON ({error}); a custom likelihood's "
-            "`config()` must return plain numbers, strings and lists."
-        ) from error
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(target) as part:
-            tensors = {**_in_tensors(samples), **beside}
-            _save(tensors, part, signed(text, tensors))
-    except (OSError, ValueError, SafetensorError) as error:  # a name with a NUL is a ValueError
-        raise StorageError(f"could not write {target}: {error}.") from error
+    write_file(Path(path), meta, {**_in_tensors(samples), **beside}, _save)
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -123,11 +101,6 @@ def _beside(problem: Problem) -> dict[str, Tensor]:
     return out
 
 
-def signed(text: str, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """The metadata of a file with this description and these tensors."""
-    return {"nullbayes": text, "checksum": checksum(text, tensors)}
-
-
 def described(fit: Fit, target: Target, calibration: CalibrationPath | None) -> dict[str, Any]:
     """The settings and figures of a fit that a file holds beside its samples; JSON-able."""
     problem, frozen = fit.problem, fit.problem.randomness
@@ -150,9 +123,13 @@ def described(fit: Fit, target: Target, calibration: CalibrationPath | None) -> 
 
 
 def restored(
-    problem: Problem, samples: Tensor, settings: dict[str, Any]
+    problem: Problem, samples: Tensor, settings: dict[str, Any], prints: dict[str, str]
 ) -> tuple[Fit, CalibrationPath | None]:
-    """The inverse of :func:`described`, around the problem's model. Raises KeyError, TypeError, ValueError."""
+    """The inverse of :func:`described`, around the problem's model with the fingerprint ``prints``.
+
+    Raises:
+        KeyError, TypeError, ValueError: settings that nobody wrote.
+    """
     path = settings["calibration"]
     if settings.get("layers"):
         problem = replace(problem, layers=dict(settings["layers"]))
@@ -167,7 +144,7 @@ def restored(
         float(settings["prior_precision"]),
         int(settings["seed"]),
         Certificate.from_dict(settings["certificate"]),
-        fingerprint(problem.functional.model),
+        prints,
     )
     return fit, None if path is None else CalibrationPath(**path)
 
@@ -212,9 +189,8 @@ class Stored:
             return likelihood_from_config(self.settings["likelihood"])
         except NullBayesError:
             raise
-        except (
-            Exception
-        ) as error:  # what a class, maybe of the user's own, makes of values that it never wrote
+        except Exception as error:
+            # Of a class, maybe the user's own, about values that it never wrote.
             raise StorageError(
                 f"{self.path} holds settings of its likelihood that cannot be used ({type(error).__name__}: {error}); "
                 "it was written by another version of nullbayes or changed since. Fit and save it again."
@@ -233,8 +209,8 @@ class Stored:
         meta = {**self.meta, "names": names, "fingerprint": prints, "settings": settings}
         return replace(self, meta=meta)
 
-    def check_model(self, model: nn.Module) -> None:
-        """Raise :class:`StorageError` unless ``model`` is the one that the file was written for."""
+    def check_model(self, model: nn.Module) -> dict[str, str]:
+        """The fingerprint of ``model``. Raises :class:`StorageError` unless the file was written for that model."""
         named = dict(model.named_parameters())
         wanted = dict(zip(self.names, self.meta["shapes"], strict=True))
         missing = sorted(set(wanted) - set(named))
@@ -250,7 +226,8 @@ class Stored:
                 f"{self.path}: parameter {n!r} has shape {tuple(named[n].shape)} here and "
                 f"{tuple(wanted[n])} in the file. Build the same architecture."
             )
-        ours, theirs = fingerprint(model), dict(self.meta["fingerprint"])
+        found = fingerprint(model)
+        ours, theirs = dict(found), dict(self.meta["fingerprint"])
         active = ours.pop(ACTIVE, None)
         # Files of version 0.1 do not say which adapters were active.
         if theirs.get(ACTIVE, active) != active:
@@ -266,6 +243,7 @@ class Stored:
                 f"{other[:3]}. Load the checkpoint that the posterior was fitted for "
                 "(`model.load_state_dict`), or fit anew."
             )
+        return found
 
     def samples(self, space: ParameterSpace) -> Tensor:
         """Samples ``(S, P)`` on the model's device and in its dtype."""
@@ -355,11 +333,8 @@ def read_posterior(path: str | os.PathLike[str], *, mapped: bool = False) -> Sto
     meta = _description(source, text)
     told = metadata.get("checksum")
     known = meta["version"] > 1 or told is not None
-    if known and not mapped and told != checksum(text, tensors):
-        raise StorageError(
-            f"{source} cannot be read: it is not what was written (its checksum differs). It was damaged or changed "
-            "since; save it again."
-        )
+    if known and not mapped:
+        check_whole(source, told, text, tensors)
     beside = {name: t for name, t in tensors.items() if name in BESIDE}
     count = sum(math.prod(shape) for shape in meta["shapes"])
     whole = all(t.shape == (count,) for t in beside.values()) and meta["version"] >= (
@@ -394,11 +369,7 @@ def _description(source: Path, text: str) -> dict[str, Any]:
         raise StorageError(
             f"{source} cannot be read: its description is not one that `posterior.save` wrote: {error}."
         ) from error
-    if meta["format"] != FORMAT or meta["version"] > VERSION:
-        raise StorageError(
-            f"{source} has format {meta['format']!r} version {meta['version']}; this "
-            f"nullbayes reads {FORMAT!r} up to version {VERSION}. Upgrade nullbayes."
-        )
+    check_format(source, meta)
     try:
         check_settings(meta["settings"])
     except (KeyError, DescriptionError) as error:

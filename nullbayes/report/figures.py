@@ -144,9 +144,8 @@ def _path(results: Mapping[str, Any], metric: str, name: str) -> Draw:
         for key, path in results["prior_path"].items():
             if path.get(metric) is None:
                 continue
-            precision = np.array(
-                path["prior_precision"], dtype=float
-            )  # null, an infinite precision, becomes NaN
+            # Null, an infinite precision, becomes NaN.
+            precision = np.array(path["prior_precision"], dtype=float)
             values = np.array(path[metric], dtype=float)
             known = np.isfinite(precision) & np.isfinite(values) & (precision > 0) & (values > 0)
             at, height = precision[known], values[known]

@@ -14,6 +14,7 @@ from nullbayes.solvers.eigen import PrimalEigen as PrimalEigen
 from nullbayes.solvers.preconditioners import Kronecker as Kronecker
 from nullbayes.solvers.preconditioners import Pivoted as Pivoted
 from nullbayes.solvers.preconditioners import Preconditioner as Preconditioner
+from nullbayes.solvers.preconditioners import Rows as Rows
 from nullbayes.solvers.preconditioners import Sketch as Sketch
 from nullbayes.solvers.preconditioners import Subset as Subset
 from nullbayes.solvers.primal import PrimalQR as PrimalQR

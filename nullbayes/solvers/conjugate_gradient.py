@@ -64,8 +64,8 @@ class ConjugateGradient(Solver):
     Args:
         tolerance: on the relative residual; None: 5e-2.
         max_iterations: passes over all rows at most.
-        preconditioner: ``"none"``, ``"kronecker"``, ``"subset"``, ``"sketch"``, ``"pivoted"`` or an object
-            from ``nb.solvers``.
+        preconditioner: ``"none"``, ``"kronecker"``, ``"subset"``, ``"rows"``, ``"sketch"``, ``"pivoted"`` or an
+            object from ``nb.solvers``.
         equilibrate: power of its length by which a row is shortened, 0 to 1 (not for Laplace, nor with ``"sketch"`` and
             ``"pivoted"``). It leaves the null space as it is; what ends early keeps the outputs of
             confident examples better. With an edge of the null space, that too is one of scaled rows.

@@ -118,7 +118,7 @@ def choose(solver: str | Solver, size: Size, budget: int, tolerance: float | Non
             exact, f"exact, and least work of its kind ({listed})", costs[exact.name].nbytes
         )
     if tolerance is not None and tolerance < ITERATIVE_TOLERANCE:
-        finer = ConjugateGradient(tolerance, preconditioner="subset", equilibrate=EQUILIBRATE)
+        finer = ConjugateGradient(tolerance, preconditioner="rows", equilibrate=EQUILIBRATE)
         cost = finer.cost(size)
         if cost.nbytes <= budget:
             return Choice(

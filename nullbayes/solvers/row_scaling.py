@@ -13,17 +13,30 @@ SHORTEST = 1e-4
 
 
 class RowWeighted(RowOperator):
-    """``D A`` with the diagonal ``weights (M,)``; a weight of zero leaves a row out."""
+    """``D A`` with the diagonal ``weights (M,)``; a weight of zero leaves a row out.
 
-    def __init__(self, operator: RowOperator, weights: Tensor) -> None:
+    Args:
+        squares: ``‖A_m‖² (M,)`` float64 where they are known: to find them takes as long as a pass.
+    """
+
+    def __init__(
+        self, operator: RowOperator, weights: Tensor, squares: Tensor | None = None
+    ) -> None:
         inner: RowOperator = operator
         mine: Tensor = weights
         if isinstance(operator, RowWeighted):
             inner, mine = operator.operator, operator.weights * weights
+            squares = operator.squares
+        self.squares: Tensor | None = squares
         self.operator: RowOperator = inner
         self.weights: Tensor = mine.to(inner.dtype)
         self.shape, self.dtype, self.device = inner.shape, inner.dtype, inner.device
         self.processes = inner.processes
+
+    def squared_norms(self) -> Tensor:
+        """``‖D_m A_m‖²`` of every row: ``(M,)`` float64."""
+        squares = row_square_norms(self.operator) if self.squares is None else self.squares
+        return squares * self.weights.double().square()
 
     def matvec(self, vectors: Tensor) -> Tensor:
         return self.operator.matvec(vectors) * self.weights
@@ -62,4 +75,4 @@ class RowScaled(RowWeighted):
         squares = row_square_norms(operator)
         scale = (squares + SHORTEST * squares.mean()).clamp(min=1e-300).pow(-power / 2)
         kept = squares.sum() / (squares * scale.square()).sum().clamp(min=1e-300)
-        super().__init__(operator, scale * kept.sqrt())
+        super().__init__(operator, scale * kept.sqrt(), squares)

@@ -254,9 +254,8 @@ def test_many_classes_take_a_shortcut_to_the_same_rows(monkeypatch, spread, dire
     assert_close(gram(fast.values), gram(slow.values), atol=1e-11, rtol=1e-7)
     assert_close(fast.discarded, slow.discarded, atol=1e-11, rtol=1e-7)
     assert_close(fast.trace, slow.trace, atol=1e-12, rtol=1e-9)
-    if (
-        spread == 15.0 and directions == "auto"
-    ):  # where the shortcut is enough, it is the road taken
+    # Where the shortcut is enough, it is the road taken.
+    if spread == 15.0 and directions == "auto":
         monkeypatch.undo()
         monkeypatch.setattr(Classification, "hessian_factor", None)
         assert_close(preserve.cotangents(likelihood, outputs, targets, "auto").values, fast.values)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import nullbayes as nb
 from nullbayes import solvers
-from nullbayes.solvers.preconditioners import Kronecker, Pivoted, Sketch, Subset
+from nullbayes.solvers.preconditioners import Kronecker, Pivoted, Rows, Sketch, Subset
 
 Place = Callable[[Any], Any]
 Found = dict[str, Any]
@@ -136,6 +136,7 @@ SOLVERS: dict[str, Callable[[], Any]] = {
     "eigen": lambda: solvers.PrimalEigen(),
     "cg": lambda: solvers.ConjugateGradient(),
     "cg-subset": lambda: solvers.ConjugateGradient(preconditioner=Subset()),
+    "cg-rows": lambda: solvers.ConjugateGradient(preconditioner=Rows()),
     "cg-kronecker": lambda: solvers.ConjugateGradient(preconditioner=Kronecker()),
     "cg-sketch": lambda: solvers.ConjugateGradient(preconditioner=Sketch()),
     "cg-pivoted": lambda: solvers.ConjugateGradient(preconditioner=Pivoted()),

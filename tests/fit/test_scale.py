@@ -315,7 +315,7 @@ def test_kronecker_is_refused_for_an_exact_projection() -> None:
 
 
 def test_unknown_preconditioner() -> None:
-    with pytest.raises(nb.InputError, match="'kronecker', 'pivoted', 'sketch', 'subset'"):
+    with pytest.raises(nb.InputError, match="'kronecker', 'pivoted', 'rows', 'sketch', 'subset'"):
         solvers.ConjugateGradient(preconditioner="ilu")
 
 

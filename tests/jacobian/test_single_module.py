@@ -67,9 +67,8 @@ class Net(nn.Module):
         super().__init__()
         self.embedded, self.attention = Embedded(), Attention()
         self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, CLASSES)
-        self.scale = nn.Parameter(
-            torch.ones(4)
-        )  # owned by the model itself: nothing smaller sees the batch
+        # Owned by the model itself: nothing smaller sees the batch.
+        self.scale = nn.Parameter(torch.ones(4))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.embedded(x)

@@ -116,13 +116,13 @@ def test_large_outputs_are_predicted_a_piece_at_a_time(
     posterior: nb.NullSpacePosterior, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = normal(5, 1, 5, 5).float()
-    whole, sizes, forward = posterior.predict(x).outputs, [], linearise._forward
+    whole, sizes, forward = posterior.predict(x).outputs, [], linearise.forward_product
 
     def noted(functional: Any, tangent: Any, inputs: Any) -> Tensor:
         sizes.append(batch_size(inputs))
         return forward(functional, tangent, inputs)
 
-    monkeypatch.setattr(linearise, "_forward", noted)
+    monkeypatch.setattr(linearise, "forward_product", noted)
     monkeypatch.setattr(linearise, "examples_per_capture", lambda *_: 2)
     assert_close(posterior.predict(x).outputs, whole)
     assert sizes == [2] * 8 + [1] * 4  # 4 samples of each piece

@@ -229,9 +229,8 @@ def test_all_roads_see_the_same_noise(in_place: bool) -> None:
         for name in names:
             assert_close(vmapped[name], looped[name])
     tangent = {n: torch.randn_like(w) for n, w in functional.weights().items()}
-    change = torch.func.jvp(lambda w: functional(w, x), (functional.weights(),), (tangent,))[
-        1
-    ]  # (12, 2)
+    # Shape (12, 2).
+    change = torch.func.jvp(lambda w: functional(w, x), (functional.weights(),), (tangent,))[1]
     along = sum(torch.einsum("bcp,p->bc", looped[n], tangent[n].flatten()) for n in names)
     assert_close((cotangents * change).sum(2).T, along)
     assert_close(functional.outputs(x)[4:6], functional.outputs(take(x, 4, 6)), rtol=0, atol=1e-14)

@@ -174,9 +174,8 @@ def test_fine_tuning_inside_the_null_space() -> None:
     stop()
     with pytest.raises(ModelError, match="changed since"):
         posterior.update(new, progress=False)
-    posterior.follow().update(
-        new, progress=False
-    )  # the sums of the old data stand: none are needed
+    # The sums of the old data stand: none are needed.
+    posterior.follow().update(new, progress=False)
     same_posterior(posterior, quiet(model, torch.cat([x, new]), delta=0, prior_precision=1.0))
     optimiser.step()
     with pytest.raises(ModelError, match="moved by"):

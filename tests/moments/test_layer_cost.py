@@ -202,9 +202,8 @@ def test_few_directions_stand_for_a_wide_root(groups: int) -> None:
     expected = (2 / DIRECTIONS * (1 - DIRECTIONS / columns)) ** 0.5
     assert error.square().mean().sqrt() < 1.5 * expected
     assert error.mean().abs() < expected
-    assert not torch.allclose(
-        few, want, rtol=1e-3
-    )  # it is an estimate, and this is where it is made
+    # It is an estimate, and this is where it is made.
+    assert not torch.allclose(few, want, rtol=1e-3)
 
 
 class Placed(nn.Module):

@@ -207,3 +207,10 @@ def test_pieces_of_a_tensor_are_batches_without_targets_for_a_loss_that_needs_no
     assert torch.equal(found.predict(X).outputs, wanted.predict(X).outputs)
     paired = nb.LaplacePosterior(model, lambda out, y: (out[:, 0] - y).square())
     assert paired.fit((X, Y.float()), 3, **QUIET).certificate.examples == 7
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+def test_sparse_inputs_are_named(layout: str) -> None:
+    with says(nb.InputError, "train_loader, batch 0", "sparse", "to_dense()"):
+        nb.NullSpacePosterior(network()).fit([(getattr(X, layout)(), Y)], 3, **QUIET)

@@ -77,7 +77,9 @@ def test_a_mapped_file_gives_the_same_predictions_and_is_read_when_used(tmp_path
     path = tmp_path / "p.safetensors"
     posterior.save(path)
     with monkeypatch.context() as m:
-        m.setattr("nullbayes.posterior.storage.checksum", lambda *a: pytest.fail("read whole"))
+        m.setattr(
+            "nullbayes.posterior.posterior_file.checksum", lambda *a: pytest.fail("read whole")
+        )
         mapped = nb.load(path, model, mmap=True)
     whole = nb.load(path, model)
     assert_close(mapped.predict(x).mean, whole.predict(x).mean, rtol=1e-6, atol=1e-7)

@@ -16,7 +16,7 @@ from torch import distributed, nn
 from torch.testing import assert_close
 
 import nullbayes as nb
-from nullbayes.posterior.storage import signed
+from nullbayes.posterior.posterior_file import signed
 
 NAMES = ("0.weight", "0.bias", "2.weight", "2.bias")
 

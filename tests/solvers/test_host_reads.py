@@ -124,7 +124,7 @@ def test_products_with_rows_read_nothing(rows: JacobianOperator) -> None:
 
 
 @pytest.mark.parametrize("samples", [3, 12])
-@pytest.mark.parametrize("name", ["none", "kronecker", "subset", "sketch", "pivoted"])
+@pytest.mark.parametrize("name", ["none", "kronecker", "subset", "rows", "sketch", "pivoted"])
 def test_a_step_of_conjugate_gradients_reads_a_few_numbers(
     rows: JacobianOperator, name: str, samples: int
 ) -> None:

@@ -12,8 +12,9 @@ from zoo import dense_jacobian
 import nullbayes as nb
 from nullbayes import solvers
 from nullbayes.jacobian.operator import DenseOperator
+from nullbayes.jacobian.single_rows import row_bytes, single_rows
 from nullbayes.solvers import Size, choose, preconditioners
-from nullbayes.solvers.preconditioners import Subset
+from nullbayes.solvers.preconditioners import Rows, Subset, drawn, inclusion
 from nullbayes.solvers.row_scaling import RowScaled, RowWeighted
 
 
@@ -56,13 +57,13 @@ def test_rows_of_a_network_know_which_were_chosen() -> None:
     assert_close(some.matvec(v), v @ dense[some.chosen].T)
 
 
-@pytest.mark.parametrize("name", ["subset", "kronecker"])
+@pytest.mark.parametrize("name", ["subset", "rows", "kronecker"])
 def test_samples_of_a_network_are_the_exact_ones(name: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 3)).double().eval()
     x, y = torch.randn(40, 3, dtype=torch.float64), torch.arange(40) % 3
     batches = list(zip(x.split(8), y.split(8), strict=True))
-    chosen = Subset(30) if name == "subset" else name
+    chosen = {"subset": Subset(30), "rows": Rows(30)}.get(name, name)
 
     def fit(equilibrate: float, preconditioner: object) -> nb.NullSpacePosterior:
         solver = solvers.ConjugateGradient(1e-11, 3000, preconditioner, equilibrate)  # type: ignore[arg-type]
@@ -92,6 +93,91 @@ def test_equilibrated_rows_and_a_subset_need_fewer_passes_than_either() -> None:
     both = residual(preconditioner=Subset(60), equilibrate=0.5)
     assert both < 0.8 * residual(equilibrate=0.5)
     assert both < 0.8 * residual(preconditioner=Subset(60))
+
+
+def test_rows_are_taken_by_their_squares_and_stand_for_all() -> None:
+    a = smooth(60, 20)
+    squares = a.square().sum(1)
+    chance = inclusion(squares, 24)
+    assert_close(chance.sum(), torch.tensor(24.0, dtype=torch.float64))
+    assert float(chance.max()) == 1 and int((chance == 1).sum()) < 24
+    rest = chance < 1
+    assert_close((chance / squares)[rest], (chance / squares)[rest][:1].expand(int(rest.sum())))
+    assert bool((squares[~rest].min() >= squares[rest].max()).all())
+    total = torch.zeros(20, 20, dtype=torch.float64)
+    count = 4000
+    generator = torch.Generator().manual_seed(0)
+    squared = torch.zeros_like(total)
+    for _ in range(count):
+        taken = drawn(chance, generator)
+        assert len(taken) in (23, 24, 25)
+        rows = a[taken] / chance[taken, None].sqrt()
+        total += rows.T @ rows
+        squared += (rows.T @ rows).square()
+    mean = total / count
+    error = ((squared / count - mean.square()) / count).clamp(min=0).sqrt()
+    assert ((mean - a.T @ a).abs() <= 5 * error + 1e-9).all()
+
+
+def test_single_rows_of_a_network_are_those_of_the_matrix() -> None:
+    torch.manual_seed(0)
+    first = nn.Sequential(
+        nn.Embedding(5, 3), nn.Linear(3, 4), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)
+    )
+    model = first.double().eval()
+    x, y = torch.randint(5, (24, 2)), torch.arange(24) % 3
+    batches = list(zip(x.split(5), y.split(5), strict=True))
+    fitted = nb.NullSpacePosterior(model, preserve="outputs").fit(batches, 2, **QUIET)._fitted()
+    assert fitted.rows is not None
+    operator, dense = fitted.rows.operator, dense_jacobian(model, x)
+    index = torch.tensor([0, 2, 3, 17, 40, 41, 71])
+    v = torch.randn(2, operator.shape[1], dtype=torch.float64)
+    some = single_rows(operator, index)
+    assert torch.equal(some.chosen, index)  # type: ignore[arg-type]
+    assert_close(some.matvec(v), v @ dense[index].T)
+    assert_close(some.gram(), dense[index] @ dense[index].T)
+    assert_close(some.rmatvec(v[:, :7]), v[:, :7] @ dense[index])
+    # About what its numbers take: 3 of the table (at 2 tokens), 4 and 3 inputs and gradients, 9 and 3 of the last.
+    assert 8 * 20 < row_bytes(operator) < 8 * 60
+
+
+def test_rows_by_length_need_fewer_passes_than_rows_by_chance() -> None:
+    g = torch.Generator().manual_seed(1)
+    # Most examples are confident: a tenth of the rows has most of the length.
+    lengths = torch.logspace(0, -4, 600, dtype=torch.float64)[torch.randperm(600, generator=g)]
+    spectrum = torch.logspace(0, -2, 200, dtype=torch.float64)
+    a = lengths[:, None] * torch.randn(600, 200, generator=g, dtype=torch.float64) * spectrum
+    v = torch.randn(8, 200, generator=g, dtype=torch.float64)
+    left = {}
+    for chosen in (Subset(40), Rows(40)):
+        state = solvers.ConjugateGradient(1e-12, 6, chosen).prepare(DenseOperator(a))
+        state.factorise(1e-6, numerical=True)
+        x = state.project(v).value
+        left[chosen.name] = float((a @ x.T).norm() / (a @ v.T).norm())
+    assert left["rows"] < 0.8 * left["subset"], left
+
+
+def test_all_rows_or_none_or_those_of_many_tokens_are_no_trouble(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    a = smooth(40, 60)
+    a[5:20] = 0
+    v = torch.randn(3, 60, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    basis = torch.linalg.svd(a)[2][:25]
+    for rows in (10, 25, 30, 40):
+        state = solvers.ConjugateGradient(1e-10, 400, Rows(rows)).prepare(DenseOperator(a))
+        state.factorise(0.0)
+        assert_close(state.project(v).value, v - (v @ basis.T) @ basis, rtol=0, atol=1e-6)
+    nothing = Rows(10)
+    nothing.prepare(DenseOperator(torch.zeros_like(a)), 1e-3)
+    assert_close(nothing.apply(v), v)
+    # Copies would take too much: whole examples, as `Subset` takes them.
+    monkeypatch.setattr(Rows, "_copied", staticmethod(lambda rows: 0))
+    plain, chosen = Subset(10), Rows(10)
+    for preconditioner in (plain, chosen):
+        preconditioner.prepare(DenseOperator(a), 1e-3)
+    assert plain._some.shape == chosen._some.shape
+    assert_close(plain._some.gram(), chosen._some.gram())
 
 
 def test_a_factor_in_single_precision_is_near_enough(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +235,7 @@ def test_a_finer_tolerance_gets_a_preconditioner_where_it_fits() -> None:
     plain, finer = (choose("auto", size, room, t).solver for t in (None, 0.01))
     assert isinstance(plain, solvers.ConjugateGradient)
     assert isinstance(finer, solvers.ConjugateGradient)
-    assert (plain.preconditioner, finer.preconditioner) == ("none", "subset")
+    assert (plain.preconditioner, finer.preconditioner) == ("none", "rows")
     assert plain.equilibrate == finer.equilibrate > 0
     less = choose("auto", size, 2**30, 0.01).solver
     assert isinstance(less, solvers.ConjugateGradient)

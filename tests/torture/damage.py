@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import nullbayes as nb
 from nullbayes import datasets
 from nullbayes.common.writing import write_signed_json
-from nullbayes.posterior.storage import signed
+from nullbayes.posterior.posterior_file import signed
 from nullbayes.report import read_results
 from nullbayes.solvers.checkpoint import Watch
 

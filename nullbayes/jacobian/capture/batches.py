@@ -23,8 +23,6 @@ from nullbayes.model.functional import FunctionalModel
 # Rows of one capture.
 CAPTURE_ROWS = 1024
 
-MakeCotangents = Callable[[Tensor], Any]
-
 
 def examples_per_capture(
     functional: FunctionalModel,

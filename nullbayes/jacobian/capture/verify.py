@@ -17,7 +17,8 @@ from nullbayes.audit.network import NetworkCopy
 from nullbayes.audit.precision import tolerance
 from nullbayes.errors import InputError, ModelError, NonFiniteError, NullBayesError
 from nullbayes.jacobian.block import Block
-from nullbayes.jacobian.capture.checking import cannot, captured, next_layout
+from nullbayes.jacobian.capture.checking import captured
+from nullbayes.jacobian.capture.mending import cannot, next_layout
 from nullbayes.jacobian.capture.plan import CapturePlan, make_plan
 from nullbayes.jacobian.capture.single_module import LocalFailed, LocalSite, ancestors
 from nullbayes.jacobian.capture.spreading import candidates
@@ -145,8 +146,13 @@ def _reference_rows(
     rows = torch.zeros(size * count, space.total, dtype=space.dtype, device=space.device)
     for n in range(size):
         weights = functional.weights(requires_grad=True)
-        with torch.enable_grad():
-            out = functional(weights, take(inputs, n, n + 1))
+        try:
+            with torch.enable_grad():
+                out = functional(weights, take(inputs, n, n + 1))
+        except (NullBayesError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # an operation that runs without gradients alone
+            raise cannot(functional, inputs, error, "the first examples") from error
         if not out.requires_grad:
             continue
         for c in range(count):

@@ -66,6 +66,10 @@ class Factor(ABC):
         """The examples ``start:stop``."""
 
     @abstractmethod
+    def single(self, rows: Tensor) -> Factor:
+        """Copies of single rows, by their numbers ``(k,)``: each an example with one cotangent."""
+
+    @abstractmethod
     def joined(self, parts: Sequence[Any]) -> Factor:
         """``parts``, of this kind and its slots, as one; token axes are padded with zero rows."""
 

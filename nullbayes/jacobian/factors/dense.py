@@ -8,8 +8,18 @@ import torch
 from torch import Tensor
 
 from nullbayes.jacobian.factors.base import Factor
-from nullbayes.jacobian.factors.products import flushed, gather, product, scatter_add
+from nullbayes.jacobian.factors.products import (
+    ONEDNN_PRODUCT,
+    flushed,
+    gather,
+    product,
+    runs,
+    scatter_add,
+)
 from nullbayes.model.parameters import Slot
+
+# Rows to a vector from which products with them read the rows as they lie.
+MANY = 16
 
 
 class DenseFactor(Factor):
@@ -32,10 +42,23 @@ class DenseFactor(Factor):
 
     def matvec(self, vectors: Tensor) -> Tensor:
         rows = self.rows()
-        return product(gather(vectors, self.slots).to(rows.dtype).contiguous(), rows)
+        some = gather(vectors, self.slots).to(rows.dtype).contiguous()
+        # oneDNN brings its second matrix into an order of its own: of two, the smaller one.
+        return product(rows, some).T if self._few(some) else product(some, rows)
 
     def rmatvec(self, weights: Tensor, out: Tensor) -> None:
-        scatter_add(out, self.slots, product(weights.contiguous(), self.rows().mT))
+        rows = self.rows()
+        if not (self._few(weights) and out.dtype == rows.dtype):
+            scatter_add(out, self.slots, product(weights.contiguous(), rows.mT))
+            return
+        at = 0
+        for start, stop in runs(self.slots):
+            out[:, start:stop].addmm_(weights, rows[:, at : at + stop - start])
+            at += stop - start
+
+    def _few(self, vectors: Tensor) -> bool:
+        """Whether these are few beside the rows, of which rearranging a copy would cost as much as the product."""
+        return self.num_rows >= MANY * len(vectors) and self.values.numel() >= ONEDNN_PRODUCT
 
     def gram(self, other: Factor) -> Tensor:
         return product(self.rows(), other.rows())
@@ -55,6 +78,9 @@ class DenseFactor(Factor):
 
     def narrow(self, start: int, stop: int) -> DenseFactor:
         return DenseFactor(self.slots, self.values[start:stop])
+
+    def single(self, rows: Tensor) -> DenseFactor:
+        return DenseFactor(self.slots, self.rows()[rows][:, None])
 
     def joined(self, parts: Sequence[DenseFactor]) -> DenseFactor:
         return DenseFactor(self.slots, torch.cat([p.values for p in parts]))

@@ -58,6 +58,10 @@ class LookupFactor(Factor):
     def narrow(self, start: int, stop: int) -> LookupFactor:
         return LookupFactor(self.slot, self.index[start:stop], self.g[start:stop])
 
+    def single(self, rows: Tensor) -> LookupFactor:
+        n, c = rows // self.cotangents, rows % self.cotangents
+        return LookupFactor(self.slot, self.index[n], self.g[n, c][:, None])
+
     def joined(self, parts: Sequence[LookupFactor]) -> LookupFactor:
         tokens = max(p.tokens for p in parts)
         index = [pad(p.index, (0, tokens - p.tokens), value=-1) for p in parts]

@@ -25,6 +25,8 @@ NEAR_ELEMENTS = 4 * 2**20
 # side by side, for one product of all of them. Above, each is multiplied where it lies: the copy
 # would be as large as the samples.
 COPIED_PRODUCT = 4 * 2**20
+# Uses of each weight from which a copy of no more than so many numbers is worth it as well.
+COPY_USES = 128
 # What a multiplication by way of written-out rows costs in those of a large product: they are
 # shaped less well, and every row is written and read once (measured 1.2 to 2).
 ROWS_PENALTY = 1.4
@@ -94,6 +96,10 @@ class OuterFactor(OuterCosts):
     def narrow(self, start: int, stop: int) -> OuterFactor:
         return self.like(self.a[start:stop], self.g[start:stop])
 
+    def single(self, rows: Tensor) -> OuterFactor:
+        n, c = rows // self.cotangents, rows % self.cotangents
+        return self.like(self.a[n], self.g[n, c][:, None])
+
     def joined(self, parts: Sequence[OuterFactor]) -> OuterFactor:
         tokens = max(p.tokens for p in parts)
         a = [pad(p.a, (0, 0, 0, 0, 0, tokens - p.tokens)) for p in parts]
@@ -161,7 +167,7 @@ class OuterFactor(OuterCosts):
 
     def matvec(self, vectors: Tensor) -> Tensor:
         by_rows = self.products_by_rows(len(vectors)) or self._read_packed(vectors)
-        if self._copies and not by_rows:
+        if self._copies(len(vectors)) and not by_rows:
             return self._matvec_copied(vectors)
         out = (self._matvec_rows if by_rows else self._matvec_in_place)(vectors)
         if self.bias is not None:
@@ -176,7 +182,7 @@ class OuterFactor(OuterCosts):
 
     def rmatvec(self, weights: Tensor, out: Tensor) -> None:
         by_rows = self.products_by_rows(len(weights))
-        if self._copies and not by_rows:
+        if self._copies(len(weights)) and not by_rows:
             self._rmatvec_copied(weights, out)
             return
         (self._rmatvec_rows if by_rows else self._rmatvec_in_place)(weights, out)
@@ -296,11 +302,11 @@ class OuterFactor(OuterCosts):
         for at, columns, rows in self._row_blocks(single=False):
             out[:, columns] += product(weights[:, at].contiguous(), rows.mT)
 
-    @property
-    def _copies(self) -> bool:
-        """Whether the weights of all samples are worth a copy, or come in no layout without one."""
-        size = self.examples * self.tokens * self.width_out * self.width_in
-        return self.groups > 1 or self.transposed or size <= COPIED_PRODUCT
+    def _copies(self, samples: int) -> bool:
+        """Whether the weights of all ``samples`` are worth a copy, or come in no layout without one."""
+        each, uses = self.width_out * self.width_in, self.examples * self.tokens
+        few = samples * each <= COPIED_PRODUCT and uses >= COPY_USES
+        return self.groups > 1 or self.transposed or each * uses <= COPIED_PRODUCT or few
 
     def _joint(self, vectors: Tensor) -> Tensor:
         """The columns of this layer as matrices ``(G, S, O, I)``, the bias as the last input."""

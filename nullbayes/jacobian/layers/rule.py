@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nullbayes.model.module_rules import ModuleRules
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -84,34 +86,22 @@ class LayerRule(ABC):
         """Contributions from the input ``x (N, ...)`` and output gradients ``g (C, N, ...)``."""
 
 
-# Classes of packages that need not be installed stand by their qualified name.
-_RULES: dict[type[nn.Module] | str, LayerRule] = {}
+_RULES = ModuleRules[LayerRule]()
 
 
 def register(*kinds: type[nn.Module] | str) -> Callable[[type[LayerRule]], type[LayerRule]]:
     """Class decorator: use this rule for modules of these classes (or of these ``"module.Class"`` names)."""
-
-    def decorate(rule: type[LayerRule]) -> type[LayerRule]:
-        for kind in kinds:
-            _RULES[kind] = rule()
-        return rule
-
-    return decorate
+    return _RULES.register(*kinds)
 
 
 def rule_for(module: nn.Module) -> LayerRule | None:
     """The rule of the nearest registered ancestor whose ``forward`` the class still runs."""
-    for kind in type(module).__mro__:
-        rule = _RULES.get(kind) or _RULES.get(f"{kind.__module__}.{kind.__qualname__}")
-        if rule is not None:
-            same = type(module).forward is getattr(kind, "forward", None)
-            return rule if same and rule.supports(module) else None
-    return None
+    return _RULES.rule_for(module)
 
 
 def registered() -> dict[type[nn.Module] | str, LayerRule]:
     """A copy of the table of rules; classes of packages that need not be installed stand by name."""
-    return dict(_RULES)
+    return dict(_RULES.table)
 
 
 def tokens(x: Tensor) -> Tensor:

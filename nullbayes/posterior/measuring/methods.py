@@ -57,8 +57,8 @@ class Method:
     setting: str = ""
     linearised: bool = True
 
-    def draws(self, point: Tensor, moved: Moved) -> tuple[Tensor, Tensor]:
-        """Output draws ``(S, B, *out)`` and their centre ``(B, *out)``."""
+    def samples(self, point: Tensor, moved: Moved) -> tuple[Tensor, Tensor]:
+        """Output samples ``(S, B, *out)`` and their centre ``(B, *out)``."""
         if self.scale is None:
             point = point if self.beta == 1 else self.beta * point
             return point[None], point

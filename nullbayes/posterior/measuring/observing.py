@@ -68,11 +68,11 @@ def kind_of(likelihood: Likelihood) -> str:
 
 
 def observe(
-    likelihood: Likelihood, moments: Moments, draws: Tensor, point: Tensor, targets: Any
+    likelihood: Likelihood, moments: Moments, samples: Tensor, point: Tensor, targets: Any
 ) -> Observed:
-    """Figures of a batch predicted by ``draws (S, B, *out)`` around ``point (B, *out)``, with their ``moments``."""
-    nll = -_host(likelihood.log_predictive(draws, targets))
-    made = _KINDS[kind_of(likelihood)](likelihood, moments, draws, targets, nll)
+    """Figures of a batch predicted by ``samples (S, B, *out)`` around ``point (B, *out)``, with their ``moments``."""
+    nll = -_host(likelihood.log_predictive(samples, targets))
+    made = _KINDS[kind_of(likelihood)](likelihood, moments, samples, targets, nll)
     made.scores = scores(likelihood, moments, point)
     return made
 
@@ -100,9 +100,9 @@ def scores(likelihood: Likelihood, moments: Moments, point: Tensor) -> dict[str,
     return out
 
 
-def sample_log_likelihoods(likelihood: Likelihood, draws: Tensor, targets: Any) -> Tensor:
-    """``log p_s(y)`` of each draw by itself: ``(S, B)`` float32 on the CPU."""
-    each = [likelihood.log_predictive(draw[None], targets) for draw in draws]
+def sample_log_likelihoods(likelihood: Likelihood, samples: Tensor, targets: Any) -> Tensor:
+    """``log p_s(y)`` of each sample by itself: ``(S, B)`` float32 on the CPU."""
+    each = [likelihood.log_predictive(sample[None], targets) for sample in samples]
     return torch.stack(each).detach().float().cpu()
 
 
@@ -110,7 +110,7 @@ def sample_log_likelihoods(likelihood: Likelihood, draws: Tensor, targets: Any) 
 
 
 def _classified(
-    likelihood: Likelihood, moments: Moments, draws: Tensor, targets: Any, nll: Tensor
+    likelihood: Likelihood, moments: Moments, samples: Tensor, targets: Any, nll: Tensor
 ) -> Observed:
     assert isinstance(likelihood, Classification)
     flat, labels, _ = likelihood._flatten(moments.mean, targets)
@@ -142,7 +142,7 @@ def _classified(
 
 
 def _binary(
-    likelihood: Likelihood, moments: Moments, draws: Tensor, targets: Any, nll: Tensor
+    likelihood: Likelihood, moments: Moments, samples: Tensor, targets: Any, nll: Tensor
 ) -> Observed:
     size = len(moments.mean)
     probs = _host(moments.mean).reshape(size, -1)  # (B, T)
@@ -171,7 +171,7 @@ def _binary(
 
 
 def _regressed(
-    likelihood: Likelihood, moments: Moments, draws: Tensor, targets: Any, nll: Tensor
+    likelihood: Likelihood, moments: Moments, samples: Tensor, targets: Any, nll: Tensor
 ) -> Observed:
     size = len(moments.mean)
     mean = _host(moments.mean).reshape(size, -1)
@@ -202,11 +202,11 @@ def _regressed(
 
 
 def _other(
-    likelihood: Likelihood, moments: Moments, draws: Tensor, targets: Any, nll: Tensor
+    likelihood: Likelihood, moments: Moments, samples: Tensor, targets: Any, nll: Tensor
 ) -> Observed:
-    size = len(draws[0])
-    if likelihood.score_kind.bounds_prior:  # a loss: of the draws, as `Likelihood.score_draws`
-        score = torch.stack([_host(likelihood.loss(draw, targets)) for draw in draws]).mean(0)
+    size = len(samples[0])
+    if likelihood.score_kind.bounds_prior:  # a loss: of the samples, as `Likelihood.score_draws`
+        score = torch.stack([_host(likelihood.loss(sample, targets)) for sample in samples]).mean(0)
         count = torch.ones(size, dtype=torch.float64)
     else:
         values = _host(likelihood.correct(moments.mean, targets))

@@ -32,7 +32,7 @@ from nullbayes.posterior.measuring.records import Recorder, Records
 from nullbayes.posterior.measuring.showing import Keeper
 from nullbayes.posterior.measuring.subject import Moved
 
-#: numbers of output draws held at a time
+#: numbers of output samples held at a time
 MOST_NUMBERS = 1 << 25
 NOVELTY = "novelty"
 
@@ -132,7 +132,7 @@ class Pass:
     # -- batches ---------------------------------------------------------------------------------
 
     def _pieces(self, inputs: Inputs, targets: Any, where: str) -> Iterator[tuple[Inputs, Any]]:
-        """Parts of a batch small enough for all draws of its outputs."""
+        """Parts of a batch small enough for all samples of its outputs."""
         size = batch_size(inputs, where)
         if not size:
             return
@@ -165,12 +165,12 @@ class Pass:
         where: str,
     ) -> tuple[Observed, Tensor]:
         """Observe one batch under one method; its targets are checked by that method's likelihood."""
-        draws, point = method.draws(*outputs)
+        samples, point = method.samples(*outputs)
         checked = source.posterior.likelihood.checked_targets(outputs[0], targets, where)
         with torch.no_grad():
-            moments = method.likelihood.moments(draws, point, linearised=method.linearised)
-            observed = observe(method.likelihood, moments, draws, point, checked)
-            together = sample_log_likelihoods(method.likelihood, draws, checked)
+            moments = method.likelihood.moments(samples, point, linearised=method.linearised)
+            observed = observe(method.likelihood, moments, samples, point, checked)
+            together = sample_log_likelihoods(method.likelihood, samples, checked)
         name = method.likelihood.score_name
         if self.processes is not None:  # counted once those of all are there
             self._raw.append((method.key, name, observed, together))
@@ -198,9 +198,9 @@ class Pass:
     def _add_scores(self, passed: Passed, inputs: Inputs, where: str) -> None:
         shown: Callable[[int], str] | None = None
         for _, method, point, moved in self._outcomes(inputs, where):
-            draws, centre = method.draws(point, moved)
+            samples, centre = method.samples(point, moved)
             with torch.no_grad():
-                moments = method.likelihood.moments(draws, centre, linearised=method.linearised)
+                moments = method.likelihood.moments(samples, centre, linearised=method.linearised)
                 self._score(method.key, scores(method.likelihood, moments, centre))
             if method.key == self.main:
                 shown = _captions(method.likelihood, moments.mean, None)
@@ -314,9 +314,8 @@ def _mistakes(likelihood: Likelihood, observed: Observed, mean: Tensor) -> Tenso
     """How confidently wrong each example is ``(B,)``: confidence in a wrong class, or the NLL; -inf where right."""
     if _unit(likelihood, mean) == "NLL" or observed.confidence is None or observed.hit is None:
         return observed.nll
-    out = torch.full_like(
-        observed.nll, -torch.inf
-    )  # examples whose label is ignored have no answer
+    # Examples whose label is ignored have no answer.
+    out = torch.full_like(observed.nll, -torch.inf)
     out[observed.example] = torch.where(observed.hit > 0, -torch.inf, observed.confidence)
     return out
 

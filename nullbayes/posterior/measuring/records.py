@@ -224,9 +224,8 @@ class Recorder:
         """One batch, in the order of the data."""
         self.offsets.append(self.seen)
         self._count_classes(observed)
-        self.parts.append(
-            replace(observed, classwise=None, scores={})
-        )  # what was summed need not stay
+        # What was summed need not stay.
+        self.parts.append(replace(observed, classwise=None, scores={}))
         if log_likelihoods is not None:
             self.log_likelihoods.append(log_likelihoods)
         self.seen += len(observed.nll)

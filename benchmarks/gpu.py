@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import nullbayes as nb
 from benchmarks import common, layer_costs
 from benchmarks.networks import resnet18
-from benchmarks.scaling import stage_clock
+from benchmarks.stages import stage_clock
 
 Case = Callable[["Bench"], dict[str, Any]]
 CASES: dict[str, Case] = {}

@@ -29,7 +29,9 @@ from torch.nn import functional as F
 
 import nullbayes as nb
 from benchmarks import common
-from benchmarks.scaling import COLOURS, exponent, forget_peak, plain_tick, slope_text
+from benchmarks.scaling import exponent
+from benchmarks.scaling_page import COLOURS, plain_tick, slope_text
+from benchmarks.stages import forget_peak
 from nullbayes.common.memory import peak_bytes
 from nullbayes.demo.models import seeded
 

@@ -14,7 +14,8 @@ import torch
 import nullbayes as nb
 from benchmarks import common
 from benchmarks.networks import resnet18
-from benchmarks.scaling import cnn, forget_peak, mlp, peak_resident
+from benchmarks.scaling import cnn, mlp
+from benchmarks.stages import forget_peak, peak_resident
 from nullbayes.common.memory import format_bytes
 from nullbayes.demo.models import lenet, seeded
 

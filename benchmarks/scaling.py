@@ -9,18 +9,14 @@ squares of log y on log x over the medians of the repeats, with 95 % confidence 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from scipy import stats
@@ -28,15 +24,13 @@ from torch import Tensor, nn
 
 import nullbayes as nb
 from benchmarks import common
-from nullbayes import solvers
-from nullbayes.common.memory import peak_bytes
+from benchmarks.scaling_page import QUANTITIES, draw, report
+from benchmarks.stages import forget_peak, peak_resident, stage_clock
 from nullbayes.demo.models import lenet, seeded
-from nullbayes.fit import pipeline
 
 # Mean entropy, in nats, that the last layer of the O law is scaled to: LeNet after one pass over
 # Fashion-MNIST has 0.4, published ImageNet classifiers between 0.4 and 1. Two classes reach 0.69 at most.
 ENTROPY = 0.5
-QUANTITIES = {"seconds": "seconds", "cpu_seconds": "CPU seconds", "memory": "memory"}
 SLOW = 25.0  # seconds: a point that takes longer is measured once
 SMALLEST_MEMORY = 2**20  # growth of the peak below this is not resolved
 
@@ -166,65 +160,6 @@ def built(problem: Problem, trained: str) -> tuple[nn.Module, list[tuple[Tensor,
     return model.eval(), list(zip(x.split(64), y.split(64), strict=True))
 
 
-def forget_peak() -> None:
-    """Hand unused memory back and let the peak start anew from here, where the system can (Linux)."""
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_resident() -> int:
-    """The most memory that this process has held, in bytes; see :func:`forget_peak`.
-
-    Not `getrusage`: its figure outlives `exec`, so a fresh process would start at its parent's peak.
-    """
-    try:
-        with Path("/proc/self/status").open() as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return peak_bytes(torch.device("cpu"))
-
-
-@contextmanager
-def stage_clock(now: Callable[[], float] = time.perf_counter) -> Iterator[dict[str, float]]:
-    """Seconds, or whatever ``now`` counts, of each stage of the fits inside, by wrapping the functions that do them."""
-    seconds: dict[str, float] = {}
-    running: set[str] = set()
-
-    def timed(function: Callable[..., Any], stage: str) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            if stage in running:  # one class calls the method of another
-                return function(*args, **kwargs)
-            running.add(stage)
-            started = now()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                running.discard(stage)
-                seconds[stage] = seconds.get(stage, 0.0) + now() - started
-
-        return run
-
-    places: list[tuple[Any, str, str]]
-    places = [(pipeline, "capture_training", "rows"), (pipeline, "GuaranteeCheck", "certificate")]
-    places += [(c, "prepare", "Gram") for c in subclasses(solvers.Solver)]
-    places += [(c, "factorise", "factorisation") for c in subclasses(solvers.State)]
-    places += [(c, "project", "projection") for c in subclasses(solvers.State)]
-    with ExitStack() as stack:
-        for owner, name, stage in places:
-            if name in vars(owner):
-                function = getattr(owner, name)
-                stack.enter_context(mock.patch.object(owner, name, timed(function, stage)))
-        yield seconds
-
-
-def subclasses(base: type) -> Iterator[type]:
-    for kind in base.__subclasses__():
-        yield kind
-        yield from subclasses(kind)
-
-
 def fitted(problem: Problem, model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Any:
     posterior = nb.NullSpacePosterior(
         model,
@@ -268,7 +203,20 @@ def measure(problem: Problem, trained: str) -> dict[str, Any]:
 # -- the laws ------------------------------------------------------------------------------------
 
 
+def series(
+    kind: Kind,
+    problems: Sequence[tuple[str, int, int, int]],
+    x: str,
+    target: float | None = None,
+    prefix: str = "",
+) -> Series:
+    made = tuple(Problem(*p, kind.preserve, kind.directions, kind.sharp) for p in problems)
+    return Series(prefix + kind.name, made, x, target)
+
+
 def laws(quick: bool) -> list[Law]:
+    """All of them; ``quick``: the lower half of each range."""
+
     def grid(values: Sequence[int]) -> Sequence[int]:
         return values[: -(-len(values) // 2)] if quick else values
 
@@ -282,16 +230,6 @@ def laws(quick: bool) -> list[Law]:
     auto = Kind("predictions, auto", directions="auto", sharp=True)
     loss = Kind("loss", preserve="loss")
     confident_loss = Kind("loss", preserve="loss", sharp=True)
-
-    def series(
-        kind: Kind,
-        problems: Sequence[tuple[str, int, int, int]],
-        x: str,
-        target: float | None = None,
-        prefix: str = "",
-    ) -> Series:
-        made = tuple(Problem(*p, kind.preserve, kind.directions, kind.sharp) for p in problems)
-        return Series(prefix + kind.name, made, x, target)
 
     return [
         Law(
@@ -365,16 +303,16 @@ def fitted_law(points: Sequence[dict[str, Any]], quantity: str) -> dict[str, Any
 # -- running and reporting -----------------------------------------------------------------------
 
 
-def run_series(series: Series, repeats: int, trained: str) -> dict[str, Any]:
-    runs: list[list[dict[str, Any]]] = [[] for _ in series.problems]
+def run_series(chosen: Series, repeats: int, trained: str) -> dict[str, Any]:
+    runs: list[list[dict[str, Any]]] = [[] for _ in chosen.problems]
     for _ in range(repeats):  # all points in turn: a disturbance does not fall on one of them
-        for problem, done in zip(series.problems, runs, strict=True):
+        for problem, done in zip(chosen.problems, runs, strict=True):
             if done and done[0]["seconds"] > SLOW:
                 continue
             done.append(common.fresh_process(measure, problem, trained))
             last = done[-1]
             print(
-                f"  {series.name}: {series.x} {last[series.x]:,}: {last['seconds']:.2f} s, "
+                f"  {chosen.name}: {chosen.x} {last[chosen.x]:,}: {last['seconds']:.2f} s, "
                 f"{last['memory'] / 2**20:.0f} MB",
                 flush=True,
             )
@@ -383,10 +321,10 @@ def run_series(series: Series, repeats: int, trained: str) -> dict[str, Any]:
         # The lower median is a run that took place: its stages add up.
         medians = {key: statistics.median_low(r[key] for r in done) for key in QUANTITIES}
         middle = next(r for r in done if r["seconds"] == medians["seconds"])
-        points.append({"x": done[0][series.x], "repeats": len(done), **middle, **medians})
+        points.append({"x": done[0][chosen.x], "repeats": len(done), **middle, **medians})
     return {
-        "name": series.name,
-        "target": series.target,
+        "name": chosen.name,
+        "target": chosen.target,
         "points": points,
         "laws": {q: fitted_law(points, q) for q in QUANTITIES},
         "runs": runs,
@@ -412,164 +350,17 @@ def main() -> None:
             torch.save({"model": model.state_dict(), "x": x.clone(), "y": y.clone()}, trained)
         for law in chosen:
             print(f"{law.letter}, {law.words}: {law.fixed}", flush=True)
-            series = [run_series(s, repeats, trained) for s in law.series]
+            runs = [run_series(s, repeats, trained) for s in law.series]
             results.append(
-                {"letter": law.letter, "words": law.words, "fixed": law.fixed, "series": series}
+                {"letter": law.letter, "words": law.words, "fixed": law.fixed, "series": runs}
             )
     seconds = time.perf_counter() - started
-    table = report(results, seconds)
+    table = report(results, seconds, ENTROPY)
     print(table)
     record = {"laws": results, "seconds": seconds, "environment": common.environment()}
     written = common.write_results(name, record, table)
     draw(results, written.with_suffix(".png"))
     print(written)
-
-
-def slope_text(law: dict[str, Any]) -> str:
-    half = law["half_width"]
-    return f"{law['slope']:.2f}" + ("" if half is None else f" ± {half:.2f}")
-
-
-def report(results: list[dict[str, Any]], seconds: float) -> str:
-    lines = [
-        "# Scaling laws of a whole fit",
-        "",
-        "`y ∝ x^k`: k by least squares of log y on log x over the medians of the repeats, ± 95 %. The small end of",
-        "each range is fixed cost, so k is given for the whole range and for its upper half (in log x, from the x",
-        "named), and the target is held against both; `last` is the slope between the last two points, which shows",
-        "where a law still bends. Each run is a fresh process after a tiny fit; CPU seconds are those of all threads,",
-        "which other work on the machine disturbs less; memory is the growth of the process's peak beyond model and",
-        f"data. Exact projection (`delta=0`), certificate included; {seconds / 60:.0f} minutes in all.",
-        "`python -m benchmarks.scaling`",
-        "",
-        "In the O law the body is the same and the head small, so that P hardly grows. `predictions` is the network",
-        "as initialised, all classes about equally likely and so every direction of weight. For `confident`,",
-        f"`auto` and `loss` the last layer is scaled until the mean softmax entropy is {ENTROPY} nats at every O, as a",
-        "trained classifier has it: predictions then concentrate on a few classes, whatever their number.",
-        "",
-        "| x | keeps | quantity | k, whole range | k, upper half | from x = | last | target | whole | upper |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for law in results:
-        for series in law["series"]:
-            for quantity, fits in series["laws"].items():
-                target = series["target"]
-                met = ["–", "–"]
-                if target is not None:
-                    slopes = (fits["whole"]["slope"], fits["upper"]["slope"])
-                    met = ["met" if slope <= target else "missed" for slope in slopes]
-                lines.append(
-                    f"| {law['letter']} | {series['name']} | {QUANTITIES[quantity]} | {slope_text(fits['whole'])} "
-                    f"| {slope_text(fits['upper'])} | {fits['from']:,} | {fits['last']:.2f} "
-                    f"| {'–' if target is None else f'≤ {target:g}'} | {met[0]} | {met[1]} |"
-                )
-    for law in results:
-        lines += ["", f"## {law['letter']}, {law['words']}", "", law["fixed"], ""]
-        for series in law["series"]:
-            lines += [*point_table(law["letter"], series), ""]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def point_table(letter: str, series: dict[str, Any]) -> list[str]:
-    named = ("rows", "Gram", "factorisation", "projection", "certificate")
-    used = [s for s in named if any(s in p["stages"] for p in series["points"])]
-    lines = [
-        f"{series['name']}:",
-        "",
-        f"| {letter} | runs | seconds | CPU | {' | '.join(used)} | other | memory MB | M | P | iterations | residual |",
-        "|---" * (len(used) + 10) + "|",
-    ]
-    for p in series["points"]:
-        parts = [p["stages"].get(stage, 0.0) for stage in used]
-        cells = " | ".join(f"{v:.2f}" for v in [*parts, p["seconds"] - sum(parts)])
-        x, memory = f"{p['x']:,}", p["memory"] / 2**20
-        lines.append(
-            f"| {x} | {p['repeats']} | {p['seconds']:.2f} | {p['cpu_seconds']:.2f} | {cells} | {memory:.0f} "
-            f"| {p['constraints']:,} | {p['parameters']:,} | {p['iterations']} | {p['residual']:.1e} |"
-        )
-    return lines
-
-
-COLOURS = ("#1f6feb", "#d1641a", "#2a9d5c", "#8250b8")
-
-
-def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """A panel for each law: seconds above, memory below; the line is the law of the upper half."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib import ticker
-
-    style = {
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": "#e3e3e3",
-        "grid.linewidth": 0.6,
-        "legend.frameon": False,
-    }
-    with plt.rc_context(style):
-        columns = len(results)
-        figure, axes = plt.subplots(
-            2,
-            columns,
-            figsize=(4.2 * columns, 7),
-            squeeze=False,
-            layout="constrained",
-            sharex="col",
-        )
-        rows = (("seconds", "seconds", 1.0), ("memory", "memory, MB", 2.0**20))
-        for column, law in enumerate(results):
-            for row, (quantity, label, unit) in enumerate(rows):
-                axis = axes[row, column]
-                for series, colour in zip(law["series"], COLOURS, strict=False):
-                    draw_series(axis, series, quantity, unit, colour)
-                axis.set_xscale("log")
-                axis.set_yscale("log")
-                low, high = axis.get_ylim()
-                axis.set_ylim(low, high * (high / low) ** 0.45)  # room for the legend
-                for scale in (axis.xaxis, axis.yaxis):
-                    subs = (1.0,) if scale is axis.xaxis else (1.0, 3.0)
-                    scale.set_major_locator(ticker.LogLocator(subs=subs, numticks=12))
-                    scale.set_major_formatter(ticker.FuncFormatter(plain_tick))
-                    scale.set_minor_formatter(ticker.NullFormatter())
-                axis.legend(fontsize=8, loc="upper left")
-                if column == 0:
-                    axis.set_ylabel(label)
-            axes[0, column].set_title(f"{law['letter']}, {law['words']}", loc="left", weight="bold")
-            axes[1, column].set_xlabel(law["letter"])
-        figure.suptitle(
-            "A whole fit: exponents over the upper half of each range, 95 % intervals",
-            x=0.01,
-            ha="left",
-        )
-        temporary = path.with_suffix(".tmp.png")
-        figure.savefig(temporary, dpi=130)
-        plt.close(figure)
-    temporary.replace(path)
-
-
-def plain_tick(value: float, _: Any = None) -> str:
-    """10,000 and 0.3 as people write them; powers of ten from a million on."""
-    if value >= 1e6:
-        power = math.floor(math.log10(value) + 1e-9)
-        return rf"${value / 10**power:.0f}\!\times\!10^{{{power}}}$"
-    return f"{value:,.0f}" if value >= 1 else f"{value:g}"
-
-
-def draw_series(axis: Any, series: dict[str, Any], quantity: str, unit: float, colour: str) -> None:
-    points = series["points"]
-    x, y = [p["x"] for p in points], [p[quantity] / unit for p in points]
-    law = series["laws"][quantity]
-    text = f"{series['name']}: {slope_text(law['upper'])}"
-    axis.plot(x, y, "o", color=colour, markersize=4.5, label=text)
-    upper = [v for v in x if v >= law["from"]]
-    fit = law["upper"]
-    line = [math.exp(fit["intercept"]) * v ** fit["slope"] / unit for v in upper]
-    axis.plot(upper, line, color=colour, linewidth=1.4)
 
 
 if __name__ == "__main__":

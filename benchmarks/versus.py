@@ -334,6 +334,34 @@ def report(
         for name, result in theirs.items()
         if "compilation" in result["stages"]
     }
+    table = page(rows, constraints, compiled, agreement, options)
+    results = {
+        "examples": options.examples,
+        "samples": options.samples,
+        "rows": constraints,
+        "give_up": options.give_up,
+        "max_minutes": options.max_minutes,
+        "epochs": options.epochs,
+        "fastest_of_ours_seconds": fastest,
+        "summary": rows,
+        "library": ours,
+        "published": theirs,
+        "compilation_seconds": compiled,
+        "torch_and_jax_differ_by": agreement,
+        "environment": environment | {"jax": published_jax.require_jax().__version__},
+    }
+    print(table)
+    print(common.write_results("versus", results, table))
+    print(plot(ours, theirs, options))
+
+
+def page(
+    rows: dict[str, Any],
+    constraints: int,
+    compiled: dict[str, float],
+    agreement: dict[str, float],
+    options: argparse.Namespace,
+) -> str:
     command = (
         f"python -m benchmarks.versus --examples {options.examples} --samples {options.samples} "
         f"--repeats {options.repeats} --give-up {options.give_up:g} "
@@ -352,7 +380,7 @@ def report(
         "|---" * (len(TARGETS) + 5) + "|",
         *(table_row(name, row) for name, row in rows.items()),
         "",
-        f"Threads of PyTorch: {environment['threads']}; JAX takes what cores it finds, and its peak memory "
+        f"Threads of PyTorch: {common.environment()['threads']}; JAX takes what cores it finds, and its peak memory "
         "includes compiling. "
         "Compilation, not on the clock: "
         + "; ".join(f"{name} {seconds:.1f} s" for name, seconds in compiled.items())
@@ -361,25 +389,7 @@ def report(
         + ", ".join(f"{d:.0e} ({kind})" for kind, d in agreement.items())
         + ".",
     ]
-    results = {
-        "examples": options.examples,
-        "samples": options.samples,
-        "rows": constraints,
-        "give_up": options.give_up,
-        "max_minutes": options.max_minutes,
-        "epochs": options.epochs,
-        "fastest_of_ours_seconds": fastest,
-        "summary": rows,
-        "library": ours,
-        "published": theirs,
-        "compilation_seconds": compiled,
-        "torch_and_jax_differ_by": agreement,
-        "environment": environment | {"jax": published_jax.require_jax().__version__},
-    }
-    table = "\n".join(lines) + "\n"
-    print(table)
-    print(common.write_results("versus", results, table))
-    print(plot(ours, theirs, options))
+    return "\n".join(lines) + "\n"
 
 
 def plot(

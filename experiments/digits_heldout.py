@@ -1,14 +1,8 @@
-"""Digits with held-out classes: 500 training images, a convolutional network, two unseen classes for each seed."""
+"""Digits with held-out classes: 500 training images, a convolutional network, two held-out classes for each seed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-from experiments import classification, reports
-from experiments.methods import usual
-from experiments.runner import Job
+from experiments.image_task import ImageTask
 from experiments.tasks import Recipe, Scale
 
 NAME = "digits_heldout"
@@ -44,16 +38,5 @@ WORDS = (
     "scikit-learn's digits (8 × 8), tanh network of two convolutions and two dense layers, trained without two of the "
     "ten classes, another pair for each seed. All posteriors keep, or are fitted on, all training images."
 )
-
-
-def jobs(
-    setting: str, seeds: Sequence[int] | None = None, methods: Sequence[str] | None = None
-) -> list[Job]:
-    scale = SCALES[setting]
-    return classification.jobs(
-        NAME, setting, scale, seeds or range(scale.seeds), methods or usual(setting)
-    )
-
-
-def report(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
-    reports.classification(NAME, TITLE, WORDS, setting, SCALES[setting], runs, folder)
+TASK = ImageTask(NAME, TITLE, WORDS, SCALES)
+jobs, report = TASK.jobs, TASK.report

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-from experiments import classification, reports
-from experiments.methods import usual
-from experiments.runner import Job
+from experiments.image_task import ImageTask
 from experiments.tasks import Recipe, Scale
 
 NAME = "fashion_resnet"
@@ -57,16 +51,5 @@ WORDS = (
     "diagonal approximation, but not in the Kronecker one, whose backend has no rule for them. SWAG computes the "
     "statistics of BatchNorm anew for each draw."
 )
-
-
-def jobs(
-    setting: str, seeds: Sequence[int] | None = None, methods: Sequence[str] | None = None
-) -> list[Job]:
-    scale = SCALES[setting]
-    return classification.jobs(
-        NAME, setting, scale, seeds or range(scale.seeds), methods or usual(setting)
-    )
-
-
-def report(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
-    reports.classification(NAME, TITLE, WORDS, setting, SCALES[setting], runs, folder)
+TASK = ImageTask(NAME, TITLE, WORDS, SCALES)
+jobs, report = TASK.jobs, TASK.report

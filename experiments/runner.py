@@ -88,11 +88,7 @@ def run(
         if record is None:
             say(console, f"{where} … {clock.left(number, workers)} left")
             try:
-                result = (
-                    isolated(job.function, *job.args, until=until)
-                    if fresh
-                    else job.function(*job.args)
-                )
+                result = made(job, fresh, until)
             except OutOfTime:
                 outcome.stopped.append(str(job.key))
                 return
@@ -100,10 +96,7 @@ def run(
                 outcome.skipped[job.key.method] = str(missing)
                 say(console, f"{where}: skipped. {missing}")
             except Exception as error:
-                outcome.failures[str(job.key)] = str(error)
-                trace = store.path(job.key).with_suffix(".error.txt")
-                write_text(trace, f"{error}\n")
-                say(console, f"{where}: FAILED. {str(error).splitlines()[0]} See {trace}")
+                say(console, f"{where}: FAILED. {failed(outcome, store, job, error)}")
             else:
                 spent = time.perf_counter() - started
                 record = store.put(job.key, job.config, result, spent)
@@ -121,6 +114,21 @@ def run(
     if outcome.stopped:
         say(console, f"time is over: {len(outcome.stopped)} pieces are left to the next run")
     return outcome
+
+
+def made(job: Job, fresh: bool, until: float | None) -> dict[str, Any]:
+    """What a job measures, in a process of its own where that is ``fresh``."""
+    if fresh:
+        return isolated(job.function, *job.args, until=until)
+    return job.function(*job.args)
+
+
+def failed(outcome: Outcome, store: Store, job: Job, error: Exception) -> str:
+    """Enter it, with the whole error in a file beside the missing piece; what to say."""
+    outcome.failures[str(job.key)] = str(error)
+    trace = store.path(job.key).with_suffix(".error.txt")
+    write_text(trace, f"{error}\n")
+    return f"{str(error).splitlines()[0]} See {trace}"
 
 
 def spread(jobs: Sequence[Job], one: Callable[[int, Job], None], workers: int) -> None:

@@ -83,6 +83,7 @@ def fit(job: JobFile, out: OutFolder = Path("run"), as_json: AsJson = False) -> 
     from nullbayes.job import read_job
     from nullbayes.job.running import open_folder, run_fit
 
+    out = out.absolute()  # the file may go elsewhere
     read = read_job(job)
     posterior = run_fit(read, open_folder(out, _say(as_json=as_json)), progress=not as_json)
     certificate = posterior.certificate
@@ -95,6 +96,7 @@ def check(job: JobFile, out: OutFolder = Path("run"), as_json: AsJson = False) -
     from nullbayes.job import read_job
     from nullbayes.job.running import open_folder, run_check
 
+    out = out.absolute()  # the file may go elsewhere
     read = read_job(job)
     found = run_check(read, open_folder(out, _say(as_json=as_json)), progress=not as_json)
     _show(found.as_dict(), found.verdict, as_json=as_json)
@@ -106,6 +108,7 @@ def evaluate(job: JobFile, out: OutFolder = Path("run"), as_json: AsJson = False
     from nullbayes.job import read_job
     from nullbayes.job.running import open_folder, run_evaluate
 
+    out = out.absolute()  # the file may go elsewhere
     read = read_job(job)
     found = run_evaluate(read, open_folder(out, _say(as_json=as_json)), progress=not as_json)
     _show(found.as_dict(), str(found), as_json=as_json)

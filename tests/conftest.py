@@ -34,7 +34,7 @@ SLOW_TESTS = (
     "test_cli_job.py",
     "test_evaluation",
     "test_projection.py",
-    "test_generative.py",
+    "test_generative",
     "test_scale.py",
     "test_layer_posterior.py",
     "test_scikit_learns_checks_of_estimators",

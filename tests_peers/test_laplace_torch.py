@@ -15,7 +15,8 @@ from torch.testing import assert_close
 
 import nullbayes as nb
 from benchmarks import peers
-from benchmarks.peers import PEERS, SOLVERS, Problem
+from benchmarks.peers import SOLVERS, Problem
+from benchmarks.peers_page import PEERS
 
 pytest.importorskip("laplace", reason="`make peers` installs it", exc_type=ImportError)
 

@@ -47,7 +47,7 @@ IN_WHEEL = (
 )
 SDIST_BYTES = 4 * 2**20  # the library, its tests and the pictures of its documentation, compressed
 
-# A model and a loader under the names that the README's three lines use; torch alone, since no extra is installed.
+# A model and loaders under the names that the README's three lines use; torch alone, since no extra is installed.
 BEFORE = """
 import torch
 from torch import nn
@@ -55,7 +55,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3)).eval()
-train = train_loader = DataLoader(TensorDataset(torch.randn(32, 4), torch.arange(32) % 3), batch_size=16)
+train_loader = val_loader = DataLoader(TensorDataset(torch.randn(32, 4), torch.arange(32) % 3), batch_size=16)
 """
 AFTER = """
 assert posterior.certificate.held, posterior.certificate.verdict

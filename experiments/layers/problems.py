@@ -187,11 +187,38 @@ MARKS: dict[str, Any] = {
 }
 
 
+def _sequences(few: Size) -> list[Family]:
+    """Networks over words, sounds and outlines."""
+    sequence = replace(few, recipe=Recipe(40, 32, 3e-3, 1e-2))
+    text = replace(few, recipe=Recipe(12, 64, 2e-3, 1e-2), preserved=300)
+    return [
+        Family(
+            name, words, members, make,
+            sizes=dict.fromkeys(("small", "full"), size), seeds={"small": 3, "full": 10}, small=tuple(members)[:2],
+        )
+        for name, words, members, make, size in (
+            (
+                "texts",
+                "**new**: what a docstring is about, one subject held out; one transformer layer over 40 words",
+                sequences.TEXTS, sequences.docstrings, text,
+            ),
+            (
+                "voices",
+                "**new**: who speaks two vowels, two of nine speakers held out; LSTM over 25 times",
+                sequences.VOICES, sequences.voices, sequence,
+            ),
+            (
+                "leaves",
+                "**new**: species by the outline of a leaf, two of six held out; three convolutions with BatchNorm",
+                sequences.LEAVES, sequences.leaves, sequence,
+            ),
+        )
+    ]  # fmt: skip
+
+
 def families(setting: str) -> dict[str, Family]:
     """By name, those of the evaluation first."""
     few = Size(preserved=500, test=500, sets=200)
-    sequence = replace(few, recipe=Recipe(40, 32, 3e-3, 1e-2))
-    text = replace(few, recipe=Recipe(12, 64, 2e-3, 1e-2), preserved=300)
     clothes = Size(3000, 300, 100, 200, Recipe(6, 64, 3e-3, 1e-2))
     own = functools.partial(settled, setting=setting)
     found = [
@@ -220,26 +247,7 @@ def families(setting: str) -> dict[str, Family]:
         ),
         _one("pictures", "a curve with a gap", pictures, (3, 10), few, "curve"),
         _one("moons", "two moons in the plane; two hidden layers of 32 tanh units, float64", pictures, (3, 10), few),
-        *(
-            Family(name, words, members, make, dict.fromkeys(("small", "full"), size), seeds, tuple(members)[:2])
-            for name, words, members, make, size, seeds in (
-                (
-                    "texts",
-                    "**new**: what a docstring is about, one subject held out; one transformer layer over 40 words",
-                    sequences.TEXTS, sequences.docstrings, text, {"small": 3, "full": 10},
-                ),
-                (
-                    "voices",
-                    "**new**: who speaks two vowels, two of nine speakers held out; LSTM over 25 times",
-                    sequences.VOICES, sequences.voices, sequence, {"small": 3, "full": 10},
-                ),
-                (
-                    "leaves",
-                    "**new**: species by the outline of a leaf, two of six held out; three convolutions with BatchNorm",
-                    sequences.LEAVES, sequences.leaves, sequence, {"small": 3, "full": 10},
-                ),
-            )
-        ),
+        *_sequences(few),
         _one("fashion_lenet", "Fashion-MNIST without two classes, LeNet", own, (3, 3), replace(few, preserved=300)),
         _one("fashion_resnet", "Fashion-MNIST without two classes, residual network with BatchNorm", own, (3, 3), few),
         replace(

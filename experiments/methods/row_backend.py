@@ -2,7 +2,7 @@
 
 The package's own diagonal takes Jacobians by ``torch.func``, minutes for a thousand images through a convolution, or
 BackPACK, which does not know residual networks. The numbers are the same;
-``tests/experiments/test_experiments.py`` compares them.
+``tests_peers/test_experiments_peers.py`` compares them.
 """
 
 from __future__ import annotations

@@ -97,8 +97,10 @@ class Audit:
             f"The audit failed: audited on {seen}, samples move example {self.worst_example} otherwise than the rows "
             f"say, by {_share(self.worst)} of what the prior would do (rounding explains {_share(self.allowed)}). "
             "Figures that come from the rows, the residual among them, do not speak of this network: do not rely on "
-            "this posterior. Look for a custom gradient (`torch.autograd.Function`) that is not the derivative, and "
-            "for a forward pass that depends on the batch; if there is neither, report it with the model's code."
+            "this posterior. Look for a custom gradient (`torch.autograd.Function`, a straight-through estimator) that "
+            "is not the derivative, for weights that act on outputs past their gradient (`.detach()`, `.data`, "
+            "`.item()`, `no_grad`), and for a forward pass that depends on the batch; if there is none, report it "
+            "with the model's code."
         )
 
     @property

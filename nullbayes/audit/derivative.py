@@ -24,6 +24,8 @@ WAYS = (FORWARD, TWICE, ROWS, DIFFERENCES)
 # Half steps of central differences, relative to the weights: short, as a step across the kink of a ReLU counts in full;
 # longer where a network rounds to less than float64 inside.
 STEPS = (3e-8, 3e-6, 3e-4, 1e-2)
+# The same in float32.
+COARSE_STEPS = (1e-4, 1e-3, 1e-2)
 # Two steps agree, relative.
 SAME = 1e-4
 
@@ -33,16 +35,26 @@ class Derivative:
 
     A way that fails on one example is not tried again on the others.
 
+    Args:
+        copy: the network that central differences call; None: a copy in float64.
+
     Attributes:
         doubt: largest distance that the last result may have from the derivative, where that is known.
+        bend: by how much steps ahead and steps back of the last differences part: the whole change at a kink, such as
+            that of a ReLU of zero, where there is no derivative.
     """
 
-    def __init__(self, functional: FunctionalModel, ways: Sequence[str] = WAYS) -> None:
+    def __init__(
+        self,
+        functional: FunctionalModel,
+        ways: Sequence[str] = WAYS,
+        copy: NetworkCopy | None = None,
+    ) -> None:
         self.functional = functional
-        self.doubt = 0.0
+        self.doubt = self.bend = 0.0
         self._left = list(ways)
         self._together = True
-        self._precise: NetworkCopy | None = None
+        self._precise = copy
 
     @property
     def way(self) -> str:
@@ -161,29 +173,45 @@ class Derivative:
 
     def _differences(self, inputs: Inputs, directions: Tensor) -> Tensor:
         """By the shortest step that a longer one agrees with; how far they agree is the doubt."""
-        found = [self._stepped(inputs, directions, STEPS[0])]
+        precise = self._precise
+        coarse = precise is not None and precise.dtype is None
+        steps = COARSE_STEPS if coarse and self.functional.dtype != torch.float64 else STEPS
+        found, bends = [], list[float]()
         away: list[float] = []
-        for step in STEPS[1:]:
-            found.append(self._stepped(inputs, directions, step))
-            away.append(
-                float((found[-1] - found[-2]).reshape(len(directions), -1).norm(dim=1).max())
-            )
-            if away[-1] <= SAME * float(found[-1].reshape(len(directions), -1).norm(dim=1).max()):
+        for step in steps:
+            central, bend = self._stepped(inputs, directions, step)
+            found.append(central)
+            bends.append(_largest(bend))
+            if len(found) == 1:
+                continue
+            away.append(_largest(found[-1] - found[-2]))
+            if away[-1] <= SAME * _largest(found[-1]):
                 break
         best = min(range(len(away)), key=lambda k: away[k])
         self.doubt = away[best]
+        self.bend = min(bends[best : best + 2])
         # Where short steps are rounding, the longer of the two is the better one.
         return found[best if best == 0 else best + 1]
 
-    def _stepped(self, inputs: Inputs, directions: Tensor, relative: float) -> Tensor:
+    def _stepped(
+        self, inputs: Inputs, directions: Tensor, relative: float
+    ) -> tuple[Tensor, Tensor]:
+        """Central differences ``(K, *out)``, and by how much those ahead and those behind part."""
         if self._precise is None:
             self._precise = NetworkCopy(self.functional, torch.float64)
         weights = self.functional.weights().values()
         size = math.sqrt(sum(float(w.double().square().sum()) for w in weights)) or 1.0
-        out = []
+        here = self._precise.outputs(inputs).double()
+        out, bends = [], []
         for delta in directions.double():
             step = relative * size / max(float(delta.norm()), 1e-300)
             ahead = self._precise.outputs(inputs, step * delta).double()
             behind = self._precise.outputs(inputs, -step * delta).double()
             out.append((ahead - behind)[0] / (2 * step))
-        return torch.stack(out)
+            bends.append((ahead + behind - 2 * here)[0] / (2 * step))
+        return torch.stack(out), torch.stack(bends)
+
+
+def _largest(changes: Tensor) -> float:
+    """Norm of the largest of ``changes (K, *out)``."""
+    return float(changes.reshape(len(changes), -1).norm(dim=1).max())

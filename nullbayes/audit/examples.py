@@ -35,9 +35,14 @@ DIRECTION_BYTES = 2**28
 AGREE = {torch.float64: 1e-6, torch.float32: 2e-3}
 LARGEST = 2e-2
 FEWEST = 4
-# Examples on which a way that uses the backward pass is confirmed by central differences: of a custom gradient that
-# is wrong it knows no more than rows do.
+# Examples on which a way is confirmed by central differences: of a custom gradient that is wrong, the backward pass
+# knows no more than rows do, and of what is detached (`.detach()`, `.data`, `.item()`) forward mode does not either.
 CONFIRMED = 2
+# Changes below this are none: their squares underflow, so sums of them say nothing (rows of a network whose outputs
+# exceed each other by a thousand nats).
+UNDERFLOW = 1e-150
+# Steps say no more than so many times their own doubt.
+SURE = 3.0
 
 #: cotangents ``(C, 1, *out)`` of one example's rows, from its outputs ``(1, *out)``
 Rows = Callable[[Tensor, Drawn], Tensor]
@@ -181,7 +186,7 @@ def _judged(found: Sequence[Measured], functional: FunctionalModel) -> Audit:
     floor = FLOOR * eps(functional.rounding) * size
     worst, which, moved, prior = 0.0, None, 0.0, 0.0
     for m in found:
-        away = 0.0 if m.away == 0 else m.away / max(m.reach, floor, 1e-300)
+        away = 0.0 if m.away == 0 else m.away / max(m.reach, floor, UNDERFLOW)
         if not away <= worst or which is None:
             worst, which = away, m.number
         moved += float(m.moved.square().sum())
@@ -227,6 +232,8 @@ class _Examiner:
         self.question, self.functional = question, question.functional
         self.along = Derivative(self.functional)
         self.stepped = Derivative(self.functional, (DIFFERENCES,))
+        #: the last example's changes, in terms of its rows, and these
+        self._last: tuple[Tensor, Tensor] | None = None
         #: why no copy of the network could be made; None where one was
         self.no_copy: str | None = None
         self._copy: NetworkCopy | None = None
@@ -247,8 +254,10 @@ class _Examiner:
         """
         found = self._measured(self.along, example, place, claim)
         parted = found.away > agreement(self.functional.rounding) * found.reach
-        unconfirmed = found.way != FORWARD and place < CONFIRMED
-        if found.way == DIFFERENCES or not (parted or unconfirmed):
+        confirmed = place >= CONFIRMED or found.way == DIFFERENCES
+        if found.way == FORWARD and not (parted or confirmed):
+            confirmed = not self._steps_otherwise(example, found.reach)
+        if found.way == DIFFERENCES or (confirmed and not parted):
             return found
         try:
             again = self._measured(self.stepped, example, place, claim)
@@ -258,7 +267,32 @@ class _Examiner:
         agrees = again.away <= agreement(self.functional.rounding) * again.reach
         if again.doubt > LARGEST * again.reach or (agrees and not parted):
             return found
+        if found.way == FORWARD and not parted:
+            assert self._last is not None
+            doubt = again.doubt + self.stepped.bend * float(self._last[1].norm())
+            return found if again.away <= SURE * doubt else again
         return again
+
+    def _steps_otherwise(self, example: Drawn, reach: float) -> bool:
+        """Whether short steps of a plain copy along one prior vector move an example otherwise than forward mode says.
+
+        Only a few passes of one example, in the network's own precision: float64 decides where they say so.
+        """
+        functional, copied = self.functional, self._copy
+        if copied is None or self._last is None:
+            return False
+        if functional.rounding not in AGREE or _plain_allowed(functional) == ALIKE:
+            return not is_large(functional.model)  # steps in half precision say nothing
+        changes, rows = self._last
+        steps = Derivative(functional, (DIFFERENCES,), copied)
+        try:
+            direction = self.question.prior[:1]
+            moved = steps(example.inputs, direction).reshape(1, -1).double() @ rows.T
+        except ModelError:
+            return False
+        away = float((moved - changes[-len(self.question.prior)].to(moved)).norm())
+        doubt = (steps.doubt + steps.bend) * float(rows.norm())
+        return away > max(agreement(functional.rounding) * reach, SURE * doubt)
 
     def _both(self, which: list[int]) -> Tensor:
         """Samples and prior vectors ``(2 k, P)``."""
@@ -278,7 +312,8 @@ class _Examiner:
         which = question.which(place)
         both = self._both(which)
         changes = along(example.inputs, both)
-        values = (changes.reshape(len(both), -1).double() @ rows.T).norm(dim=1)
+        in_rows = changes.reshape(len(both), -1).double() @ rows.T
+        self._last, values = (in_rows, rows), in_rows.norm(dim=1)
         ours, prior = values[: len(which)], values[len(which) :]
         deployed = None
         if self._copy is not None:

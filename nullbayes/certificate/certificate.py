@@ -8,9 +8,15 @@ from html import escape
 from typing import Any
 
 from nullbayes.audit import Audit
-from nullbayes.certificate.verdict import NUMERICAL_DRIFT, NUMERICAL_RESIDUAL, verdict_of
+from nullbayes.certificate.verdict import (
+    ALLOWED_DIVERGENCE,
+    NUMERICAL_DRIFT,
+    NUMERICAL_RESIDUAL,
+    verdict_of,
+)
 from nullbayes.common.deprecation import warn_deprecated
 from nullbayes.common.memory import format_bytes
+from nullbayes.constraints.preserve import Predictions
 from nullbayes.likelihood.score import score_named
 from nullbayes.solvers.base import Status
 
@@ -49,6 +55,9 @@ class Certificate:
             for Laplace the effective number ``γ = Σ (1 - f)``, with the share ``f`` of each direction's variance that
             is left), and how many others there are.
         rank_estimated: whether these come from the samples or from random probes, and not from a factorisation.
+        divergence: mean Kullback-Leibler divergence between the trained network's prediction and a sample's on the
+            checked training examples, linearised outputs, nats an observation. With ``preserve="predictions"`` it is
+            what `row_drift` says to second order. None where raw outputs are preserved, and in older files.
         gamma: ``γ`` as the samples have it, which the prior precision by the evidence and `novelty` count with; None
             in files of version 0.1, where it is ``rank``.
         prior_share: mean ``‖Δ‖² / ‖ε‖²``: what share of the prior's variance survived.
@@ -101,6 +110,7 @@ class Certificate:
     audit: Audit | None = None
     rank_estimated: bool = True
     gamma: int | None = None
+    divergence: float | None = None
 
     def joined(self, new: dict[str, Any], measured: dict[str, Any] | None) -> Certificate:
         """The certificate of these samples and ``new["num_samples"]`` more.
@@ -144,6 +154,8 @@ class Certificate:
     def held(self) -> bool:
         """The audit passed, residual within tolerance (or only below ``delta``), a null space, no training score lost.
 
+        Predictions also have to stand as measured, as far as rows are to hold them (`stands`).
+
         Without an audit, as in files of version 0.1, it is not known: False.
 
         Regression: RMSE grown by less than 1e-3 of itself; classification: no accuracy lost; a callable loss:
@@ -156,7 +168,23 @@ class Certificate:
         """What `held` asks for beside the audit: what the fit's own rows and scores say."""
         allowed = score_named(self.score_name).allowed_growth * abs(self.network_score)
         kept = not math.isnan(self.score_loss) and self.score_loss <= allowed + 1e-12
-        return self.promises and self.small_residual and self.null_dim > 0 and kept
+        return self.promises and self.small_residual and self.null_dim > 0 and kept and self.stands
+
+    @property
+    def stands(self) -> bool:
+        """Whether predictions move by as little as the rows say, or by less than `ALLOWED_DIVERGENCE`.
+
+        Rows know divergences and losses to second or first order. Where a network is so confident that these are next
+        to nothing, no row holds what turns its predictions over. Where losses are preserved, predictions may move as
+        long as the prior would move the rows.
+        """
+        if self.divergence is None or self.divergence <= 1.0001 * ALLOWED_DIVERGENCE:
+            return True
+        if math.isnan(self.divergence):
+            return False
+        if self.preserve == Predictions().describe():
+            return self.divergence <= 2 * self.row_drift**2
+        return self.row_drift > NUMERICAL_DRIFT * self.residual
 
     @property
     def small_residual(self) -> bool:

@@ -217,7 +217,9 @@ class GuaranteeCheck:
             rms.total, rms.count = self._sum(rms.total, rms.count)
         before, after = self._scores(scale)
         out = self.divergence(scale, left_out=True) if self.has_left_out else None
+        natural = self.problem.preserve.natural_units
         return {
+            "divergence": self.divergence(scale) if natural else None,
             "drift": change.value,
             "output_drift": outputs.value,
             "sampled_drift": sampled.value,

@@ -60,6 +60,8 @@ def check_count(value: int, name: str, least: int = 1) -> int:
         count = least - 1
     if isinstance(value, bool) or count < least:
         raise InputError(f"`{name}` is {value!r}; expected a whole number, {least} or more.")
+    if count >= 2**63:  # what a tensor's sizes and a generator's seed may be
+        raise InputError(f"`{name}` is {value!r}; expected a whole number below 2**63.")
     return count
 
 

@@ -27,12 +27,12 @@ class Crowd:
         return Crowd(resolve(group))
 
     @contextlib.contextmanager
-    def call(self, where: str) -> Iterator[None]:
-        """The length of a call that all of them make."""
+    def call(self, where: str, asked: dict[str, Any]) -> Iterator[None]:
+        """The length of a call that all of them make, with the same ``asked``."""
         if self.processes is None:
             yield
             return
-        with self.processes.call(where):
+        with self.processes.call(where, asked):
             yield
 
     def part(self, count: int) -> range:

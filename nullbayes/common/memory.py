@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from nullbayes.errors import InputError, MemoryBudgetError
+from nullbayes.errors import InputError, MemoryBudgetError, NullBayesError
 
 # Bytes that the temporaries of one product or one capture may take where no budget says less.
 WORKING_BYTES = 2**29
@@ -139,7 +139,7 @@ def explained_out_of_memory(budget: int) -> Iterator[None]:
         lacking = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
             "can't allocate memory" in text or "out of memory" in text
         )
-        if isinstance(error, MemoryBudgetError) or not lacking:
+        if isinstance(error, NullBayesError) or not lacking:
             raise
         raise MemoryBudgetError(
             f"the machine ran out of memory although the fit was planned within {format_bytes(budget)}: "

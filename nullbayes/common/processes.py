@@ -7,11 +7,13 @@ Nobody waits without looking: a process that died, stalled or failed ends all ot
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import itertools
 import pickle
 import signal
 import socket
+import sys
 import threading
 import time
 import weakref
@@ -24,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nullbayes.common.alike import shortened, told_apart
 from nullbayes.common.pulse import Pulse
 from nullbayes.errors import InputError, NullBayesError, ProcessError
 
@@ -37,6 +40,8 @@ _LIMIT = timedelta(hours=48)
 _SPIN, _LOOK = 2e-4, 1.0
 
 _made: dict[int, tuple[Any, Processes]] = {}
+#: by the processes in them, how many groups of the same ones there have been: they are made by all, in one order
+_groups_of: dict[tuple[int, ...], int] = {}
 
 
 class Processes:
@@ -54,6 +59,8 @@ class Processes:
         self.rank, self.size = dist.get_rank(group), len(self._ranks)
         self.seconds, self.sent = 0.0, 0
         self._interrupted, self._broken, self._opened = False, False, 0
+        # Two groups may be of the same processes: the beats of one are not those of the other.
+        self._named = _groups_of[tuple(self._ranks)] = _groups_of.get(tuple(self._ranks), 0) + 1
         self.pulse: Pulse
         store = dist.distributed_c10d._get_default_store()
         if hasattr(store, "clone"):
@@ -77,14 +84,15 @@ class Processes:
         # Some builds of torch have no distributed package: nothing of it is imported before there is a group.
         from torch.distributed.distributed_c10d import PrefixStore
 
-        if self._opened:
-            self.pulse.stop()
+        before = self.pulse if self._opened else None
+        if before is not None:
+            before.stop()
         self._opened, self._broken = self._opened + 1, False
-        name = f"nullbayes/{','.join(map(str, self._ranks))}/{self._opened}"
+        name = f"nullbayes/{','.join(map(str, self._ranks))}/{self._named}/{self._opened}"
         store = PrefixStore(name, self._store)
         store.set(f"card/{self.rank}", _card())
         self.pulse = Pulse(store, self.rank, self.size)
-        self.pulse.meet()
+        self.pulse.meet(before)
         cards = {bytes(store.get(f"card/{rank}")) for rank in range(self.size)}
         self._group = dist.new_group(
             self._ranks,
@@ -107,11 +115,17 @@ class Processes:
     # -- one call ------------------------------------------------------------------------------------
 
     @contextmanager
-    def call(self, where: str) -> Iterator[bool]:
+    def call(self, where: str, asked: dict[str, Any]) -> Iterator[bool]:
         """The length of a call that all processes make. An error in one of them ends it in all.
+
+        Args:
+            asked: what has to be the same in each, such as arguments.
 
         Yields:
             whether this is no part of another call.
+
+        Raises:
+            ProcessError: one of them makes another call, or this one of something else.
         """
         if self.pulse.where:
             yield False
@@ -120,12 +134,19 @@ class Processes:
             self._open()
         self.pulse.enter(where)
         try:
+            self.agree({"call": where, **asked})
             yield True
             self.barrier()
         except BaseException as error:
             self._broken = True
+            if isinstance(error, ProcessError):
+                self.pulse.fail(str(error), relays=True)
+                raise
             kind = "it was interrupted." if isinstance(error, KeyboardInterrupt) else _told(error)
             self.pulse.fail(kind)
+            if self._ranks[self.rank] == 0:  # which may hold the store
+                with contextlib.suppress(ProcessError):
+                    self.pulse.linger()
             raise
         finally:
             self.pulse.leave()
@@ -133,15 +154,15 @@ class Processes:
     def agree(self, facts: dict[str, Any], kind: type[NullBayesError] = ProcessError) -> None:
         """Raise ``kind`` in every process unless all have the same ``facts``, naming who differs and in what."""
         everyone = self.gather(facts)
-        for name in facts:
-            values = [repr(each.get(name)) for each in everyone]
+        for name in dict.fromkeys(name for each in everyone for name in each):
+            values = told_apart([each.get(name) for each in everyone])
             common = max(values, key=lambda v: (values.count(v), -values.index(v)))
             others = [rank for rank, value in enumerate(values) if value != common]
             if others:
                 raise kind(
                     f"{'process' if len(others) == 1 else 'processes'} {', '.join(map(str, others))} of {self.size} "
                     f"{'has' if len(others) == 1 else 'have'} other {name} than the rest: "
-                    f"{_short(values[others[0]])} instead of {_short(common)}. Give every process the same."
+                    f"{shortened(values[others[0]])} instead of {shortened(common)}. Give every process the same."
                 )
 
     @contextmanager
@@ -166,7 +187,9 @@ class Processes:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
-            self._interrupted = False
+            unheard, self._interrupted = self._interrupted, False
+        if unheard:  # it came after the last decision
+            raise KeyboardInterrupt
 
     def decided(self, value: int) -> int:
         """The leader's ``value`` (0 or more), on every process.
@@ -175,7 +198,8 @@ class Processes:
             KeyboardInterrupt: Ctrl-C was pressed in any of the processes.
         """
         told = torch.tensor([value if self.leads else 0, int(self._interrupted)], dtype=torch.int64)
-        self._finish(dist.all_reduce(told, group=self._group, async_op=True), told.nbytes)
+        work = dist.all_reduce(told, group=self._group, async_op=True)
+        self._finish(work, told.nbytes, "a decision")
         if int(told[1]):
             self._interrupted = False
             raise KeyboardInterrupt
@@ -201,7 +225,8 @@ class Processes:
 
     def _reduce(self, flat: Tensor) -> None:
         if flat.numel():
-            self._finish(dist.all_reduce(flat, group=self._group, async_op=True), flat.nbytes)
+            work = dist.all_reduce(flat, group=self._group, async_op=True)
+            self._finish(work, flat.nbytes, f"a sum of {flat.numel()} {_kind(flat)}")
 
     def total(self, *values: float) -> list[float]:
         """The sum of each number over the processes, in float64."""
@@ -228,7 +253,7 @@ class Processes:
         padded[: len(told)] = told
         everyone = [torch.empty(most, dtype=torch.uint8) for _ in range(self.size)]
         work = dist.all_gather(everyone, padded, group=self._group, async_op=True)
-        self._finish(work, padded.nbytes)
+        self._finish(work, padded.nbytes, "what each has to tell")
         pairs = zip(everyone, sizes.tolist(), strict=True)
         return [pickle.loads(part[:n].numpy().tobytes()) for part, n in pairs]
 
@@ -249,7 +274,8 @@ class Processes:
         if values.numel():
             source = self._ranks[owner]
             work = dist.broadcast(values, source, group=self._group, async_op=True)
-            self._finish(work, values.nbytes if self.rank == owner else 0)
+            what = f"{values.numel()} {_kind(values)} of process {owner}"
+            self._finish(work, values.nbytes if self.rank == owner else 0, what)
         return values
 
     def joined(self, values: Tensor, dim: int) -> Tensor:
@@ -269,11 +295,11 @@ class Processes:
         """Return once every process has come here."""
         self.total(0.0)
 
-    def _finish(self, work: Any, nbytes: int) -> None:
+    def _finish(self, work: Any, nbytes: int, what: str) -> None:
         """Wait for an exchange, looking at the others now and then. Raises `ProcessError` naming who is gone."""
         started = time.perf_counter()
         look = started + _LOOK
-        self.pulse.begin()
+        self.pulse.begin(what)
         try:
             while not work.is_completed():
                 now = time.perf_counter()
@@ -283,15 +309,31 @@ class Processes:
                 if now - started > _SPIN:
                     time.sleep(2e-4 if now - started < 0.1 else 2e-3)
             work.wait()
-        except RuntimeError as error:
+        except BaseException as error:
             self._broken = True
-            if isinstance(error, ProcessError):
-                raise
-            raise self.pulse.blame(error) from error
+            if not work.is_completed():
+                _keep_for_good(self._group)
+            if isinstance(error, RuntimeError) and not isinstance(error, ProcessError):
+                raise self.pulse.blame(error) from error
+            raise
         finally:
             self.pulse.end()
         self.seconds += time.perf_counter() - started
         self.sent += nbytes
+
+
+def _keep_for_good(group: Any) -> None:
+    """See that a group is never taken down, in which an exchange waits that may never end.
+
+    Gloo's threads are waited for where a group is taken down, at the end of the program if not before: a process that
+    waited for one that hangs would then hang itself, after its error, and whoever started it would never know.
+    """
+    if sys.implementation.name == "cpython":
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+
+
+def _kind(values: Tensor) -> str:
+    return str(values.dtype).removeprefix("torch.")
 
 
 def _card() -> str:
@@ -379,11 +421,8 @@ def _group_of(asked: Any) -> Any:
 
 
 def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:1000]
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    text = f"{type(error).__name__}: {error}"[:1000].rstrip()
+    return text if text[-1] in ".!?" else f"{text}."
 
 
 def spread(count: int, size: int) -> Sequence[range]:

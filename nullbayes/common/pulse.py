@@ -25,9 +25,12 @@ SILENT = 15.0
 STALLED = 45.0
 # Processor seconds within that time below which nothing was computed; beats alone take a hundredth of it.
 _IDLE = 0.25
+# Seconds that a process which fails waits, at most, for the others to hear of it.
+HEARD = 4.0
 # Seconds that a process may take to come to a call that the others have made already.
 ABSENT = 300.0
 
+_REST = "All processes end; start them anew"
 OUTSIDE = ""  # where a process is that is in no call of ours
 
 
@@ -68,7 +71,10 @@ class Pulse:
         self.rank, self.size, self._store = rank, size, store
         self.stalled = stall_limit()
         self.where, self.waiting, self.failed = OUTSIDE, False, ""
+        self.relays = False  # whether the failure is that of another process
         self.calls = 0
+        #: the exchange that this process waits in: which one since the beginning, and what it is
+        self.exchange: tuple[int, str] = (0, "")
         self._count, self._lock = 0, threading.Lock()
         self._since = 0.0
         self._seen: dict[int, _Seen] = {}
@@ -80,7 +86,7 @@ class Pulse:
 
     def enter(self, where: str) -> None:
         """This process is now in the call ``where``."""
-        self.where, self.calls, self.failed = where, self.calls + 1, ""
+        self.where, self.calls, self.failed, self.relays = where, self.calls + 1, "", False
         self.beat()
 
     def leave(self) -> None:
@@ -88,10 +94,21 @@ class Pulse:
         self.where, self.waiting = OUTSIDE, False
         self.beat()
 
-    def fail(self, why: str) -> None:
-        """Tell all others that this process has ended, and why."""
-        self.failed = why
+    def fail(self, why: str, *, relays: bool = False) -> None:
+        """Tell all others that this process has ended, and why; ``relays``: as another one told it."""
+        self.failed, self.relays = why, relays
         self.beat()
+
+    def linger(self) -> None:
+        """Return once all others have heard of a failure here, or soon: with this process their store may go."""
+        until = time.monotonic() + HEARD
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        while time.monotonic() < until:
+            beats = self._beats()
+            inside = (beats[r] for r in others if r in beats and not beats[r]["failed"])
+            if not any(b["where"] == self.where and b["calls"] == self.calls for b in inside):
+                return
+            time.sleep(BEAT / 10)
 
     def stop(self) -> None:
         """No beats any more."""
@@ -110,7 +127,9 @@ class Pulse:
                 "where": self.where,
                 "calls": self.calls,
                 "waiting": self.waiting,
+                "exchange": self.exchange,
                 "failed": self.failed,
+                "relays": self.relays,
                 "who": f"{socket.gethostname()}, pid {os.getpid()}",
             }
             self._store.set(f"beat/{self.rank}", json.dumps(told))
@@ -121,12 +140,22 @@ class Pulse:
 
     # -- the others --------------------------------------------------------------------------------
 
-    def meet(self) -> None:
-        """Return once all processes have a pulse. Raises `ProcessError` naming those that do not come."""
+    def meet(self, before: Pulse | None) -> None:
+        """Return once all processes have a pulse. Raises `ProcessError` naming those that do not come.
+
+        Args:
+            before: the pulse that this process had, and those who have not come yet still have.
+        """
         self.beat()
         until, missing = time.monotonic() + ABSENT, list(range(self.size))
+        look = time.monotonic() + BEAT
+        if before is not None:
+            before.begin("")
         while missing:
             missing = [rank for rank in missing if not self._store.check([f"beat/{rank}"])]
+            if missing and before is not None and time.monotonic() > look:
+                before.listen(missing)
+                look = time.monotonic() + BEAT
             if missing and time.monotonic() > until:
                 raise ProcessError(
                     f"of the {self.size} processes of the group, number {', '.join(map(str, missing))} did not come "
@@ -135,8 +164,9 @@ class Pulse:
                 )
             time.sleep(0.01)
 
-    def begin(self) -> None:
-        """This process waits for the others from now on."""
+    def begin(self, what: str) -> None:
+        """This process waits for the others from now on, in the exchange ``what``."""
+        self.exchange = self.exchange[0] + 1, what
         self._since, self._seen, self.waiting = time.monotonic(), {}, True
 
     def end(self) -> None:
@@ -149,6 +179,19 @@ class Pulse:
         for rank in range(self.size):
             if rank != self.rank:
                 self._judge(rank, self._hear(rank, beats.get(rank), now), now)
+
+    def listen(self, ranks: list[int]) -> None:
+        """Raise `ProcessError` naming one of ``ranks`` of which nothing is heard any more."""
+        beats, now = self._beats(), time.monotonic()
+        for rank in ranks:
+            self._judge_silence(rank, self._hear(rank, beats.get(rank), now), now)
+
+    def _judge_silence(self, rank: int, seen: _Seen, now: float) -> None:
+        if seen.beat and now - seen.heard > SILENT:
+            raise ProcessError(
+                f"{_who(rank, seen)} has not been heard of for {now - seen.heard:.0f} seconds: it was killed (out of "
+                f"memory?) or has ended, or its machine cannot be reached. {_REST}; a `checkpoint=` is gone on from."
+            )
 
     def _beats(self) -> dict[int, dict[str, Any]]:
         """The last beat of each of the others that has begun to.
@@ -193,27 +236,38 @@ class Pulse:
         return seen
 
     def _judge(self, rank: int, seen: _Seen, now: float) -> None:
-        who = f"process {rank}" + (f" ({seen.beat['who']})" if seen.beat else "")
-        rest = "All processes end; start them anew"
+        who = _who(rank, seen)
+        if seen.beat.get("relays"):
+            raise ProcessError(seen.beat["failed"])
         if seen.beat.get("failed"):
-            raise ProcessError(f"{who} ended with an error: {seen.beat['failed']} {rest}.")
-        if seen.beat and now - seen.heard > SILENT:
-            raise ProcessError(
-                f"{who} has not been heard of for {now - seen.heard:.0f} seconds: it was killed (out of memory?), or "
-                f"its machine cannot be reached. {rest}; a `checkpoint=` is gone on from."
-            )
+            raise ProcessError(f"{who} ended with an error: {seen.beat['failed']} {_REST}.")
+        self._judge_silence(rank, seen, now)
+        self._compare(who, seen)
         inside = seen.beat and seen.beat["where"] == self.where and seen.beat["calls"] == self.calls
         if inside and now - seen.worked > self.stalled:
             raise ProcessError(
                 f"{who} stalls in `{self.where}`: it has used no processor time for {now - seen.worked:.0f} seconds "
                 "while the others wait for it. Look for a data set or loader that does not return; where that is "
-                f"only slow, set the environment variable NULLBAYES_STALL to more seconds. {rest}."
+                f"only slow, set the environment variable NULLBAYES_STALL to more seconds. {_REST}."
             )
         if not inside and now - self._since > ABSENT:
             there = f"is in `{seen.beat['where']}`" if seen.beat.get("where") else "has not come"
             raise ProcessError(
                 f"process {self.rank} waits in `{self.where}` for {who}, which {there} after {ABSENT:.0f} seconds. "
                 f"Every process of the group calls `{self.where}`; for one alone pass `process_group=False`."
+            )
+
+    def _compare(self, who: str, seen: _Seen) -> None:
+        """Raise where the other waits in the same place of the sequence of exchanges, but for something else.
+
+        Neither would ever get what it waits for. Only beats that were sent since this process began to wait count.
+        """
+        number, what = seen.beat.get("exchange", (0, ""))
+        if seen.beat.get("waiting") and number == self.exchange[0] and what != self.exchange[1]:
+            raise ProcessError(
+                f"process {self.rank} and {who} do not do the same in `{self.where}`: one waits for "
+                f"{self.exchange[1]}, the other for {what}. Every process makes the same calls, with the same "
+                f"arguments and data; one that works alone says `process_group=False`. {_REST}."
             )
 
     def blame(self, error: BaseException) -> ProcessError:
@@ -229,3 +283,7 @@ class Pulse:
             f"an exchange between the processes failed in `{self.where}`, and all of them still answer: {error}. Look "
             "at the network, then start all anew."
         )
+
+
+def _who(rank: int, seen: _Seen) -> str:
+    return f"process {rank}" + (f" ({seen.beat['who']})" if seen.beat else "")

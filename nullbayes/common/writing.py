@@ -15,10 +15,25 @@ CHECKSUM = "checksum"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` under a temporary name beside ``path``, then rename: nobody, not even after Ctrl-C, sees half."""
+    """Write ``text`` under a temporary name beside ``path``, then rename: nobody, not even after Ctrl-C, sees half.
+
+    Raises:
+        StorageError: it cannot be written there; an earlier file stays.
+    """
     make_folder(path.parent)
-    with atomic_file(path) as part:
-        part.write_text(text, encoding="utf-8")
+    try:
+        with atomic_file(path) as part:
+            part.write_text(text, encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise not_written(path, error) from error
+
+
+def not_written(path: Path, error: Exception) -> StorageError:
+    """What to say of a file that could not be written."""
+    why = getattr(error, "strerror", None) or error
+    return StorageError(
+        f"{path} cannot be written: {why}. Give another place, or make room there; nothing was left half-written."
+    )
 
 
 def write_json(path: Path, value: Any) -> None:

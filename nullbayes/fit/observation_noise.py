@@ -35,11 +35,13 @@ class LeftOut:
     Attributes:
         residuals: ``(N, O)`` of training; ``without``: ``(N, O)`` with the example left out.
         variance: ``(N, O)`` under a null-space posterior that has not seen the example.
+        shape: of one example's outputs, ``O`` numbers in all.
     """
 
     residuals: Tensor
     without: Tensor
     variance: Tensor
+    shape: tuple[int, ...] = ()
 
     def factor(self) -> Tensor:
         """Noise variance of each output channel ``(O,)``, as a factor on what was assumed; at least one.
@@ -79,7 +81,7 @@ def with_left_out_noise(
             "training data better than new data: leave-one-out residuals need a factorisation of at most 2,000 rows "
             "or fewer weights than rows, and preserve='predictions'. `calibrate` sets it on validation data."
         )
-    factor = _by_channel(found, likelihood, rows)
+    factor = _by_channel(found, likelihood)
     if processes is not None:
         factor = processes.shared(lambda: factor)
     shown = ", ".join(f"{value:.3g}" for value in factor[:6].tolist())
@@ -97,10 +99,11 @@ def left_out_residuals(
     spectrum = state.exact_spectrum() if asked.preserve.curvature else None
     if spectrum is None or asked.directions is not None:
         return None
-    residuals = _residuals(rows)
+    residuals, shape = _residuals(rows)
     spans = [rows.span(number) for numbers in rows.checked_numbers for number in numbers]
     if processes is not None:
-        parts = processes.gather((residuals.cpu(), spans))
+        parts = processes.gather((residuals.cpu(), spans, shape))
+        shape = next((part[2] for part in parts if part[2]), shape)
         residuals = torch.cat([part[0] for part in parts if len(part[0])]).to(residuals.device)
         spans = [span for part in parts for span in part[1]]
     width = residuals.shape[1]
@@ -136,30 +139,32 @@ def left_out_residuals(
     if e is None or blocks is None:
         return None
     own = torch.linalg.inv(blocks).diagonal(dim1=1, dim2=2) - edge
-    return LeftOut(residuals, e, own.clamp(min=0) / alpha)
+    return LeftOut(residuals, e, own.clamp(min=0) / alpha, shape)
 
 
-def _residuals(rows: TrainingRows) -> Tensor:
-    """``(N, O)`` float64 of the examples that the certificate looks at, over the root of the noise variance."""
-    problem, found = rows.asked, [torch.zeros(0, 0, dtype=torch.float64)]
+def _residuals(rows: TrainingRows) -> tuple[Tensor, tuple[int, ...]]:
+    """``(N, O)`` float64 of the examples that the certificate looks at, over the root of the noise variance.
+
+    With the shape of one example's outputs; empty where there are no examples.
+    """
+    problem, found = rows.asked, list[Tensor]()
+    shape: tuple[int, ...] = ()
     for inputs, targets in rows.checked:
         outputs = problem.functional.outputs(inputs).detach()
+        shape = tuple(outputs.shape[1:])
         wanted = problem.likelihood.prepare_targets(outputs, targets)
         found.append(problem.likelihood.observed((wanted - outputs)[None])[0].flatten(1).double())
-    return torch.cat(found[1:]) if len(found) > 1 else found[0]
+    return torch.cat(found) if found else torch.zeros(0, 0, dtype=torch.float64), shape
 
 
-def _by_channel(found: LeftOut, likelihood: Regression, rows: TrainingRows) -> Tensor:
+def _by_channel(found: LeftOut, likelihood: Regression) -> Tensor:
     """The factor for each number of the noise that the likelihood holds."""
     held = likelihood.noise_variance
     assert held is not None
-    count = held.numel()
-    parts = [found.residuals, found.without, found.variance]
-    if count != found.residuals.shape[1]:
-        shape = _output_shape(rows)
-        parts = [channels_last(part.reshape(len(part), *shape)) for part in parts]
-    return LeftOut(*parts).factor().cpu().reshape(held.shape)
-
-
-def _output_shape(rows: TrainingRows) -> tuple[int, ...]:
-    return tuple(rows.asked.functional.outputs(rows.checked[0][0]).shape[1:])
+    if held.numel() != found.residuals.shape[1]:
+        parts = (found.residuals, found.without, found.variance)
+        residuals, without, variance = (
+            channels_last(part.reshape(len(part), *found.shape)) for part in parts
+        )
+        found = LeftOut(residuals, without, variance)
+    return found.factor().cpu().reshape(held.shape)

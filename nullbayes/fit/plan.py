@@ -121,17 +121,19 @@ def plan_fit(
     num_samples: int,
     max_examples: int | None,
     processes: Processes | None = None,
+    elsewhere: int = 0,
 ) -> Plan:
     """Count the loader, and capture and solve a few of its examples.
 
     Args:
+        elsewhere: how many examples others have, of which nothing is in this loader.
         processes: those that the rows are to be spread over; bytes and seconds are those of one of them, without what
             they send (``plan_many.py``).
     """
     parts = 1 if processes is None else processes.size
     budget = settings.memory or own_budget(problem.device, processes)
     memory = divided(settings, problem.space, num_samples, budget)
-    few = _counted(problem, train_loader, max_examples)
+    few = _counted(problem, train_loader, max_examples, elsewhere)
     problem, rows, outputs, targets = _tried(problem, few)
     proving, proven = settled(lambda: prove(problem.functional, few.inputs))
     size = batch_size(few.inputs)
@@ -226,8 +228,8 @@ class _Draft:
     reason: str = ""
 
 
-def _counted(problem: Problem, loader: Iterable[Any], limit: int | None) -> _Few:
-    examples, largest, first = 0, 0, None
+def _counted(problem: Problem, loader: Iterable[Any], limit: int | None, elsewhere: int) -> _Few:
+    examples, largest, first = elsewhere, 0, None
     for index, inputs, targets in limited(problem.functional, loader, "train_loader", limit):
         size = batch_size(inputs)
         examples, largest = examples + size, max(largest, size)

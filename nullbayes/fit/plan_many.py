@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -12,6 +14,9 @@ from nullbayes.common.progress import COMMUNICATION
 from nullbayes.constraints.problem import Problem
 from nullbayes.fit.plan import Plan
 from nullbayes.fit.result import Settings
+from nullbayes.model.batch import batch_size
+from nullbayes.model.data import Batches, Shard
+from nullbayes.model.loader import limited
 from nullbayes.solvers.conjugate_gradient import EXPECTED_ITERATIONS
 from nullbayes.solvers.dual import DualCholesky
 from nullbayes.solvers.eigen import PrimalEigen
@@ -20,6 +25,31 @@ from nullbayes.solvers.refinement import DIRECT_PASSES
 
 # Numbers of the sums that are tried, at most.
 _TRIED = 2**22
+
+
+def made_together(
+    made: Callable[[int], Plan], problem: Problem, loader: Iterable[Any], processes: Processes
+) -> Plan:
+    """One plan for all of ``processes``, by one of them, which has data.
+
+    Args:
+        made: the plan, given how many examples of the data are no part of ``loader``.
+    """
+    processes.neighbours  # noqa: B018  asked of all, before one of them works
+    inner = loader.loader if isinstance(loader, Batches) else loader
+    if not isinstance(inner, Shard):
+        return processes.shared(lambda: made(0))
+    counts = processes.gather(_examples(problem, loader))
+    return processes.shared(
+        lambda: made(sum(counts) - counts[processes.rank]), counts.index(max(counts))
+    )
+
+
+def _examples(problem: Problem, shard: Iterable[Any]) -> int:
+    if next(iter(shard), None) is None:
+        return 0
+    read = limited(problem.functional, shard, "train_loader", None)
+    return sum(batch_size(inputs) for _, inputs, _ in read)
 
 
 def with_communication(

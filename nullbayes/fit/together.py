@@ -19,7 +19,7 @@ from nullbayes.constraints.memory_budget import default_budget
 from nullbayes.constraints.problem import Problem
 from nullbayes.errors import ProcessError
 from nullbayes.fit.result import Run, Settings
-from nullbayes.model.fingerprint import fingerprint
+from nullbayes.model.fingerprint import digest, fingerprint
 from nullbayes.model.shares import Share
 
 
@@ -32,11 +32,12 @@ def check_alike(
     problem: Problem, settings: Settings, run: Run | None, processes: Processes
 ) -> None:
     """Raise `ProcessError` naming the processes whose versions, weights, seed or settings are not those of the rest."""
-    digest = json.dumps(fingerprint(problem.functional.model), sort_keys=True)
+    network = json.dumps(fingerprint(problem.functional.model), sort_keys=True)
     facts: dict[str, Any] = {
         "versions": _versions(),
-        "weights": hashlib.sha256(digest.encode()).hexdigest()[:16],
-        "parameters": (problem.space.total, str(problem.dtype)),
+        "weights": hashlib.sha256(network.encode()).hexdigest()[:16],
+        "parameters": (problem.space.total, str(problem.dtype), _chosen(problem)),
+        "randomness": problem.randomness,
         "likelihood": _named(problem.likelihood),
         "settings": (
             problem.preserve.describe(),
@@ -49,9 +50,11 @@ def check_alike(
         ),
     }
     if run is not None:
-        facts |= {"seed": run.seed, "num_samples": run.num_samples, "audit": run.audit}
-        facts["checkpoint"] = run.checkpoint is not None
-    facts["prior"] = problem.within is not None
+        facts |= {"seed": run.seed, "num_samples": run.num_samples, "sample_dtype": run.stored}
+        facts |= {"audit": (run.audit, run.patient), "checkpoint": run.checkpoint is not None}
+    facts["prior"] = problem.within is not None, problem.prior
+    if problem.prior_mean is not None:
+        facts["prior_mean"] = digest(problem.prior_mean)
     processes.agree(facts)
     if problem.within is not None:
         _check_within(problem, processes)
@@ -76,6 +79,13 @@ def _check_within(problem: Problem, processes: Processes) -> None:
             "of process 0. Fit it in a call of all processes, each with all of the data or a `Shard` of them; or in "
             "one process, save it, and `nb.load` it in the others."
         )
+
+
+def _chosen(problem: Problem) -> str:
+    """Digest of which weights take part."""
+    slots = [(slot.name, tuple(slot.shape)) for slot in problem.space.slots]
+    masks = [(name, digest(mask)) for name, mask in problem.space.masks.items()]
+    return hashlib.sha256(repr((slots, masks)).encode()).hexdigest()[:16]
 
 
 def _named(value: Any) -> str:

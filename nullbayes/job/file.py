@@ -114,12 +114,16 @@ def read_job(path: Path) -> Job:
     shifted = {str(k): _called(v, f"shifted[{k!r}]", where) for k, v in shifted.items()}
     options = _mapping(names, "options", where) or {}
     kind = options.get("posterior", OWN["posterior"])
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise InputError(
             f"{where}: options['posterior'] is {kind!r}; expected {' or '.join(map(repr, KINDS))}."
         )
     constructor, fit = _sorted(options, kind, where)
-    title = names.get("title")
+    title, calibrate = names.get("title"), options.get("calibrate", OWN["calibrate"])
+    if not isinstance(title, (str, type(None))):
+        raise InputError(f"{where}: `title` is {type(title).__name__}, expected a string.")
+    if not isinstance(calibrate, bool):
+        raise InputError(f"{where}: options['calibrate'] is {calibrate!r}; expected True or False.")
     return Job(
         path,
         model,
@@ -130,18 +134,18 @@ def read_job(path: Path) -> Job:
         names.get("likelihood"),
         _mapping(names, "slices", where),
         names.get("show"),
-        None if title is None else str(title),
+        title,
         constructor,
         fit,
-        str(kind),
-        bool(options.get("calibrate", OWN["calibrate"])),
+        kind,
+        calibrate,
     )
 
 
 def _run(path: Path) -> dict[str, Any]:
     """The names that the file leaves, run with its own folder at the head of the import path."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a mark of the encoding is no code
     except (OSError, UnicodeDecodeError) as error:
         said = error.strerror if isinstance(error, OSError) else "it is no text"
         raise InputError(f"the job file {path} cannot be read: {said}.") from error
@@ -156,7 +160,8 @@ def _run(path: Path) -> dict[str, Any]:
     except KeyboardInterrupt:
         raise
     except SyntaxError as error:
-        raise InputError(f"{path.name}, line {error.lineno}: {error.msg}.") from error
+        at = "" if error.lineno is None else f", line {error.lineno}"
+        raise InputError(f"{path.name}{at}: {error.msg}.") from error
     except (Exception, SystemExit) as error:
         lines = [
             f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)
@@ -164,7 +169,8 @@ def _run(path: Path) -> dict[str, Any]:
         line = f", line {lines[-1]}" if lines else ""
         raise InputError(f"{path.name}{line}: {type(error).__name__}: {error}") from error
     finally:
-        sys.path.remove(folder)
+        if folder in sys.path:  # the file may have changed it
+            sys.path.remove(folder)
         if before is not None:
             sys.modules[module.__name__] = before
     return module.__dict__
@@ -180,7 +186,7 @@ def _called(value: Any, name: str, where: str) -> Any:
         return value
     try:
         return value()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{where}: `{name}()` failed: {type(error).__name__}: {error}") from error
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE
 from nullbayes.common.progress import stages
-from nullbayes.common.writing import make_folder, write_signed_json, write_text
+from nullbayes.common.writing import make_folder, not_written, write_signed_json, write_text
 from nullbayes.errors import NullBayesWarning, StorageError
 from nullbayes.fit.plan import Plan
 from nullbayes.fit.result import AUDITED
@@ -55,8 +55,12 @@ class RunFolder:
     def note(self, text: str) -> None:
         """A line for the log and for people."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        with (self.path / LOG).open("a", encoding="utf-8") as log:
-            log.write(f"{now} {text}\n")
+        place = self.path / LOG
+        try:
+            with place.open("a", encoding="utf-8") as log:
+                log.write(f"{now} {text}\n")
+        except OSError as error:
+            raise not_written(place, error) from error
         self.say(text)
 
     @contextmanager

@@ -34,8 +34,57 @@ def adapted(model: Any) -> Any:
     return model.peft_config.get(model.active_adapter)
 
 
+# Which task an example belongs to, an input of adapters for several.
+TASKS = "task_ids"
+# Adapters that put tokens of their own before those of the inputs.
+_BEFORE = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
+
+
+def _kind(config: Any) -> str:
+    return str(getattr(getattr(config, "peft_type", None), "value", ""))
+
+
+def adapter_kind(model: Any) -> str:
+    """The library's name for the kind of the active adapter, such as ``"LORA"``; empty where there is none."""
+    return _kind(adapted(model))
+
+
+def tokens_before(config: Any) -> int:
+    """How many tokens of its own the adapter of a configuration puts before those of the inputs."""
+    return int(config.num_virtual_tokens) if _kind(config) in _BEFORE else 0
+
+
 def _comes_from(model: Any, name: str, package: str) -> bool:
     return any(c.__name__ == name and c.__module__.startswith(package) for c in type(model).__mro__)
+
+
+# The name of what is active among the digests of a model's tensors: no tensor can have it.
+ACTIVE = "active adapters"
+
+
+def active_adapters(model: Any) -> str | None:
+    """Which adapters take part in a forward pass now, in words; None where ``model`` has none of peft."""
+    if not _comes_from(model, "PeftModel", "peft."):
+        return None
+    states = set()
+    for module in model.modules():
+        own = module.__dict__
+        if "_active_adapter" in own:
+            names = own["_active_adapter"]
+            names = [names] if isinstance(names, str) else names
+            states.add((*names, "disabled") if own.get("_disable_adapters") else tuple(names))
+    if not states:  # prompts and prefixes have no layers
+        off = getattr(model, "_adapters_disabled", False)
+        states.add((model.active_adapter, *(["disabled"] if off else [])))
+    return "; ".join(sorted(", ".join(state) for state in states))
+
+
+def inactive_adapters(model: Any) -> set[str]:
+    """Names of adapters that a model holds beside those that are active, or all of them where these are disabled."""
+    active = active_adapters(model)
+    if active is None:
+        return set()
+    return set(model.peft_config) - {n for state in active.split("; ") for n in state.split(", ")}
 
 
 def beside_adapter(path: str | os.PathLike[str]) -> str | os.PathLike[str]:

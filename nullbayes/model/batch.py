@@ -96,9 +96,16 @@ def _placed(tensor: Tensor, device: torch.device) -> Tensor:
 def check_inputs(inputs: Inputs, where: str) -> None:
     """Raise :class:`NonFiniteError` if a floating-point input holds NaN or infinity.
 
-    Minus infinity alone is an attention mask's way of saying no.
+    Minus infinity alone is an attention mask's way of saying no. Sparse tensors are an :class:`InputError`: examples
+    cannot be taken out of them as out of others.
     """
     for leaf in tensor_leaves(inputs):
+        if leaf.layout not in (torch.strided, torch.jagged):
+            raise InputError(
+                f"{where}: an input of shape {tuple(leaf.shape)} is sparse ({leaf.layout}), from which single examples "
+                "cannot be taken. Pass `x.to_dense()`, or indices and values as dense tensors and put them together "
+                "in the forward pass (or `forward=`)."
+            )
         if not leaf.is_floating_point() or (_plain(leaf) and math.isfinite(leaf.detach().sum())):
             continue  # a finite sum has finite terms, and costs a quarter of looking at each
         if not bool(leaf.isfinite().all()):

@@ -29,15 +29,7 @@ def bound(
             with functional.drawing(inputs):
                 return call(inputs.inputs)
         if not made:
-            private, copier = functional.modules.private(
-                functional._placed(weights),
-                hooks,
-                widened=functional.widened,
-                padded=functional.padded,
-                whole=functional.widened_whole,
-            )
-            forward = functional.user_forward and copier.rebound(functional.user_forward)
-            made.append((private, forward, copier))
+            made.append(functional._copied(weights, hooks))
         given = functional._given(inputs)
         out = functional._flat(functional._run(*made[0][:2], given), inputs)
         shape = tuple(leaf.shape for leaf in tensor_leaves(plain(inputs)))

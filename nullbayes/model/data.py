@@ -108,6 +108,28 @@ class Batches:
         return batch, found
 
 
+class Shard:
+    """What this process has of the data, where they cannot be split by index: no other process has any of it.
+
+    Args:
+        data: anything that ``fit`` takes, of this process alone; nothing, where it has none.
+        batch_size: of data that do not come in batches.
+    """
+
+    def __init__(self, data: Any, batch_size: int = BATCH) -> None:
+        if _is_empty(data):
+            data = []
+        self.loader = as_loader(data, "data", None, labelled=False, batch_size=batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+
+def _is_empty(data: Any) -> bool:
+    parts = data if isinstance(data, tuple) and data else (data,)
+    return all(is_array(part) and part.shape and not len(part) for part in parts)
+
+
 def as_loader(
     data: Any,
     name: str,
@@ -198,7 +220,8 @@ def as_inputs(x: Any, dtype: torch.dtype) -> Any:
 
 def is_stream(x: Any) -> bool:
     """Whether ``x`` is many batches, to be read one by one, and not the inputs of one."""
-    return isinstance(x, (DataLoader, Dataset, Batches, Iterator)) or hasattr(x, "train_dataloader")
+    streams = (DataLoader, Dataset, Batches, Iterator, Shard)
+    return isinstance(x, streams) or hasattr(x, "train_dataloader")
 
 
 def streamed(x: Any, dtype: torch.dtype, *, labelled: bool = False) -> Iterator[Any]:

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nullbayes.errors import ModelError
+from nullbayes.model.adapters import ACTIVE, active_adapters, inactive_adapters
 from nullbayes.model.packed import opened, tensors_of
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
     """A digest of each parameter and buffer: shape and values, whatever the device or float dtype.
 
-    Values are hashed in float32, so a model agrees with its conversion to float64, and back.
+    Values are hashed in float32, so a model agrees with its conversion to float64, and back. Of adapters (peft) those
+    that are active count, and under :data:`ACTIVE` stands which they are.
     """
-    out = {}
+    active = active_adapters(model)
+    out = {} if active is None else {ACTIVE: active}
+    without = inactive_adapters(model)
     for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor) or not without.isdisjoint(name.split(".")):
             continue
         for inner, part in opened(tensor).items():
             values = part.detach().cpu()
             if values.is_floating_point():
                 values = values.to(torch.float32)
             digest = hashlib.sha256(str(tuple(values.shape)).encode())
-            digest.update(values.contiguous().numpy().tobytes())
+            digest.update(values.reshape(-1).contiguous().view(torch.uint8).numpy().data)
             out[f"{name}.{inner}" if inner else name] = digest.hexdigest()[:24]
     return out
 
@@ -48,6 +53,7 @@ def quick_digest(model: nn.Module) -> int:
             places += [place] * len(parts)
             sums += parts
     total = sum(place * value for place, value in zip(places, _read(sums), strict=True))
+    total += zlib.crc32((active_adapters(model) or "").encode())
     return total & ((1 << 64) - 1)
 
 
@@ -94,7 +100,7 @@ class Watch:
     def __init__(self, model: nn.Module, always: int | None = None) -> None:
         self.tensors = [t for t in tensors_of(model) if t.device.type != "meta" and t.numel()]
         self.modules = [(m, _entries(m)) for m in model.modules()]
-        self.versions = self._versions()
+        self.versions, self.active = self._versions(), active_adapters(model)
         # Views of a tensor's bits where there are some, else the tensor and where to look.
         self.pieces: list[tuple[Tensor, Tensor | None, int, int]] = []
         with torch.no_grad():
@@ -123,6 +129,7 @@ class Watch:
             model is not self.modules[0][0]
             or self._versions() != self.versions
             or any(_entries(m) != entries for m, entries in self.modules)
+            or (self.active is not None and active_adapters(model) != self.active)
         ):
             return False
         seen = 0
@@ -181,6 +188,12 @@ def bits_of(tensor: Tensor) -> Tensor:
 def check_unchanged(model: nn.Module, digest: dict[str, str]) -> None:
     """Raise :class:`ModelError` if ``model`` no longer has the fingerprint ``digest``."""
     now = fingerprint(model)
+    then = digest.get(ACTIVE)
+    if then is not None and now.get(ACTIVE) != then:
+        raise ModelError(
+            f"this posterior was fitted with {then!r} as the active adapters; now they are {now.get(ACTIVE)!r}. Call "
+            "`model.set_adapter`, or leave `model.disable_adapter()`; or fit anew."
+        )
     changed = sorted(n for n in now if now[n] != digest.get(n))
     if changed:
         raise ModelError(

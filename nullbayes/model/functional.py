@@ -33,8 +33,8 @@ from nullbayes.model.bound import bound
 from nullbayes.model.checks import check_kind, check_scripted
 from nullbayes.model.huggingface import HuggingFace
 from nullbayes.model.parameters import HALF, ParameterChoice, ParameterSpace
-from nullbayes.model.precision import Unrounded, Watch, tolerance, widening
-from nullbayes.model.private import Hooks, Modules
+from nullbayes.model.precision import Unrounded, tolerance, widening
+from nullbayes.model.private import Copier, Hooks, Modules
 from nullbayes.model.ragged import restored, unbatched
 from nullbayes.model.randomness import FrozenRandomness, Replay, keyed
 from nullbayes.model.reading import Reads
@@ -85,7 +85,7 @@ class FunctionalModel(Reads):
         # Whether transformer encoders give zeros at padded positions, as they do without gradients.
         self.padded = False
         # Looks at the operations of forward passes, innermost, while that is asked for.
-        self.watch: Watch | None = None
+        self.watch: AbstractContextManager[Any] | None = None
         # The least precise numbers that a forward pass was seen to compute with.
         self.rounding: torch.dtype = space.dtype
         # Whether the chosen weights are said to be those of a last layer.
@@ -169,21 +169,27 @@ class FunctionalModel(Reads):
         if isinstance(inputs, Keyed):
             with self.drawing(inputs):
                 return self(weights, inputs.inputs, hooks, deployed=deployed)
-        given, tensors = self._given(inputs), self._placed(weights)
+        given = self._given(inputs)
         if self.modules.shared:
-            with self.modules.lent(tensors, hooks) as lent:
+            with self.modules.lent(self._placed(weights), hooks) as lent:
                 out = self._run(lent, self.user_forward, given)
         else:
-            private, copier = self.modules.private(
-                tensors,
-                hooks,
-                widened=self.widened,
-                padded=self.padded and not deployed,
-                whole=self.widened_whole,
-            )
-            forward = self.user_forward and copier.rebound(self.user_forward)
+            private, forward, _ = self._copied(weights, hooks, deployed=deployed)
             out = self._run(private, forward, given)
         return self._flat(out, inputs)
+
+    def _copied(
+        self, weights: Mapping[str, Tensor], hooks: Hooks = (), *, deployed: bool = False
+    ) -> tuple[nn.Module, Forward | None, Copier]:
+        """A private copy of the network at ``weights``, its ``forward=``, and what knows what is written to it."""
+        private, copier = self.modules.private(
+            self._placed(weights),
+            hooks,
+            widened=self.widened,
+            padded=self.padded and not deployed,
+            whole=self.widened_whole,
+        )
+        return private, self.user_forward and copier.rebound(self.user_forward), copier
 
     def bound(self, weights: Mapping[str, Tensor], hooks: Hooks = ()) -> Callable[[Inputs], Tensor]:
         """``inputs -> outputs`` at these weights, as by calling this, of one private copy for as long as nothing writes
@@ -224,13 +230,7 @@ class FunctionalModel(Reads):
         """
         if self.modules.shared:
             return self(self.weights(), inputs)
-        private, copier = self.modules.private(
-            self._placed(self.weights()),
-            widened=self.widened,
-            padded=self.padded,
-            whole=self.widened_whole,
-        )
-        forward = self.user_forward and copier.rebound(self.user_forward)
+        private, forward, copier = self._copied(self.weights())
 
         def called() -> Tensor:
             given = self._given(inputs)

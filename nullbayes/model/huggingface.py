@@ -11,7 +11,6 @@ Nothing here imports transformers: a network that comes from it has it loaded.
 from __future__ import annotations
 
 import inspect
-import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -20,13 +19,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nullbayes.errors import InputError, ModelError, NullBayesWarning
-from nullbayes.model.adapters import adapted, pretrained
+from nullbayes.errors import InputError, NullBayesWarning
+from nullbayes.model.adapters import TASKS, adapted, adapter_kind, pretrained, tokens_before
 from nullbayes.model.batch import batch_size, changed, plain
-from nullbayes.model.own_loss import IGNORED, Kind, candidates, entry, kind_of
+from nullbayes.model.decoding import decoder_inputs, generates
+from nullbayes.model.own_loss import (
+    IGNORED,
+    Kind,
+    candidates,
+    entry,
+    kind_of,
+    main_loss_alone,
+    scored_outputs,
+)
 from nullbayes.model.parameters import HALF
 
 LABELS = ("labels", "label", "label_ids")
+# What networks for time series call them.
+VALUES = ("target_values", "future_values")
 SPANS = ("start_positions", "end_positions")
 # Examples on which a network is asked for its own loss.
 ASKED = 4
@@ -67,6 +77,8 @@ class HuggingFace:
         self._told: set[str] = set()
         names = inspect.signature(base.forward).parameters
         self._parameters = tuple(n for n, p in names.items() if p.kind != p.VAR_KEYWORD)
+        if adapter_kind(model) == "MULTITASK_PROMPT_TUNING":
+            self._parameters += (TASKS,)
         # A forward pass of the user's own may hand everything on without naming it.
         self._named = getattr(base, "main_input_name", "input_ids") in self._parameters
 
@@ -98,8 +110,12 @@ class HuggingFace:
                 return inputs, {k: batch[k] for k in SPANS}
             spans = [torch.as_tensor(batch[k]) for k in SPANS]
             return inputs, torch.stack([s.reshape(len(s)) for s in spans], 1)
-        if "label_ids" in batch:
-            return {k: v for k, v in batch.items() if k != "label_ids"}, batch["label_ids"]
+        values = [
+            k for k in VALUES if k in self._parameters and not any(n in batch for n in LABELS)
+        ]
+        for name in ("label_ids", *values):
+            if name in batch:
+                return {k: v for k, v in batch.items() if k != name}, batch[name]
         return None
 
     def inputs(self, inputs: Any, labels: Any = None, reserved: tuple[str, ...] = ()) -> Any:
@@ -121,34 +137,16 @@ class HuggingFace:
                 "left out, as the Trainer does. Check for a misspelt name.",
             )
             given = {k: v for k, v in given.items() if k not in extra}
-        if self._decodes(given):
+        if generates(self.base, self._parameters) and not any(
+            k.startswith("decoder_input") for k in given
+        ):
             if not isinstance(found, Tensor) or found.ndim != 2:
                 raise InputError(
                     f"{type(self.base).__name__} needs `decoder_input_ids`, or `labels (B, T)` to make them from; the "
                     f"batch holds {sorted(map(str, given))}."
                 )
-            given["decoder_input_ids"] = self._decoder_inputs(found)
+            given["decoder_input_ids"] = decoder_inputs(self.base, found)
         return given
-
-    def _decodes(self, given: Mapping[Any, Any]) -> bool:
-        there = "decoder_input_ids" in given or "decoder_inputs_embeds" in given
-        named = type(self.base).__name__.endswith("ForConditionalGeneration")
-        return bool(getattr(self.base.config, "is_encoder_decoder", False)) and named and not there
-
-    def _decoder_inputs(self, labels: Tensor) -> Tensor:
-        """Labels shifted to the right, as the network does it."""
-        make = getattr(self.base, "prepare_decoder_input_ids_from_labels", None)
-        if make is not None:
-            return make(labels=labels)
-        module = sys.modules[type(self.base).__module__]
-        shift = getattr(module, "shift_tokens_right", None)
-        if shift is None:
-            raise ModelError(
-                f"{type(self.base).__name__} needs `decoder_input_ids`, and how it makes them of labels is not known "
-                "here. Put them into the batches."
-            )
-        config = self.base.config
-        return shift(labels, config.pad_token_id, config.decoder_start_token_id)
 
     def prepared(self, inputs: Any, targets: Any, where: str) -> Any:
         """Targets of a batch as the outputs are scored against.
@@ -168,6 +166,15 @@ class HuggingFace:
             self._learn(inputs, targets)
         if self.kind == "tokens":
             return self._token_targets(inputs, targets, where)
+        if self.kind == "frames":
+            return targets.argmax(-1)
+        if self.kind == "alignments":
+            raise InputError(
+                f"{where}: {type(self.base).__name__} is trained with a loss that sums over alignments (CTC), so "
+                f"that labels of shape {tuple(targets.shape)} belong to no position of its outputs. Pass that loss as "
+                '`loss=` with `preserve="loss"`; it takes the network\'s outputs and the labels, and returns one '
+                "value for each example."
+            )
         if self.kind == "segmentation" and not targets.is_floating_point():
             return self._without(targets, targets == self._background())
         if self.kind == "questions":
@@ -204,18 +211,15 @@ class HuggingFace:
     @property
     def before(self) -> int:
         """How many tokens of its own prompt tuning puts before those of the inputs, in the outputs too."""
-        config = adapted(self.model)
-        kind = str(getattr(getattr(config, "peft_type", None), "value", ""))
-        if config is None or kind not in ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"):
-            return 0
-        decodes = getattr(self.base.config, "is_encoder_decoder", False)
-        return 0 if decodes else int(config.num_virtual_tokens)
+        return 0 if self._pairs() else tokens_before(adapted(self.model))
+
+    def _pairs(self) -> bool:
+        return bool(getattr(self.base.config, "is_encoder_decoder", False))
 
     def _unpadded(self, inputs: Any, labels: Tensor) -> Tensor:
         """Without the labels of padding."""
         mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-        decodes = getattr(self.base.config, "is_encoder_decoder", False)
-        if not isinstance(mask, Tensor) or mask.shape != labels.shape or decodes:
+        if not isinstance(mask, Tensor) or mask.shape != labels.shape or self._pairs():
             return labels
         padding = (mask == 0) & self._kept(labels)
         if not bool(padding.any()) or self._by_hand:
@@ -282,7 +286,7 @@ class HuggingFace:
         """The tensor in what the network returned that its own loss is computed from; None: not known here."""
         if self.passive:
             return None
-        logits = entry(value, "logits")
+        logits = scored_outputs(value)
         if logits is None:
             start, end = entry(value, "start_logits"), entry(value, "end_logits")
             first = value[0] if isinstance(value, tuple) and value else None
@@ -330,17 +334,18 @@ class HuggingFace:
         if spans:
             given |= dict(zip(SPANS, labels.unbind(1), strict=True))
         else:
-            given["labels"] = labels
+            names = (n for n in (*LABELS[:1], *VALUES) if n in self._parameters)
+            given[next(names, LABELS[0])] = labels
         if getattr(self.base.config, "return_dict", True) is False:
             given["return_dict"] = True
-        config, before = self.base.config, getattr(self.base.config, "problem_type", None)
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                value = self.model(**given)
+        config = self.base.config
+        with (
+            main_loss_alone(config, self.base, adapted(self.model)),
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+        ):
+            value = self.model(**given)
             return value, getattr(config, "problem_type", None)
-        finally:
-            if hasattr(config, "problem_type"):
-                config.problem_type = before
 
     def _compared(
         self, loss: float, logits: Tensor, labels: Tensor, inputs: Any, problem: str | None
@@ -350,6 +355,11 @@ class HuggingFace:
         fits = {n for n, v in found.items() if abs(v - loss) <= same * abs(loss) + 1e-6}
         if self.kind == "tokens":
             self.shifts = "shifted" in fits if len(fits) == 1 else self._named_causal()
+        if "one-hot" in fits:
+            self.kind = "frames"
+        if self.kind == "tokens" and not found and type(self.base).__name__.endswith("ForCTC"):
+            self.kind = "alignments"
+            return
         if "resized" in fits:
             height, width = labels.shape[-2:]
             same_size = self._image_size(inputs) == (height, width)
@@ -399,8 +409,8 @@ class HuggingFace:
         )
 
     def _named_causal(self) -> bool:
-        name, decodes = type(self.base).__name__, self.base.config.is_encoder_decoder
-        return not decodes and name.endswith(("ForCausalLM", "LMHeadModel"))
+        name = type(self.base).__name__
+        return not self._pairs() and name.endswith(("ForCausalLM", "LMHeadModel"))
 
     # -- its inputs ------------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from torch import Tensor
@@ -11,13 +12,46 @@ from torch.nn import functional as F
 # The label that losses ignore, unless they say otherwise.
 IGNORED = -100
 
-Kind = Literal["tokens", "sequence", "segmentation", "questions"]
+Kind = Literal["tokens", "sequence", "segmentation", "questions", "values", "frames", "alignments"]
+# What the outputs are called that a loss is computed from: of most networks, and of those for time series.
+OUTPUTS = ("logits", "prediction_logits", "prediction_outputs", "regression_outputs")
+# Weights of what is added to a loss beside the one of outputs and labels: a second head's, a router's, an adapter's.
+_BESIDE = ("auxiliary_loss_weight", "router_aux_loss_coef", "orth_reg_weight")
+# What a network that computes its loss finds out and writes down.
+_WRITTEN = "problem_type"
 
 
 def entry(value: Any, name: str) -> Tensor | None:
     """A tensor among what a network returned, by its name."""
     found = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
     return found if isinstance(found, Tensor) else None
+
+
+def scored_outputs(value: Any) -> Tensor | None:
+    """What a network returned for its loss, by the names that it may have."""
+    found = (entry(value, name) for name in OUTPUTS)
+    return next((f for f in found if f is not None), None)
+
+
+@contextmanager
+def main_loss_alone(*holders: Any) -> Iterator[None]:
+    """While it lasts, a network's own loss is the one of its outputs and labels alone, and nothing is written down.
+
+    Args:
+        holders: of settings: a network, its configuration, that of its adapter; all are as before afterwards.
+    """
+    there = [
+        (h, n) for h in holders for n in (*_BESIDE, _WRITTEN) if n in getattr(h, "__dict__", {})
+    ]
+    before = [(h, n, getattr(h, n)) for h, n in there]
+    try:
+        for holder, name, value in before:
+            if name != _WRITTEN and value is not None:
+                setattr(holder, name, 0.0)
+        yield
+    finally:
+        for holder, name, value in before:
+            setattr(holder, name, value)
 
 
 def kind_of(value: Any, logits: Tensor, labels: Tensor) -> Kind | None:
@@ -28,6 +62,8 @@ def kind_of(value: Any, logits: Tensor, labels: Tensor) -> Kind | None:
         return "tokens"
     if logits.ndim == 4 and labels.ndim == 3:
         return "segmentation"
+    if logits.ndim >= 3 and logits.shape == labels.shape:
+        return "values"
     return "sequence" if logits.ndim == 2 else None
 
 
@@ -55,6 +91,11 @@ def candidates(
     if kind == "segmentation":
         resized = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear")
         return {"resized": _entropy(resized, labels, background)}
+    if kind == "values":
+        found = {"squares": float(F.mse_loss(logits, labels.double()))}
+        return found | {"one-hot": _entropy(logits.movedim(-1, 1), labels.argmax(-1), IGNORED)}
+    if problem is None and labels.is_floating_point() and labels.shape == logits.shape:
+        problem = "regression"
     if problem == "regression":
         return {"squares": float(F.mse_loss(logits.reshape(labels.shape), labels.double()))}
     if problem == "multi_label_classification":

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from nullbayes.model.frozen import stand_in
+from nullbayes.model.parameters import HALF
 from nullbayes.model.transformer import PaddedEncoder, is_nested
 
 Hook = Callable[..., Any]
 Hooks = Sequence[tuple[str, Hook]]
 
-HALF = (torch.float16, torch.bfloat16)
 # Attributes that hold nothing of a module tree: most of them.
 _ATOMS = frozenset(
     {int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, type}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from nullbayes.errors import ModelError
@@ -88,12 +89,24 @@ class Reads:
 def as_tensor_output(value: Any) -> Tensor:
     """The tensor in what a model returned: itself, or ``logits`` of a mapping or an object."""
     if isinstance(value, Tensor):
-        return value
+        return _dense(value)
     logits = value.get("logits") if isinstance(value, Mapping) else getattr(value, "logits", None)
     if isinstance(logits, Tensor):
-        return logits
+        return _dense(logits)
     raise ModelError(
         f"the model returned {type(value).__name__}, expected a tensor or an object with `.logits`."
         " Pass `forward=lambda model, inputs: ...` that returns the tensor to be trusted, or `loss=`, a"
         " callable that takes whatever the model returns."
+    )
+
+
+def _dense(outputs: Tensor) -> Tensor:
+    if outputs.layout == torch.strided and not outputs.is_nested:
+        return outputs
+    kind, mend = "sparse", "`.to_dense()`"
+    if outputs.is_nested:
+        kind, mend = "nested", "`torch.nested.to_padded_tensor(out, 0.0)`"
+    raise ModelError(
+        f"the model returned a {kind} tensor ({outputs.layout}), whose examples cannot be taken out. Return a dense "
+        f"one, {mend}, or pass `forward=` that does."
     )

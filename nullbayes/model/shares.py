@@ -14,22 +14,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    Subset,
     SubsetRandomSampler,
+    TensorDataset,
     WeightedRandomSampler,
 )
 
 from nullbayes.common.processes import Processes, spread
 from nullbayes.errors import InputError
 from nullbayes.model.batch import Inputs, tensor_leaves
-from nullbayes.model.data import BATCH, Batches, Slices, as_loader, streamed, without_targets
+from nullbayes.model.data import Batches, Slices, as_loader, streamed, without_targets
+from nullbayes.model.data import Shard as Shard
 from nullbayes.model.fingerprint import digest
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.loader import limited, split_batch
@@ -37,21 +41,6 @@ from nullbayes.model.loader import limited, split_batch
 # Items of a data set that are compared between processes.
 _PROBES = 3
 _RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
-
-
-class Shard:
-    """What this process has of the data, where they cannot be split by index: no other process has any of it.
-
-    Args:
-        data: anything that ``fit`` takes, of this process alone.
-        batch_size: of data that do not come in batches.
-    """
-
-    def __init__(self, data: Any, batch_size: int = BATCH) -> None:
-        self.loader = as_loader(data, "data", None, labelled=False, batch_size=batch_size)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.loader)
 
 
 @dataclass(frozen=True)
@@ -172,11 +161,20 @@ class _Parting:
             return self._said(loader)
         if isinstance(loader, Slices):
             return self._slices(loader)
-        if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        plain = (
+            type(loader).__iter__ is DataLoader.__iter__
+            if isinstance(loader, DataLoader)
+            else False
+        )
+        if plain and not isinstance(loader.dataset, IterableDataset):
             return self._loader(loader)
         if isinstance(loader, Sequence):
             return self._list(loader)
-        found = type(loader.dataset if isinstance(loader, DataLoader) else loader).__name__
+        found = type(loader).__name__
+        if plain:
+            found = type(loader.dataset).__name__
+        elif isinstance(loader, DataLoader):
+            found += ", a loader with an `__iter__` of its own"
         raise InputError(
             f"`{self.name}` is read by iterating ({found}), so it cannot be split between {self.processes.size} "
             "processes by index. Let each process read its own part and say so, "
@@ -204,7 +202,13 @@ class _Parting:
                 "`max_examples` with a `Shard`: how many examples each process has is known to it alone. Cut the "
                 "data before."
             )
-        return Share(self.processes, shard, None, None, shard, None, False)
+        # A process that has none looks at the first batch of another.
+        first = next(iter(shard), None)
+        having = [i for i, some in enumerate(self.processes.gather(first is not None)) if some]
+        probe: Iterable[Any] = shard
+        if having and len(having) < self.processes.size:
+            probe = [self.processes.shared(lambda: tree_map(_on_cpu, first), having[0])]
+        return Share(self.processes, shard, None, None, probe, None, bool(having) and first is None)
 
     def _slices(self, slices: Slices) -> Share:
         tensors = slices.tensors
@@ -227,11 +231,12 @@ class _Parting:
     # -- loaders -----------------------------------------------------------------------------------
 
     def _loader(self, loader: DataLoader[Any]) -> Share:
-        self._same(_facts(loader.dataset))
+        self._same(_order(loader) | _facts(loader.dataset))
         sampler = loader.batch_sampler
         if type(sampler) is not BatchSampler:
             return self._batches(loader, sampler if sampler is not None else loader.sampler)
-        numbers = self._numbers(loader.sampler)
+        # (Not the loader's: where it was given batches, that is a sampler of everything which nobody uses.)
+        numbers = self._numbers(sampler.sampler)
         size = sampler.batch_size
         if sampler.drop_last:
             numbers = numbers[: len(numbers) // size * size]
@@ -246,8 +251,8 @@ class _Parting:
 
     def _numbers(self, sampler: Any) -> Sequence[int]:
         """The numbers of all examples, in the order in which one process would read them."""
-        if isinstance(sampler, DistributedSampler):  # which pads: all of its data set, each once
-            return range(len(sampler.dataset))  # type: ignore[arg-type]
+        if _distributed(sampler):  # which pads: all of its data set, each once
+            return range(len(sampler.dataset))
         if type(sampler) is SequentialSampler:
             return range(len(sampler))
         if type(sampler) in _RANDOM:
@@ -272,8 +277,8 @@ class _Parting:
                 f"`max_examples` with the batch sampler {type(sampler).__name__} on several processes: cut the data "
                 "set instead."
             )
-        known = sampler is loader.sampler and isinstance(
-            sampler, (SequentialSampler, DistributedSampler)
+        known = sampler is loader.sampler and (
+            isinstance(sampler, SequentialSampler) or _distributed(sampler)
         )
         numbers: list[Any] = list(self._numbers(sampler)) if known else list(sampler)
         parts = numbers if known else self._custom(numbers, "sampler")
@@ -323,14 +328,55 @@ def _again(
     )
 
 
+def _distributed(sampler: Any) -> bool:
+    """Whether it goes through all of its data set; one with an order of its own may go through something else."""
+    return (
+        isinstance(sampler, DistributedSampler)
+        and type(sampler).__iter__ is DistributedSampler.__iter__
+    )
+
+
+def _order(loader: DataLoader[Any]) -> dict[str, Any]:
+    """In which order a loader reads its data set, and in what batches."""
+    inner = loader.batch_sampler
+    used = getattr(inner, "sampler", loader.sampler)
+    return {
+        "sampler": (type(used).__name__, type(inner).__name__),
+        "batch size": (getattr(inner, "batch_size", None), getattr(inner, "drop_last", None)),
+    }
+
+
 def _facts(dataset: Any) -> dict[str, Any]:
     """What two copies of a data set have in common: its length, and a few of its items."""
     count = len(dataset)
     places = sorted({0, count // 2, count - 1}) if count else []
     first = [_digest(dataset[i]) for i in places[:_PROBES]]
     again = [_digest(dataset[i]) for i in places[:_PROBES]]
+    kinds = [leaf[:2] if isinstance(leaf, tuple) else leaf for item in first for leaf in item]
     # Augmented at random: another item each time, in one process as between two.
-    return {"number of examples": count, "items": first if first == again else "random"}
+    values = first if first == again else "random"
+    return {
+        "number of examples": count,
+        "shapes and dtypes of items": kinds,
+        f"values of items {', '.join(map(str, places))}": values,
+        "choice, order or labels of examples": _contents(dataset),
+    }
+
+
+def _contents(dataset: Any) -> list[Any]:
+    """What is known of all items without reading one: tensors, which of a larger set these are, labels."""
+    if isinstance(dataset, TensorDataset):
+        return [digest(t) for t in dataset.tensors]
+    if isinstance(dataset, Subset):
+        chosen = hashlib.sha256(repr(list(dataset.indices)).encode()).hexdigest()[:16]
+        return [chosen, *_contents(dataset.dataset)]
+    if isinstance(dataset, ConcatDataset):
+        return [_contents(part) for part in dataset.datasets]
+    labels = getattr(dataset, "targets", None)  # those of torchvision
+    if isinstance(labels, (list, np.ndarray)) and len(labels) == len(dataset):
+        labels = np.asarray(labels)
+        labels = torch.from_numpy(labels) if labels.dtype.kind in "biu" else None
+    return [digest(labels)] if isinstance(labels, Tensor) else []
 
 
 def _digest(value: Any) -> list[Any]:
@@ -344,6 +390,10 @@ def _digest(value: Any) -> list[Any]:
             plain = isinstance(leaf, (bool, int, float, str, type(None)))
             out.append(leaf if plain else type(leaf).__name__)
     return out
+
+
+def _on_cpu(leaf: Any) -> Any:
+    return leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf
 
 
 def _size(batch: Any, where: str) -> int:

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from nullbayes.common.switch import switch
+
 
 class Mathematical(TorchFunctionMode):
     """Attention and transformer layers as the operations that they are made of, in this thread alone.
@@ -71,13 +73,17 @@ class _Smooth(Mathematical):
         return super().__torch_function__(func, types, args, kwargs)
 
 
+#: PyTorch's own switch for attention as the operations that it is made of.
+written_out = switch(lambda: sdpa_kernel(SDPBackend.MATH))
+
+
 @contextmanager
 def smooth() -> Iterator[None]:
     """Within it, norms and attention have derivatives of every order.
 
     `nn.MultiheadAttention` calls its kernel out of a mode's sight, so PyTorch's own switch is set too, for the time.
     """
-    with _Smooth(), sdpa_kernel(SDPBackend.MATH):
+    with _Smooth(), written_out():
         yield
 
 

@@ -29,6 +29,7 @@ from nullbayes.moments.capture import recording
 from nullbayes.moments.collector import Collector
 from nullbayes.moments.members import Members
 from nullbayes.moments.second import BlockMoments
+from nullbayes.moments.uses import Uses
 
 # Examples drawn for the certificate, at most, and bytes that they may take.
 KEPT_EXAMPLES = 128
@@ -101,7 +102,10 @@ def drawn(functional: FunctionalModel, batches: Iterable[Batch]) -> Iterator[Bat
         inputs = functional.as_called(inputs, labels)
         if labels is not None:
             inputs, targets = functional.targets_for(inputs, labels, f"batch {index}")
-        yield index, *functional.stacked(inputs, targets)
+        inputs, targets = functional.stacked(inputs, targets)
+        known = functional.batch(inputs)
+        # What all examples share (a mask as long as the batch) is not to be cut where some examples are kept.
+        yield index, inputs if flags_of(known) == flags_of(inputs) else known, targets
 
 
 def _batches(loader: Any, name: str) -> Iterable[Any]:
@@ -137,17 +141,24 @@ def gather(
     Raises:
         NonFiniteError: a layer's inputs hold NaN or infinity; names the layer and the batch.
         InputError: every batch is empty, or the forward pass fails.
+        ModelError: a later example uses a weight outside of its layer.
     """
     device = functional.device
     pairs = zip(blocks.blocks, ranks, strict=True)
     out = Gathered([BlockMoments.zeros(b, device, rank) for b, rank in pairs], Members())
-    kept, collector = Reservoir(seed), Collector(blocks, out.sums, dtype)
+    kept, collector, uses = (
+        Reservoir(seed),
+        Collector(blocks, out.sums, dtype),
+        Uses(functional, blocks),
+    )
     largest, spread = 1, None if isinstance(batches, Iterator) else batches
     for index, inputs, targets in batches:
         where = f"{name}, batch {index}"
-        with recording(blocks.sites, collector.receive, collector.summers):
+        watched = uses.watched(inputs)
+        with recording(blocks.sites, collector.receive, collector.summers), watched:
             outputs = functional.outputs(inputs, where)
         collector.end_batch(where)
+        uses.check(inputs, where)
         if visit is not None:
             visit(outputs, targets)
         out.members.add(inputs)

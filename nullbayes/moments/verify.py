@@ -19,14 +19,18 @@ from torch import Tensor
 from nullbayes.errors import ModelError
 from nullbayes.model.batch import Inputs, batch_size, take
 from nullbayes.model.functional import FunctionalModel
+from nullbayes.model.precision import Watch
 from nullbayes.moments.blocks import Block, Blocks, Site, find_blocks
-from nullbayes.moments.capture import plain_paths, recording, restored
+from nullbayes.moments.capture import TransformedCall, plain_paths, recording, restored
 from nullbayes.moments.collector import Collector
 from nullbayes.moments.factor import Edge, Factor, LowRankFactor, factorise
 from nullbayes.moments.second import BlockMoments, DenseMoments
 from nullbayes.moments.sketch import Sketch
 
 OTHER_USE = "it is used outside of the layers that have a rule"
+TRANSFORMED = (
+    "its layer is called within `torch.func` (`vmap`, `jacrev`), where its inputs cannot be read"
+)
 WRONG_RULE = "outputs move although the inputs that its rule names would allow it"
 # Largest change of an output, relative to the largest output, that rounding explains.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
@@ -46,8 +50,16 @@ def verified_blocks(
     """
     few = take(inputs, 0, min(EXAMPLES, batch_size(inputs)))
     blocks = find_blocks(functional.model, functional.space)
-    seen_by(functional, blocks, few, where, ranks=proof_ranks(blocks.blocks))
-    for change_of, reason in ((_other_uses, OTHER_USE), (_null_space, WRONG_RULE)):
+    while True:
+        try:
+            seen_by(functional, blocks, few, where, ranks=proof_ranks(blocks.blocks))
+            break
+        except TransformedCall as call:
+            places = blocks.sites[call.site].places.values()
+            names = {n for i, _ in places for n in blocks.blocks[i].names}
+            fixed = blocks.fixed | dict.fromkeys(names, TRANSFORMED)
+            blocks = find_blocks(functional.model, functional.space, fixed)
+    for change_of, reason in ((other_uses, OTHER_USE), (_null_space, WRONG_RULE)):
         with torch.no_grad():
             change = change_of(functional, blocks, few)
             if not change(range(len(blocks.blocks))):
@@ -78,13 +90,15 @@ def _failing(change: Moves, among: list[int]) -> list[int]:
     return [i for half in halves if half and change(half) for i in _failing(change, half)]
 
 
-def _other_uses(functional: FunctionalModel, blocks: Blocks, few: Inputs) -> Moves:
+def other_uses(functional: FunctionalModel, blocks: Blocks, few: Inputs) -> Moves:
+    """Whether outputs for ``few`` move by other weights of some blocks, while layers give what they do with these."""
     weights = functional.weights()
     sites = blocks.sites
     originals = [{local: _local(site, local).detach() for local in site.claimed} for site in sites]
     # The same road as below, so that rounding is the same.
     with restored(sites, originals):
         point = functional(weights, few)
+    allowed = _allowed(functional, few)
 
     def moves(which: range | list[int]) -> bool:
         changed = dict(weights)
@@ -92,7 +106,7 @@ def _other_uses(functional: FunctionalModel, blocks: Blocks, few: Inputs) -> Mov
             for name in blocks.blocks[i].names:
                 changed[name] = weights[name] + _like(weights[name], i)
         with restored(sites, originals):
-            return _moved(point, functional(changed, few))
+            return _moved(point, functional(changed, few), allowed)
 
     return moves
 
@@ -100,14 +114,11 @@ def _other_uses(functional: FunctionalModel, blocks: Blocks, few: Inputs) -> Mov
 def _null_space(functional: FunctionalModel, blocks: Blocks, few: Inputs) -> Moves:
     weights = functional.weights()
     sums, point = seen_by(functional, blocks, few, ranks=proof_ranks(blocks.blocks))
+    allowed = _allowed(functional, few)
     changes: list[Mapping[str, Tensor]] = []
     for i, (block, moments) in enumerate(zip(blocks.blocks, sums, strict=True)):
         factor = _beside(moments, block.columns)
-        z = torch.empty(block.size, dtype=torch.float64).normal_(
-            generator=torch.Generator().manual_seed(i)
-        )
-        scale = _size(block.matrix({n: weights[n] for n in block.names}))
-        change = scale * factor.spread(z.to(functional.device))
+        change = factor.spread(_drawn(block, weights, i))
         changes.append(block.tensors(change.to(functional.dtype)))
 
     def moves(which: range | list[int]) -> bool:
@@ -116,9 +127,28 @@ def _null_space(functional: FunctionalModel, blocks: Blocks, few: Inputs) -> Mov
             for name, value in changes[i].items():
                 changed[name] = weights[name] + value
         with plain_paths():
-            return _moved(point, functional(changed, few))
+            other = functional(changed, few)
+            if not _moved(point, other, allowed):
+                return False
+            # Outputs may be nothing (of weights that are zero): rounding is that of changes outside of the null space.
+            for i in which:
+                block = blocks.blocks[i]
+                free = block.tensors(_drawn(block, weights, i).to(functional.dtype))
+                changed |= {name: weights[name] + value for name, value in free.items()}
+            usual = functional(changed, few)
+        size = torch.maximum(point.abs().amax(), (usual - point).abs().amax())
+        return not bool((other - point).abs().amax() <= allowed * size)
 
     return moves
+
+
+def _drawn(block: Block, weights: Mapping[str, Tensor], seed: int) -> Tensor:
+    """Random numbers ``(G, O, I)`` as large as the weights."""
+    z = torch.empty(block.size, dtype=torch.float64).normal_(
+        generator=torch.Generator().manual_seed(seed)
+    )
+    scale = _size(block.matrix({n: weights[n] for n in block.names}))
+    return scale * z.to(weights[block.names[0]].device)
 
 
 def seen_by(
@@ -187,7 +217,16 @@ def _like(tensor: Tensor, seed: int) -> Tensor:
     return noise.to(tensor) * _size(tensor)
 
 
-def _moved(point: Tensor, other: Tensor) -> bool:
-    tolerance = TOLERANCE.get(point.dtype, HALF_TOLERANCE)
+def _allowed(functional: FunctionalModel, few: Inputs) -> float:
+    """What rounding explains: by the least precise numbers on the way, such as float32 norms in a float64 network."""
+    found = functional.dtype
+    if found == torch.float64:
+        with Watch(found, ()) as watch:
+            functional(functional.weights(), few)
+        found = watch.found
+    return TOLERANCE.get(found, HALF_TOLERANCE)
+
+
+def _moved(point: Tensor, other: Tensor, tolerance: float) -> bool:
     change = (other - point).abs().amax()
     return not bool(change <= tolerance * point.abs().amax().clamp_min(1e-30))

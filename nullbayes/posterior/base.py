@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nullbayes.certificate import Certificate
 from nullbayes.common.arguments import check_count, check_positive, check_sample_dtype
+from nullbayes.common.chance import keeping_chance
 from nullbayes.common.crowd import Crowd
 from nullbayes.constraints.directions import Directions
 from nullbayes.constraints.preserve import Preserve
@@ -20,7 +21,7 @@ from nullbayes.constraints.problem import Problem
 from nullbayes.errors import InputError, NotFittedError
 from nullbayes.fit.pipeline import build, extended, rescaled
 from nullbayes.fit.plan import Plan, plan_fit
-from nullbayes.fit.plan_many import with_communication
+from nullbayes.fit.plan_many import made_together, with_communication
 from nullbayes.fit.result import AUDITED, Checkpoint, Fit, Run, Settings
 from nullbayes.fit.together import check_alike
 from nullbayes.jacobian.capture.plan import CapturePlan
@@ -141,7 +142,7 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
         if check is None or (check.processes is None and check.crowd.processes is None):
             self._take(rescaled(fit, value))
             return
-        with self._together("prior_precision"):
+        with self._together("prior_precision", value=value):
             self._take(rescaled(fit, value))
 
     @property
@@ -166,6 +167,7 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
 
     # -- fit ---------------------------------------------------------------------------------------
 
+    @keeping_chance
     @undisturbed_method
     def plan(
         self,
@@ -181,9 +183,11 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
         """
         num_samples = check_count(num_samples, "num_samples")
         max_examples = None if max_examples is None else check_count(max_examples, "max_examples")
-        with self._together("plan") as processes:
+        with self._together(
+            "plan", num_samples=num_samples, max_examples=max_examples
+        ) as processes:
             train_loader = self._data(train_loader, "train_loader")
-            made: Callable[[], Plan] = partial(
+            made: Callable[..., Plan] = partial(
                 plan_fit,
                 self.problem,
                 self._settings,
@@ -194,10 +198,10 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
             )
             if processes is None:
                 return made()
-            processes.neighbours  # noqa: B018  asked of all, before one of them works
-            plan = processes.shared(made)
+            plan = made_together(made, self.problem, train_loader, processes)
             return with_communication(plan, self.problem, self._settings, num_samples, processes)
 
+    @keeping_chance
     @undisturbed_method
     def fit(
         self: Self,
@@ -256,8 +260,10 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
             if processes is not None:
                 run = replace(run, progress=progress and processes.leads)
                 train_loader = shared(train_loader, processes, "train_loader", run.max_examples)
+            # Looked at first: what changes in between shows at the first use.
+            watch = Watch(self.model, LOOKED_AT)
             self._take(build(self.problem, self._settings, train_loader, run))
-        self.calibration = None
+        self.calibration, self._watch = None, watch
         return self
 
     def _data(self, data: Any, name: str) -> Iterable[Any]:
@@ -284,6 +290,7 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
 
     # -- use ---------------------------------------------------------------------------------------
 
+    @keeping_chance
     @undisturbed_method
     def calibrate(
         self,
@@ -318,7 +325,8 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
         loaders = checked(self.functional, val_loader, ood_loader, metric)
         if tune == "temperature":
             warn_of_closed(self.calibration, self.prior_precision)
-        with self._together("calibrate") as processes:
+        asked = {"metric": metric, "tune": tune, "ood_loader": ood_loader is not None}
+        with self._together("calibrate", **asked) as processes:
             plan = fit.plan or self._proven
             if plan is None:
                 plan = self._capture_plan(first_inputs(self.functional, loaders[0], "val_loader"))
@@ -400,7 +408,7 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
         if fit.state.operator.processes is None:
             self._take(extended(fit, self._settings, count))
             return
-        with self._together("draw"):
+        with self._together("draw", count=count):
             self._take(extended(fit, self._settings, count))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -417,9 +425,12 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
         fit.check_whole("save")
         settings = described(fit, self._settings.target, self.calibration)
         settings["class"] = type(self).__name__
-        write_posterior(beside_adapter(path), self.model, self.problem, fit.stored, settings)
+        write_posterior(beside_adapter(path), fit, settings)
 
-    def _restore(self, samples: Tensor, settings: dict[str, Any]) -> None:
-        """Take over what a file holds, around this posterior's model."""
-        fit, self.calibration = restored(self.problem, samples, settings)
+    def _restore(
+        self, samples: Tensor, settings: dict[str, Any], prints: dict[str, str], watch: Watch
+    ) -> None:
+        """Take over what a file holds, around this posterior's model, whose ``prints`` were taken after ``watch``."""
+        fit, self.calibration = restored(self.problem, samples, settings, prints)
         self._take(fit)
+        self._watch = watch

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from torch import Tensor
 
+from nullbayes.common.alike import Rounded
+from nullbayes.common.chance import keeping_chance
 from nullbayes.common.crowd import Crowd, groups_of
 from nullbayes.common.processes import Processes, resolve
 from nullbayes.errors import InputError
@@ -26,6 +30,14 @@ if TYPE_CHECKING:
     from nullbayes.posterior.measuring.subject import Subject
 
 
+Self = TypeVar("Self", bound="Judged")
+
+# Calls that need nothing of an earlier fit.
+_ANEW = ("fit", "plan")
+# Figures of certificates of either kind.
+_TELLING = ("prior_precision", "prior_share", "row_drift", "divergence", "free_share")
+
+
 class Judged:
     """Mixin of all posteriors; what it asks of them is `nullbayes.posterior.measuring.subject.Subject`."""
 
@@ -34,6 +46,20 @@ class Judged:
     process_group: Any = False
     #: those that hold the other samples
     sample_group: Any = False
+
+    def __copy__(self: Self) -> Self:
+        new = type(self).__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        self.__reduce_ex__(4)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise InputError(
+            f"a {type(self).__name__} is neither pickled nor copied with its model and rows. To store one or to send "
+            "it to another process: `posterior.save(path)`, and there `nb.load(path, model)`."
+        )
 
     def _shared_by(self, process_group: Any, device_mesh: Any) -> None:
         """Raises `InputError` for both at once, or a mesh of other dimensions than data and samples."""
@@ -48,18 +74,41 @@ class Judged:
         self.process_group, self.sample_group = groups_of(device_mesh)
 
     @contextmanager
-    def _together(self, where: str) -> Iterator[Processes | None]:
-        """The length of a call that all processes make: these, or None for one alone."""
-        processes = resolve(self.process_group)
-        with Crowd.of(self.sample_group).call(where):
+    def _together(self, where: str, **asked: Any) -> Iterator[Processes | None]:
+        """The length of a call that all processes make: these, or None for one alone.
+
+        Args:
+            asked: arguments, which are to be the same in each; so is what the posterior was fitted to.
+        """
+        processes, crowd = resolve(self.process_group), Crowd.of(self.sample_group)
+        if processes is not None or crowd.processes is not None:
+            asked |= {"class": type(self).__name__}
+            asked |= {} if where in _ANEW else self._identity()
+        with crowd.call(where, asked):
             if processes is None:
                 yield None
                 return
-            with processes.call(where) as outermost:
+            with processes.call(where, asked) as outermost:
                 yield processes
                 if outermost:  # others may still need products with the rows that are here
                     serve(processes)
 
+    def _identity(self) -> dict[str, Any]:
+        """What tells this posterior from others, in facts that are the same in every process."""
+        own = cast("Posterior", self)
+        fit = own._fit
+        if fit is None:
+            return {"state": "not fitted"}
+        c, weights = fit.certificate, json.dumps(fit.fingerprint, sort_keys=True)
+        return {
+            "weights": hashlib.sha256(weights.encode()).hexdigest()[:16],
+            "samples": (own._described()["seed"], own.num_samples),
+            "training data": (c.examples, getattr(c, "constraints", None)),
+            # They depend on the data, the settings and the samples.
+            "certificate": Rounded(float(getattr(c, name, None) or 0.0) for name in _TELLING),
+        }
+
+    @keeping_chance
     @undisturbed_method
     def evaluate(
         self,
@@ -93,7 +142,13 @@ class Judged:
 
         posterior = cast("Subject", self)
         others = cast("Mapping[str, Subject]", against)
-        with self._together("evaluate") as processes:
+        names = {
+            "data": [n for n, d in (("train", train), ("validation", validation)) if d is not None],
+            "shifted": _names(shifted),
+            "slices": _names(slices),
+            "against": _names(against),
+        }
+        with self._together("evaluate", **names) as processes:
             return evaluate(
                 Question(
                     posterior,
@@ -153,6 +208,13 @@ class Judged:
             results["title"] = title
         results["settings"]["made by"] = f"posterior.report({Path(path).name!r}, ...)"
         return write_report(results, Path(path))
+
+
+def _names(several: Any) -> Any:
+    """Of what ``evaluate`` is given more than one of: by name, or how many."""
+    if isinstance(several, Mapping):
+        return list(map(str, several))
+    return len(several) if isinstance(several, Sequence) else type(several).__name__
 
 
 class RowJudged(Judged):

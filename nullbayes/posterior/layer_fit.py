@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nullbayes.audit.company import check_company
 from nullbayes.common.memory import peak_bytes
 from nullbayes.common.progress import CERTIFICATE, FACTORISATION, Laps, Stages
 from nullbayes.constraints.shared_rows import everyones
@@ -27,9 +28,9 @@ from nullbayes.posterior.layer_certificate import LayerCertificate, LayerReport
 from nullbayes.posterior.layer_guarantee import (
     CHECKED_SAMPLES,
     guarded_precision,
-    left_out_divergence,
     measure,
 )
+from nullbayes.posterior.layer_left_out import left_out_divergence
 from nullbayes.posterior.layer_leverage import Leverages
 from nullbayes.posterior.layer_state import LayerState
 
@@ -124,7 +125,12 @@ def collect(
     if known is not None:
         blocks, ranks = known
     else:
-        functional.outputs(first, f"{name}, batch 0")  # wrong inputs are said to be that
+        outputs = functional.outputs(first, f"{name}, batch 0")  # wrong inputs are said to be that
+        if not outputs.is_floating_point():
+            raise InputError(
+                f"{name}, batch 0: the outputs have dtype {outputs.dtype}, expected real floating point: raw logits or "
+                "regression outputs, before any argmax or comparison."
+            )
         blocks = verified_blocks(functional, first, f"{name}, batch 0")
         ranks = sketch_ranks(blocks.blocks, budget)
         if not blocks.blocks:
@@ -167,10 +173,15 @@ class _Residuals:
 def concluded(
     state: LayerState, likelihood: Likelihood, prior: float | None, stage: Stages, laps: Laps
 ) -> LayerFit:
-    """Factors, prior precision and certificate of ``state``. ``prior``: None: chosen by the guarantee."""
+    """Factors, prior precision and certificate of ``state``. ``prior``: None: chosen by the guarantee.
+
+    Raises `ModelError` where examples depend on one another: what stands for a batch stands for none of them.
+    """
     for _ in stage.track(list(range(1)), FACTORISATION):
         _ = state.factors
     laps.lap(FACTORISATION)
+    for index, (inputs, _, outputs) in enumerate(state.checked):
+        check_company(state.functional, inputs, outputs, "the training data", index)
     samples = min(CHECKED_SAMPLES, max(2, state.num_samples))
     left_out = left_out_divergence(state, likelihood, prior or state.natural_precision)
     alpha = guarded_precision(state, likelihood, left_out, samples) if prior is None else prior

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE
 from nullbayes.common.arguments import check_choice, check_count, check_positive
+from nullbayes.common.chance import keeping_chance
 from nullbayes.constraints.within import LayerPrior, Root
 from nullbayes.errors import InputError
 from nullbayes.model.batch import Inputs, batch_size
@@ -84,6 +85,7 @@ class LayerJudged(Judged):
             total, count = processes.total(found.divergence * found.observed, found.observed)
             return total / max(1.0, count)
 
+    @keeping_chance
     @undisturbed_method
     def calibrate(
         self,
@@ -103,7 +105,8 @@ class LayerJudged(Judged):
         loaders = checked(own.functional, val_loader, ood_loader, metric)
         if tune == "temperature":
             warn_of_closed(own.calibration, own.prior_precision)
-        with self._together("calibrate") as processes:
+        asked = {"metric": metric, "tune": tune, "ood_loader": ood_loader is not None}
+        with self._together("calibrate", **asked) as processes:
             plan = own._plan_of_rows(first_inputs(own.functional, loaders[0], "val_loader"))
             search = search_of(loaders, metric, tune, progress, processes)
             path = calibration_path(as_fit(fit, own.likelihood), plan, search)

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nullbayes.fit.prior_samples import generator_for
 from nullbayes.jacobian.linearise import double_reverse_product, forward_product
 from nullbayes.model.batch import Inputs, batch_size, select, tensor_leaves
 from nullbayes.model.functional import FunctionalModel
+from nullbayes.model.smooth import written_out
 from nullbayes.moments.blocks import Block, Blocks
 from nullbayes.moments.capture import plain_paths
 from nullbayes.moments.factor import Edge, Factor, factorise
@@ -182,7 +182,7 @@ class LayerState:
         product, out = forward_product, []
         zeros = {n: torch.zeros_like(t) for n, t in self.functional.weights().items()}
         # Attention by its plain operations has derivatives of both kinds.
-        with plain_paths(), sdpa_kernel(SDPBackend.MATH):
+        with plain_paths(), written_out():
             for index in range(count):
                 tangent: Mapping[str, Tensor] = zeros | self.change(index)
                 try:

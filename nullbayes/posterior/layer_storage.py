@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from nullbayes.errors import InputError, StorageError
 from nullbayes.likelihood import Likelihood, LossFunction
-from nullbayes.model.fingerprint import fingerprint
 from nullbayes.model.functional import Forward, unwrapped
 from nullbayes.model.randomness import FrozenRandomness
 from nullbayes.moments.blocks import Blocks, find_blocks
@@ -71,7 +70,7 @@ def write_layers(
         "certificate": fit.certificate.as_dict(),
         "calibration": None if posterior.calibration is None else posterior.calibration.as_dict(),
     }
-    meta = description(posterior.model, space, space.dtype, VERSION, settings)
+    meta = description(fit.fingerprint, space, space.dtype, VERSION, settings)
     write_file(Path(path), meta, tensors)
 
 
@@ -120,7 +119,7 @@ def load_layers(
     source = Path(path)
     meta, tensors = read_layers(source)
     stored = Stored(source, meta, torch.empty(0))
-    stored.check_model(unwrapped(model))
+    prints = stored.check_model(unwrapped(model))
     try:
         settings = stored.settings
         frozen = settings.get("randomness")
@@ -136,7 +135,7 @@ def load_layers(
         blocks = find_blocks(posterior.model, posterior.space, settings["fixed"])
         _check_blocks(source, blocks, settings)
         gathered = _gathered(blocks, tensors, settings, posterior.functional.device)
-        _restore(posterior, blocks, gathered, settings)
+        _restore(posterior, blocks, gathered, settings, prints)
         if settings.get("last") is not None:
             values = tensors["references"].to(posterior.functional.device)
             posterior._fitted().state.references = References(values, int(settings["last"]))
@@ -210,6 +209,7 @@ def _restore(
     blocks: Blocks,
     gathered: Gathered,
     settings: dict[str, Any],
+    prints: dict[str, str],
 ) -> None:
     state = LayerState(
         posterior.functional,
@@ -226,7 +226,7 @@ def _restore(
             float(settings["prior_precision"]),
             settings["left_out"],
             LayerCertificate.from_dict(settings["certificate"]),
-            fingerprint(posterior.model),
+            prints,
         )
     )
     posterior._given = bool(settings.get("given", False))  # files of version 0.1 do not say

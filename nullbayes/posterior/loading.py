@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 
+import torch
 from torch import nn
 
 from nullbayes.errors import InputError, StorageError
 from nullbayes.likelihood import Likelihood, LossFunction
 from nullbayes.model.adapters import beside_adapter
+from nullbayes.model.fingerprint import Watch
 from nullbayes.model.functional import Forward, unwrapped
 from nullbayes.model.randomness import FrozenRandomness
-from nullbayes.posterior.base import Posterior
+from nullbayes.posterior.base import LOOKED_AT, Posterior
 from nullbayes.posterior.layer_storage import is_layer_file, load_layers
 from nullbayes.posterior.layers import LayerNullSpacePosterior
 from nullbayes.posterior.posterior import LaplacePosterior, NullSpacePosterior
 from nullbayes.posterior.storage import read_posterior
 
 
+@torch.inference_mode(mode=False)
 def load(
     path: str | os.PathLike[str],
     model: nn.Module,
@@ -50,7 +53,9 @@ def load(
     kinds: dict[str, type[NullSpacePosterior] | type[LaplacePosterior]] = {
         c.__name__: c for c in (NullSpacePosterior, LaplacePosterior)
     }
-    stored.check_model(unwrapped(model))
+    # Looked at first: what changes in between shows at the first use.
+    watch = Watch(unwrapped(model), LOOKED_AT)
+    prints = stored.check_model(unwrapped(model))
     try:
         settings = stored.settings
         frozen = settings.get("randomness")  # files of earlier versions have none
@@ -66,7 +71,7 @@ def load(
             forward=forward,
             randomness=frozen and FrozenRandomness(**frozen),
         )
-        posterior._restore(stored.samples(posterior.space), settings)
+        posterior._restore(stored.samples(posterior.space), settings, prints, watch)
     except InputError as error:  # a likelihood or a preserve mode that this process does not know
         raise StorageError(
             f"{stored.path} holds a setting that cannot be used here: {error} Import the module that "

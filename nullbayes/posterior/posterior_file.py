@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from nullbayes.common.files import atomic_file, checksum
 from nullbayes.errors import StorageError
-from nullbayes.model.fingerprint import fingerprint
 from nullbayes.model.parameters import ParameterSpace
 
 FORMAT = "nullbayes-posterior"
@@ -27,20 +26,24 @@ Save = Callable[[dict[str, Tensor], Path, dict[str, str]], None]
 
 
 def description(
-    model: nn.Module,
+    prints: dict[str, str],
     space: ParameterSpace,
     dtype: torch.dtype,
     version: int,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """What a file says of itself, and of the network that it belongs to."""
+    """What a file says of itself, and of the network that it belongs to.
+
+    Args:
+        prints: fingerprint of the network that was fitted, whatever has become of it since.
+    """
     return {
         "format": FORMAT,
         "version": version,
         "names": list(space.names),
         "shapes": [list(slot.shape) for slot in space.slots],
         "dtype": str(dtype),
-        "fingerprint": fingerprint(model),
+        "fingerprint": prints,
         "settings": settings,
     }
 

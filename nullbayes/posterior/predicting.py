@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -117,7 +118,7 @@ class Predicts:
                 raise InputError(
                     "`differentiable=True` with a loader: pass one batch of inputs at a time, which require a gradient."
                 )
-            with own._together("predict") as processes:
+            with own._together("predict", how=(method, draw, link)) as processes:
                 stream = _streamed(own, x, processes)
                 parts = [self._predict(part, how) for part in stream]
                 if processes is not None:
@@ -183,7 +184,8 @@ class Predicts:
         """Mean ``(B, *out)`` and covariance ``(B·D, B·D)`` of the raw outputs of all inputs together, linearised.
 
         Args:
-            exact: from the factorisation instead of the samples; None: where there is one.
+            exact: from the factorisation instead of the samples; None: where there is one in this process. After a
+                fit on several with `DualCholesky` it is spread over them: ``exact=True`` is a call of all.
             draw: which draw of the frozen noise, where the model draws any.
             differentiable: keep the graph from ``x``: gradients of first order flow through mean and covariance.
 
@@ -194,12 +196,13 @@ class Predicts:
         own = cast("Posterior", self)
         fit, x = own._fitted(), own._inputs(x, [check_count(draw, "draw", 0)])
         scorer = Scorer(fit, own._capture_plan(x), exact)
-        if differentiable:
-            fit.check_whole("joint(differentiable=True)")
-            check_requires_grad(x)
-            return joint_with_graph(scorer, x)
-        with torch.no_grad():
-            return joint(scorer, x)
+        with own._together("joint") if exact and not _alone(fit) else nullcontext():
+            if differentiable:
+                fit.check_whole("joint(differentiable=True)")
+                check_requires_grad(x)
+                return joint_with_graph(scorer, x)
+            with torch.no_grad():
+                return joint(scorer, x)
 
     @undisturbed_method
     def select(self, pool: Any, k: int, *, criterion: str = CRITERIA[0]) -> Tensor:
@@ -223,7 +226,7 @@ class Predicts:
         wanted = check_count(k, "k")
         own._fitted()
         if is_stream(pool):
-            with own._together("select") as processes:
+            with own._together("select", k=wanted, criterion=criterion) as processes:
                 features = self._features(_streamed(own, pool, processes), processes)
         else:
             features = self._features(iter([pool]), None)
@@ -272,14 +275,13 @@ class Predicts:
         own = cast("Posterior", self)
         fit = own._fitted()
         if not is_stream(x):
-            state = fit.state
-            if state is None or state.alone or exact is False or score in ENTROPIES:
+            if _alone(fit) or exact is False or score in ENTROPIES:
                 return self._novelty(x, score, exact, targets)
             with own._together("novelty"):
                 return self._novelty(x, score, exact, targets)
         if targets is not None:
             raise InputError("`targets` of a loader: score one batch at a time with its targets.")
-        with own._together("novelty") as processes:
+        with own._together("novelty", score=score, exact=exact) as processes:
             parts = _streamed(own, x, processes)
             values = [self._novelty(part, score, exact, None) for part in parts]
             if processes is not None:
@@ -304,6 +306,11 @@ class Predicts:
             ask = partial(ROW_SCORES[score], scorer, some, targets)
             values.append(by_known_shapes(scorer.plan, ask))
         return torch.stack(values).mean(0)
+
+
+def _alone(fit: Fit) -> bool:
+    """Whether nothing of what exact answers need is in other processes."""
+    return fit.state is None or fit.state.alone
 
 
 def scores_of(own: Posterior, x: Inputs) -> Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 
 from nullbayes.common.arguments import check_count, check_stored_dtype
+from nullbayes.common.chance import keeping_chance
 from nullbayes.errors import InputError
 from nullbayes.fit.compaction import compacted
 from nullbayes.model.data import as_loader, without_targets
@@ -53,10 +54,11 @@ class Serves:
         count = len(fit.stored) if samples is None else check_count(samples, "samples")
         stored = fit.stored.dtype
         chosen = stored if dtype is None else check_stored_dtype(dtype, own.functional.dtype)
-        with own._together("compact"):
+        with own._together("compact", samples=count, dtype=chosen):
             own._take(compacted(fit, count, chosen))
         return self
 
+    @keeping_chance
     @undisturbed_method
     def distil(
         self,

@@ -22,7 +22,7 @@ from nullbayes.errors import NullBayesError, NullBayesWarning, StorageError
 from nullbayes.fit.result import Fit
 from nullbayes.fit.target import Target
 from nullbayes.likelihood import Likelihood, likelihood_from_config
-from nullbayes.model.adapters import MERGED
+from nullbayes.model.adapters import ACTIVE, MERGED
 from nullbayes.model.fingerprint import fingerprint
 from nullbayes.model.parameters import HALF, WRAPPED, ParameterSpace
 from nullbayes.posterior.calibration_path import CalibrationPath
@@ -43,17 +43,12 @@ BESIDE = ("prior_mean", "mask")
 SCALES, REST, FILLED = "sample_scales", "sample_rest", "filled"
 
 
-def write_posterior(
-    path: str | os.PathLike[str],
-    model: nn.Module,
-    problem: Problem,
-    samples: Tensor,
-    settings: dict[str, Any],
-) -> None:
+def write_posterior(path: str | os.PathLike[str], fit: Fit, settings: dict[str, Any]) -> None:
     """Write one safetensors file, whole or not at all. Raises `StorageError`."""
+    problem, samples = fit.problem, fit.stored
     space, beside = problem.space, _beside(problem)
     version = _version(problem, samples, special=bool(beside))
-    meta = description(model, space, samples.dtype, version, settings)
+    meta = description(fit.fingerprint, space, samples.dtype, version, settings)
     packed = packed_in(samples)
     if packed is not None:
         meta["each"] = [packed.each(slot.start) for slot in space.slots]
@@ -128,9 +123,13 @@ def described(fit: Fit, target: Target, calibration: CalibrationPath | None) -> 
 
 
 def restored(
-    problem: Problem, samples: Tensor, settings: dict[str, Any]
+    problem: Problem, samples: Tensor, settings: dict[str, Any], prints: dict[str, str]
 ) -> tuple[Fit, CalibrationPath | None]:
-    """The inverse of :func:`described`, around the problem's model. Raises KeyError, TypeError, ValueError."""
+    """The inverse of :func:`described`, around the problem's model with the fingerprint ``prints``.
+
+    Raises:
+        KeyError, TypeError, ValueError: settings that nobody wrote.
+    """
     path = settings["calibration"]
     if settings.get("layers"):
         problem = replace(problem, layers=dict(settings["layers"]))
@@ -145,7 +144,7 @@ def restored(
         float(settings["prior_precision"]),
         int(settings["seed"]),
         Certificate.from_dict(settings["certificate"]),
-        fingerprint(problem.functional.model),
+        prints,
     )
     return fit, None if path is None else CalibrationPath(**path)
 
@@ -210,8 +209,8 @@ class Stored:
         meta = {**self.meta, "names": names, "fingerprint": prints, "settings": settings}
         return replace(self, meta=meta)
 
-    def check_model(self, model: nn.Module) -> None:
-        """Raise :class:`StorageError` unless ``model`` is the one that the file was written for."""
+    def check_model(self, model: nn.Module) -> dict[str, str]:
+        """The fingerprint of ``model``. Raises :class:`StorageError` unless the file was written for that model."""
         named = dict(model.named_parameters())
         wanted = dict(zip(self.names, self.meta["shapes"], strict=True))
         missing = sorted(set(wanted) - set(named))
@@ -227,7 +226,16 @@ class Stored:
                 f"{self.path}: parameter {n!r} has shape {tuple(named[n].shape)} here and "
                 f"{tuple(wanted[n])} in the file. Build the same architecture."
             )
-        ours, theirs = fingerprint(model), self.meta["fingerprint"]
+        found = fingerprint(model)
+        ours, theirs = dict(found), dict(self.meta["fingerprint"])
+        active = ours.pop(ACTIVE, None)
+        # Files of version 0.1 do not say which adapters were active.
+        if theirs.get(ACTIVE, active) != active:
+            raise StorageError(
+                f"{self.path} was fitted with {theirs[ACTIVE]!r} as the active adapters; here they are {active!r}. "
+                "Call `model.set_adapter`, or leave `model.disable_adapter()`."
+            )
+        theirs.pop(ACTIVE, None)
         other = sorted(n for n in set(ours) | set(theirs) if ours.get(n) != theirs.get(n))
         if other:
             raise StorageError(
@@ -235,6 +243,7 @@ class Stored:
                 f"{other[:3]}. Load the checkpoint that the posterior was fitted for "
                 "(`model.load_state_dict`), or fit anew."
             )
+        return found
 
     def samples(self, space: ParameterSpace) -> Tensor:
         """Samples ``(S, P)`` on the model's device and in its dtype."""

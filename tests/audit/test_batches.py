@@ -28,25 +28,9 @@ from nullbayes.audit.batches import (
 from nullbayes.audit.signatures import Signature, SignatureSet
 from nullbayes.model.batch import Batch, batch_size, take
 from nullbayes.model.functional import FunctionalModel, functional_model
+from tests.audit.examples_setup import Calls
 
 F64 = torch.float64
-
-
-class Calls(nn.Module):
-    """A network that is one function, with weights from a seed."""
-
-    def __init__(self, forward: Callable[..., Tensor], **parts: nn.Module) -> None:
-        super().__init__()
-        self.function = forward
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(5)
-            for name, part in parts.items():
-                self.add_module(name, part)
-                for p in part.parameters():
-                    nn.init.normal_(p, std=0.7)
-
-    def forward(self, *args: Any) -> Tensor:
-        return self.function(self, *args)
 
 
 def functional(model: nn.Module) -> FunctionalModel:

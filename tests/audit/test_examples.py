@@ -1,4 +1,4 @@
-"""Examples moved one at a time: every way against dense rows, and every kind of lie that a certificate could tell."""
+"""Examples drawn from all the data are audited one at a time: wrong rows are found, right ones pass."""
 
 from __future__ import annotations
 
@@ -7,76 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from support import QUIET, unchanged
+from support import QUIET, generator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.testing import assert_close
-from zoo import ZOO, Case
 
 import nullbayes as nb
 from nullbayes.audit import derivative, examples
-from nullbayes.audit.derivative import DIFFERENCES, FORWARD, ROWS, TWICE, Derivative
+from nullbayes.audit.derivative import DIFFERENCES, Derivative
 from nullbayes.audit.examples import Claim, Question, audit_examples
-from nullbayes.audit.network import NetworkCopy, WrittenOut
 from nullbayes.audit.sampling import Drawn, Reservoir
-from nullbayes.model.batch import batch_size, take
-from nullbayes.model.functional import FunctionalModel, functional_model
-
-F64 = torch.float64
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-class Calls(nn.Module):
-    """A network that is one function, with weights from a seed."""
-
-    def __init__(self, forward: Callable[..., Tensor], **parts: nn.Module) -> None:
-        super().__init__()
-        self.function = forward
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(5)
-            for name, part in parts.items():
-                self.add_module(name, part)
-                for p in part.parameters():
-                    nn.init.normal_(p, std=0.7)
-        self.to(F64).eval()
-
-    def forward(self, *args: Any) -> Tensor:
-        return self.function(self, *args)
-
-
-def functional(model: nn.Module) -> FunctionalModel:
-    return functional_model(model, None, None, None, None)
-
-
-def dense(f: FunctionalModel, x: Any) -> Tensor:
-    """``(N, O, P)`` by plain reverse mode of a plain call, one example alone."""
-    named = dict(f.model.named_parameters())
-    rows = []
-    for n in range(batch_size(x)):
-        one = take(x, n, n + 1)
-        out = f.model(*one) if isinstance(one, tuple) else f.model(one)
-        grads = [
-            torch.autograd.grad(
-                o, [named[n] for n in f.space.names], retain_graph=True, allow_unused=True
-            )
-            for o in out.reshape(-1)
-        ]
-        flat = [
-            torch.cat(
-                [
-                    torch.zeros_like(named[n]).reshape(-1)
-                    if g is None
-                    else g.to_dense().reshape(-1)
-                    for n, g in zip(f.space.names, row, strict=True)
-                ]
-            )
-            for row in grads
-        ]
-        rows.append(torch.stack(flat))
-    return torch.stack(rows)
+from nullbayes.model.functional import FunctionalModel
+from tests.audit.examples_setup import F64, Calls, dense, functional
 
 
 def null_samples(rows: Tensor, count: int = 8) -> tuple[Tensor, Tensor]:
@@ -100,110 +41,6 @@ def audited(
     drawn = [Drawn(n, x[n : n + 1], None) for n in range(len(x))]
     claims = [Claim((samples @ rows[n].T).norm(dim=1)) for n in range(len(x))]
     return audit_examples(Question(f, samples, prior, every_output), drawn, claims, len(x))
-
-
-# -- derivatives ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("case", ZOO, ids=str)
-def test_every_way_gives_the_derivative_of_every_network(case: Case) -> None:
-    model, x = case.make(F64)
-    f = functional(model)
-    one = take(f.batch(x), 0, 1)
-    directions = torch.randn(3, f.space.total, dtype=F64, generator=generator(1))
-    # Reverse mode takes a table's row for padding for a constant, which it is as long as nobody moves it.
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            f.space.fix(f"{name}.weight", [module.padding_idx])
-    f.space.fix_(directions)
-    outputs = f.outputs(one)
-    jacobian = torch.stack(
-        [
-            Derivative(f)._pulled(one, unit.reshape(outputs.shape))
-            for unit in torch.eye(outputs.numel(), dtype=F64)
-        ]
-    )
-    wanted = (directions @ jacobian.T).reshape(3, *outputs.shape[1:])
-    for way, rtol in ((FORWARD, 1e-9), (TWICE, 1e-9), (ROWS, 1e-9), (DIFFERENCES, 1e-6)):
-        try:
-            found = Derivative(f, (way,))(one, directions)
-        except nb.errors.ModelError:
-            assert way in (FORWARD, TWICE), way  # some operations have no such formula
-            continue
-        assert float((found - wanted).norm()) <= rtol * float(wanted.norm()) + 1e-11, way
-
-
-def test_attention_written_out_is_attention() -> None:
-    q, k, v = (torch.randn(2, 4, 5, 3, dtype=F64, generator=generator(n)) for n in range(3))
-    causal = torch.ones(5, 5, dtype=torch.bool).tril()
-    cases: list[dict[str, Any]] = [
-        {},
-        {"is_causal": True},
-        {"attn_mask": causal},
-        {"attn_mask": torch.randn(5, 5, dtype=F64), "scale": 0.3},
-    ]
-    for options in cases:
-        wanted = F.scaled_dot_product_attention(q, k, v, **options)
-        with WrittenOut():
-            found = F.scaled_dot_product_attention(q, k, v, **options)
-        assert_close(found, wanted)
-    grouped = F.scaled_dot_product_attention(q, k[:, :2], v[:, :2], enable_gqa=True)
-    with WrittenOut():
-        found = F.scaled_dot_product_attention(q, k[:, :2], v[:, :2], enable_gqa=True)
-    assert_close(found, grouped)
-
-
-@pytest.mark.parametrize("heads", ["function", "module"])
-def test_fused_attention_is_differentiated_in_forward_mode(heads: str) -> None:
-    if heads == "module":
-        model = Calls(
-            lambda m, x: m.out(m.mha(x, x, x, need_weights=False)[0].mean(1)),
-            mha=nn.MultiheadAttention(4, 2, batch_first=True),
-            out=nn.Linear(4, 3),
-        )
-    else:
-        model = Calls(
-            lambda m, x: m.out(F.scaled_dot_product_attention(*m.qkv(x).chunk(3, -1)).mean(1)),
-            qkv=nn.Linear(4, 12),
-            out=nn.Linear(4, 3),
-        )
-    f, x = functional(model), torch.randn(1, 6, 4, dtype=F64, generator=generator(0))
-    directions = torch.randn(2, f.space.total, dtype=F64, generator=generator(1))
-    along = Derivative(f)
-    wanted = torch.einsum("op,kp->ko", dense(f, x)[0], directions)
-    assert_close(along(x, directions), wanted)
-    assert along.way == FORWARD
-
-
-def test_coarse_arithmetic_inside_is_doubted_and_not_believed() -> None:
-    """A network that rounds to float32 inside has no derivative by short steps; longer ones know how far they err."""
-    model = Calls(
-        lambda m, x: m.b(torch.tanh(m.a(x)).float().double()), a=nn.Linear(4, 6), b=nn.Linear(6, 3)
-    )
-    f, x = functional(model), torch.randn(1, 4, dtype=F64, generator=generator(0))
-    directions = torch.randn(2, f.space.total, dtype=F64, generator=generator(1))
-    along = Derivative(f, (DIFFERENCES,))
-    found = along(x, directions)
-    away = float((found - torch.einsum("op,kp->ko", dense(f, x)[0], directions)).norm())
-    assert away <= 2 * along.doubt and along.doubt < 1e-2 * float(found.norm())
-
-
-def test_a_copy_runs_the_network_and_not_the_users() -> None:
-    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).double().eval()
-    f, x = functional(model), torch.randn(5, 4, dtype=F64, generator=generator(0))
-    delta = torch.randn(f.space.total, dtype=F64, generator=generator(1))
-    with unchanged(model):
-        copied = NetworkCopy(f)
-        before, after = copied.outputs(x), copied.outputs(x, delta)
-    assert_close(before, model(x).detach())
-    moved = {
-        n: p + d
-        for (n, p), d in zip(
-            model.named_parameters(), f.space.unflatten(delta).values(), strict=True
-        )
-    }
-    assert_close(after, torch.func.functional_call(model, moved, (x,)).detach())
-    assert_close(copied.outputs(x), before)
 
 
 # -- lies ----------------------------------------------------------------------------------------
@@ -367,6 +204,55 @@ def test_a_custom_gradient_that_is_not_the_derivative() -> None:
     audit = audited(f, x, rows, *null_samples(rows))
     assert not audit.passed and DIFFERENCES in audit.methods
     assert "custom gradient" in audit.verdict
+
+
+PAST_THE_GRADIENT: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "detach": lambda m, x: m.b(torch.tanh(m.a(x)) + torch.tanh(m.a(x)).detach()),
+    "straight-through": lambda m, x: m.b((lambda h: h + (h.round() - h).detach())(m.a(x))),
+    ".data": lambda m, x: m.b(torch.tanh(m.a(x) + F.linear(x, m.a.weight.data))),
+    ".item()": lambda m, x: m.b(torch.tanh(m.a(x) * m.a.weight.norm().item())),
+    "no_grad": lambda m, x: m.b(torch.tanh(m.a(x) + torch.no_grad()(m.a)(x))),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", PAST_THE_GRADIENT)
+def test_weights_that_act_past_their_gradient(kind: str, dtype: torch.dtype) -> None:
+    """Forward mode and reverse mode agree with the rows, and the network moves otherwise."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Calls(PAST_THE_GRADIENT[kind], a=nn.Linear(4, 9), b=nn.Linear(9, 2)).to(dtype)
+    x = data().to(dtype)
+    posterior = nb.NullSpacePosterior(
+        model.eval(), nb.Regression(noise_variance=1.0), "outputs", delta=0.0, prior_precision=1.0
+    ).fit([(x, x.new_zeros(len(x), 2))], 3, progress=False)
+    certificate = posterior.certificate
+    assert certificate.residual < 1e-4 and not certificate.held
+    assert "`.detach()`" in certificate.verdict
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_kinks_and_jumps_without_a_slope_do_not_condemn_right_rows(dtype: torch.dtype) -> None:
+    """A ReLU of zero has no derivative, and the choice of an expert has none but zero."""
+    model = Calls(
+        lambda m, x: m.b(torch.relu(m.a(x)) * F.one_hot(m.g(x).argmax(-1), 9)),
+        a=nn.Linear(4, 9),
+        g=nn.Linear(4, 9),
+        b=nn.Linear(9, 2),
+    ).to(dtype)
+    with torch.no_grad():
+        model.a.bias.zero_()
+    x = data().to(dtype)
+    x[0] = 0
+    posterior = nb.NullSpacePosterior(
+        model.eval(),
+        nb.Regression(noise_variance=1.0),
+        "outputs",
+        parameters=["a.weight", "a.bias", "b.weight", "b.bias"],
+        delta=0.0,
+        prior_precision=1.0,
+    ).fit([(x, x.new_zeros(len(x), 2))], 3, progress=False)
+    assert posterior.certificate.held
 
 
 def test_a_wrong_forward_formula_does_not_condemn_right_rows() -> None:

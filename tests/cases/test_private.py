@@ -321,14 +321,23 @@ def test_quantised_modules_are_named() -> None:
     with pytest.raises(nb.ModelError, match="all weights are quantised"):
         nb.NullSpacePosterior(whole)
     q = torch.ao.nn.quantized
-    body = nn.Sequential(q.Quantize(0.05, 64, torch.quint8), q.Linear(3, 4), q.DeQuantize())
+    linear = q.Linear(3, 4)  # whose weight is whatever was in memory
+    weight = torch.quantize_per_tensor(normal(4, 3).float(), 0.05, 0, torch.qint8)
+    linear.set_weight_bias(weight, torch.zeros(4))
+    body = nn.Sequential(q.Quantize(0.05, 64, torch.quint8), linear, q.DeQuantize())
     model, x = nn.Sequential(body, nn.Linear(4, 2)).eval(), normal(4, 3).float()
     posterior = nb.NullSpacePosterior(model, preserve="outputs")
     posterior.fit([(x, torch.arange(4) % 2)], 2, progress=False)
     assert set(posterior.space.names) == {"1.weight", "1.bias"}
-    behind = nn.Sequential(nn.Linear(3, 3), body).eval()
-    with pytest.raises(nb.ModelError, match="Quantised layers have no derivative"):
-        nb.NullSpacePosterior(behind).fit([(x, torch.arange(4))], 2, progress=False)
+    weights = (
+        torch.eye(3) * 100,
+        torch.zeros(3, 3),
+    )  # felt through the quantiser, or rounded away by it
+    for weight in weights:
+        behind = nn.Sequential(nn.Linear(3, 3), body).eval()
+        behind[0].weight.data.copy_(weight)
+        with pytest.raises(nb.ModelError, match="Quantised layers have no derivative"):
+            nb.NullSpacePosterior(behind).fit([(x, torch.arange(4))], 2, progress=False)
 
 
 def test_sharded_modules_are_named() -> None:

@@ -1,28 +1,23 @@
-"""The evidence's prior precision, and what a certificate says of a fit; planning, memory, progress."""
+"""The prior precision by the evidence, and what a certificate says."""
 
 from __future__ import annotations
 
 import json
 import math
-import threading
 import warnings
 from dataclasses import fields, replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.progress import Progress
-from support import QUIET, TRAIN, X, Y, assert_threads, fit, network, says, unchanged
-from torch import Tensor, nn
+from support import QUIET, TRAIN, X, Y, fit, network, says
+from torch import nn
 from torch.testing import assert_close
 
 import nullbayes as nb
 from nullbayes.certificate.certificate import Certificate
-from nullbayes.common import memory, progress
-from nullbayes.fit import plan as planning
 from nullbayes.fit.evidence import fixed_point, null_space_precision
 from nullbayes.posterior.calibration_path import CalibrationPath
 from nullbayes.solvers import Spectrum
@@ -271,246 +266,3 @@ def test_drift_follows_the_prior_precision() -> None:
     assert posterior.certificate.residual == start.residual
     posterior.prior_precision = start.prior_precision
     assert replace(posterior.certificate, seconds=0) == replace(start, seconds=0)
-
-
-# -- memory --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [
-        ("8GB", 8 * 2**30),
-        ("8 GiB", 8 * 2**30),
-        ("1.5g", 3 * 2**29),
-        (" 500 MB ", 500 * 2**20),
-        (".5k", 512),
-        ("2 tb", 2**41),
-        ("4096", 4096),
-        ("12 B", 12),
-        (4096, 4096),
-        (1e9, 10**9),
-        (1e30, 10**30),
-        (np.int64(7), 7),
-    ],
-)
-def test_sizes_as_people_write_them(text: Any, count: int) -> None:
-    assert memory.parse_bytes(text) == pytest.approx(count, rel=1e-12)
-    assert isinstance(memory.parse_bytes(text), int)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "GB",
-        "1.2.3 GB",
-        ".",
-        "-1",
-        "8 XB",
-        "8 G B",
-        "0",
-        "0 GB",
-        "1e",
-        True,
-        None,
-        0.5,
-        math.nan,
-        -math.inf,
-    ],
-)
-def test_sizes_that_are_none(text: Any) -> None:
-    with says(nb.InputError, "`memory`", repr(text), "'8GB'"):
-        memory.parse_bytes(text)
-
-
-@given(st.floats(0, 1e16))
-def test_sizes_for_people(count: float) -> None:
-    text = memory.format_bytes(count)
-    number, unit = text.split()
-    assert unit in ("B", "kB", "MB", "GB", "TB") and (float(number) <= 1024 or unit == "TB")
-    if count >= 1:
-        rounding = (
-            0.5
-            if unit == "B"
-            else 0.05 * {"kB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}[unit]
-        )
-        assert abs(memory.parse_bytes(text) - count) <= 1.01 * rounding + 1
-
-
-def test_memory_of_this_machine() -> None:
-    cpu = torch.device("cpu")
-    assert 2**24 < memory.available_bytes(cpu) < 2**50
-    assert 2**24 < memory.peak_bytes(cpu) < 2**50
-
-
-# -- planning ------------------------------------------------------------------------------------
-
-
-def test_the_plan_in_words() -> None:
-    model = network()
-    with unchanged(model):
-        plan = nb.plan(model, TRAIN, memory="1 GB")
-    text = str(plan)
-    for words in (
-        "Plan",
-        "14 × 45",
-        "7 examples, 2 rows each",
-        str(plan.solver),
-        "of 1.0 GB",
-        "about",
-    ):
-        assert words in text
-    assert plan.fits and not plan.advice and not plan.unsupported
-    assert json.loads(json.dumps(plan.as_dict())) == plan.as_dict()
-    assert plan.rows == plan.examples * plan.rows_per_example
-
-
-def test_a_plan_that_does_not_fit_names_the_mend() -> None:
-    plan = nb.plan(network(), TRAIN, memory="1 kB")
-    assert not plan.fits and plan.solver is None
-    assert "none fits" in str(plan)
-    mends = " ".join(plan.advice)
-    assert "max_examples=" in mends and "directions='auto'" in mends and "preserve='loss'" in mends
-
-
-def test_the_plan_names_what_has_no_rule() -> None:
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale, self.out = nn.Parameter(torch.ones(3)), nn.Linear(3, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.out(torch.sin(x * self.scale))
-            return out
-
-    plan = nb.plan(Scaled(), TRAIN)
-    assert plan.unsupported == {"scale": "no rule for Scaled"}
-    assert "generic path" in str(plan) and "20 % of the weights" in str(plan)
-    assert "nb.jacobian.register" in str(plan)
-
-
-@pytest.mark.parametrize("preserve", ["predictions", "outputs", "loss"])
-def test_plan_and_fit_count_alike(preserve: str) -> None:
-    options: dict[str, Any] = {"preserve": preserve, "parameters": ["2.weight", "2.bias"]}
-    plan = nb.plan(network(), TRAIN, max_examples=5, **options)
-    posterior = nb.NullSpacePosterior(network(), **options).fit(TRAIN, 3, max_examples=5, **QUIET)
-    c = posterior.certificate
-    assert (
-        (plan.examples, plan.rows, plan.parameters)
-        == (c.examples, c.constraints, c.parameters)
-        == (
-            5,
-            {"predictions": 10, "outputs": 15, "loss": 5}[preserve],
-            21,
-        )
-    )
-
-
-@pytest.mark.parametrize(
-    "solver",
-    [
-        nb.solvers.DualCholesky(),
-        nb.solvers.PrimalQR(),
-        nb.solvers.ConjugateGradient(),
-        nb.solvers.AlternatingProjections(),
-    ],
-    ids=lambda solver: solver.name,
-)
-def test_a_plan_foretells_every_stage_that_the_certificate_times(solver: Any) -> None:
-    many = [(X.repeat(12, 1), Y.repeat(12))]  # more examples than are tried
-    plan = nb.plan(network(), many, solver=solver, num_samples=3)
-    posterior = nb.NullSpacePosterior(network(), solver=solver).fit(many, 3, **QUIET)
-    c = posterior.certificate
-    assert plan.seconds.keys() == c.stages.keys()
-    assert all(0 <= value < 60 for value in (*plan.seconds.values(), *c.stages.values()))
-    assert sum(plan.seconds.values()) > 0
-    assert sum(c.stages.values()) == pytest.approx(c.seconds)
-    assert all(stage in str(plan) for stage in plan.seconds)
-
-
-def test_the_plan_of_a_regression_needs_no_noise() -> None:
-    likelihood = nb.Regression()
-    plan = nb.plan(network(), [(X, X)], likelihood)
-    assert plan.rows == 21 and likelihood.noise_variance is None
-
-
-def test_the_plan_leaves_random_state_alone() -> None:
-    torch.manual_seed(0)
-    wanted = torch.rand(3)
-    torch.manual_seed(0)
-    many = [(X.repeat(30, 1), Y.repeat(30))]
-    plan = nb.plan(network(), many, solver=nb.solvers.PrimalQR())
-    assert plan.solver == "primal QR" and plan.examples > planning.TRIED_EXAMPLES
-    assert_close(torch.rand(3), wanted, rtol=0, atol=0)
-
-
-# -- progress ------------------------------------------------------------------------------------
-
-
-def test_bars_go_to_standard_error_and_vanish(capfd: pytest.CaptureFixture[str]) -> None:
-    nb.NullSpacePosterior(network()).fit(TRAIN, 3, progress=True)
-    assert capfd.readouterr().out == ""
-    nb.NullSpacePosterior(network()).fit(TRAIN, 3, progress=False)
-    assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize(
-    "items", [[1, 2, 3], iter([1, 2, 3]), []], ids=["list", "unsized", "empty"]
-)
-@pytest.mark.parametrize("show", [True, False])
-def test_tracking_yields_the_items(items: Any, show: bool) -> None:
-    items = list(items) if isinstance(items, list) else iter([1, 2, 3])
-    wanted = [] if items == [] else [1, 2, 3]
-    with progress.stages(show=show) as stage:
-        assert list(stage.track(items, "work")) == wanted
-        tick = stage.fraction("share")
-        if show:
-            assert tick is not None and stage._progress is not None
-            first, second = stage._progress.tasks
-            assert first.total == first.completed == len(wanted)
-            tick(0.5)
-            assert second.completed == 50
-        else:
-            assert tick is None
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_an_error_under_a_bar_removes_it(
-    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[Progress] = []
-
-    class Watched(Progress):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            made.append(self)
-
-    monkeypatch.setattr(progress, "Progress", Watched)
-    threads = threading.active_count()
-
-    def broken() -> Any:
-        yield TRAIN[0]
-        raise error("stop")
-
-    class Loader:
-        def __iter__(self) -> Any:
-            return broken()
-
-    with pytest.raises(error, match="stop"):
-        nb.NullSpacePosterior(network()).fit(Loader(), 3)
-    assert len(made) == 1 and not made[0].live.is_started
-    assert_threads(threads)
-
-
-def test_examples_that_are_left_out_are_spoken_of() -> None:
-    data = torch.utils.data.TensorDataset(X, Y)
-    loader = torch.utils.data.DataLoader(data, 2)
-
-    def told(limit: int | None, given: Any = loader) -> bool:
-        posterior = nb.NullSpacePosterior(network())
-        notes = posterior.fit(given, 2, max_examples=limit, **QUIET).certificate.notes
-        return any(f"3 of {len(X)} examples are constrained" in note for note in notes)
-
-    assert told(3)
-    assert not told(None) and not told(len(X)) and not told(len(X) + 5)
-    assert not told(3, TRAIN)  # a list of batches has no sampler to ask

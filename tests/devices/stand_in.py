@@ -67,9 +67,9 @@ def test_scores_on_another_device_are_the_same() -> None:
     g = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     network = small_resnet(3, widths=(3, 4)).eval()
-    x, y = torch.rand(60, 1, 12, 12, generator=g), torch.arange(60) % 3
-    some = Given(network, Split(x, y), x[:20], 20)
-    test, near = Split(torch.rand(15, 1, 12, 12, generator=g), y[:15]), x[:10].flip(2)
+    x, y = torch.rand(30, 1, 8, 8, generator=g), torch.arange(30) % 3
+    some = Given(network, Split(x, y), x[:10], 10)
+    test, near = Split(torch.rand(9, 1, 8, 8, generator=g), y[:9]), x[:6].flip(2)
     here = families.Problem(some, test, {"a": near}, {"b": 1 - near})
     found = {name: running.measured(running.SCORES[name], here) for name in SCORES}
     with Elsewhere():

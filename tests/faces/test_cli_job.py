@@ -162,6 +162,11 @@ def test_check_measures_all_training_data_itself(job, capsys):
         ("options = {'num_sample': 3}", "no 'num_sample'. Did you mean 'num_samples'?"),
         ("options = {'likelihood': 'binary'}", "Define it in the file itself"),
         ("options = {'posterior': 'flat'}", "'flat'; expected 'null-space' or 'laplace'"),
+        ("options = {'posterior': ['flat']}", "['flat']; expected 'null-space' or 'laplace'"),
+        ("options = {'calibrate': 'no'}", "'no'; expected True or False"),
+        ("options = {'num_samples': 2**70}", "expected a whole number below 2**63"),
+        ("title = nn.Linear(1, 1)", "`title` is Linear, expected a string"),
+        ("def model(): raise SystemExit(0)", "`model()` failed: SystemExit"),
         ("options = {'preserve': 'nothing'}", "job.py, `options`: "),
         ("likelihood = 'gaussian'", "likelihood is 'gaussian'"),
         ("shifted = [test]", "`shifted` is list, expected a dictionary"),
@@ -211,6 +216,34 @@ def test_files_that_are_no_job(capsys, tmp_path, job):
     (tmp_path / "file").write_text("")
     code, _, err = run(["fit", "job.py", "--out", "file"], capsys)
     assert code == 2 and "cannot be made" in err
+
+
+def test_places_that_cannot_be_written_are_said(job, capsys, tmp_path):
+    job()
+    for name, command in (
+        ("log.txt", "fit"),
+        ("results.json", "evaluate"),
+        ("report.html", "evaluate"),
+    ):
+        place = tmp_path / "taken" / name
+        place.mkdir(parents=True)
+        code, _, err = run([command, "job.py", "--out", "taken"], capsys)
+        assert code == 2 and f"{name} cannot be written" in err and err.startswith("nullbayes: ")
+        place.rmdir()
+    results = tmp_path / "taken" / "results.json"
+    code, _, err = run(["report", results, "--out", tmp_path], capsys)
+    assert code == 2 and f"{tmp_path} cannot be written" in err
+    left = {p.name for p in results.parent.iterdir()}
+    assert left == {"log.txt", "posterior.safetensors", "results.json"}
+
+
+def test_a_job_may_leave_the_folder_and_the_path(job, capsys, tmp_path):
+    (tmp_path / "away").mkdir()
+    job("import os, sys; os.chdir('away'); sys.path = list(sys.path[1:])")
+    path = tmp_path / "job.py"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert run(["fit", "job.py", "--out", "here ü"], capsys)[0] in (0, 3)
+    assert (tmp_path / "here ü" / "posterior.safetensors").exists()
 
 
 def test_another_model_is_not_given_the_posterior_of_this_one(job, capsys):

@@ -64,6 +64,36 @@ def method(title, sharpness, seed, prior):
     return figures, curves
 
 
+# Figures of no run at all.
+CERTIFICATE = {
+    "residual": 4.2e-7,
+    "drift": 3e-8,
+    "sampled_drift": 0.01,
+    "network_score": 0.9876,
+    "posterior_score": 0.9876,
+    "constraints": 3500,
+    "parameters": 38152,
+    "rank": 3400,
+    "null_dim": 34752,
+    "discarded_trace": 0.0,
+    "solver": "dual Cholesky",
+    "iterations": 2,
+    "seconds": 3.25,
+    "peak_memory": 512 * 2**20,
+    "examples": 500,
+    "held": True,
+    "verdict": "The guarantee held <exactly>.",
+}
+PRIOR_PATH = {
+    "prior_precision": [0.1, 1.0, 10.0, 100.0],
+    "nll": [0.9, 0.5, 0.4, 0.6],
+    "ece": [0.2, 0.1, 0.05, 0.08],
+    "chosen": 2,
+    "point": {"nll": 0.7, "ece": 0.09},
+    "evidence": 3.0,
+}
+
+
 @pytest.fixture(scope="module")
 def made_up():
     made = {
@@ -72,25 +102,6 @@ def made_up():
         "laplace": method("Full Laplace", 1.0, 2, 3.0),
         "null_space_evidence": method("Null-space, by evidence", 1.2, 3, 20.0),
     }
-    certificate = {
-        "residual": 4.2e-7,
-        "drift": 3e-8,
-        "sampled_drift": 0.01,
-        "network_score": 0.9876,
-        "posterior_score": 0.9876,
-        "constraints": 3500,
-        "parameters": 38152,
-        "rank": 3400,
-        "null_dim": 34752,
-        "discarded_trace": 0.0,
-        "solver": "dual Cholesky",
-        "iterations": 2,
-        "seconds": 3.25,
-        "peak_memory": 512 * 2**20,
-        "examples": 500,
-        "held": True,
-        "verdict": "The guarantee held <exactly>.",
-    }
     x = torch.linspace(-2, 2, 21)
     band = {
         "mean": x.tolist(),
@@ -98,14 +109,6 @@ def made_up():
         "draws": [x.tolist()],
         "train_sd": 1.2e-5,
         "gap_sd": 0.7,
-    }
-    path = {
-        "prior_precision": [0.1, 1.0, 10.0, 100.0],
-        "nll": [0.9, 0.5, 0.4, 0.6],
-        "ece": [0.2, 0.1, 0.05, 0.08],
-        "chosen": 2,
-        "point": {"nll": 0.7, "ece": 0.09},
-        "evidence": 3.0,
     }
     results = {
         "schema": 2,
@@ -129,9 +132,9 @@ def made_up():
                 "auroc": {"value": 0.02, "error": 0.02},
             }
         },
-        "certificate": certificate,
-        "certificates": {"null_space": certificate},
-        "prior_path": {"null_space": path, "laplace": {**path, "evidence": 0.4}},
+        "certificate": CERTIFICATE,
+        "certificates": {"null_space": CERTIFICATE},
+        "prior_path": {"null_space": PRIOR_PATH, "laplace": {**PRIOR_PATH, "evidence": 0.4}},
         "curves": {key: curves for key, (_, curves) in made.items()},
         "regression": {
             "train": {"x": [-1.0, 1.0], "y": [-1.0, 1.0]},

@@ -123,6 +123,48 @@ def test_a_batch_that_takes_another_way_is_compared_in_full(compared: list[int])
     assert "first.weight" in fitted._fit.plan.generic  # found, and mended
 
 
+class Experts(nn.Module):
+    """Each batch goes to one of two layers by its own sign: a way that is not known yet, with right rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x.new_zeros(len(x), 3)
+        for positive, expert in ((True, self.first), (False, self.second)):
+            chosen = ((x[:, 0] > 0) == positive).nonzero()[:, 0]
+            if len(chosen):
+                out = out.index_add(0, chosen, expert(x[chosen]))
+        return out
+
+
+def test_an_unknown_way_is_captured_once(
+    compared: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not once more, to be compared in full."""
+    taken: list[int] = []
+    real = checking.capture
+
+    def counted(functional: Any, plan: Any, inputs: Any, *rest: Any) -> Any:
+        if batch_size(inputs) == BATCH and plan.shown is not None:
+            taken.append(int(plan.where.split()[-1]))
+        return real(functional, plan, inputs, *rest)
+
+    monkeypatch.setattr(checking, "capture", counted)
+    torch.manual_seed(0)
+    data = [(x.clone(), y) for x, y in batches()]
+    for number, (x, _) in enumerate(
+        data
+    ):  # half of each batch to either, and all of the last to one
+        x[:, 0] = x[:, 0].abs()
+        x[: BATCH // 2, 0] *= 1 if number == BATCHES - 1 else -1
+    posterior = nb.NullSpacePosterior(Experts().double(), delta=0, prior_precision=1.0)
+    assert posterior.fit(data, 4, **QUIET).certificate.held
+    # The last batch once more in reverse order.
+    assert taken == [2, 3, 4, 4]
+
+
 def test_examples_that_come_to_depend_on_one_another_are_refused(compared: list[int]) -> None:
     class Mixes(nn.Linear):
         calls = 0

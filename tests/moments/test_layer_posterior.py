@@ -207,17 +207,17 @@ def test_left_out_divergence_against_refits(name: str) -> None:
         delta = 0.5
     posterior = quiet(model, x, likelihood, delta=delta, prior_precision=1.0)
     from nullbayes.moments.second import BlockMoments
-    from nullbayes.posterior import layer_guarantee
+    from nullbayes.posterior import layer_left_out
     from nullbayes.posterior.layer_state import LayerState
 
     state = posterior._fit.state
-    probes, layer_guarantee.PROBES = layer_guarantee.PROBES, 1
+    probes, layer_left_out.PROBES = layer_left_out.PROBES, 1
     try:
         generator = torch.Generator().manual_seed(0)
         one, rest = x[:1], x[1:]
-        found = layer_guarantee._left_out(state, posterior.likelihood, one, None, generator)
+        found = layer_left_out._left_out(state, posterior.likelihood, one, None, generator)
     finally:
-        layer_guarantee.PROBES = probes
+        layer_left_out.PROBES = probes
     sums = [BlockMoments.zeros(b, x.device, None) for b in state.blocks.blocks]
     from nullbayes.moments.verify import seen_by
 

@@ -13,7 +13,7 @@ from nullbayes.errors import ModelError, NonFiniteError
 from nullbayes.model.fingerprint import Watch
 from nullbayes.moments.convolution import ConvInputs, middles
 from nullbayes.moments.rule import InputRule
-from nullbayes.posterior.layer_guarantee import FEW_LEFT_OUT, _far_below
+from nullbayes.posterior.layer_left_out import FEW_LEFT_OUT, _far_below
 from tests.moments.layer_networks import network, quiet
 
 CONVOLUTIONS = {

@@ -18,7 +18,16 @@ import torch
 import torch.distributed as dist
 from host_reads import followed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    Sampler,
+    Subset,
+    TensorDataset,
+)
 
 import nullbayes as nb
 from nullbayes import solvers
@@ -473,11 +482,121 @@ def split_and_refused() -> dict[str, Any]:
     other = nb.NullSpacePosterior(moved, solver="dual Cholesky")
     out["other weights"] = told(lambda: other.fit(loader(20), 2, progress=False))
     out["failed"] = told(lambda: posterior().fit(_Late(rank), 2, progress=False))
+    out["differences"] = _differences(rank == size - 1)
+    out["data"] = _kinds_of_data(rank, size)
     out["after"] = fitted(posterior(), loader(20))["unit"]
     out["host reads"] = reads()
     plan = posterior().plan(loader(20), num_samples=4)
     out["plan"] = (plan.processes, plan.rows, plan.sent > 0, sorted(plan.seconds))
     return out
+
+
+class _Moved(DataLoader[Any]):
+    """Reads something else than its data set holds."""
+
+    def __iter__(self) -> Any:
+        return ((2 * x, y) for x, y in super().__iter__())
+
+
+def _kinds_of_data(rank: int, size: int) -> dict[str, Any]:
+    """Which examples a fit is of, by how they are given; what is refused."""
+    (x, y), some = data(20), [3, 1, 2, 7, 8, 11, 19]
+    everything = TensorDataset(x, y)
+    of_batches = BatchSampler(SubsetSampler(some), 2, drop_last=False)
+    nowhere = x[:0], y[:0]
+    all_here = (x[some], y[some]) if rank == size - 1 else nowhere
+    ways = {
+        "plain": loader_of(x[some], y[some]),
+        "batch sampler": DataLoader(everything, batch_sampler=of_batches),
+        "subset": DataLoader(Subset(everything, some), batch_size=BATCH),
+        "one shard has all": Shard(all_here),
+    }
+    out: dict[str, Any] = {}
+    for name, train in ways.items():
+        p = posterior().fit(train, 2, progress=False)
+        out[name] = (p._fitted().unit, p.certificate.examples, p.plan(train).examples)
+    out["of a shard"] = p.predict(Shard(all_here)).mean - p.predict(ways["plain"]).mean
+    refused = {
+        "moved": _Moved(everything),
+        "shuffled in one": DataLoader(everything, shuffle=rank == size - 1),
+        "another choice": Subset(everything, [0, *([4, 5] if rank == size - 1 else [5, 4]), 9]),
+        "a label": TensorDataset(x, torch.where(torch.arange(20) == 7, rank % 3, y)),
+        "nobody has any": Shard(nowhere),
+    }
+    for name, train in refused.items():
+        out[name] = told(lambda train=train: posterior().fit(train, 2, progress=False))
+    return out
+
+
+class SubsetSampler(Sampler[int]):
+    def __init__(self, some: list[int]) -> None:
+        self.some = some
+
+    def __iter__(self) -> Any:
+        return iter(self.some)
+
+    def __len__(self) -> int:
+        return len(self.some)
+
+
+def loader_of(x: Tensor, y: Tensor) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(x, y), batch_size=BATCH)
+
+
+def _differences(odd: bool) -> dict[str, tuple[str, str]]:
+    """Errors of calls that are other ones in one process: ``odd`` there."""
+    train, names = loader(8), ["0.weight"] if odd else ["4.weight", "4.bias"]  # 15 weights each
+    alone = nb.NullSpacePosterior(network(), solver="dual Cholesky", process_group=False)
+    alone.fit(train, 2, int(odd), progress=False).process_group = None
+    same = posterior().fit(train, 2, progress=False)
+    makes: dict[str, Callable[[], Any]] = {
+        "prior": lambda: make(prior_precision=1.0 + odd).fit(train, 2, progress=False),
+        "prior_mean": lambda: make(prior_mean=1.0 + odd).fit(train, 2, progress=False),
+        "parameters": lambda: make(parameters=names).fit(train, 2, progress=False),
+        "sample_dtype": lambda: posterior().fit(
+            train, 2, progress=False, sample_dtype=torch.bfloat16 if odd else None
+        ),
+        "call": lambda: same.predict(train) if odd else same.novelty(train),
+        "samples": lambda: alone.predict(train),
+        "how": lambda: same.predict(train, method="sampled" if odd else "linearised"),
+        "metric": lambda: same.calibrate(train, metric="ece" if odd else "nll", progress=False),
+        "shifted": lambda: same.evaluate(train, shifted={"ab"[odd]: train}, progress=False),
+        "count": lambda: same.draw(1 + odd),
+        "exchange": lambda: _other_exchange(odd),
+        "memory": lambda: _out_of_memory(odd),
+    }
+    return {name: told(make) for name, make in makes.items()}
+
+
+def make(**options: Any) -> nb.NullSpacePosterior:
+    return nb.NullSpacePosterior(network(), solver="dual Cholesky", **options)
+
+
+def _other_exchange(odd: bool) -> None:
+    """One process adds where the others give."""
+    processes = resolve(None)
+    assert processes is not None
+    with processes.call("fit", {}):
+        if odd:
+            processes.total(1.0)
+        else:
+            processes.gather(1.0)
+
+
+def _out_of_memory(odd: bool) -> None:
+    """In one process, in the middle of a fit."""
+    project = pipeline.Fitting.project
+
+    def failing(self: pipeline.Fitting) -> None:
+        if odd:
+            raise MemoryError
+        project(self)
+
+    pipeline.Fitting.project = failing  # type: ignore[method-assign]
+    try:
+        posterior().fit(loader(8), 2, progress=False)
+    finally:
+        pipeline.Fitting.project = project  # type: ignore[method-assign]
 
 
 def reads() -> list[int]:
@@ -665,7 +784,7 @@ def main(scenes: str, rank: int, size: int, folder: Path) -> None:
     }
     for scene in scenes.split(","):
         torch.save(every[scene](), folder / f"{scene}-{size}-{rank}.pt")
-    if "lost" in scenes or "cut" in scenes:
+    if "cut" in scenes:
         os._exit(0)  # nothing is left to be taken down together
     dist.destroy_process_group()
 

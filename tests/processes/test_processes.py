@@ -204,6 +204,46 @@ def test_what_differs_or_fails_ends_all_and_is_named(
 
 
 @pytest.mark.parametrize("size", [3, 2])
+def test_a_call_that_differs_in_one_process_is_refused_in_all(
+    size: int, several: list[dict[str, Any]]
+) -> None:
+    for rank, process in enumerate(several):
+        for name, (kind, text) in process["split"]["differences"].items():
+            odd = rank == size - 1
+            if name == "memory" and odd:
+                assert (kind, "memory=" in text) == ("MemoryBudgetError", True)
+                continue
+            assert kind == "ProcessError", (name, text)
+            if name == "exchange":
+                assert all(words in text for words in ("do not do the same", "a sum of")), text
+            else:
+                assert f"process {size - 1} " in text, (name, text)
+                assert ("MemoryBudgetError" if name == "memory" else f"other {name} ") in text
+
+
+@pytest.mark.parametrize("size", [3, 2])
+def test_which_examples_are_read_is_what_the_data_say(
+    size: int, several: list[dict[str, Any]]
+) -> None:
+    for process in several:
+        found = process["split"]["data"]
+        for way in ("plain", "batch sampler", "subset", "one shard has all"):
+            assert found[way][1:] == (7, 7), way
+            assert not differences(found[way][0], found["plain"][0], 1e-9, way)
+        assert float(found["of a shard"].abs().max()) < 1e-12
+        expected = {
+            "moved": "`__iter__` of its own",
+            "shuffled in one": "sampler",
+            "another choice": "choice, order or labels",
+            "a label": "choice, order or labels",
+            "nobody has any": "no batches",
+        }
+        for name, words in expected.items():
+            kind, text = found[name]
+            assert (kind, words in text) == ("InputError", True), (name, text)
+
+
+@pytest.mark.parametrize("size", [3, 2])
 def test_rows_are_spread_evenly(size: int, several: list[dict[str, Any]]) -> None:
     held = [process["split"]["rows"] for process in several]
     whole = [process["split"]["rows whole"] for process in several]

@@ -17,7 +17,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 import nullbayes as nb
 from tests.torture.problems import SOLVERS, Problem, likelihood
@@ -31,6 +30,7 @@ from tests.torture.reference import (
     parameters_of,
     prior_variance,
 )
+from tests.torture.undisturbed import disturbed, state_of
 
 RIGHT, REFUSED, WRONG, RAW = "right", "refused", "silent wrong", "raw error"
 #: an error of the library's own, but of a network and data that it should take
@@ -55,7 +55,7 @@ class Verdict:
 
 def judge(problem: Problem) -> Verdict:
     """Fit and compare. Nothing raised by the library gets out: it becomes the verdict."""
-    before = _state(problem)
+    before = state_of(problem)
     out = Verdict(RIGHT)
     try:
         with warnings.catch_warnings(), _disk(problem):
@@ -74,7 +74,7 @@ def judge(problem: Problem) -> Verdict:
             raise  # ours: the judge itself is at fault
     if out.verdict == REFUSED and not _just(problem, out.error):
         out.verdict = UNEXPLAINED
-    out.faults += _disturbed(problem, before)
+    out.faults += disturbed(problem, before)
     if out.faults:
         out.verdict = WRONG
     return out
@@ -430,48 +430,3 @@ def _judge_novelty(
     out.checks["exact"] = off
     if not off <= (1e-5 if problem.dtype == torch.float64 else 2e-2):
         out.faults.append(f"exact novelty is off by {off:.1e} of the prior's")
-
-
-# -- the user's model stays as it was --------------------------------------------------------------
-
-
-def _state(problem: Problem) -> dict[str, Any]:
-    model = problem.model
-    return {
-        "values": {k: v.detach().clone() for k, v in model.state_dict().items()},
-        "modes": [m.training for m in model.modules()],
-        "hooks": [
-            len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
-            for m in model.modules()
-        ],
-        "flags": [p.requires_grad for p in model.parameters()],
-        "random": torch.get_rng_state().clone(),
-        "module dictionaries": [sorted(vars(m)) for m in model.modules()],
-    }
-
-
-def _disturbed(problem: Problem, before: dict[str, Any]) -> list[str]:
-    """What a user would find changed. (A network that counts its calls changes itself.)"""
-    if problem.hostile == "counter":
-        return []
-    after, out = _state(problem), []
-    moved = [k for k, v in before["values"].items() if not torch.equal(v, after["values"][k])]
-    if moved:
-        out.append(f"the model's tensors changed: {moved[:3]}")
-    if not torch.equal(before["random"], after["random"]) and not problem.hostile:
-        out.append("torch's random state changed")
-    out += [
-        f"the model's {k} changed"
-        for k in ("modes", "hooks", "flags", "module dictionaries")
-        if before[k] != after[k]
-    ]
-    if any(p.grad is not None for p in problem.model.parameters()):
-        out.append("the model's parameters have gradients")
-    return out
-
-
-def moved_network(problem: Problem, weights: dict[str, Tensor], inputs: Any) -> Any:
-    """The user's network with other weights (for people who look into a finding)."""
-    return functional_call(
-        problem.model, weights, (), dict(zip(problem.names, inputs, strict=True))
-    )

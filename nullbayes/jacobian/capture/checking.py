@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,16 +31,14 @@ from nullbayes.audit.signatures import Signature
 from nullbayes.errors import ModelError, NullBayesError
 from nullbayes.jacobian.block import Block
 from nullbayes.jacobian.capture.capture import (
-    GenericPathFailed,
     Misplaced,
-    RuleMismatch,
     capture,
     check_places,
     with_tags,
 )
-from nullbayes.jacobian.capture.plan import CapturePlan, Site
+from nullbayes.jacobian.capture.mending import mend, other_way
+from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.capture.single_module import LocalFailed
-from nullbayes.jacobian.capture.spreading import no_longer_spread
 from nullbayes.model.batch import Inputs, batch_size, select
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.size import is_large
@@ -58,6 +57,39 @@ TURNED_OF_LARGE, TURNED_EXAMPLES_OF_LARGE = 2, 2
 SEPARATED_EXAMPLES = 64
 # What a step of the plan may fail with, to be tried in another way; a lack of memory is none.
 _MEMORY = (MemoryError, torch.OutOfMemoryError)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What one capture of a piece gave: its block, what ``make`` returned, and the way that the network took."""
+
+    block: Block
+    made: Any
+    routes: tuple[Route, ...]
+
+
+@dataclass(frozen=True)
+class Capturing:
+    """How one piece is captured; calling it does, by the plan as it is then.
+
+    Attributes:
+        make: outputs to cotangents; ``scales``: of columns, by parameter; ``where``: what messages call the piece.
+    """
+
+    functional: FunctionalModel
+    plan: CapturePlan
+    inputs: Inputs
+    make: Make
+    scales: Scales = None
+    where: str = "the inputs"
+
+    def __call__(self) -> Taken:
+        """Raises as `captured`."""
+        routes: list[Route] = []
+        block, made = captured(
+            self.functional, self.plan, self.inputs, self.make, self.scales, self.where, routes
+        )
+        return Taken(block, made, tuple(routes))
 
 
 def captured(
@@ -84,26 +116,25 @@ def captured(
             if isinstance(error, (NullBayesError, LocalFailed, Misplaced, *_MEMORY)):
                 raise
             with _MENDING:
-                _other_way(functional, plan, inputs, error, where)
+                other_way(functional, plan, inputs, error, where)
 
 
-def checked(
-    functional: FunctionalModel,
-    plan: CapturePlan,
-    inputs: Inputs,
-    make: Make,
-    scales: Scales = None,
-    where: str = "the inputs",
-    index: int = 0,
-) -> tuple[Block, Any]:
+def checked(capturing: Capturing, index: int = 0, first: Taken | None = None) -> tuple[Block, Any]:
     """The rows of one piece, equal to plain automatic differentiation.
+
+    Args:
+        index: of the piece, decides the weights of its rows.
+        first: what ``capturing`` gave already, if it was asked.
 
     Raises:
         ModelError: a parameter's rows differ on every path; names it and the piece.
     """
+    functional, plan, inputs = capturing.functional, capturing.plan, capturing.inputs
+    scales, where = capturing.scales, capturing.where
+    taken = first
     while True:
-        routes: list[Route] = []
-        block, made = captured(functional, plan, inputs, make, scales, where, routes)
+        taken = taken or capturing()
+        block, made, routes = taken.block, taken.made, taken.routes
         since = time.perf_counter()
         gradient, bad = _compared(functional, inputs, block, made.values, scales, index)
         turning = _turns(functional, plan, inputs, routes)
@@ -123,7 +154,10 @@ def checked(
                 plan.proved.add(Signature.of(inputs))
                 plan.routes.update(routes)
                 return block, made
-            _mend(plan, bad, where)
+            mend(plan, bad, where)
+        # By the plan as it is now; what was captured can go before that.
+        del block, made
+        taken = first = None
 
 
 def _turns(
@@ -209,9 +243,10 @@ def captured_at_use(
     Raises:
         ModelError: examples depend on one another; rows that differ on every path.
     """
+    taken = None
     if plan.proved.covers(Signature.of(inputs)):
-        routes: list[Route] = []
-        block, made = captured(functional, plan, inputs, make, scales, where, routes)
+        taken = Capturing(functional, plan, inputs, make, scales, where)()
+        block, made, routes = taken.block, taken.made, taken.routes
         known = batch_size(inputs) == 1 or (bool(routes) and routes[0].in_place)
         if known and not plan.routes.isdisjoint(routes):
             return block, made
@@ -221,9 +256,11 @@ def captured_at_use(
     outputs = functional.outputs(inputs, where)
     if not bool(outputs.isfinite().all()):  # an error of its own where they are used
         return captured(functional, plan, inputs, make, scales, where)
+    found = inputs
     if functional.randomness is None:
-        inputs = separate(functional, inputs, outputs, where, 0)
-    return checked(functional, plan, inputs, make, scales, where)
+        found = separate(functional, inputs, outputs, where, 0)
+    capturing = Capturing(functional, plan, found, make, scales, where)
+    return checked(capturing, 0, taken if found is inputs else None)
 
 
 def separate_at_use(
@@ -360,90 +397,3 @@ def _differs(
     functional: FunctionalModel, weights: dict[str, Tensor], inputs: Inputs, before: Tensor
 ) -> bool:
     return not torch.equal(functional(weights, inputs), before)
-
-
-# -- mending a plan ------------------------------------------------------------------------------
-
-
-def _other_way(
-    functional: FunctionalModel, plan: CapturePlan, inputs: Inputs, error: Exception, where: str
-) -> None:
-    """Change the plan so that what failed is done in another way."""
-    plan.routes.clear()
-    plan.turned_routes.clear()
-    if isinstance(error, RuleMismatch):
-        for site in [s for s in plan.sites if s.path == error.path]:
-            next_layout(plan, site, str(error))
-        return
-    if isinstance(error, GenericPathFailed):
-        if plan.vmapped:
-            plan.vmapped = False
-            return
-    elif no_longer_spread(plan):
-        return
-    elif plan.batched_backward:
-        plan.batched_backward = False
-        return
-    root = error.__cause__ if isinstance(error, GenericPathFailed) else error
-    assert isinstance(root, Exception)
-    raise cannot(functional, inputs, root, where) from root
-
-
-def cannot(
-    functional: FunctionalModel, inputs: Inputs, error: Exception, where: str
-) -> NullBayesError:
-    """What is wrong with a model whose rows no path computes."""
-    text = f"{type(error).__name__}: {error}"
-    if "use_reentrant" in text or "heckpoint" in type(error).__name__:
-        return reentrant(where)
-    functional.outputs(inputs, where)  # says so where the inputs are to blame
-    return ModelError(
-        f"{where}: derivatives of the network's outputs could not be computed ({text}). Each operation between the "
-        "chosen parameters and the output needs a derivative; leave parameters before one that has none out with "
-        "`parameters=`, or replace it."
-    )
-
-
-def reentrant(where: str) -> ModelError:
-    """What to say of activation checkpointing that allows no derivatives of single examples."""
-    return ModelError(
-        f"{where}: the network recomputes activations in the backward pass (`torch.utils.checkpoint`) in a way "
-        "that gives no derivatives for single examples. Pass `use_reentrant=False` there, or turn checkpointing off in "
-        "evaluation mode (`model.gradient_checkpointing_disable()` in transformers)."
-    )
-
-
-def _mend(plan: CapturePlan, bad: list[str], where: str) -> None:
-    """The next explanation for each parameter whose rows are wrong."""
-    plan.routes.clear()
-    plan.turned_routes.clear()
-    wrong = set(bad)
-    local = [site for site in plan.local if wrong & set(site.names)]
-    served = {name for site in plan.local for name in site.names} | set(plan.spread)
-    stuck = sorted((wrong & set(plan.generic)) - served)
-    if stuck and not plan.vmapped:
-        raise ModelError(
-            f"{where}: the Jacobian rows of {stuck} differ from automatic differentiation even on the "
-            "generic path; the forward pass is not a fixed function of weights and the inputs of one example "
-            "(randomness, caches, a custom backward, examples that depend on one another). Make it one, or leave "
-            "them out of `parameters=`."
-        )
-    if stuck:
-        plan.vmapped = False
-    plan.local = [site for site in plan.local if site not in local]
-    plan.spread = [name for name in plan.spread if name not in wrong]
-    for name in bad:
-        for site in plan.owners(name):
-            next_layout(plan, site, "its rows did not match automatic differentiation")
-
-
-def next_layout(plan: CapturePlan, site: Site, reason: str) -> None:
-    """Batch on the second axis (sequence-first layers); after that, or where the axis is proved, the generic path."""
-    if site.spread:
-        site.spread = False
-        return
-    if site.batch_axis == 0 and not site.axis_proved:
-        site.batch_axis = 1
-        return
-    for name in list(site.names.values()):
-        plan.to_generic(name, reason)

@@ -92,22 +92,16 @@ class CapturePlan:
         space = functional.space
         hidden = sorted(self.unreached & self.felt)
         if hidden:
-            packed = quantised(functional.model)
             raise ModelError(
                 f"no gradient path leads from the output to {hidden} on any example, though outputs depend on them: "
                 "nothing can be preserved by them. Leave them out with `parameters=lambda name, p: name not in "
                 f"{{{', '.join(map(repr, hidden[:2]))}{', ...' if len(hidden) > 2 else ''}}}`, or look for `.detach()` "
-                "/ `torch.no_grad()` / integer conversions in the forward pass."
-                + (
-                    f" Quantised layers have no derivative: {packed[:5]}. {QUANTISED_MEND}"
-                    if packed
-                    else ""
-                )
+                f"/ `torch.no_grad()` / integer conversions in the forward pass.{_packed(functional)}"
             )
         if self.unreached >= set(space.names):
             raise ModelError(
                 f"no output of any example depends on a parameter that takes part: {sorted(self.unreached)[:4]}. Name "
-                "those that the network uses in `parameters=`, or give them `requires_grad`."
+                f"those that the network uses in `parameters=`, or give them `requires_grad`.{_packed(functional)}"
             )
         if moved := set(space.idle) - self.unreached:
             raise ModelError(
@@ -128,6 +122,12 @@ class CapturePlan:
         if name not in self.generic:
             self.generic.append(name)
         self.reasons[name] = reason
+
+
+def _packed(functional: FunctionalModel) -> str:
+    """Why weights may be without a gradient, or seem to move nothing: rounded away where a layer is quantised."""
+    found = quantised(functional.model)
+    return f" Quantised layers have no derivative: {found[:5]}. {QUANTISED_MEND}" if found else ""
 
 
 def make_plan(functional: FunctionalModel) -> CapturePlan:

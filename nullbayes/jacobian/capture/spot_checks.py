@@ -24,14 +24,13 @@ from nullbayes.audit.batches import (
     random_weights,
     shown_separate,
 )
-from nullbayes.audit.route import Route
 from nullbayes.audit.signatures import Signature
 from nullbayes.errors import ModelError
 from nullbayes.jacobian.block import Block
 from nullbayes.jacobian.capture.checking import (
+    Capturing,
     Make,
     Scales,
-    captured,
     checked,
     separate,
     summed_rows,
@@ -118,16 +117,19 @@ def checked_in_part(
     In part where ``plan.shown`` says that the batch may be, and the piece took a known way; otherwise, and where
     anything differs, in full (`checked`, which see for what it raises).
     """
+    capturing, taken = Capturing(functional, plan, inputs, make, scales, plan.where), None
     if plan.shown is not None:
-        routes: list[Route] = []
-        block, made = captured(functional, plan, inputs, make, scales, plan.where, routes)
+        taken = capturing()
         since = time.perf_counter()
-        known = bool(routes) and routes[0] in plan.routes
-        right = known and _some_agree(functional, plan, inputs, block, made.values, scales, index)
+        if plan.routes.issuperset(taken.routes[:1]) and taken.routes:
+            values = taken.made.values
+            right = _some_agree(functional, plan, inputs, taken.block, values, scales, index)
+            if right:
+                plan.checking_seconds += time.perf_counter() - since
+                return taken.block, taken.made
         plan.checking_seconds += time.perf_counter() - since
-        if right:
-            return block, made
-    return checked(functional, plan, inputs, make, scales, plan.where, index)
+    # Captured once: on an unknown way the rows may be right all the same.
+    return checked(capturing, index, taken)
 
 
 def _some_agree(

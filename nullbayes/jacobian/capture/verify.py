@@ -17,7 +17,8 @@ from nullbayes.audit.network import NetworkCopy
 from nullbayes.audit.precision import tolerance
 from nullbayes.errors import InputError, ModelError, NonFiniteError, NullBayesError
 from nullbayes.jacobian.block import Block
-from nullbayes.jacobian.capture.checking import cannot, captured, next_layout
+from nullbayes.jacobian.capture.checking import captured
+from nullbayes.jacobian.capture.mending import cannot, next_layout
 from nullbayes.jacobian.capture.plan import CapturePlan, make_plan
 from nullbayes.jacobian.capture.single_module import LocalFailed, LocalSite, ancestors
 from nullbayes.jacobian.capture.spreading import candidates
@@ -39,6 +40,7 @@ def prove(functional: FunctionalModel, inputs: Inputs) -> CapturePlan:
             of its batch or on chance, or rows still differ when every doubtful parameter is on the generic path.
         NonFiniteError: outputs or their gradients are no numbers.
     """
+    _check_frequencies(functional)
     inputs = functional.batch(inputs)
     inputs = take(inputs, 0, min(batch_size(inputs), PROBE_EXAMPLES))
     size = batch_size(inputs)
@@ -98,6 +100,25 @@ def _check_outputs(functional: FunctionalModel, inputs: Inputs, outputs: Tensor,
         )
 
 
+def _check_frequencies(functional: FunctionalModel) -> None:
+    """Raise `ModelError` for tables whose gradient is divided by how often the batch reads a row."""
+    chosen = {
+        id(p) for n, p in functional.model.named_parameters() if n in functional.space.by_name
+    }
+    bad = [
+        path
+        for path, module in functional.model.named_modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        and module.scale_grad_by_freq
+        and id(module.weight) in chosen
+    ]
+    if bad:
+        raise ModelError(
+            f"{bad} divide their gradients by how often a batch reads a row (`scale_grad_by_freq=True`), so these are "
+            "no derivatives. That is for training alone: set `module.scale_grad_by_freq = False` now."
+        )
+
+
 def _check_runs(functional: FunctionalModel, inputs: Inputs) -> None:
     """Raise `InputError` where weights of several precisions do not fit together: rows are computed in one."""
     parameters = functional.model.parameters()
@@ -145,8 +166,13 @@ def _reference_rows(
     rows = torch.zeros(size * count, space.total, dtype=space.dtype, device=space.device)
     for n in range(size):
         weights = functional.weights(requires_grad=True)
-        with torch.enable_grad():
-            out = functional(weights, take(inputs, n, n + 1))
+        try:
+            with torch.enable_grad():
+                out = functional(weights, take(inputs, n, n + 1))
+        except (NullBayesError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # an operation that runs without gradients alone
+            raise cannot(functional, inputs, error, "the first examples") from error
         if not out.requires_grad:
             continue
         for c in range(count):

@@ -22,6 +22,7 @@ from nullbayes.audit.precision import FLOOR, eps, tolerance
 from nullbayes.audit.sampling import Drawn
 from nullbayes.common.processes import Processes
 from nullbayes.errors import ModelError
+from nullbayes.model.adapters import has_fixed_norms
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.precision import ALIKE
 from nullbayes.model.size import is_large
@@ -232,6 +233,8 @@ class _Examiner:
         self.question, self.functional = question, question.functional
         self.along = Derivative(self.functional)
         self.stepped = Derivative(self.functional, (DIFFERENCES,))
+        # What DoRA detaches is known, and noted in the certificate.
+        self._to_confirm = 0 if has_fixed_norms(self.functional.model) else CONFIRMED
         #: the last example's changes, in terms of its rows, and these
         self._last: tuple[Tensor, Tensor] | None = None
         #: why no copy of the network could be made; None where one was
@@ -254,7 +257,7 @@ class _Examiner:
         """
         found = self._measured(self.along, example, place, claim)
         parted = found.away > agreement(self.functional.rounding) * found.reach
-        confirmed = place >= CONFIRMED or found.way == DIFFERENCES
+        confirmed = place >= self._to_confirm or found.way == DIFFERENCES
         if found.way == FORWARD and not (parted or confirmed):
             confirmed = not self._steps_otherwise(example, found.reach)
         if found.way == DIFFERENCES or (confirmed and not parted):

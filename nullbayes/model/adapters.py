@@ -108,6 +108,15 @@ def check_unmerged(model: nn.Module, space: ParameterSpace) -> None:
             )
 
 
+def has_fixed_norms(model: nn.Module) -> bool:
+    """Whether layers of DoRA take part: these detach, on purpose, the norm that they divide by.
+
+    Liu et al., *DoRA: Weight-Decomposed Low-Rank Adaptation*, 2024, §4.3. Their gradient, in every mode of automatic
+    differentiation, is that of the network with this norm fixed.
+    """
+    return any(_comes_from(module, "DoraLinearLayer", "peft.") for module in model.modules())
+
+
 def check_there(model: nn.Module, space: ParameterSpace) -> None:
     """Raise `ModelError` where weights of a posterior are no longer part of the network."""
     gone = sorted(set(space.names) - set(dict(model.named_parameters())))
@@ -119,7 +128,14 @@ def check_there(model: nn.Module, space: ParameterSpace) -> None:
 
 
 def remarks(model: nn.Module, space: ParameterSpace) -> list[str]:
-    """What takes part, where most of a network of the transformers library is frozen and no adapter is in sight."""
+    """What the adapter's gradient leaves out; what takes part, where most of a network of the transformers library is
+    frozen and no adapter is in sight.
+    """
+    if has_fixed_norms(model):
+        return [
+            "DoRA detaches the norm that it divides by: the guarantee and linearised predictions are those of the "
+            "network with this norm fixed, as its training was; re-weighted networks (`method='sampled'`) move by it."
+        ]
     if pretrained(model) is None or adapted(model) is not None:
         return []
     named = dict(model.named_parameters())

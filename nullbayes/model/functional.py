@@ -6,11 +6,10 @@ the buffers, so even a layer that counts its own calls leaves no trace.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -418,32 +417,3 @@ def unwrapped(model: Any) -> nn.Module:
     inner = without_wrapper(model)
     check_kind(inner)
     return inner
-
-
-@contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
-    """Derivatives whatever mode the caller is in (autocast rounds), and global random state put back at the end.
-
-    A model that draws random numbers is refused, but has drawn by then; a shuffling loader draws too.
-    """
-    cuda = [device] if device.type == "cuda" else []
-    with (
-        torch.inference_mode(False),
-        torch.random.fork_rng(devices=cuda),
-        torch.autocast(device.type, enabled=False),
-    ):
-        yield
-
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def undisturbed_method(method: Method) -> Method:
-    """Decorator: run a method of an object with a ``functional`` inside :func:`undisturbed`."""
-
-    @functools.wraps(method)
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with undisturbed(self.functional.device):
-            return method(self, *args, **kwargs)
-
-    return cast(Method, run)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from nullbayes.certificate import Certificate
 from nullbayes.common.arguments import check_count, check_positive, check_sample_dtype
-from nullbayes.common.chance import keeping_chance
 from nullbayes.common.crowd import Crowd
 from nullbayes.constraints.directions import Directions
 from nullbayes.constraints.preserve import Preserve
@@ -33,10 +32,11 @@ from nullbayes.model.batch import Inputs, batch_size, check_inputs, to_device
 from nullbayes.model.checks import check_mode
 from nullbayes.model.data import as_inputs, as_loader
 from nullbayes.model.fingerprint import Watch, check_unchanged
-from nullbayes.model.functional import FunctionalModel, undisturbed_method
+from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.loader import first_inputs
 from nullbayes.model.parameters import ParameterSpace
 from nullbayes.model.shares import shared
+from nullbayes.model.undisturbed import reading_method, undisturbed_method
 from nullbayes.posterior.calibration import calibration_path
 from nullbayes.posterior.calibration_path import CalibrationPath, warn_of_closed
 from nullbayes.posterior.growing import Grows
@@ -167,8 +167,7 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
 
     # -- fit ---------------------------------------------------------------------------------------
 
-    @keeping_chance
-    @undisturbed_method
+    @reading_method
     def plan(
         self,
         train_loader: Any,
@@ -201,8 +200,7 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
             plan = made_together(made, self.problem, train_loader, processes)
             return with_communication(plan, self.problem, self._settings, num_samples, processes)
 
-    @keeping_chance
-    @undisturbed_method
+    @reading_method
     def fit(
         self: Self,
         train_loader: Any,
@@ -290,8 +288,7 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
 
     # -- use ---------------------------------------------------------------------------------------
 
-    @keeping_chance
-    @undisturbed_method
+    @reading_method
     def calibrate(
         self,
         val_loader: Any,

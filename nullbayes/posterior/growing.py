@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from torch import Tensor
 
 from nullbayes.common.arguments import check_count, check_sample_dtype
-from nullbayes.common.chance import keeping_chance
 from nullbayes.common.processes import Processes
 from nullbayes.errors import InputError
 from nullbayes.fit.marginal import Evidence, log_marginal_likelihood
 from nullbayes.fit.result import AUDITED, Run
 from nullbayes.fit.together import check_alike
 from nullbayes.fit.update import updated
-from nullbayes.model.functional import undisturbed_method
 from nullbayes.model.shares import shared
+from nullbayes.model.undisturbed import reading_method, undisturbed_method
 
 if TYPE_CHECKING:
     from nullbayes.posterior.base import Posterior
@@ -29,8 +28,7 @@ Self = TypeVar("Self", bound="Grows")
 class Grows:
     """Mixin of `nullbayes.Posterior`."""
 
-    @keeping_chance
-    @undisturbed_method
+    @reading_method
     def update(
         self: Self,
         more: Any,

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 from torch import Tensor
 
 from nullbayes.common.alike import Rounded
-from nullbayes.common.chance import keeping_chance
 from nullbayes.common.crowd import Crowd, groups_of
 from nullbayes.common.processes import Processes, resolve
 from nullbayes.errors import InputError
 from nullbayes.jacobian.linearise import linearised_outputs
 from nullbayes.jacobian.shared import serve
 from nullbayes.model.batch import Inputs
-from nullbayes.model.functional import undisturbed_method
+from nullbayes.model.undisturbed import reading_method
 from nullbayes.posterior.measuring.methods import EVIDENCE, GIVEN
 from nullbayes.posterior.measuring.subject import Moved
 
@@ -108,8 +107,7 @@ class Judged:
             "certificate": Rounded(float(getattr(c, name, None) or 0.0) for name in _TELLING),
         }
 
-    @keeping_chance
-    @undisturbed_method
+    @reading_method
     def evaluate(
         self,
         test: Any,

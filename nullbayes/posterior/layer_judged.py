@@ -9,13 +9,13 @@ from torch import Tensor
 
 from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE
 from nullbayes.common.arguments import check_choice, check_count, check_positive
-from nullbayes.common.chance import keeping_chance
 from nullbayes.constraints.within import LayerPrior, Root
 from nullbayes.errors import InputError
 from nullbayes.model.batch import Inputs, batch_size
 from nullbayes.model.fingerprint import fingerprint
-from nullbayes.model.functional import FunctionalModel, undisturbed_method
+from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.loader import first_inputs
+from nullbayes.model.undisturbed import reading_method, undisturbed_method
 from nullbayes.moments.gather import drawn, unlabelled
 from nullbayes.posterior import layer_change
 from nullbayes.posterior.calibration import calibration_path
@@ -85,8 +85,7 @@ class LayerJudged(Judged):
             total, count = processes.total(found.divergence * found.observed, found.observed)
             return total / max(1.0, count)
 
-    @keeping_chance
-    @undisturbed_method
+    @reading_method
     def calibrate(
         self,
         val_loader: Any,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nullbayes.common.arguments import check_choice
 from nullbayes.model.batch import Inputs
-from nullbayes.model.functional import undisturbed_method
+from nullbayes.model.undisturbed import undisturbed_method
 from nullbayes.posterior.layer_combined import Combined, References
 from nullbayes.posterior.layer_fit import leverages
 from nullbayes.posterior.layer_leverage import Leverages

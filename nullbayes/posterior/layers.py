@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from nullbayes.common.arguments import check_choice, check_count, check_delta, check_positive
-from nullbayes.common.chance import keeping_chance
 from nullbayes.common.memory import available_bytes, explained_out_of_memory, parse_bytes
 from nullbayes.common.processes import Processes
 from nullbayes.common.progress import Laps, stages
@@ -24,10 +23,11 @@ from nullbayes.model.batch import Inputs, batch_size, check_inputs, to_device
 from nullbayes.model.checks import check_mode
 from nullbayes.model.data import as_loader, is_array
 from nullbayes.model.fingerprint import Watch, check_unchanged, quick_digest
-from nullbayes.model.functional import Forward, FunctionalModel, undisturbed_method, unwrapped
+from nullbayes.model.functional import Forward, FunctionalModel, unwrapped
 from nullbayes.model.parameters import ParameterChoice, ParameterSpace
 from nullbayes.model.randomness import FrozenRandomness, resolve_randomness
 from nullbayes.model.shares import shared
+from nullbayes.model.undisturbed import reading_method, undisturbed_method
 from nullbayes.moments.products import working_dtype
 from nullbayes.posterior import layer_change
 from nullbayes.posterior.calibration_path import CalibrationPath, temperature_of
@@ -128,8 +128,7 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
 
     # -- fit -------------------------------------------------------------------------------------
 
-    @keeping_chance
-    @undisturbed_method
+    @reading_method
     def fit(
         self, train: Any, num_samples: int = 30, seed: int = 0, *, progress: bool = True
     ) -> LayerNullSpacePosterior:
@@ -201,8 +200,7 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
         self._fit, self.likelihood = fit, fit.likelihood
         self._forget_scores()
 
-    @keeping_chance
-    @undisturbed_method
+    @reading_method
     def plan(self, train: Any) -> LayerPlan:
         """What a fit would cost: seconds, memory, and which layers take part; from the first batch of ``train``."""
         self._check_mode()
@@ -215,8 +213,7 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
 
     # -- data come and go ------------------------------------------------------------------------
 
-    @keeping_chance
-    @undisturbed_method
+    @reading_method
     def update(self, more: Any, *, progress: bool = True) -> LayerNullSpacePosterior:
         """Add training data: the sums of all, as if fitted together. Raises as `fit`; what was fitted stays then."""
         with self._together("update") as processes:
@@ -226,8 +223,7 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
             self._accept(layer_change.updated(fit, data, self._prior, progress=shows))
         return self
 
-    @keeping_chance
-    @undisturbed_method
+    @reading_method
     def remove(self, some: Any, *, progress: bool = True) -> LayerNullSpacePosterior:
         """Take training data out again: as if it had never been there. Of several processes each reads a part of it.
 

@@ -22,8 +22,8 @@ from nullbayes.likelihood.links import LINKS, linked
 from nullbayes.model.batch import Inputs
 from nullbayes.model.data import is_stream
 from nullbayes.model.fingerprint import check_unchanged
-from nullbayes.model.functional import undisturbed, undisturbed_method
 from nullbayes.model.shares import inputs_of_share
+from nullbayes.model.undisturbed import undisturbed, undisturbed_method
 from nullbayes.posterior.calibration_path import temperature_of
 from nullbayes.posterior.differentiable import (
     changes_with_graph,

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 
 from nullbayes.common.arguments import check_count, check_stored_dtype
-from nullbayes.common.chance import keeping_chance
 from nullbayes.errors import InputError
 from nullbayes.fit.compaction import compacted
 from nullbayes.model.data import as_loader, without_targets
-from nullbayes.model.functional import undisturbed_method
+from nullbayes.model.undisturbed import reading_method, undisturbed_method
 from nullbayes.posterior.corruptions import JUDGING
 from nullbayes.posterior.distilled import Distilled
 from nullbayes.posterior.distilling import (
@@ -58,8 +57,7 @@ class Serves:
             own._take(compacted(fit, count, chosen))
         return self
 
-    @keeping_chance
-    @undisturbed_method
+    @reading_method
     def distil(
         self,
         loader: Any,

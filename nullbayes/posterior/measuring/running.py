@@ -16,9 +16,9 @@ from nullbayes.common.progress import Stages, stages
 from nullbayes.constraints.shared_rows import everyones
 from nullbayes.errors import InputError
 from nullbayes.metrics import roc_curve
-from nullbayes.model.functional import undisturbed
 from nullbayes.model.loader import batches
 from nullbayes.model.shares import Share, shared
+from nullbayes.model.undisturbed import undisturbed
 from nullbayes.posterior.measuring.data import as_loader
 from nullbayes.posterior.measuring.estimates import Estimate, auroc, fpr95, mean, threshold, verdict
 from nullbayes.posterior.measuring.methods import (

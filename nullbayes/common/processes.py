@@ -313,7 +313,7 @@ class Processes:
         except BaseException as error:
             self._broken = True
             if not work.is_completed():
-                _keep_for_good(self._group)
+                _keep_for_good(self._group, work)
             if isinstance(error, RuntimeError) and not isinstance(error, ProcessError):
                 raise self.pulse.blame(error) from error
             raise
@@ -325,10 +325,8 @@ class Processes:
 
 @contextmanager
 def _called(name: str) -> Iterator[None]:
-    """Groups that are made within have this name.
-
-    Torch's own name for a group that only its members make counts the groups of the process. Where one process is in
-    more groups than another, each would wait for ever under a name of its own.
+    """Groups that are made within have this name. Torch's own name for a group that only its members make counts
+    the groups of the process: where one process is in more of them than another, each would wait for ever.
     """
     own = dist.distributed_c10d._process_group_name
     dist.distributed_c10d._process_group_name = lambda *_, **__: name  # type: ignore[assignment]
@@ -338,14 +336,15 @@ def _called(name: str) -> Iterator[None]:
         dist.distributed_c10d._process_group_name = own
 
 
-def _keep_for_good(group: Any) -> None:
-    """See that a group is never taken down, in which an exchange waits that may never end.
+def _keep_for_good(*things: Any) -> None:
+    """See that a group is never taken down, in which an exchange waits that may never end; nor that exchange.
 
     Gloo's threads are waited for where a group is taken down, at the end of the program if not before: a process that
-    waited for one that hangs would then hang itself, after its error, and whoever started it would never know.
+    waited for one that hangs would hang itself, after its error. Nor may such a thread be the last to hold a tensor.
     """
     if sys.implementation.name == "cpython":
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+        for thing in things:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def _kind(values: Tensor) -> str:

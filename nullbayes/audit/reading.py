@@ -17,6 +17,8 @@ from nullbayes.model.fingerprint import bits_of
 _RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 # From this share of unknown examples on, the data are said to be changed, and not only chosen anew.
 CHANGED = 0.5
+# What collators fill up labels with.
+IGNORED = -100
 
 
 class Rereading:
@@ -88,8 +90,12 @@ class Rereading:
 
 
 def numbers_of(batch: Any) -> list[int]:
-    """One 64-bit number for each example of a batch; none where no tensor has one entry for each."""
-    batch = dict(batch) if isinstance(batch, Mapping) else batch
+    """One 64-bit number for each example of a batch; none where no tensor has one entry for each.
+
+    Padding of texts does not count: a collator that pads to the longest text of a batch pads others in another order.
+    """
+    padding = _padding(batch) if isinstance(batch, Mapping) else None
+    batch = _without_doubles(batch) if isinstance(batch, Mapping) else batch
     leaves = [
         t
         for t in tree_flatten(batch)[0]
@@ -102,11 +108,35 @@ def numbers_of(batch: Any) -> list[int]:
     for place, leaf in enumerate(leaves, 1):
         if len(leaf) != size or not leaf.numel():
             continue
-        if place > 1 and leaf.shape == (size, size):
+        if place > 1 and leaf.shape == (size, size) and padding is None:
             continue  # perhaps a mask that all examples share
-        bits = bits_of(leaf.detach()).reshape(size, -1)
-        # Sums of integers wrap around; odd multipliers tell places apart.
-        at = torch.arange(1, bits.shape[1] + 1, device=bits.device)
-        mixed = (bits.to(torch.int64) * (2 * at + 1) * 0x9E3779B97F4A7C1 + at).sum(1)
-        total += place * mixed.cpu()
+        total += place * _mixed(leaf.detach(), padding).cpu()
     return [int(n) for n in total]
+
+
+def _mixed(leaf: Tensor, padding: Tensor | None) -> Tensor:
+    """A number for each example ``(B,)`` of one tensor."""
+    bits = bits_of(leaf).reshape(len(leaf), -1).to(torch.int64)
+    # Sums of integers wrap around; odd multipliers tell places apart.
+    at = torch.arange(1, bits.shape[1] + 1, device=bits.device).expand_as(bits)
+    real = torch.ones_like(bits, dtype=torch.bool)
+    if padding is not None and leaf.shape == padding.shape:
+        real = padding.to(bits.device) != 0
+        at = real.cumsum(1)  # padded on the left or on the right
+    elif padding is not None and leaf.ndim == 2 and not leaf.is_floating_point():
+        real = leaf != IGNORED
+    return ((bits * (2 * at + 1) * 0x9E3779B97F4A7C1 + at) * real).sum(1)
+
+
+def _padding(batch: Mapping[Any, Any]) -> Tensor | None:
+    """``(B, T)``, zero where a text is padded; None where the batch does not say."""
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.is_nested:
+        return None
+    return mask if mask.layout == torch.strided else None
+
+
+def _without_doubles(batch: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Without what collators make of the labels, padding and all."""
+    made = "labels" in batch
+    return {k: v for k, v in batch.items() if not (made and str(k).startswith("decoder_"))}

@@ -124,6 +124,16 @@ def _split(
     return split_batch(batch, where, unlabelled=free)
 
 
+def _check_cuttable(targets: Any, where: str) -> None:
+    """Raise `InputError` where targets are a mapping for each example, as those of detectors."""
+    if isinstance(targets, list) and targets and all(isinstance(t, Mapping) for t in targets):
+        raise InputError(
+            f"{where}: targets are a list of {len(targets)} mappings with keys {sorted(map(str, targets[0]))}, one for "
+            "each example; expected tensors with the batch on the first axis. Pad them to one length in the collate "
+            "function, as one mapping of tensors, and pass a `loss=` that reads it."
+        )
+
+
 def batches(
     loader: Iterable[Any], functional: FunctionalModel, name: str, *, free: bool = False
 ) -> Iterator[tuple[int, Inputs, Any]]:
@@ -137,6 +147,7 @@ def batches(
     for index, batch in enumerate(loader):
         where = f"{name}, batch {index}"
         inputs, targets = _split(batch, functional, where, free=free)
+        _check_cuttable(targets, where)
         if free:
             targets = inputs if targets is None else targets
         elif not isinstance(targets, Tensor):

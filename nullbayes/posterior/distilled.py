@@ -16,7 +16,7 @@ from nullbayes.errors import ModelError
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.functional import Forward, as_tensor_output
 from nullbayes.posterior.exported import Exported
-from nullbayes.posterior.heads import Head
+from nullbayes.posterior.heads import Head, KernelHead
 
 NAMES = ("outputs", "novelty", "variance")
 
@@ -128,7 +128,9 @@ class Distilled(Exported):
         super().__init__()
         self.network, self.seen = network, seen
         self.likelihood, self.user_forward = likelihood, user_forward
-        self.head: Head | None = None
+        self.head: Head | KernelHead | None = None
+        # Whether one of the layers that the head looks at receives tokens.
+        self.reads_tokens = False
         self.taps = 0
         self.fidelity: Any = None
         self.output_names = NAMES

@@ -15,7 +15,7 @@ from nullbayes.metrics import ood_metrics
 from nullbayes.model.batch import Inputs, batch_size, plain, take
 from nullbayes.posterior.corruptions import JUDGING, corrupted, teaching
 from nullbayes.posterior.distilled import Distilled, Seen, tap
-from nullbayes.posterior.heads import Head, rank_correlation
+from nullbayes.posterior.heads import Head, KernelHead, rank_correlation
 from nullbayes.posterior.predicting import scores_of
 
 if TYPE_CHECKING:
@@ -121,7 +121,8 @@ def distilled(posterior: Posterior, batches: Iterator[Inputs], asked: Asked) -> 
         found = [module.features(plain(x))[1] for x in taught.batches]
         features = [torch.cat(parts) for parts in zip(*found, strict=True)]
         targets = torch.maximum(taught.scores, floor).log().to(features[0].device)
-        module.head = Head(features, targets, generator)
+        kind = KernelHead if module.reads_tokens else Head
+        module.head = kind(features, targets, generator)
     module = module.to(functional.device).eval().requires_grad_(requires_grad=False)
     _check_alone(posterior, module, judging[0])
     module.fidelity = fidelity = _judged(posterior, module, judging, asked, generator, taught)
@@ -188,7 +189,7 @@ def _module(posterior: Posterior, x: Inputs) -> Distilled:
     network = network if wide is None else network.to(wide)
     seen = Seen()
     module = Distilled(network, seen, posterior.likelihood, functional.user_forward)
-    tapped = _tapped(module, x)
+    tapped, module.reads_tokens = _tapped(module, x)
     module.taps = len(tapped)
     for path in tapped:
         if not path:
@@ -202,8 +203,10 @@ def _module(posterior: Posterior, x: Inputs) -> Distilled:
 VECTOR, MAP, TOKENS, NEITHER = "vector", "map", "tokens", ""
 
 
-def _tapped(module: Distilled, x: Inputs) -> list[str]:
-    """Paths of the layers to look at, as they are called; each is called once, with the batch on the first axis.
+def _tapped(module: Distilled, x: Inputs) -> tuple[list[str], bool]:
+    """Paths of the layers to look at, as they are called, and whether one of them receives tokens.
+
+    Each is called once, with the batch on the first axis.
 
     Of several that receive the same tensor (a block and the shortcut around it), the first one.
     """
@@ -237,7 +240,7 @@ def _tapped(module: Distilled, x: Inputs) -> list[str]:
         if room[kind] and len(chosen) < TAPS + len(tokens):
             room[kind] -= 1
             chosen.add(path)
-    return [path for path in paths if path in chosen]
+    return [path for path in paths if path in chosen], bool(tokens)
 
 
 def _kind(layer: nn.Module, given: Tensor | None, size: int, before: list[Tensor]) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 from torch import Tensor
 
 from nullbayes.common.alike import Rounded
+from nullbayes.common.chance import keeping_chance
 from nullbayes.common.crowd import Crowd, groups_of
 from nullbayes.common.processes import Processes, resolve
 from nullbayes.errors import InputError
@@ -107,6 +108,7 @@ class Judged:
             "certificate": Rounded(float(getattr(c, name, None) or 0.0) for name in _TELLING),
         }
 
+    @keeping_chance
     @undisturbed_method
     def evaluate(
         self,

@@ -245,3 +245,38 @@ def test_the_mend_that_is_named_mends() -> None:
         warnings.simplefilter("error")
         mended.fit([(x, y)], 2, progress=False)
     torch.testing.assert_close(mended.predict(x).mean, logits.predict(x).mean, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_to_the_longest_text_of_a_batch_makes_no_other_texts(side: str) -> None:
+    """As the collators of transformers do, labels and a decoder's inputs included."""
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(1, 9, (n,), generator=generator) for n in (3, 5, 2, 4)]
+
+    def batch(order: list[int]) -> dict[str, Tensor]:
+        def padded(rows: list[Tensor], value: int, side: str = side) -> Tensor:
+            most = max(map(len, rows))
+            filled = [torch.full((most - len(r),), value) for r in rows]
+            pairs = zip(filled, rows, strict=True)
+            return torch.stack([torch.cat(p if side == "left" else p[::-1]) for p in pairs])
+
+        some = [texts[i] for i in order]
+        labels = padded([t.flip(0)[:2] for t in some], -100, "right")
+        return {
+            "input_ids": padded(some, 0),
+            "attention_mask": padded([torch.ones_like(t) for t in some], 0),
+            "labels": labels,
+            "decoder_input_ids": labels.clamp(min=0),
+        }
+
+    whole = numbers_of(batch([0, 1, 2, 3]))
+    assert len(set(whole)) == 4
+    assert numbers_of(batch([2, 0])) + numbers_of(batch([3, 1])) == [whole[i] for i in (2, 0, 3, 1)]
+    other = batch([0, 1])
+    other["input_ids"][1, -1 if side == "left" else 0] += 1  # a token, and no padding
+    changed = numbers_of(other)
+    assert changed[0] == whole[0]
+    assert changed[1] != whole[1]
+    turned = batch([0, 1])
+    turned["labels"] = turned["labels"].flip(1)
+    assert numbers_of(turned)[0] != whole[0]

@@ -110,6 +110,15 @@ def test_labels_that_belong_to_no_position_are_said_to_be_those_of_alignments() 
     assert_rows(posterior, standing(posterior, dense), 1e-5)
 
 
+def test_a_list_of_mappings_is_said_to_want_padding() -> None:
+    model, batch = built(MORE["deit"].model, "sdpa"), MORE["deit"].batch()
+    batch["labels"] = [{"boxes": torch.rand(2, 4)} for _ in range(3)]
+    match = r"list of 3 mappings with keys \['boxes'\].*Pad them .*`loss=`"
+    for options in ({}, {"loss": lambda out, _: out["logits"].sum(1), "preserve": "loss"}):
+        with pytest.raises(nb.InputError, match=match):
+            nb.NullSpacePosterior(model, **options).fit([batch], 2, **QUIET)
+
+
 def test_a_network_without_gradients_has_a_layer_null_space() -> None:
     """RWKV writes its state in place, so automatic differentiation fails: the layer null space needs none."""
     sizes = {"context_length": 8, "attention_hidden_size": 8, "num_hidden_layers": 2}

@@ -60,8 +60,7 @@ def posterior() -> Any:
 def module(posterior: Any) -> Any:
     many = texts(240, 1)
     loader = [{k: v[i : i + 40] for k, v in many.items()} for i in range(0, 240, 40)]
-    with pytest.MonkeyPatch.context() as patch, unchanged(posterior.model):
-        patch.setattr(heads, "STEPS", 1500)
+    with unchanged(posterior.model):
         return posterior.distil(loader)
 
 
@@ -82,7 +81,8 @@ def test_it_looks_at_the_mean_of_the_first_tokens_and_at_the_last_vectors(
 ) -> None:
     some = without_labels(texts(4, 3))
     first = "bert.encoder.layer.0.attention.self.query"
-    assert _tapped(module, some) == [first, "bert.pooler.dense", "classifier"]
+    assert _tapped(module, some) == ([first, "bert.pooler.dense", "classifier"], True)
+    assert isinstance(module.head, heads.KernelHead)
     with torch.no_grad():
         mean, last, *_ = module.features(some)[1]
         hidden = posterior.model.bert.embeddings(some["input_ids"])

@@ -19,7 +19,7 @@ from nullbayes.posterior.corruptions import (
     teaching,
 )
 from nullbayes.posterior.distilled import Seen, Tap, TappedConv2d, TappedLinear, pooled, tap
-from nullbayes.posterior.heads import Head
+from nullbayes.posterior.heads import Head, KernelHead
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +50,39 @@ def test_a_head_follows_what_it_was_fitted_to() -> None:
     for sign in (1, -1):
         far = head(sign * 1e6 * torch.cat(features, 1))
         assert bool((far <= fitted.amax(0) + heads.MARGIN + 1e-4).all())
+
+
+def test_a_kernel_head_is_the_gaussian_process_that_predicts_each_example_best() -> None:
+    """Against scikit-learn's, refitted without each example in turn; and what it says far away."""
+    from sklearn.kernel_ridge import KernelRidge
+
+    features, targets = known(40, 0)
+    head = KernelHead(features, targets, generator()).double()
+    x, y = torch.cat(features, 1).double(), targets.double()
+    wide = torch.tensor([4.0] * 4 + [3.0] * 3, dtype=torch.float64).sqrt()
+    z = (x - x.mean(0)) / x.std(0) / wide
+    offset = y.quantile(heads.FAR, dim=0)
+    apart = torch.pdist(z).square()
+    middle = torch.cat([apart, apart]).median()
+
+    def model(width: float, noise: float) -> KernelRidge:
+        return KernelRidge(kernel="rbf", gamma=1 / (width * float(middle)), alpha=noise)
+
+    errors = {}
+    for width in heads.WIDTHS:
+        for noise in heads.NOISES:
+            left = []
+            for n in range(len(z)):
+                others = torch.arange(len(z)) != n
+                one = model(width, noise).fit(z[others], (y - offset)[others])
+                left.append(torch.as_tensor(one.predict(z[n : n + 1])[0]) - (y - offset)[n])
+            errors[width, noise] = float((torch.stack(left).square().mean(0) / y.var(0)).sum())
+    best = model(*min(errors, key=lambda k: errors[k])).fit(z, y - offset)
+    new = torch.cat(known(20, 10)[0], 1).double()
+    wanted = torch.as_tensor(best.predict((new - x.mean(0)) / x.std(0) / wide)) + offset
+    assert_close(head(new), wanted, rtol=1e-4, atol=1e-4)
+    assert_close(head(1e6 * new), offset.expand(20, 2), rtol=1e-5, atol=1e-5)
+    assert spearmanr(head(new)[:, 1].float(), known(20, 10)[1][:, 1]).statistic > 0.9
 
 
 def test_a_head_is_the_same_for_the_same_seed_and_moves_no_random_state() -> None:

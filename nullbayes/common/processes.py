@@ -94,13 +94,14 @@ class Processes:
         self.pulse = Pulse(store, self.rank, self.size)
         self.pulse.meet(before)
         cards = {bytes(store.get(f"card/{rank}")) for rank in range(self.size)}
-        self._group = dist.new_group(
-            self._ranks,
-            timeout=_LIMIT,
-            # NCCL refuses two processes on one card, and Gloo takes tensors of a GPU as well.
-            backend="cpu:gloo,cuda:nccl" if len(cards - {b""}) == self.size else "gloo",
-            use_local_synchronization=True,
-        )
+        with _called(name):
+            self._group = dist.new_group(
+                self._ranks,
+                timeout=_LIMIT,
+                # NCCL refuses two processes on one card, and Gloo takes tensors of a GPU as well.
+                backend="cpu:gloo,cuda:nccl" if len(cards - {b""}) == self.size else "gloo",
+                use_local_synchronization=True,
+            )
 
     @functools.cached_property
     def neighbours(self) -> int:
@@ -312,7 +313,7 @@ class Processes:
         except BaseException as error:
             self._broken = True
             if not work.is_completed():
-                _keep_for_good(self._group)
+                _keep_for_good(self._group, work)
             if isinstance(error, RuntimeError) and not isinstance(error, ProcessError):
                 raise self.pulse.blame(error) from error
             raise
@@ -322,14 +323,28 @@ class Processes:
         self.sent += nbytes
 
 
-def _keep_for_good(group: Any) -> None:
-    """See that a group is never taken down, in which an exchange waits that may never end.
+@contextmanager
+def _called(name: str) -> Iterator[None]:
+    """Groups that are made within have this name. Torch's own name for a group that only its members make counts
+    the groups of the process: where one process is in more of them than another, each would wait for ever.
+    """
+    own = dist.distributed_c10d._process_group_name
+    dist.distributed_c10d._process_group_name = lambda *_, **__: name  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        dist.distributed_c10d._process_group_name = own
+
+
+def _keep_for_good(*things: Any) -> None:
+    """See that a group is never taken down, in which an exchange waits that may never end; nor that exchange.
 
     Gloo's threads are waited for where a group is taken down, at the end of the program if not before: a process that
-    waited for one that hangs would then hang itself, after its error, and whoever started it would never know.
+    waited for one that hangs would hang itself, after its error. Nor may such a thread be the last to hold a tensor.
     """
     if sys.implementation.name == "cpython":
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+        for thing in things:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def _kind(values: Tensor) -> str:
@@ -410,9 +425,12 @@ def _group_of(asked: Any) -> Any:
                 "it. Pass the dimension that is meant, `mesh['data']`."
             )
         return asked.get_group()
+    outside = asked is dist.GroupMember.NON_GROUP_MEMBER
+    if outside or (isinstance(asked, dist.ProcessGroup) and dist.get_rank(asked) < 0):
+        raise InputError(
+            "this process is no part of the group that `process_group` names: only its members make the call."
+        )
     if isinstance(asked, dist.ProcessGroup):
-        if dist.get_rank(asked) < 0:
-            raise InputError("this process is no part of the group that `process_group` names.")
         return asked
     raise InputError(
         f"`process_group` is {asked!r}; expected None (the default group), False (this process alone), a process "

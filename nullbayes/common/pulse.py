@@ -25,6 +25,8 @@ SILENT = 15.0
 STALLED = 45.0
 # Processor seconds within that time below which nothing was computed; beats alone take a hundredth of it.
 _IDLE = 0.25
+# Of so many exchanges it is known what they were.
+REMEMBERED = 8
 # Seconds that a process which fails waits, at most, for the others to hear of it.
 HEARD = 4.0
 # Seconds that a process may take to come to a call that the others have made already.
@@ -73,8 +75,8 @@ class Pulse:
         self.where, self.waiting, self.failed = OUTSIDE, False, ""
         self.relays = False  # whether the failure is that of another process
         self.calls = 0
-        #: the exchange that this process waits in: which one since the beginning, and what it is
-        self.exchange: tuple[int, str] = (0, "")
+        #: how many exchanges there were, and what the last of them were
+        self.exchanges: tuple[int, tuple[str, ...]] = (0, ())
         self._count, self._lock = 0, threading.Lock()
         self._since = 0.0
         self._seen: dict[int, _Seen] = {}
@@ -127,7 +129,7 @@ class Pulse:
                 "where": self.where,
                 "calls": self.calls,
                 "waiting": self.waiting,
-                "exchange": self.exchange,
+                "exchanges": self.exchanges,
                 "failed": self.failed,
                 "relays": self.relays,
                 "who": f"{socket.gethostname()}, pid {os.getpid()}",
@@ -166,7 +168,8 @@ class Pulse:
 
     def begin(self, what: str) -> None:
         """This process waits for the others from now on, in the exchange ``what``."""
-        self.exchange = self.exchange[0] + 1, what
+        number, last = self.exchanges
+        self.exchanges = number + 1, (*last, what)[-REMEMBERED:]
         self._since, self._seen, self.waiting = time.monotonic(), {}, True
 
     def end(self) -> None:
@@ -258,17 +261,21 @@ class Pulse:
             )
 
     def _compare(self, who: str, seen: _Seen) -> None:
-        """Raise where the other waits in the same place of the sequence of exchanges, but for something else.
+        """Raise where the other waits, or waited, for something else in the same place of the sequence of exchanges.
 
-        Neither would ever get what it waits for. Only beats that were sent since this process began to wait count.
+        One of the two would never get what it waits for.
         """
-        number, what = seen.beat.get("exchange", (0, ""))
-        if seen.beat.get("waiting") and number == self.exchange[0] and what != self.exchange[1]:
-            raise ProcessError(
-                f"process {self.rank} and {who} do not do the same in `{self.where}`: one waits for "
-                f"{self.exchange[1]}, the other for {what}. Every process makes the same calls, with the same "
-                f"arguments and data; one that works alone says `process_group=False`. {_REST}."
-            )
+        own, mine = self.exchanges
+        number, theirs = seen.beat.get("exchanges", (0, ()))
+        first = max(number - len(theirs), own - len(mine)) + 1
+        for place in range(first, min(number, own) + 1):
+            one, other = mine[place - own - 1], theirs[place - number - 1]
+            if one != other:
+                raise ProcessError(
+                    f"process {self.rank} and {who} do not do the same in `{self.where}`: one waits for {one}, the "
+                    f"other for {other}. Every process makes the same calls, with the same arguments and data; one "
+                    f"that works alone says `process_group=False`. {_REST}."
+                )
 
     def blame(self, error: BaseException) -> ProcessError:
         """What to say after a collective operation has failed: who is gone, once that can be told."""

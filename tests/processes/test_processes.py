@@ -234,7 +234,7 @@ def test_which_examples_are_read_is_what_the_data_say(
         expected = {
             "moved": "`__iter__` of its own",
             "shuffled in one": "sampler",
-            "another choice": "choice, order or labels",
+            "another choice": "values of items 0, 2, 3",
             "a label": "choice, order or labels",
             "nobody has any": "no batches",
         }

@@ -48,9 +48,10 @@ def test_those_who_wait_for_different_things_are_told(pair: tuple[Pulse, Pulse])
     second.end()
     second.begin("a decision")  # the next exchange: the other may be late
     looked(first, 0.2)
-    first.end()
-    first.begin("what each has to tell")
+    second.begin("a sum of 3 float64")
     second.beat()
+    first.end()
+    first.begin("what each has to tell")  # where the other was, one exchange before
     with says(nb.ProcessError, "process 0", "process 1", "a decision", "what each has to tell"):
         looked(first, 1.0)
 

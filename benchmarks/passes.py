@@ -28,11 +28,14 @@ from nullbayes.demo.models import lenet
 from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.solvers import ConjugateGradient
 from nullbayes.solvers.checkpoint import Watch
-from nullbayes.solvers.preconditioners import Kronecker, Preconditioner, Subset
+from nullbayes.solvers.preconditioners import Kronecker, Preconditioner, Rows, Subset
 
 # Edge of the null space: the default `delta` at a prior precision of about that of the evidence.
 SHIFT = 1e-4 * 20.0
-ROADS = ("none", "scaled none", "subset", "scaled subset", "kronecker", "scaled kronecker")
+ROADS = (
+    *("none", "scaled none", "subset", "scaled subset", "rows", "scaled rows"),
+    *("kronecker", "scaled kronecker"),
+)
 
 
 def captured(options: argparse.Namespace) -> JacobianOperator:
@@ -50,7 +53,11 @@ def captured(options: argparse.Namespace) -> JacobianOperator:
 
 def preconditioner(name: str, rows: int | None) -> str | Preconditioner:
     kind = name.removeprefix("scaled ")
-    made: dict[str, Preconditioner] = {"subset": Subset(rows), "kronecker": Kronecker(0.05)}
+    made: dict[str, Preconditioner] = {
+        "subset": Subset(rows),
+        "rows": Rows(rows),
+        "kronecker": Kronecker(0.05),
+    }
     return made.get(kind, "none")
 
 

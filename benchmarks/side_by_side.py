@@ -6,7 +6,7 @@ Each benchmark in short, some seconds, and in the setting of its own page where 
 with ``_full`` (60,000 images become 10,000, the 512 of the Swin 64). Every run is a process of its own with one thread,
 which imports `nullbayes` from one of the two checkouts; the two take turns. Processor seconds, so that what else runs
 on the machine counts little; the least of the repeats. Results are written after each run, and a run that they hold
-already is not repeated: what was cut off goes on.
+already is not repeated: what was cut off goes on. What was written by hand below the table stays there.
 """
 
 from __future__ import annotations
@@ -211,7 +211,17 @@ def run(case: str, checkout: Path, weights: str) -> dict[str, float]:
     return found
 
 
-def table(found: dict[str, dict[str, list[dict[str, float]]]], before: str) -> str:
+def notes_of(path: Path) -> str:
+    """What a page says below its table; an empty text where there is no page yet."""
+    if not path.exists():
+        return ""
+    lines = path.read_text().splitlines()
+    last = max((n for n, line in enumerate(lines) if line.startswith("|")), default=len(lines))
+    return "\n".join(lines[last + 1 :]).strip()
+
+
+def table(found: dict[str, dict[str, list[dict[str, float]]]], before: str, notes: str = "") -> str:
+    """The page: a row for each case that both versions ran, and the ``notes`` below."""
     lines = [
         "# Two versions side by side",
         "",
@@ -234,7 +244,7 @@ def table(found: dict[str, dict[str, list[dict[str, float]]]], before: str) -> s
             cells += [f"{end[name]:{form}}" if name in end else "" for end in ends]
         about = (CASES[case].__doc__ or "").rstrip(".")
         lines.append(f"| {case} | {about} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + (f"\n{notes}\n" if notes else "")
 
 
 def main() -> None:
@@ -267,7 +277,8 @@ def main() -> None:
     path = common.RESULTS / f"{options.name}.json"
     stored = json.loads(path.read_text()) if path.exists() and not options.anew else {}
     found: dict[str, dict[str, list[dict[str, float]]]] = stored.get("runs", {})
-    text = table(found, told)
+    notes = notes_of(path.with_suffix(".md"))
+    text = table(found, told, notes)
     with tempfile.TemporaryDirectory() as folder:
         weights = str(Path(folder) / "lenet.pt")
         torch.save(common.trained_lenet(1, epochs=2)[0].state_dict(), weights)
@@ -279,7 +290,7 @@ def main() -> None:
                         continue
                     runs[which].append(run(case, checkout, weights))
                     print(case, which, runs[which][-1], flush=True)
-                    text = table(found, told)
+                    text = table(found, told, notes)
                     results = {"runs": found, "before": told, "environment": common.environment()}
                     common.write_results(options.name, results, text)
     print(text)

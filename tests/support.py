@@ -93,7 +93,22 @@ def snapshot(model: nn.Module) -> list[Any]:
         np.random.get_state()[1].tolist(),  # noqa: NPY002  (the state that must not change)
         (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()),
         torch.are_deterministic_algorithms_enabled(),
+        [(t.dtype, t.device, t.data_ptr(), t.is_leaf) for t in model.parameters()],
+        settings(),
     ]
+
+
+def settings() -> tuple[Any, ...]:
+    """Settings of the process, and of this thread."""
+    return (
+        torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_anomaly_enabled(),
+        torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.mkldnn.enabled,
+        torch.is_deterministic_algorithms_warn_only_enabled(), torch.backends.mha.get_fastpath_enabled(),
+        torch.backends.cudnn.enabled, torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled(),
+        len(nn.modules.module._global_forward_hooks), len(nn.modules.module._global_backward_hooks),
+        torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack(), np.geterr(),
+    )  # fmt: skip
 
 
 def hooks(module: nn.Module) -> list[Any]:

@@ -38,6 +38,9 @@ FEWEST = 4
 # Examples on which a way is confirmed by central differences: of a custom gradient that is wrong, the backward pass
 # knows no more than rows do, and of what is detached (`.detach()`, `.data`, `.item()`) forward mode does not either.
 CONFIRMED = 2
+# Changes below this are none: their squares underflow, so sums of them say nothing (rows of a network whose outputs
+# exceed each other by a thousand nats).
+UNDERFLOW = 1e-150
 # Steps say no more than so many times their own doubt.
 SURE = 3.0
 
@@ -183,7 +186,7 @@ def _judged(found: Sequence[Measured], functional: FunctionalModel) -> Audit:
     floor = FLOOR * eps(functional.rounding) * size
     worst, which, moved, prior = 0.0, None, 0.0, 0.0
     for m in found:
-        away = 0.0 if m.away == 0 else m.away / max(m.reach, floor, 1e-300)
+        away = 0.0 if m.away == 0 else m.away / max(m.reach, floor, UNDERFLOW)
         if not away <= worst or which is None:
             worst, which = away, m.number
         moved += float(m.moved.square().sum())

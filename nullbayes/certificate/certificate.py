@@ -16,6 +16,7 @@ from nullbayes.certificate.verdict import (
 )
 from nullbayes.common.deprecation import warn_deprecated
 from nullbayes.common.memory import format_bytes
+from nullbayes.constraints.preserve import Predictions
 from nullbayes.likelihood.score import score_named
 from nullbayes.solvers.base import Status
 
@@ -54,10 +55,9 @@ class Certificate:
             for Laplace the effective number ``γ = Σ (1 - f)``, with the share ``f`` of each direction's variance that
             is left), and how many others there are.
         rank_estimated: whether these come from the samples or from random probes, and not from a factorisation.
-        divergence: with ``preserve="predictions"``, the mean Kullback-Leibler divergence between the trained network's
-            prediction and a sample's on the checked training examples, linearised outputs, nats an observation. It is
-            what `row_drift` says to second order; of a network that is confident beyond rounding, rows say nothing.
-            None where something else is preserved, and in older files.
+        divergence: mean Kullback-Leibler divergence between the trained network's prediction and a sample's on the
+            checked training examples, linearised outputs, nats an observation. With ``preserve="predictions"`` it is
+            what `row_drift` says to second order. None where raw outputs are preserved, and in older files.
         gamma: ``γ`` as the samples have it, which the prior precision by the evidence and `novelty` count with; None
             in files of version 0.1, where it is ``rank``.
         prior_share: mean ``‖Δ‖² / ‖ε‖²``: what share of the prior's variance survived.
@@ -154,7 +154,7 @@ class Certificate:
     def held(self) -> bool:
         """The audit passed, residual within tolerance (or only below ``delta``), a null space, no training score lost.
 
-        With ``preserve="predictions"``, these also have to stand as measured (`stands`).
+        Predictions also have to stand as measured, as far as rows are to hold them (`stands`).
 
         Without an audit, as in files of version 0.1, it is not known: False.
 
@@ -172,14 +172,19 @@ class Certificate:
 
     @property
     def stands(self) -> bool:
-        """Whether the predictions themselves move by as little as the rows say, or by less than `ALLOWED_DIVERGENCE`.
+        """Whether predictions move by as little as the rows say, or by less than `ALLOWED_DIVERGENCE`.
 
-        Rows know the divergence to second order. Where a network is so confident that its output Hessian is next to
-        nothing, no row holds what turns its predictions over.
+        Rows know divergences and losses to second or first order. Where a network is so confident that these are next
+        to nothing, no row holds what turns its predictions over. Where losses are preserved, predictions may move as
+        long as the prior would move the rows.
         """
-        if self.divergence is None:
+        if self.divergence is None or self.divergence <= 1.0001 * ALLOWED_DIVERGENCE:
             return True
-        return self.divergence <= max(1.0001 * ALLOWED_DIVERGENCE, 2 * self.row_drift**2)
+        if math.isnan(self.divergence):
+            return False
+        if self.preserve == Predictions().describe():
+            return self.divergence <= 2 * self.row_drift**2
+        return self.row_drift > NUMERICAL_DRIFT * self.residual
 
     @property
     def small_residual(self) -> bool:

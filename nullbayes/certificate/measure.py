@@ -15,7 +15,6 @@ from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE, ALLOWED_LEFT_OUT
 from nullbayes.common.crowd import ALONE, Crowd
 from nullbayes.common.memory import working_bytes
 from nullbayes.common.processes import Processes
-from nullbayes.constraints.preserve import Predictions
 from nullbayes.constraints.problem import Problem
 from nullbayes.errors import NonFiniteError
 from nullbayes.jacobian.capture.plan import CapturePlan
@@ -218,10 +217,9 @@ class GuaranteeCheck:
             rms.total, rms.count = self._sum(rms.total, rms.count)
         before, after = self._scores(scale)
         out = self.divergence(scale, left_out=True) if self.has_left_out else None
-        # Of other things that are preserved, predictions may move on purpose.
-        whole = self.problem.preserve.name == Predictions.name
+        natural = self.problem.preserve.natural_units
         return {
-            "divergence": self.divergence(scale) if whole else None,
+            "divergence": self.divergence(scale) if natural else None,
             "drift": change.value,
             "output_drift": outputs.value,
             "sampled_drift": sampled.value,

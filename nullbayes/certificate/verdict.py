@@ -72,11 +72,13 @@ def _weaknesses(c: Certificate, scores: str, name: str) -> list[str]:
             f"the residual {c.residual:.1e} misses the tolerance {c.tolerance:.1e}; {c.status}."
         )
     if not c.stands:
+        why = "the network is so confident that its output Hessian is next to nothing"
+        if c.discarded_trace > 0:
+            why = f"`directions` left out {100 * c.discarded_trace:.2g} % of the output Hessians' trace"
         out.append(
             f"samples move the training predictions by {c.divergence:.2g} nats an observation (mean Kullback-Leibler "
-            f"divergence; {ALLOWED_DIVERGENCE:g} is allowed), far more than the rows know of: the network is so "
-            "confident that its output Hessian is next to nothing. Raise the prior precision "
-            "(`prior_precision='evidence'` bounds this), or use `preserve='outputs'`."
+            f"divergence; {ALLOWED_DIVERGENCE:g} is allowed), far more than the rows know of: {why}. Raise the prior "
+            "precision (`prior_precision='evidence'` bounds this), or use `preserve='outputs'`."
         )
     if math.isnan(c.score_loss):
         out.append(f"no training {name} could be measured.")

@@ -12,7 +12,7 @@ from nullbayes.errors import ModelError
 
 
 def check_kind(model: nn.Module) -> None:
-    """Refuse models whose weights cannot be replaced for one call: not there yet, sharded, or packed away.
+    """Refuse models whose weights cannot be replaced for one call: not there, sharded, or packed away.
 
     Raises:
         ModelError: names the modules or parameters, and what to pass instead.
@@ -23,6 +23,13 @@ def check_kind(model: nn.Module) -> None:
         raise ModelError(
             f"{lazy[:5]} have no values yet: a lazy module learns its shape from its first input. Run the model once "
             "(`model(x)`), train it, and come back."
+        )
+    empty = [name for name, t in tensors if t.device.type == "meta"]
+    if empty:
+        raise ModelError(
+            f"{empty[:5]} are on the meta device, where tensors have shapes and no values (built under "
+            "`torch.device('meta')`, or offloaded). Load the weights, `model.load_state_dict(state, assign=True)`; "
+            "or build the model on a device."
         )
     sharded = [
         path or type(module).__name__

@@ -66,6 +66,7 @@ class ParameterSpace:
                 f"all chosen parameters must share one device; found {devices}. Move the model "
                 "(`model.to(...)`) or narrow `parameters=`."
             )
+        _check_double(devices[0])
         first = next(iter(tensors.values()))
         for name, tensor in tensors.items():
             if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
@@ -280,6 +281,19 @@ def _mask(name: str, mask: Any, parameter: Tensor) -> Tensor:
     if not bool(mask.any()):
         raise InputError(f"`parameters[{name!r}]` chooses no weight; leave the name out instead.")
     return mask
+
+
+def _check_double(device: str) -> None:
+    """Raise `ModelError` for a device without float64, in which sums are taken and matrices factorised."""
+    if torch.device(device).type in ("cpu", "cuda"):
+        return
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError) as error:
+        raise ModelError(
+            f"the model is on {device!r}, which has no float64: rows are proved and factorised in it. Fit on the CPU: "
+            "`model.to('cpu')`."
+        ) from error
 
 
 def _working(dtype: torch.dtype) -> torch.dtype:

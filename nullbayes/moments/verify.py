@@ -118,11 +118,7 @@ def _null_space(functional: FunctionalModel, blocks: Blocks, few: Inputs) -> Mov
     changes: list[Mapping[str, Tensor]] = []
     for i, (block, moments) in enumerate(zip(blocks.blocks, sums, strict=True)):
         factor = _beside(moments, block.columns)
-        z = torch.empty(block.size, dtype=torch.float64).normal_(
-            generator=torch.Generator().manual_seed(i)
-        )
-        scale = _size(block.matrix({n: weights[n] for n in block.names}))
-        change = scale * factor.spread(z.to(functional.device))
+        change = factor.spread(_drawn(block, weights, i))
         changes.append(block.tensors(change.to(functional.dtype)))
 
     def moves(which: range | list[int]) -> bool:
@@ -131,9 +127,28 @@ def _null_space(functional: FunctionalModel, blocks: Blocks, few: Inputs) -> Mov
             for name, value in changes[i].items():
                 changed[name] = weights[name] + value
         with plain_paths():
-            return _moved(point, functional(changed, few), allowed)
+            other = functional(changed, few)
+            if not _moved(point, other, allowed):
+                return False
+            # Outputs may be nothing (of weights that are zero): rounding is that of changes outside of the null space.
+            for i in which:
+                block = blocks.blocks[i]
+                free = block.tensors(_drawn(block, weights, i).to(functional.dtype))
+                changed |= {name: weights[name] + value for name, value in free.items()}
+            usual = functional(changed, few)
+        size = torch.maximum(point.abs().amax(), (usual - point).abs().amax())
+        return not bool((other - point).abs().amax() <= allowed * size)
 
     return moves
+
+
+def _drawn(block: Block, weights: Mapping[str, Tensor], seed: int) -> Tensor:
+    """Random numbers ``(G, O, I)`` as large as the weights."""
+    z = torch.empty(block.size, dtype=torch.float64).normal_(
+        generator=torch.Generator().manual_seed(seed)
+    )
+    scale = _size(block.matrix({n: weights[n] for n in block.names}))
+    return scale * z.to(weights[block.names[0]].device)
 
 
 def seen_by(

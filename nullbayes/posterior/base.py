@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nullbayes.certificate import Certificate
 from nullbayes.common.arguments import check_count, check_positive, check_sample_dtype
+from nullbayes.common.chance import keeping_chance
 from nullbayes.common.crowd import Crowd
 from nullbayes.constraints.directions import Directions
 from nullbayes.constraints.preserve import Preserve
@@ -166,6 +167,7 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
 
     # -- fit ---------------------------------------------------------------------------------------
 
+    @keeping_chance
     @undisturbed_method
     def plan(
         self,
@@ -199,6 +201,7 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
             plan = made_together(made, self.problem, train_loader, processes)
             return with_communication(plan, self.problem, self._settings, num_samples, processes)
 
+    @keeping_chance
     @undisturbed_method
     def fit(
         self: Self,
@@ -257,8 +260,10 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
             if processes is not None:
                 run = replace(run, progress=progress and processes.leads)
                 train_loader = shared(train_loader, processes, "train_loader", run.max_examples)
+            # Looked at first: what changes in between shows at the first use.
+            watch = Watch(self.model, LOOKED_AT)
             self._take(build(self.problem, self._settings, train_loader, run))
-        self.calibration = None
+        self.calibration, self._watch = None, watch
         return self
 
     def _data(self, data: Any, name: str) -> Iterable[Any]:
@@ -285,6 +290,7 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
 
     # -- use ---------------------------------------------------------------------------------------
 
+    @keeping_chance
     @undisturbed_method
     def calibrate(
         self,

@@ -102,9 +102,9 @@ def _check_gradient(
     step = torch.finfo(change.dtype).eps ** (1 / 3)
     size = max(float(t.detach().abs().mean()) for t in leaves) or 1.0
 
-    def at(sign: float) -> float:
+    def at(steps: float) -> float:
         moved = {
-            id(t): t.detach() + sign * step * size * m for t, m in zip(leaves, moves, strict=True)
+            id(t): t.detach() + steps * step * size * m for t, m in zip(leaves, moves, strict=True)
         }
         there = tree_map(lambda t: moved.get(id(t), t), x)
         values = linearised_outputs(functional, plan, samples, there)[1]
@@ -112,8 +112,13 @@ def _check_gradient(
 
     with torch.no_grad():
         wanted = (at(1.0) - at(-1.0)) / (2 * step * size)
-    scale = float(change.detach().norm()) / size
-    if abs(slope - wanted) > GRADIENT_SLACK * (abs(wanted) + scale):
+        scale = float(change.detach().norm()) / size
+        allowed = GRADIENT_SLACK * (abs(wanted) + scale)
+        if abs(slope - wanted) > allowed:
+            # Differences that another step does not confirm say nothing: in float32, where a network bends within one.
+            other = (at(0.5) - at(-0.5)) / (step * size)
+            allowed += 2 * abs(other - wanted)
+    if abs(slope - wanted) > allowed:
         raise ModelError(
             f"the gradient of the posterior's samples by `x` is {slope:.4g} along a random direction by automatic "
             f"differentiation, and {wanted:.4g} by differences: an operation of the network has a wrong derivative "

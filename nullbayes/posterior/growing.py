@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from torch import Tensor
 
 from nullbayes.common.arguments import check_count, check_sample_dtype
+from nullbayes.common.chance import keeping_chance
 from nullbayes.common.processes import Processes
 from nullbayes.errors import InputError
 from nullbayes.fit.marginal import Evidence, log_marginal_likelihood
@@ -28,6 +29,7 @@ Self = TypeVar("Self", bound="Grows")
 class Grows:
     """Mixin of `nullbayes.Posterior`."""
 
+    @keeping_chance
     @undisturbed_method
     def update(
         self: Self,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 from torch import Tensor
 
 from nullbayes.common.alike import Rounded
+from nullbayes.common.chance import keeping_chance
 from nullbayes.common.crowd import Crowd, groups_of
 from nullbayes.common.processes import Processes, resolve
 from nullbayes.errors import InputError
@@ -104,9 +105,10 @@ class Judged:
             "samples": (own._described()["seed"], own.num_samples),
             "training data": (c.examples, getattr(c, "constraints", None)),
             # They depend on the data, the settings and the samples.
-            "certificate": Rounded(float(getattr(c, name, 0.0)) for name in _TELLING),
+            "certificate": Rounded(float(getattr(c, name, None) or 0.0) for name in _TELLING),
         }
 
+    @keeping_chance
     @undisturbed_method
     def evaluate(
         self,

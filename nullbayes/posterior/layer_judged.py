@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE
 from nullbayes.common.arguments import check_choice, check_count, check_positive
+from nullbayes.common.chance import keeping_chance
 from nullbayes.constraints.within import LayerPrior, Root
 from nullbayes.errors import InputError
 from nullbayes.model.batch import Inputs, batch_size
@@ -84,6 +85,7 @@ class LayerJudged(Judged):
             total, count = processes.total(found.divergence * found.observed, found.observed)
             return total / max(1.0, count)
 
+    @keeping_chance
     @undisturbed_method
     def calibrate(
         self,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from nullbayes.common.arguments import check_choice, check_count, check_delta, check_positive
+from nullbayes.common.chance import keeping_chance
 from nullbayes.common.memory import available_bytes, explained_out_of_memory, parse_bytes
 from nullbayes.common.processes import Processes
 from nullbayes.common.progress import Laps, stages
@@ -127,6 +128,7 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
 
     # -- fit -------------------------------------------------------------------------------------
 
+    @keeping_chance
     @undisturbed_method
     def fit(
         self, train: Any, num_samples: int = 30, seed: int = 0, *, progress: bool = True
@@ -199,6 +201,7 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
         self._fit, self.likelihood = fit, fit.likelihood
         self._forget_scores()
 
+    @keeping_chance
     @undisturbed_method
     def plan(self, train: Any) -> LayerPlan:
         """What a fit would cost: seconds, memory, and which layers take part; from the first batch of ``train``."""
@@ -212,6 +215,7 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
 
     # -- data come and go ------------------------------------------------------------------------
 
+    @keeping_chance
     @undisturbed_method
     def update(self, more: Any, *, progress: bool = True) -> LayerNullSpacePosterior:
         """Add training data: the sums of all, as if fitted together. Raises as `fit`; what was fitted stays then."""
@@ -222,6 +226,7 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
             self._accept(layer_change.updated(fit, data, self._prior, progress=shows))
         return self
 
+    @keeping_chance
     @undisturbed_method
     def remove(self, some: Any, *, progress: bool = True) -> LayerNullSpacePosterior:
         """Take training data out again: as if it had never been there. Of several processes each reads a part of it.

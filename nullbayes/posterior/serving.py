@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 
 from nullbayes.common.arguments import check_count, check_stored_dtype
+from nullbayes.common.chance import keeping_chance
 from nullbayes.errors import InputError
 from nullbayes.fit.compaction import compacted
 from nullbayes.model.data import as_loader, without_targets
@@ -57,6 +58,7 @@ class Serves:
             own._take(compacted(fit, count, chosen))
         return self
 
+    @keeping_chance
     @undisturbed_method
     def distil(
         self,

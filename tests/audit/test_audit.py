@@ -208,8 +208,9 @@ def test_wrong_rows_are_caught_whatever_their_own_residual_says(
         other = select(inputs, torch.tensor([0, *range(batch_size(inputs) - 1)]))
         return rolled(functional, plan, other, make, scales)
 
-    def unchecked(functional: Any, plan: Any, inputs: Any, make: Any, *rest: Any) -> Any:
-        return lying(functional, plan, inputs, make)
+    def unchecked(capturing: checking.Capturing, *rest: Any) -> Any:
+        piece = capturing.functional, capturing.plan, capturing.inputs, capturing.make
+        return lying(*piece)
 
     monkeypatch.setattr("nullbayes.jacobian.capture.spot_checks.checked", unchecked)
     posterior = nb.NullSpacePosterior(network(), preserve="outputs", delta=0, prior_precision=1.0)

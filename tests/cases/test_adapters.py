@@ -85,6 +85,7 @@ def llama(_: Any = None) -> nn.Module:
 def with_adapter(kind: str, base: torch.dtype = torch.float64) -> nn.Module:
     """A base in ``base`` and an adapter with weights that are not its usual zeros and ones."""
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         model = peft.get_peft_model(built(llama).to(base), KINDS[kind]()).eval()
         if base == torch.float64:
             model = model.double()
@@ -113,6 +114,14 @@ def own_rows(model: nn.Module, batch: dict[str, Tensor], *, first: bool) -> Tens
     return torch.stack(found).unsqueeze(1)
 
 
+def assert_judged(posterior: nb.NullSpacePosterior, kind: str) -> None:
+    """DoRA detaches the norm that its weights are divided by: rows by automatic differentiation miss that."""
+    certificate = posterior.certificate
+    assert certificate.audit.passed == (kind != "dora")
+    if kind == "dora":
+        assert not certificate.held and "`.detach()`" in certificate.verdict
+
+
 @pytest.mark.filterwarnings("error::nullbayes.NullBayesWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_adapters_rows(kind: str) -> None:
@@ -120,13 +129,13 @@ def test_only_the_adapters_rows(kind: str) -> None:
     if kind == "several tasks":
         batch["task_ids"] = torch.arange(5) % 2
     posterior = nb.NullSpacePosterior(model, preserve="loss", delta=0.0, prior_precision=1.0)
-    posterior.fit([batch], 3, **QUIET)
+    posterior.fit([batch], 3, audit=5, **QUIET)
     dense = standing(posterior, own_rows(model, batch, first=kind in BEFORE))
     assert_rows(posterior, dense, 1e-5)
     assert posterior.certificate.parameters == sum(
         p.numel() for p in model.parameters() if p.requires_grad
     )
-    assert posterior.certificate.audit.passed
+    assert_judged(posterior, kind)
     lengths = {k: v[:, :4] if v.ndim == 2 else v for k, v in batch.items() if k != "labels"}
     assert posterior.predict(lengths).outputs.isfinite().all()
 
@@ -136,8 +145,8 @@ def test_only_the_adapters_rows(kind: str) -> None:
 def test_bases_in_half_precision(kind: str, dtype: torch.dtype) -> None:
     model, batch = with_adapter(kind, dtype), next_tokens()
     posterior = nb.NullSpacePosterior(model, preserve="loss", prior_precision=1.0)
-    posterior.fit([batch], 3, **QUIET)
-    assert posterior.certificate.audit.passed
+    posterior.fit([batch], 3, audit=5, **QUIET)
+    assert_judged(posterior, kind)
     assert posterior.space.dtype == torch.float32
     wide = with_adapter(kind, dtype).double()  # the same numbers
     dense = own_rows(wide, batch, first=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import nullbayes as nb
+from nullbayes.errors import ModelError
 from nullbayes.jacobian.block import Block, common_layout
 from nullbayes.jacobian.factors.dense import DenseFactor
 from nullbayes.jacobian.factors.outer import OuterFactor
@@ -24,6 +26,7 @@ from tests.cases.dense import (
     rows,
     seeded,
 )
+from tests.support import QUIET, says
 
 
 class Sorted(nn.Module):
@@ -392,3 +395,16 @@ def matrix(block: Block) -> Tensor:
             out[:, slot.start : slot.stop] += rows[:, at : at + slot.numel]
             at += slot.numel
     return out
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_gradients_divided_by_frequencies_are_named(kind: Any) -> None:
+    """Gradients for training that are no derivatives; the mend that is named mends."""
+    table = kind(6, 3, scale_grad_by_freq=True)
+    model = nn.Sequential(table, nn.Flatten(), nn.Linear(3 if kind is nn.EmbeddingBag else 9, 2))
+    tokens = torch.tensor([[0, 0, 1], [1, 2, 2]])
+    posterior = nb.NullSpacePosterior(model.double().eval(), prior_precision=1.0)
+    with says(ModelError, "'0'", "scale_grad_by_freq = False"):
+        posterior.fit([(tokens, torch.tensor([0, 1]))], 2, **QUIET)
+    table.scale_grad_by_freq = False
+    assert posterior.fit([(tokens, torch.tensor([0, 1]))], 2, **QUIET).certificate.held

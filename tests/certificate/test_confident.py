@@ -61,3 +61,19 @@ def test_the_evidence_bounds_it_and_older_files_do_not_say() -> None:
     values = certificate.as_dict()
     assert nb.Certificate.from_dict(values) == certificate
     assert not replace(certificate, divergence=float("nan")).held
+
+
+def test_losses_that_no_row_holds() -> None:
+    """Gradients of the loss underflow: nothing is held at a small prior precision; the audit does not fail for it."""
+    model, x, y = confident(1e4)
+    posterior = nb.NullSpacePosterior(model, preserve="loss", prior_precision=1.0)
+    certificate = posterior.fit([(x, y)], 5, **QUIET).certificate
+    assert not certificate.held and "so confident" in certificate.verdict
+    posterior.prior_precision = 1e12
+    assert posterior.certificate.held
+    assert posterior.certificate.audit is not None and posterior.certificate.audit.passed
+    ordinary, x, y = confident(1.0)
+    posterior = nb.NullSpacePosterior(ordinary, preserve="loss", prior_precision=1.0)
+    certificate = posterior.fit([(x, y)], 5, **QUIET).certificate
+    assert certificate.stands and certificate.divergence is not None
+    assert certificate.divergence > ALLOWED_DIVERGENCE  # predictions may move

@@ -210,3 +210,15 @@ def test_outputs_of_another_kind_are_named(function: Any, words: str, kind: str)
             nb.NullSpacePosterior(model, nb.Regression(noise_variance=1.0)).fit(
                 [(flat(), torch.zeros(12, 3).double())], 2, progress=False
             )
+
+
+@pytest.mark.parametrize("zero", ["head", "all"])
+def test_outputs_that_are_nothing(zero: str) -> None:
+    """Rounding is not held against outputs of zero."""
+    model = two(lambda m, x: m.b(torch.tanh(m.a(x))))
+    with torch.no_grad():
+        for layer in (model.b,) if zero == "head" else (model.a, model.b):
+            layer.weight.zero_()
+            layer.bias.zero_()
+    certificate = quiet(model, [flat()]).certificate
+    assert not certificate.fixed and certificate.held

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support import QUIET, TRAIN, X, Y, network, says
+from support import QUIET, TRAIN, X, Y, network, says, unchanged
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -214,3 +215,28 @@ def test_pieces_of_a_tensor_are_batches_without_targets_for_a_loss_that_needs_no
 def test_sparse_inputs_are_named(layout: str) -> None:
     with says(nb.InputError, "train_loader, batch 0", "sparse", "to_dense()"):
         nb.NullSpacePosterior(network()).fit([(getattr(X, layout)(), Y)], 3, **QUIET)
+
+
+class Noise(torch.nn.Linear):
+    """Draws NumPy's numbers: refused, after it has drawn."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (1 + np.random.rand())  # noqa: NPY002
+
+
+@pytest.mark.filterwarnings("ignore::nullbayes.NullBayesWarning")
+@pytest.mark.parametrize("posterior", [nb.NullSpacePosterior, nb.LayerNullSpacePosterior])
+def test_what_is_drawn_of_python_and_numpy_is_put_back(posterior: Any) -> None:
+    class Augmented:
+        def __iter__(self) -> Any:
+            for x, y in TRAIN:
+                yield x + 0.01 * random.random() + 0.01 * np.random.rand(), y  # noqa: NPY002
+
+        def __len__(self) -> int:
+            return len(TRAIN)
+
+    model, noisy = network(), Noise(3, 3).eval()
+    with unchanged(model), unchanged(noisy):
+        posterior(model).fit(Augmented(), 2, **QUIET)
+        with pytest.raises(nb.ModelError):
+            posterior(noisy).fit(TRAIN, 2, **QUIET)

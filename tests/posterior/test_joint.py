@@ -317,3 +317,27 @@ def test_a_copy_of_a_prediction_is_one() -> None:
     model, (x, y) = network(), data()
     prediction = nb.NullSpacePosterior(model).fit([(x, y)], 3, **QUIET).predict(x)
     assert_close(copy.copy(prediction).covariance, prediction.covariance)
+
+
+class Waves(nn.Module):
+    """Bends within a step of float32's differences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.sin(200 * x))
+
+
+def test_differences_that_say_nothing_refuse_nothing() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, x = Waves().eval(), torch.randn(4, 3)
+    posterior = nb.NullSpacePosterior(model, prior_precision=1.0).fit(
+        [(x[:2], torch.tensor([0, 1]))], 3, progress=False
+    )
+    at = x[2:].clone().requires_grad_()
+    outputs = posterior.predict(at, differentiable=True).outputs
+    found = torch.autograd.grad(outputs.square().sum(), at)[0]
+    assert float(found.norm()) > 1

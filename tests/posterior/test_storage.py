@@ -367,3 +367,22 @@ def test_something_of_ones_own_to_preserve(path: Path, monkeypatch: pytest.Monke
         nb.load(path, model)
     nb.register_preserve(FirstOutput)
     assert_comes_back(posterior, path)
+
+
+def test_a_network_is_hashed_once_for_a_fit_and_its_use(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = network()
+    posterior = nb.NullSpacePosterior(model).fit(TRAIN, 3, **QUIET)
+    with monkeypatch.context() as m:
+        m.setattr("nullbayes.model.fingerprint.fingerprint", lambda model: pytest.fail("hashed"))
+        wanted = posterior.predict(X).mean
+    posterior.save(path)
+    again = nb.load(path, model)
+    with monkeypatch.context() as m:
+        m.setattr("nullbayes.model.fingerprint.fingerprint", lambda model: pytest.fail("hashed"))
+        assert torch.equal(again.predict(X).mean, wanted)
+    model[0].weight.data.mul_(1.5)
+    for changed in (posterior, again):
+        with says(nb.ModelError, "changed since"):
+            changed.predict(X)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch import distributed, nn
 from torch.testing import assert_close
 
 import nullbayes as nb
+from nullbayes.model.parameters import ParameterSpace
 from nullbayes.posterior.posterior_file import signed
 
 NAMES = ("0.weight", "0.bias", "2.weight", "2.bias")
@@ -83,3 +86,36 @@ def test_files_that_have_the_prefix(prior: Any, tmp_path: Path) -> None:
         loaded: Any = nb.load(file, model)
         assert loaded.space.names == NAMES
         assert_close(loaded.predict(X).outputs, posterior.predict(X).outputs)
+
+
+def test_models_without_values_are_refused() -> None:
+    empty = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)).eval()
+    empty[0].to("meta")
+    for make in (nb.NullSpacePosterior, nb.LaplacePosterior, nb.LayerNullSpacePosterior):
+        with says(nb.ModelError, "0.weight", "meta device", "assign=True"):
+            make(empty)
+        with says(nb.ModelError, "0.weight", "meta device"):
+            make(empty, parameters=["2.weight"])
+
+
+def test_devices_without_float64_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.zeros
+
+    def single(*sizes: Any, **options: Any) -> Any:
+        if options.get("dtype") == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return real(*sizes, **options)
+
+    monkeypatch.setattr(torch, "zeros", single)
+    weights = {"weight": torch.ones(2, device="meta")}
+    with says(nb.ModelError, "'meta'", "no float64", "model.to('cpu')"):
+        ParameterSpace(weights)
+
+
+def test_posteriors_are_not_copied_and_say_what_to_do() -> None:
+    layers = nb.LayerNullSpacePosterior(network())
+    for posterior in (nb.NullSpacePosterior(network()), layers):
+        for copied in (copy.deepcopy, pickle.dumps):
+            with says(nb.InputError, type(posterior).__name__, "nb.load(path, model)"):
+                copied(posterior)
+        assert copy.copy(posterior).model is posterior.model

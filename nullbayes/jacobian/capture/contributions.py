@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +46,8 @@ class Contributions:
         self.outer = defaultdict(list)
         self.rows: dict[str, list[Tensor]] = defaultdict(list)
         self.lookup: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        #: how many layers have each parameter
+        self.owners = Counter(name for site in plan.sites for name in set(site.names.values()))
 
     def _split(self, t: Tensor, axis: int, where: str) -> Tensor:
         """Split the leading axis ``N = B * k`` after ``axis`` leading axes into ``(B, k)``."""
@@ -127,7 +129,7 @@ class Contributions:
         g = self._split(item.g, 1, site.path).flatten(2, 3).transpose(0, 1)
         weight = names.get(item.weight)
         bias = names.get(item.bias) if item.bias else None
-        shared = any(n and len(self.plan.owners(n)) > 1 for n in (weight, bias))
+        shared = any(n is not None and self.owners[n] > 1 for n in (weight, bias))
         fixed = self.fixed.get(weight or "", ())
         fuse = weight is not None and bias is not None and not (shared or fixed)
         if bias is not None and not fuse:

@@ -40,6 +40,7 @@ def prove(functional: FunctionalModel, inputs: Inputs) -> CapturePlan:
             of its batch or on chance, or rows still differ when every doubtful parameter is on the generic path.
         NonFiniteError: outputs or their gradients are no numbers.
     """
+    _check_frequencies(functional)
     inputs = functional.batch(inputs)
     inputs = take(inputs, 0, min(batch_size(inputs), PROBE_EXAMPLES))
     size = batch_size(inputs)
@@ -96,6 +97,25 @@ def _check_outputs(functional: FunctionalModel, inputs: Inputs, outputs: Tensor,
             "the model mixes the examples of a batch, or draws random numbers for the batch as a whole. Call "
             "`model.eval()`, replace layers that use batch statistics, and draw random numbers one per example, "
             "the batch on the first axis."
+        )
+
+
+def _check_frequencies(functional: FunctionalModel) -> None:
+    """Raise `ModelError` for tables whose gradient is divided by how often the batch reads a row."""
+    chosen = {
+        id(p) for n, p in functional.model.named_parameters() if n in functional.space.by_name
+    }
+    bad = [
+        path
+        for path, module in functional.model.named_modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        and module.scale_grad_by_freq
+        and id(module.weight) in chosen
+    ]
+    if bad:
+        raise ModelError(
+            f"{bad} divide their gradients by how often a batch reads a row (`scale_grad_by_freq=True`), so these are "
+            "no derivatives. That is for training alone: set `module.scale_grad_by_freq = False` now."
         )
 
 

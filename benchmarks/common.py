@@ -82,6 +82,15 @@ def environment() -> dict[str, Any]:
     }
 
 
+def notes_of(path: Path) -> str:
+    """What a page says below its table; an empty text where there is no page yet."""
+    if not path.exists():
+        return ""
+    lines = path.read_text().splitlines()
+    last = max((n for n, line in enumerate(lines) if line.startswith("|")), default=len(lines))
+    return "\n".join(lines[last + 1 :]).strip()
+
+
 def write_results(name: str, results: dict[str, Any], table: str) -> Path:
     """``results/<name>.json`` and ``.md``, each written whole or not at all."""
     RESULTS.mkdir(exist_ok=True)

@@ -251,7 +251,9 @@ def main() -> None:
         results.sort(key=lambda r: list(NETWORKS).index(r["network"]))
         print(found, flush=True)
         page = {"results": results, "options": asked, "environment": common.environment()}
-        print(common.write_results("serving", page, table(results, options)), flush=True)
+        notes = common.notes_of(common.RESULTS / "serving.md")
+        text = table(results, options) + (f"\n{notes}\n" if notes else "")
+        print(common.write_results("serving", page, text), flush=True)
 
 
 if __name__ == "__main__":

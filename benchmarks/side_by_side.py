@@ -211,15 +211,6 @@ def run(case: str, checkout: Path, weights: str) -> dict[str, float]:
     return found
 
 
-def notes_of(path: Path) -> str:
-    """What a page says below its table; an empty text where there is no page yet."""
-    if not path.exists():
-        return ""
-    lines = path.read_text().splitlines()
-    last = max((n for n, line in enumerate(lines) if line.startswith("|")), default=len(lines))
-    return "\n".join(lines[last + 1 :]).strip()
-
-
 def table(found: dict[str, dict[str, list[dict[str, float]]]], before: str, notes: str = "") -> str:
     """The page: a row for each case that both versions ran, and the ``notes`` below."""
     lines = [
@@ -277,7 +268,7 @@ def main() -> None:
     path = common.RESULTS / f"{options.name}.json"
     stored = json.loads(path.read_text()) if path.exists() and not options.anew else {}
     found: dict[str, dict[str, list[dict[str, float]]]] = stored.get("runs", {})
-    notes = notes_of(path.with_suffix(".md"))
+    notes = common.notes_of(path.with_suffix(".md"))
     text = table(found, told, notes)
     with tempfile.TemporaryDirectory() as folder:
         weights = str(Path(folder) / "lenet.pt")

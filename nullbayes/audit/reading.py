@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from nullbayes.model.fingerprint import bits_of
+from nullbayes.model.bits import bits_of
 
 # Samplers of which a part of the data is another part each time.
 _RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)

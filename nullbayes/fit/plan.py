@@ -31,6 +31,7 @@ from nullbayes.jacobian.operator import JacobianOperator
 from nullbayes.likelihood import Regression
 from nullbayes.model.batch import Inputs, batch_size, take, tensor_leaves
 from nullbayes.model.loader import limited
+from nullbayes.model.sharded import held_bytes
 from nullbayes.solvers import choose
 
 TRIED_EXAMPLES = 96
@@ -159,7 +160,7 @@ def plan_fit(
         [],
     )
     _solve(draft, trial, settings, budget - memory.beside, parts)
-    draft.advice += _on_generic(problem, proven)
+    draft.advice += _on_generic(problem, proven) + _on_copy(problem)
     return Plan(
         few.examples,
         -(-m // few.examples),
@@ -292,6 +293,15 @@ def _on_generic(problem: Problem, proven: CapturePlan) -> list[str]:
         f"{100 * numel / space.total:.0f} % of the weights have no layer rule and take the "
         "slower generic path; write a rule (`nb.jacobian.register`) or leave them out "
         "(`parameters=`)."
+    ]
+
+
+def _on_copy(problem: Problem) -> list[str]:
+    held = held_bytes(problem.functional.model)
+    if not held:
+        return []
+    return [
+        f"the full copy of the sharded parameters takes {format_bytes(held)} in each process, beside this."
     ]
 
 

@@ -19,7 +19,8 @@ from nullbayes.constraints.memory_budget import default_budget
 from nullbayes.constraints.problem import Problem
 from nullbayes.errors import ProcessError
 from nullbayes.fit.result import Run, Settings
-from nullbayes.model.fingerprint import digest, fingerprint
+from nullbayes.model.bits import digest
+from nullbayes.model.fingerprint import fingerprint
 from nullbayes.model.shares import Share
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from nullbayes.errors import ModelError
+from nullbayes.model.sharded import MEND, follow_mode
 
 
 def check_kind(model: nn.Module) -> None:
@@ -39,12 +40,11 @@ def check_kind(model: nn.Module) -> None:
     sharded += [
         name
         for name, parameter in model.named_parameters()
-        if any(kind.__name__ in ("DTensor", "FlatParameter") for kind in type(parameter).__mro__)
+        if any(kind.__name__ == "FlatParameter" for kind in type(parameter).__mro__)
     ]
     if sharded:
         raise ModelError(
-            f"{sharded[:5]} hold a part of the weights only (fully sharded data parallel, distributed tensors). Load "
-            "the full state dict into the plain module and pass that; examples are what is split over processes here."
+            f"{sharded[:5]} hold a part of the weights only, in `FullyShardedDataParallel`'s flat form. {MEND}"
         )
     if quantised(model) and not any(p.is_floating_point() for p in model.parameters()):
         raise ModelError(
@@ -96,6 +96,7 @@ def quantised(model: nn.Module) -> list[str]:
 
 def check_mode(model: nn.Module, *, frozen: bool = False) -> None:
     """Refuse modules whose training mode ties examples together or, unless ``frozen``, makes outputs random."""
+    follow_mode(model)
 
     def random(module: nn.Module) -> bool:
         if isinstance(module, nn.modules.dropout._DropoutNd):

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from nullbayes.errors import ModelError
 from nullbayes.model.adapters import ACTIVE, active_adapters, inactive_adapters
+from nullbayes.model.bits import bits_of, read, weighted_sums
 from nullbayes.model.packed import opened, tensors_of
+from nullbayes.model.sharded import check_source, is_stale
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
@@ -36,10 +38,6 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     return out
 
 
-# Numbers of a tensor that `quick_digest` holds a 64-bit copy of at a time.
-_CHUNK = 2**20
-
-
 def quick_digest(model: nn.Module) -> int:
     """One number from every bit of a model's tensors, at the speed of reading them.
 
@@ -49,41 +47,12 @@ def quick_digest(model: nn.Module) -> int:
     places, sums = [], []
     for place, tensor in enumerate(tensors_of(model), 1):
         if tensor.device.type != "meta":
-            parts = _weighted_sums(tensor)
+            parts = weighted_sums(tensor)
             places += [place] * len(parts)
             sums += parts
-    total = sum(place * value for place, value in zip(places, _read(sums), strict=True))
+    total = sum(place * value for place, value in zip(places, read(sums), strict=True))
     total += zlib.crc32((active_adapters(model) or "").encode())
     return total & ((1 << 64) - 1)
-
-
-def digest(tensor: Tensor) -> int:
-    """One number from every bit of a tensor."""
-    return sum(_read(_weighted_sums(tensor)))
-
-
-def _weighted_sums(tensor: Tensor) -> list[Tensor]:
-    out = []
-    with torch.no_grad():
-        words = bits_of(tensor)
-        for start in range(0, words.numel(), _CHUNK):
-            part = words[start : start + _CHUNK].to(torch.int64)
-            # Sums of integers wrap around and are the same in any order; the weights tell places apart.
-            at = torch.arange(start + 1, start + len(part) + 1, device=part.device)
-            out.append((part * (2 * at + 1)).sum())
-    return out
-
-
-def _read(values: list[Tensor]) -> list[int]:
-    """Integers of tensors without axes, by one copy from each device, not one for each."""
-    places: dict[torch.device, list[int]] = {}
-    for i, value in enumerate(values):
-        places.setdefault(value.device, []).append(i)
-    out = [0] * len(values)
-    for which in places.values():
-        for i, value in zip(which, torch.stack([values[i] for i in which]).tolist(), strict=True):
-            out[i] = value
-    return out
 
 
 class Watch:
@@ -112,7 +81,7 @@ class Watch:
                     if words.data_ptr() == tensor.data_ptr():
                         view = _wide(words[start:stop])
                     self.pieces.append((tensor, view, start, stop))
-            self.sums = _read([self._sum(*piece) for piece in self.pieces])
+            self.sums = read([self._sum(*piece) for piece in self.pieces])
         numbers = sum(stop - start for _, _, start, stop in self.pieces)
         if always is None:  # what is large is looked at as a whole within 64 questions
             always = numbers if numbers <= _ALWAYS else _ALWAYS // 4
@@ -128,6 +97,7 @@ class Watch:
         if (
             model is not self.modules[0][0]
             or self._versions() != self.versions
+            or is_stale(model)
             or any(_entries(m) != entries for m, entries in self.modules)
             or (self.active is not None and active_adapters(model) != self.active)
         ):
@@ -140,7 +110,7 @@ class Watch:
             self.next = (self.next + 1) % len(self.pieces)
         with torch.no_grad():
             now = [self._sum(*self.pieces[i]) for i in places]
-        return _read(now) == [self.sums[i] for i in places]
+        return read(now) == [self.sums[i] for i in places]
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(t.data_ptr(), t._version) for t in self.tensors]
@@ -174,19 +144,9 @@ def _wide(words: Tensor) -> Tensor:
 _PIECE, _ALWAYS = 2**16, 2**20
 
 
-def bits_of(tensor: Tensor) -> Tensor:
-    """The bits of a tensor as integers, flat: one for each number, two for a complex one."""
-    flat = tensor.detach().reshape(-1)
-    if flat.is_complex():
-        flat = torch.view_as_real(flat.resolve_conj()).reshape(-1)
-    if not flat.is_floating_point():
-        return flat
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return flat.contiguous().view(kinds[flat.element_size()])
-
-
 def check_unchanged(model: nn.Module, digest: dict[str, str]) -> None:
     """Raise :class:`ModelError` if ``model`` no longer has the fingerprint ``digest``."""
+    check_source(model)
     now = fingerprint(model)
     then = digest.get(ACTIVE)
     if then is not None and now.get(ACTIVE) != then:

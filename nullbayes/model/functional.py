@@ -39,6 +39,7 @@ from nullbayes.model.randomness import FrozenRandomness, Replay, keyed
 from nullbayes.model.reading import Reads
 from nullbayes.model.reading import as_tensor_output as as_tensor_output
 from nullbayes.model.settling import settle
+from nullbayes.model.sharded import check_whole, gathered
 from nullbayes.model.smooth import derivable
 from nullbayes.model.structure import Layouts
 from nullbayes.model.transformer import has_nested
@@ -67,6 +68,7 @@ class FunctionalModel(Reads):
         randomness: FrozenRandomness | None = None,
     ) -> None:
         check_scripted(model, space.names)
+        check_whole(model, space.names)
         self.model, self.space = model, space
         self.user_forward = forward
         self.layouts, self.randomness = layouts, randomness
@@ -405,15 +407,21 @@ def functional_model(
     randomness: FrozenRandomness | None,
 ) -> FunctionalModel:
     """From a user's arguments. Raises `InputError` or `ModelError` for what cannot be used."""
-    model = unwrapped(model)
+    model = unwrapped(model, frozen=parameters is not None)
     space = ParameterSpace.from_model(model, parameters)
     return FunctionalModel(model, space, forward, layouts=layouts, randomness=randomness)
 
 
-def unwrapped(model: Any) -> nn.Module:
-    """The module itself: ``torch.compile`` and training on several processes wrap it, and hooks need its layers."""
+def unwrapped(model: Any, *, frozen: bool = True) -> nn.Module:
+    """The module itself: ``torch.compile`` and training on several processes wrap it, and hooks need its layers.
+
+    Of a network that is sharded, one with full tensors, made in a call of all processes: see ``sharded.py``.
+
+    Args:
+        frozen: tensors that require a gradient may be sharded, too, since other weights are chosen.
+    """
     if not isinstance(model, nn.Module):
         raise InputError(f"`model` is {type(model).__name__}, expected a torch.nn.Module.")
     inner = without_wrapper(model)
     check_kind(inner)
-    return inner
+    return gathered(inner, frozen=frozen)

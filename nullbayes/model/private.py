@@ -83,12 +83,16 @@ class Copier:
         modules = list(_copied(root))
         # All modules first: attributes of one may refer to any other.
         for module in modules:
-            encoder = self.padded and is_nested(module)
-            kind = PaddedEncoder if encoder else self._frozen(module)
-            self.made[id(module)] = _blank(module, kind or type(module))
+            self.made[id(module)] = _blank(module, self.kind(module))
         for module in modules:
             self._fill(module, self.made[id(module)])
         return self.made[id(root)]
+
+    def kind(self, module: nn.Module) -> type[nn.Module]:
+        """The class of the private module."""
+        if self.padded and is_nested(module):
+            return PaddedEncoder
+        return self._frozen(module) or type(module)
 
     def _frozen(self, module: nn.Module) -> type[nn.Module] | None:
         """What computes with the module's half-precision weight without a wide copy of it."""

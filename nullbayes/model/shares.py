@@ -32,9 +32,9 @@ from torch.utils.data import (
 from nullbayes.common.processes import Processes, spread
 from nullbayes.errors import InputError
 from nullbayes.model.batch import Inputs, tensor_leaves
+from nullbayes.model.bits import digest
 from nullbayes.model.data import Batches, Slices, as_loader, streamed, without_targets
 from nullbayes.model.data import Shard as Shard
-from nullbayes.model.fingerprint import digest
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.loader import limited, split_batch
 

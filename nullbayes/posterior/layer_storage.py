@@ -119,12 +119,13 @@ def load_layers(
     source = Path(path)
     meta, tensors = read_layers(source)
     stored = Stored(source, meta, torch.empty(0))
-    prints = stored.check_model(unwrapped(model))
+    whole = unwrapped(model)
+    prints = stored.check_model(whole)
     try:
         settings = stored.settings
         frozen = settings.get("randomness")
         posterior = LayerNullSpacePosterior(
-            model,
+            whole,
             likelihood or stored.likelihood(),
             delta=settings["delta"],
             prior_precision="auto" if settings["prior"] is None else settings["prior"],

@@ -99,7 +99,7 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
         draws: int | None = None,
         process_group: Any = None,
     ) -> None:
-        self.model = unwrapped(model)
+        self.model = unwrapped(model, frozen=parameters is not None)
         self.likelihood = resolve_loss(likelihood, loss, CLASSIFICATION)
         self.delta, self.process_group = check_delta(delta), process_group
         if isinstance(prior_precision, str):

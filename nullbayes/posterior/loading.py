@@ -49,18 +49,19 @@ def load(
     path = beside_adapter(path)
     if is_layer_file(path):
         return load_layers(path, model, likelihood or loss, forward)
-    stored = read_posterior(path, mapped=mmap).plain(unwrapped(model))
+    whole = unwrapped(model)
+    stored = read_posterior(path, mapped=mmap).plain(whole)
     kinds: dict[str, type[NullSpacePosterior] | type[LaplacePosterior]] = {
         c.__name__: c for c in (NullSpacePosterior, LaplacePosterior)
     }
     # Looked at first: what changes in between shows at the first use.
-    watch = Watch(unwrapped(model), LOOKED_AT)
-    prints = stored.check_model(unwrapped(model))
+    watch = Watch(whole, LOOKED_AT)
+    prints = stored.check_model(whole)
     try:
         settings = stored.settings
         frozen = settings.get("randomness")  # files of earlier versions have none
         posterior = kinds[settings["class"]](
-            model,
+            whole,
             likelihood or loss or stored.likelihood(),
             preserve=settings["preserve"],
             directions=settings["directions"],

@@ -187,8 +187,9 @@ def _functional(
     randomness: FrozenRandomness | None,
 ) -> FunctionalModel:
     """The network as a function of the chosen weights."""
-    chosen = resolved(unwrapped(model), parameters)
-    functional = functional_model(model, chosen, forward, likelihood.layouts, randomness)
+    whole = unwrapped(model, frozen=parameters is not None)
+    chosen = resolved(whole, parameters)
+    functional = functional_model(whole, chosen, forward, likelihood.layouts, randomness)
     functional.last_layer = chosen is not parameters
     return functional
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from host_reads import followed
+from processes.stage import BATCH, batches, certified, data, fitted, loader, network, told
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
@@ -36,54 +37,6 @@ from nullbayes.common.processes import Processes, resolve
 from nullbayes.distributed import Shard
 from nullbayes.fit import pipeline
 from nullbayes.solvers.checkpoint import Watch
-
-BATCH = 4
-
-
-def network(dtype: torch.dtype = torch.float64) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        layers = nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)
-        return nn.Sequential(*layers).to(dtype).eval()
-
-
-def data(count: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return (
-        torch.randn(count, 3, generator=generator, dtype=torch.float64).to(dtype),
-        torch.randint(0, 3, (count,), generator=generator),
-    )
-
-
-def loader(count: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> DataLoader[Any]:
-    return DataLoader(TensorDataset(*data(count, dtype, seed)), batch_size=BATCH)
-
-
-def batches(count: int, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
-    x, y = data(count, seed=seed)
-    return list(zip(x.split(BATCH), y.split(BATCH), strict=True))
-
-
-def fitted(posterior: Any, train: Any, samples: int = 4, **kwargs: Any) -> dict[str, Any]:
-    """What a fit leaves; nothing in it depends on how many processes there are."""
-    posterior.fit(train, samples, progress=False, **kwargs)
-    return certified(posterior)
-
-
-def certified(posterior: Any) -> dict[str, Any]:
-    """Samples and certificate."""
-    c = posterior.certificate
-    names = "residual row_drift drift output_drift sampled_drift left_out_divergence prior_share prior_precision"
-    counts = "rank examples checked_examples constraints held network_score posterior_score"
-    audit = (c.audit.examples, c.audit.total, c.audit.passed, round(c.audit.moved, 7))
-    return {
-        "unit": posterior._fitted().unit.clone(),
-        **{name: getattr(c, name) for name in names.split()},
-        **{name: getattr(c, name) for name in counts.split()},
-        "audit": audit,
-        "residual": max(c.residual, 1e-9),  # what is left of it is rounding
-    }
-
 
 CG = solvers.ConjugateGradient
 #: every road to a projection
@@ -399,15 +352,6 @@ class Streamed(IterableDataset[Any]):
         yield from zip(x[self.part], y[self.part], strict=True)
 
 
-def told(call: Callable[[], Any]) -> tuple[str, str]:
-    """The error that a call ends with."""
-    try:
-        call()
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return "", ""
-
-
 def posterior() -> nb.NullSpacePosterior:
     return nb.NullSpacePosterior(network(), solver="dual Cholesky")
 
@@ -635,19 +579,6 @@ class _Late(Dataset[Any]):
         return self.x[number], self.y[number]
 
 
-def sharded() -> dict[str, Any]:
-    """Parameters of which each process has a part."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard as Rows
-    from torch.distributed.tensor import distribute_tensor
-
-    mesh, model = init_device_mesh("cpu", (dist.get_world_size(),)), network()
-    model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh, [Rows(0)]))
-    out = {"refused": told(lambda: nb.NullSpacePosterior(model))}
-    meshed = nb.NullSpacePosterior(network(), solver="dual Cholesky", process_group=mesh)
-    return out | {"mesh": fitted(meshed, loader(20))["unit"]}
-
-
 # -- long searches -----------------------------------------------------------------------------------
 
 
@@ -756,6 +687,13 @@ def cut(folder: Path) -> dict[str, Any]:
     started = time.monotonic()
     error = told(lambda: posterior().fit(_Cut(folder), 2, progress=False))
     return {"error": error, "seconds": time.monotonic() - started}
+
+
+def sharded() -> dict[str, Any]:
+    """A network of which each process has a part."""
+    from processes import sharded as room  # FSDP takes long to import
+
+    return room.sharded()
 
 
 def main(scenes: str, rank: int, size: int, folder: Path) -> None:

@@ -272,13 +272,35 @@ def test_a_layer_posterior_takes_shards(two: list[dict[str, Any]]) -> None:
             assert not differences(found, wanted, 1e-10, name)
 
 
-def test_parameters_cut_into_shards_are_refused(two: list[dict[str, Any]]) -> None:
+def test_a_frozen_base_in_shards(two: list[dict[str, Any]]) -> None:
     for process in two:
-        kind, text = process["sharded"]["refused"]
+        found = process["sharded"]
+        for kind in ("null space", "Laplace", "layer"):
+            assert not differences(*found[kind], 1e-10, kind)
+            assert not differences(*found[f"{kind}, loaded"], 1e-10, kind)
+        for when in ("outputs", "outputs after"):
+            assert not differences(*found[when], 1e-12, when)
+        assert found["kept"] == (True, 27)
+        assert found["whole"] == found["plain"]
+        assert any("full copy of the sharded parameters takes 10.3 kB" in a for a in found["plan"])
+        assert "in training mode: ['blocks.0" in found["training"][1]
+        kind, text = found["changed"]
         assert kind == "ModelError"
-        assert "0.weight" in text
-        assert "full state dict" in text
-        assert not differences(process["sharded"]["mesh"], process["split"]["whole"], 1e-9)
+        assert "has changed since" in text
+        assert "words.weight" in text
+
+
+def test_chosen_weights_in_shards_are_refused(two: list[dict[str, Any]]) -> None:
+    for process in two:
+        found = process["sharded"]
+        for case in ("trained", "named"):
+            kind, text = found[case]
+            assert kind == "ModelError"
+            assert "['0.weight']" in text
+            assert "ignored_params" in text
+            assert "full state dict" in text
+        assert not differences(found["last"], found["last of the plain"], 1e-10)
+        assert not differences(found["mesh"], process["split"]["whole"], 1e-9)
 
 
 def test_a_search_goes_on_in_fewer_processes(

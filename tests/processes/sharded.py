@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
+import inspect
 import tempfile
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +83,11 @@ def texts(seed: int = 1) -> DataLoader[Any]:
 def in_shards(model: nn.Module) -> nn.Module:
     """By FSDP2: each block and the rest, but for the adapters."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:  # PyTorch 2.6
+        layers = [block.layer for block in model.blocks]  # type: ignore[union-attr]
+        for module in (model.words, model.head, *layers):
+            fully_shard(module, mesh=mesh)
+        return model
     adapters = {p for n, p in model.named_parameters() if "adapter" in n}
     for module in (*model.blocks, model):  # type: ignore[misc]
         fully_shard(module, mesh=mesh, ignored_params=adapters)
@@ -169,6 +177,10 @@ def _refused(model: nn.Module, x: Tensor) -> dict[str, Any]:
     with torch.no_grad():
         model.words.weight.mul_(2.0)  # type: ignore[operator, union-attr]
     out["changed"] = told(lambda: posterior.predict(x))
+    copy = weakref.ref(posterior.model)
+    posterior = None
+    gc.collect()
+    out["dropped"] = copy() is None
     meshed = make(network(), process_group=mesh)
     return out | {"mesh": fitted(meshed, loader(20))["unit"]}
 

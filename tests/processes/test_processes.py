@@ -282,6 +282,7 @@ def test_a_frozen_base_in_shards(two: list[dict[str, Any]]) -> None:
             assert not differences(*found[when], 1e-12, when)
         assert found["kept"] == (True, 27)
         assert found["whole"] == found["plain"]
+        assert found["dropped"]
         assert any("full copy of the sharded parameters takes 10.3 kB" in a for a in found["plan"])
         assert "in training mode: ['blocks.0" in found["training"][1]
         kind, text = found["changed"]

@@ -39,6 +39,7 @@ def is_sharded(tensor: Tensor | None) -> bool:
     return any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__)
 
 
+@torch.inference_mode(mode=False)
 def gathered(model: nn.Module, *, frozen: bool = True) -> nn.Module:
     """The network with full tensors in place of distributed ones; ``model`` itself where there are none.
 

@@ -38,7 +38,7 @@ class Uses:
         self.seen: set[Use] = set()
         weights = functional.weights()
         names = [name for block in blocks.blocks for name in block.names]
-        self.weights = {weights[n].untyped_storage().data_ptr(): n for n in names}
+        self.weights = {_storage(weights[n]): n for n in names}
         #: whether the network runs under a mode; None: not yet tried (some compiled operations do not)
         self.runs: bool | None = None
 
@@ -51,9 +51,8 @@ class Uses:
                 self.runs = True
             except (MemoryError, torch.OutOfMemoryError):
                 raise
-            except (
-                Exception
-            ):  # whatever an operation makes of a mode; if it fails without, that is told
+            except Exception:
+                # Whatever an operation makes of a mode; where it fails without one, that is told.
                 self.runs = False
         return self._watched() if self.runs else nullcontext()
 
@@ -126,7 +125,12 @@ class _Watch(TorchFunctionMode):
     def _name(self, value: Any) -> str | None:
         if not isinstance(value, Tensor):
             return None
-        try:
-            return self.uses.weights.get(value.untyped_storage().data_ptr())
-        except (RuntimeError, NotImplementedError):  # it has no storage of its own
-            return None
+        return self.uses.weights.get(_storage(value))
+
+
+def _storage(tensor: Tensor) -> int:
+    """The same for a weight and its views; for the weight alone, where a tensor has no storage of its own."""
+    try:
+        return tensor.untyped_storage().data_ptr() or id(tensor)
+    except (RuntimeError, NotImplementedError):
+        return id(tensor)

@@ -229,23 +229,20 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
                 the fit's rows (``certificate.audit``); fewer than the default are noted there. None: 16, or as many
                 as a twentieth of the fit's time allows; a number is audited whole, however long that takes. At least
                 1: without an audit no guarantee is said to have held.
-            sample_dtype: what samples are stored in, in memory and in files: None, the working precision; or
-                ``torch.bfloat16`` for half the room, which rounds each by up to 0.4 %. The certificate measures what is
-                stored.
+            sample_dtype: what samples are stored in, in memory and in files, and measured in: None, the working
+                precision; or ``torch.bfloat16`` for half the room, which rounds each by up to 0.4 %.
 
         Ctrl-C while the solver iterates ends it early, with the best samples so far and a certificate of those. At any
         other time it leaves the earlier fit as it was, as every error does.
 
         Raises: InputError, ModelError, NonFiniteError, MemoryBudgetError, SolverError, StorageError
         """
-        every = check_positive(checkpoint_every, "checkpoint_every")
-        place = None if checkpoint is None else Checkpoint(checkpoint, every)
         run = Run(
             check_count(num_samples, "num_samples"),
             check_count(seed, "seed", 0),
             None if max_examples is None else check_count(max_examples, "max_examples"),
             progress,
-            place,
+            _checkpoint(checkpoint, checkpoint_every),
             AUDITED if audit is None else check_count(audit, "audit"),
             check_sample_dtype(sample_dtype, self.functional.dtype),
             patient=audit is not None,
@@ -431,3 +428,8 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
         fit, self.calibration = restored(self.problem, samples, settings, prints)
         self._take(fit)
         self._watch = watch
+
+
+def _checkpoint(path: str | os.PathLike[str] | None, seconds: float) -> Checkpoint | None:
+    every = check_positive(seconds, "checkpoint_every")
+    return None if path is None else Checkpoint(path, every)

@@ -19,6 +19,10 @@ from nullbayes.posterior.layers import LayerNullSpacePosterior
 from nullbayes.posterior.posterior import LaplacePosterior, NullSpacePosterior
 from nullbayes.posterior.storage import read_posterior
 
+KINDS: dict[str, type[NullSpacePosterior] | type[LaplacePosterior]] = {
+    c.__name__: c for c in (NullSpacePosterior, LaplacePosterior)
+}
+
 
 @torch.inference_mode(mode=False)
 def load(
@@ -51,16 +55,13 @@ def load(
         return load_layers(path, model, likelihood or loss, forward)
     whole = unwrapped(model)
     stored = read_posterior(path, mapped=mmap).plain(whole)
-    kinds: dict[str, type[NullSpacePosterior] | type[LaplacePosterior]] = {
-        c.__name__: c for c in (NullSpacePosterior, LaplacePosterior)
-    }
     # Looked at first: what changes in between shows at the first use.
     watch = Watch(whole, LOOKED_AT)
     prints = stored.check_model(whole)
     try:
         settings = stored.settings
         frozen = settings.get("randomness")  # files of earlier versions have none
-        posterior = kinds[settings["class"]](
+        posterior = KINDS[settings["class"]](
             whole,
             likelihood or loss or stored.likelihood(),
             preserve=settings["preserve"],

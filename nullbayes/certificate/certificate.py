@@ -10,6 +10,7 @@ from typing import Any
 from nullbayes.audit import Audit
 from nullbayes.certificate.verdict import (
     ALLOWED_DIVERGENCE,
+    NO_EFFECT,
     NUMERICAL_DRIFT,
     NUMERICAL_RESIDUAL,
     verdict_of,
@@ -184,7 +185,7 @@ class Certificate:
             return False
         if self.preserve == Predictions().describe():
             return self.divergence <= 2 * self.row_drift**2
-        return self.row_drift > NUMERICAL_DRIFT * self.residual
+        return self.row_drift > NO_EFFECT * self.residual
 
     @property
     def small_residual(self) -> bool:

@@ -15,6 +15,7 @@ from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE, ALLOWED_LEFT_OUT
 from nullbayes.common.crowd import ALONE, Crowd
 from nullbayes.common.memory import working_bytes
 from nullbayes.common.processes import Processes
+from nullbayes.constraints.preserve import Predictions
 from nullbayes.constraints.problem import Problem
 from nullbayes.errors import NonFiniteError
 from nullbayes.jacobian.capture.plan import CapturePlan
@@ -217,9 +218,13 @@ class GuaranteeCheck:
             rms.total, rms.count = self._sum(rms.total, rms.count)
         before, after = self._scores(scale)
         out = self.divergence(scale, left_out=True) if self.has_left_out else None
-        natural = self.problem.preserve.natural_units
+        preserve = self.problem.preserve
+        # A user's own loss may have no second derivative, which only rows of predictions need.
+        known = preserve.natural_units and not self.likelihood.score_kind.bounds_prior
         return {
-            "divergence": self.divergence(scale) if natural else None,
+            "divergence": self.divergence(scale)
+            if known or preserve.name == Predictions.name
+            else None,
             "drift": change.value,
             "output_drift": outputs.value,
             "sampled_drift": sampled.value,

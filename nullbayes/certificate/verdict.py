@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 NUMERICAL_RESIDUAL = 0.05
 # The same as an absolute change: half the square is a hundredth of a nat for each example.
 NUMERICAL_DRIFT = 0.1
+# Where the prior itself would move losses by less, to first order, in nats, rows of losses hold nothing. (Residual and
+# drift, of which this is the ratio, are a maximum and a mean.)
+NO_EFFECT = 1e-3
 # The same as a Kullback-Leibler divergence from the trained network's prediction, per observation, in nats.
 ALLOWED_DIVERGENCE = NUMERICAL_DRIFT**2 / 2
 # The same for examples that are left out of the fit, in nats.

@@ -31,8 +31,8 @@ CERTIFICATE_FIELDS = {
     ),
     "null_dim": ("Null space", "directions of weight space that stay free"),
     "prior_share": ("Prior variance left", "what the constraints leave of it"),
+    "divergence": ("Divergence", "nats that samples move training predictions by, mean"),
     # of a posterior in the layer null space
-    "divergence": ("Divergence", "nats that samples, linearised, move training predictions by"),
     "change": ("Change of the outputs", "of sampled networks on training data, relative, RMS"),
     "left_out_divergence": ("Divergence, left out", "the same for examples left out of the fit"),
     "weight_change": ("Change of the weights", "of a sample, relative to the trained weights"),

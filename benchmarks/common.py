@@ -91,6 +91,15 @@ def notes_of(path: Path) -> str:
     return "\n".join(lines[last + 1 :]).strip()
 
 
+def save_figure(figure: Any, path: Path, dpi: int) -> None:
+    """As PNG, written whole or not at all; the figure is closed."""
+    from matplotlib import pyplot
+
+    with atomic_file(path) as part:
+        figure.savefig(part, format="png", dpi=dpi)
+    pyplot.close(figure)
+
+
 def write_results(name: str, results: dict[str, Any], table: str) -> Path:
     """``results/<name>.json`` and ``.md``, each written whole or not at all."""
     RESULTS.mkdir(exist_ok=True)

@@ -356,10 +356,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
             low, high = axis.get_ylim()
             axis.set_ylim(low, high * (high / low) ** 0.5)  # room for the legend
             axis.legend(fontsize=7.5, loc="upper left")
-        temporary = path.with_suffix(".tmp.png")
-        figure.savefig(temporary, dpi=110)
-        plt.close(figure)
-    temporary.replace(path)
+        common.save_figure(figure, path, 110)
 
 
 def main() -> None:

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from benchmarks import common
+
 QUANTITIES = {"seconds": "seconds", "cpu_seconds": "CPU seconds", "memory": "memory"}
 
 
@@ -131,10 +133,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
             x=0.01,
             ha="left",
         )
-        temporary = path.with_suffix(".tmp.png")
-        figure.savefig(temporary, dpi=130)
-        plt.close(figure)
-    temporary.replace(path)
+        common.save_figure(figure, path, 130)
 
 
 def plain_tick(value: float, _: Any = None) -> str:

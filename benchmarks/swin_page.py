@@ -148,10 +148,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         draw_stages(axes[0, 0], runs)
         if measured:
             draw_auroc(axes[0, 1], measured)
-        temporary = path.with_suffix(".tmp.png")
-        figure.savefig(temporary, dpi=130)
-        plt.close(figure)
-    temporary.replace(path)
+        common.save_figure(figure, path, 130)
 
 
 def draw_stages(axis: Any, runs: list[dict[str, Any]]) -> None:

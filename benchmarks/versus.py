@@ -428,9 +428,7 @@ def plot(
     )
     figure.legend(loc="outside lower center", ncols=2, handlelength=4, frameon=False, fontsize=9)
     path = options.out / "versus.png"
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
+    common.save_figure(figure, path, 150)
     return path
 
 

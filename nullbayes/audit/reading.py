@@ -12,13 +12,12 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from nullbayes.model.bits import bits_of
+from nullbayes.model.own_loss import IGNORED
 
 # Samplers of which a part of the data is another part each time.
 _RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 # From this share of unknown examples on, the data are said to be changed, and not only chosen anew.
 CHANGED = 0.5
-# What collators fill up labels with.
-IGNORED = -100
 
 
 class Rereading:

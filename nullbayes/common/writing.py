@@ -45,7 +45,7 @@ def write_signed_json(path: Path, value: dict[str, Any]) -> None:
     """Strict JSON with a ``checksum`` over all other entries, for :func:`read_signed_json`."""
     # Said twice, so that one damaged key cannot make it pass for a file of a version that signed nothing.
     written = {"signed": True, **{k: v for k, v in plain(value).items() if k != CHECKSUM}}
-    write_json(path, {**written, CHECKSUM: _digest(written)})
+    write_json(path, {**written, CHECKSUM: json_digest(written)})
 
 
 def read_signed_json(path: Path, again: str) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def read_signed_json(path: Path, again: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         return {}
     told = value.pop(CHECKSUM, None)
-    if (told is not None or "signed" in value) and told != _digest(value):
+    if (told is not None or "signed" in value) and told != json_digest(value):
         raise StorageError(
             f"{path} is not what was written: damaged, or changed since (its checksum differs). {again}"
         )
@@ -74,7 +74,8 @@ def read_signed_json(path: Path, again: str) -> dict[str, Any]:
     return value
 
 
-def _digest(value: dict[str, Any]) -> str:
+def json_digest(value: dict[str, Any]) -> str:
+    """SHA-256, in hexadecimal, of a mapping that JSON holds, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

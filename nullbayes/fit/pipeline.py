@@ -7,8 +7,6 @@ interrupt on the way leaves what was there before.
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -38,6 +36,7 @@ from nullbayes.common.progress import (
     Stages,
     stages,
 )
+from nullbayes.common.writing import json_digest
 from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import TrainingRows, capture_training, with_fitted_noise
 from nullbayes.errors import ModelError
@@ -162,7 +161,7 @@ class Fitting:
     @property
     def identity(self) -> str:
         """Of the network that is fitted around, for checkpoints."""
-        return hashlib.sha256(json.dumps(self.digest, sort_keys=True).encode()).hexdigest()
+        return json_digest(self.digest)
 
     def factorise(self) -> None:
         """A solver ready to project, and the prior precision that it was made ready for."""

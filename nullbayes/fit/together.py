@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence, Sized
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from nullbayes.common.memory import available_bytes
 from nullbayes.common.processes import Processes
+from nullbayes.common.writing import json_digest
 from nullbayes.constraints.memory_budget import default_budget
 from nullbayes.constraints.problem import Problem
 from nullbayes.errors import ProcessError
@@ -33,10 +33,9 @@ def check_alike(
     problem: Problem, settings: Settings, run: Run | None, processes: Processes
 ) -> None:
     """Raise `ProcessError` naming the processes whose versions, weights, seed or settings are not those of the rest."""
-    network = json.dumps(fingerprint(problem.functional.model), sort_keys=True)
     facts: dict[str, Any] = {
         "versions": _versions(),
-        "weights": hashlib.sha256(network.encode()).hexdigest()[:16],
+        "weights": json_digest(fingerprint(problem.functional.model))[:16],
         "parameters": (problem.space.total, str(problem.dtype), _chosen(problem)),
         "randomness": problem.randomness,
         "likelihood": _named(problem.likelihood),

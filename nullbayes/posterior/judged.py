@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ from torch import Tensor
 from nullbayes.common.alike import Rounded
 from nullbayes.common.crowd import Crowd, groups_of
 from nullbayes.common.processes import Processes, resolve
+from nullbayes.common.writing import json_digest
 from nullbayes.errors import InputError
 from nullbayes.jacobian.linearise import linearised_outputs
 from nullbayes.jacobian.shared import serve
@@ -98,9 +97,9 @@ class Judged:
         fit = own._fit
         if fit is None:
             return {"state": "not fitted"}
-        c, weights = fit.certificate, json.dumps(fit.fingerprint, sort_keys=True)
+        c = fit.certificate
         return {
-            "weights": hashlib.sha256(weights.encode()).hexdigest()[:16],
+            "weights": json_digest(fit.fingerprint)[:16],
             "samples": (own._described()["seed"], own.num_samples),
             "training data": (c.examples, getattr(c, "constraints", None)),
             # They depend on the data, the settings and the samples.

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from experiments.devices import device
 from experiments.networks import FOLDER, kept
+from nullbayes.common.files import atomic_file
 from nullbayes.datasets import Split
 from nullbayes.demo.models import seeded
 from nullbayes.demo.training import Recipe, train
@@ -55,7 +57,7 @@ def trained(
 
     def trained_as_asked(network: nn.Module) -> None:
         if isinstance(recipe, OneCycle):
-            one_cycle(network, split, recipe, seed, device())
+            one_cycle(network, split, recipe, seed, device(), path.with_suffix(".unfinished"))
             return
         model = _Augmented(network, seed) if augmented else network
         train(model, split, recipe, loss=loss, seed=seed)
@@ -64,9 +66,18 @@ def trained(
 
 
 def one_cycle(
-    network: nn.Module, split: Split, recipe: OneCycle, seed: int, place: torch.device
+    network: nn.Module,
+    split: Split,
+    recipe: OneCycle,
+    seed: int,
+    place: torch.device,
+    unfinished: Path | None = None,
 ) -> None:
-    """Train a network of images in place, with mirror images and moves; it ends on the CPU."""
+    """Train a network of images in place, with mirror images and moves; it ends on the CPU.
+
+    Each epoch ends in the file ``unfinished``; where it is there, training goes on from it and ends as it would have
+    without a break.
+    """
     network.to(place, memory_format=torch.channels_last)
     model = _Augmented(network, seed, place).train()
     x, y = split.inputs.to(place), split.targets.to(place)
@@ -83,7 +94,8 @@ def one_cycle(
     )
     half = torch.autocast(place.type, torch.bfloat16, enabled=place.type != "cpu")
     order = torch.Generator(place).manual_seed(seed)
-    done = 0
+    state = _State((network, optimiser, schedule), (order, model.generator))
+    done = state.read(unfinished)
     while done < steps:
         for index in torch.randperm(len(split), generator=order, device=place).split(
             recipe.batch_size
@@ -97,7 +109,40 @@ def one_cycle(
             optimiser.step()
             schedule.step()
             done += 1
+        state.write(unfinished, done)
     network.to("cpu", memory_format=torch.contiguous_format).eval()
+    if unfinished is not None:
+        unfinished.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _State:
+    """All that a training changes, with the number of its steps, in a file."""
+
+    parts: tuple[Any, ...]  # each with a ``state_dict``
+    generators: tuple[torch.Generator, ...]
+
+    def read(self, path: Path | None) -> int:
+        """How many steps were made before; 0 where there is no file."""
+        if path is None or not path.is_file():
+            return 0
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        for part, state in zip(self.parts, found["parts"], strict=True):
+            part.load_state_dict(state)
+        for generator, state in zip(self.generators, found["generators"], strict=True):
+            generator.set_state(state)
+        return int(found["done"])
+
+    def write(self, path: Path | None, done: int) -> None:
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        states = [generator.get_state() for generator in self.generators]
+        with atomic_file(path) as part:
+            torch.save(
+                {"done": done, "parts": [p.state_dict() for p in self.parts], "generators": states},
+                part,
+            )
 
 
 class _Augmented(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import tarfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,14 @@ def test_a_job_waits_for_what_it_needs_and_for_nothing_else() -> None:
     first = Job(key("first"), {}, slept)
     jobs = [first, Job(key("second"), {}, slept, after=first.key), Job(key("third"), {}, slept)]
     log: list[tuple[str, str]] = []
+    third = threading.Event()
 
     def one(number: int, job: Job) -> None:
         log.append(("begins", job.key.method))
-        time.sleep(0.2 if number == 0 else 0.0)
+        if number == 2:
+            third.set()
+        elif number == 0:
+            assert third.wait(60)
         log.append(("ends", job.key.method))
 
     spread(jobs, one, 2)
@@ -108,6 +113,37 @@ def test_one_cycle_learns_and_ends_as_it_began() -> None:
     assert all(p.is_contiguous() for p in network.parameters())
     with torch.no_grad():
         assert float((network(x).argmax(1) == y).float().mean()) > 0.95
+
+
+def test_a_training_that_was_stopped_ends_as_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.rand(96, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+    split, recipe = Split(x, torch.arange(96) % 2), OneCycle(3, 32, 0.1, 1e-3)
+
+    def network() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return small_resnet(2, widths=(4, 8))
+
+    whole, stopped, found = network(), network(), network()
+    one_cycle(whole, split, recipe, 0, torch.device("cpu"))
+    path, calls = tmp_path / "some.unfinished", []
+
+    def step(self: torch.optim.SGD) -> None:
+        calls.append(self)
+        if len(calls) == 5:  # within the second epoch
+            raise KeyboardInterrupt
+        plain(self)
+
+    plain = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    with pytest.raises(KeyboardInterrupt):
+        one_cycle(stopped, split, recipe, 0, torch.device("cpu"), path)
+    monkeypatch.undo()
+    one_cycle(found, split, recipe, 0, torch.device("cpu"), path)
+    assert not path.exists()
+    for ours, theirs in zip(found.state_dict().values(), whole.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_moves_and_mirror_images_are_of_up_to_two_pixels() -> None:

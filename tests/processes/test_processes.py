@@ -19,7 +19,6 @@ from torch import Tensor
 import nullbayes as nb
 from nullbayes.common.processes import spread
 from nullbayes.distributed import Shard
-from nullbayes.fit import pipeline
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -90,22 +89,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
     """The same in one process, without a group."""
-    least = pipeline.LEAST_AUDIT
-    pipeline.LEAST_AUDIT = 1e9
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return {
-                "solver": scenes.same_by_solver(),
-                "rows": scenes.same_by_rows(),
-                "updates": scenes.same_after_updates(),
-                "flat": scenes.same_on_flat_meshes(),
-                "within": scenes.same_within_layers(),
-                "posterior": scenes.same_of_a_posterior(),
-                "layer": scenes.same_by_layer(),
-            }
-    finally:
-        pipeline.LEAST_AUDIT = least
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {
+            "solver": scenes.same_by_solver(),
+            "rows": scenes.same_by_rows(),
+            "updates": scenes.same_after_updates(),
+            "flat": scenes.same_on_flat_meshes(),
+            "within": scenes.same_within_layers(),
+            "posterior": scenes.same_of_a_posterior(),
+            "layer": scenes.same_by_layer(),
+        }
 
 
 @pytest.fixture(scope="module")

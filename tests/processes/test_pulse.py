@@ -21,7 +21,7 @@ from nullbayes.common.pulse import Pulse
 
 @pytest.fixture
 def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Pulse, Pulse]]:
-    for name, seconds in {"BEAT": 0.02, "SILENT": 0.3, "HEARD": 1.0}.items():
+    for name, seconds in {"BEAT": 0.02, "SILENT": 0.3, "HEARD": 2.0}.items():
         monkeypatch.setattr(pulse, name, seconds)
     store = dist.HashStore()
     two = Pulse(store, 0, 2), Pulse(store, 1, 2)
@@ -76,12 +76,12 @@ def test_a_process_that_fails_waits_until_that_is_known(pair: tuple[Pulse, Pulse
     threading.Timer(0.2, second.leave).start()
     started = time.monotonic()
     first.linger()
-    assert 0.15 < time.monotonic() - started < 0.9
+    assert 0.15 < time.monotonic() - started < 1.9
     second.enter("fit")
     first.calls = second.calls
     started = time.monotonic()
     first.linger()  # it never hears
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < 10.0
 
 
 def test_one_that_has_ended_is_not_waited_for(pair: tuple[Pulse, Pulse]) -> None:

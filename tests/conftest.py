@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +48,29 @@ SLOW_TESTS = (
     "test_botorch.py",
     "test_graphs.py",
 )
+# Rooms and files with a fixture that many tests share and that takes seconds.
+SHARED = (
+    "processes",
+    "test_distil",
+    "test_distil_tokens",
+    "test_demo",
+    "test_examples_other",
+    "test_report",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each of those on one worker, so that the fixture is made once; all other tests where a worker is free."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = PurePosixPath(nodeid.split("::")[0])
+            shared = [name for name in (path.parent.name, path.stem) if name in SHARED]
+            return shared[0] if shared else nodeid
+
+    return Scheduler(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -40,6 +40,31 @@ def run(role: str, rows: dict[str, Any], seed: int = 0) -> dict[str, Any]:
     return {"seed": seed, "result": result}
 
 
+def test_counted_sets_are_those_that_the_nearest_input_does_not_solve() -> None:
+    """By hand: of two far sets the nearest input solves one; both near sets are solved, so nothing counts there."""
+
+    def scored(name: str, near: list[float], far: list[float]) -> Any:
+        sets = {
+            "near": dict(zip("ab", near, strict=True)),
+            "far": dict(zip("cd", far, strict=True)),
+        }
+        both = {d: {n: {"auroc": v} for n, v in found.items()} for d, found in sets.items()}
+        return row(0.5, 0.5) | {"scores": {name: both}}
+
+    rows = {
+        "nearest input": scored("nearest input", [0.98, 0.99], [0.98, 0.6]),
+        "layers": scored("combined", [0.9, 0.9], [1.0, 0.7]),
+        "DDU": scored("DDU", [0.5, 0.5], [0.6, 0.8]),
+    }
+    found = tables.Found([run(role, rows) for role in (TUNING, JUDGING)])
+    cells, near, far = {}, *tables.COUNTED
+    for measure in (*tables.MEASURES[-2:], near, far):
+        cells[measure.title] = tables.compared(found, "tables", measure, "layers")
+    assert cells["AUROC, near sets"] == "**+0.400** (DDU)"
+    assert cells["AUROC, far sets"] == "**+0.150** (DDU)"
+    assert cells["near counted"] == "–" and cells["far counted"] == "-0.100 (DDU)"
+
+
 def test_scores_and_settings_come_from_the_tuning_problems() -> None:
     found = tables.Found(
         [

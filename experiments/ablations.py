@@ -133,8 +133,8 @@ def report(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
     page.say(
         "The null-space posterior with one thing changed at a time; prior precision by the evidence, linearised "
         "predictions, novelty by the information of the samples (the point estimate's by entropy). On Fashion-MNIST "
-        "LeNet is trained on all images and 3,000 are preserved, except where the share of the data is the question. Mean ± "
-        f"standard error over seeds. `python -m experiments {NAME} --setting {setting}`"
+        "LeNet is trained on all images and 3,000 are preserved, except where the share of the data is the question. "
+        f"Mean ± standard error over seeds. `python -m experiments {NAME} --setting {setting}`"
     )
     for item, (title, _) in ITEMS.items():
         for task in FULL_TASKS:

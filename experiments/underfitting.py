@@ -252,8 +252,8 @@ def report(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
     page.say(
         "Linearised predictions. At the evidence, at the smallest prior precision of the grid that costs at most 0.1 "
         "points of training accuracy, and along the grid. Plain samples: the average that these methods are used with; "
-        "mirrored: over each sample and its mirror image around the trained network's output, as this library predicts, "
-        "under which two classes never change places. The other columns are mirrored. "
+        "mirrored: over each sample and its mirror image around the trained network's output, as this library "
+        "predicts, under which two classes never change places. The other columns are mirrored. "
         "AUROC: by the variance of the outputs, mean over the sets "
         "from elsewhere; of the point estimate by entropy. Mean ± standard error over seeds.",
         f"`python -m experiments {NAME} --setting {setting}`",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from experiments import candidates
 from experiments.detection.base import Given
 from experiments.detection.families import JUDGING, TUNING, Problem, Size
 from experiments.layers import running, sequences, tables
@@ -163,3 +164,22 @@ def test_words_are_numbers_and_padding_is_told_from_words() -> None:
     moved = x.clone()
     moved[1, 0] = 2.0
     assert (model(moved)[1] - model(x)[1]).abs().max() > 1e-4
+
+
+def test_forms_of_the_score_are_compared_with_the_rivals_of_the_layer_null_space() -> None:
+    """Each form stands in the place of the layer posterior; a family of which it has no figures is a dash."""
+
+    def sets(value: float) -> Any:
+        return {"near": {"a": {"auroc": value}}, "far": {"b": {"auroc": value}}}
+
+    rivals = {"layers": row(0.1, 0.1), "DDU": row(0.5, 0.5) | {"scores": {"DDU": sets(0.7)}}}
+    layers = [run(role, rivals) for role in (TUNING, JUDGING)]
+    scores = {"combined": sets(0.6), "neighbours": sets(0.9)}
+    judged = {"family": "tables", "member": JUDGING, "role": JUDGING, "scores": scores}
+    rows, columns = candidates.against([{"seed": 0, "result": judged}], layers)
+    (cells,) = rows[0].runs
+    assert rows[0].title == "tables" and len(columns) == 8
+    assert cells["`combined`, near"] == "-0.100 (DDU)"
+    assert cells["`neighbours`, far counted"] == "**+0.200** (DDU)"
+    rows, _ = candidates.against([], layers)
+    assert set(rows[0].runs[0].values()) == {"–"}

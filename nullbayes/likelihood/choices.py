@@ -50,7 +50,9 @@ class Picked:
         if outputs.ndim == 2:
             return chosen
         at = self._positions(inputs, *outputs.shape[:2]).to(outputs.device)
-        if int(at.min()) < 0 or int(at.max()) >= outputs.shape[1]:
+        # A graph that is traced knows no numbers.
+        traced = torch.compiler.is_compiling()
+        if not traced and (int(at.min()) < 0 or int(at.max()) >= outputs.shape[1]):
             raise InputError(
                 f"`Choices(position={self.position!r})`: positions from {int(at.min())} to {int(at.max())} of outputs "
                 f"with {outputs.shape[1]} positions."

@@ -30,8 +30,8 @@ from nullbayes.model.own_loss import (
     entry,
     kind_of,
     main_loss_alone,
-    scored_outputs,
 )
+from nullbayes.model.own_outputs import OwnOutputs
 from nullbayes.model.parameters import HALF
 
 LABELS = ("labels", "label", "label_ids")
@@ -282,23 +282,15 @@ class HuggingFace:
 
     # -- outputs ---------------------------------------------------------------------------------
 
+    @property
+    def outputs(self) -> OwnOutputs | None:
+        """How outputs are read, without the network; None where the user's own ``forward`` says it."""
+        return None if self.passive else OwnOutputs(self.kind, self.size, self._parameters)
+
     def output(self, value: Any, inputs: Any) -> Tensor | None:
         """The tensor in what the network returned that its own loss is computed from; None: not known here."""
-        if self.passive:
-            return None
-        logits = scored_outputs(value)
-        if logits is None:
-            start, end = entry(value, "start_logits"), entry(value, "end_logits")
-            first = value[0] if isinstance(value, tuple) and value else None
-            if isinstance(value, tuple) and self.kind == "questions":
-                start, end = value[:2]
-            if start is not None and end is not None:
-                return torch.stack([start, end], 1)
-            logits = first if isinstance(first, Tensor) else None
-        if logits is None or self.size is None:
-            return logits
-        size = self._image_size(inputs) if self.size == "inputs" else self.size
-        return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        read = self.outputs
+        return None if read is None else read(value, inputs)
 
     # -- what the network's own loss says ----------------------------------------------------------
 
@@ -329,7 +321,7 @@ class HuggingFace:
 
     def _called_with(self, inputs: Any, labels: Tensor) -> tuple[Any, str | None]:
         """The network's outputs with its loss, and what kind of problem it found; its configuration stays."""
-        given = dict(inputs) if isinstance(inputs, Mapping) else self._by_name(inputs)
+        given = self._by_name(inputs)
         spans = "start_positions" in self._parameters and labels.ndim == 2 and labels.shape[1] == 2
         if spans:
             given |= dict(zip(SPANS, labels.unbind(1), strict=True))
@@ -415,13 +407,10 @@ class HuggingFace:
     # -- its inputs ------------------------------------------------------------------------------
 
     def _by_name(self, inputs: Any) -> dict[str, Any]:
-        several = inputs if isinstance(inputs, tuple) else (inputs,)
-        return dict(zip(self._parameters, several, strict=False))
+        return dict(OwnOutputs(self.kind, self.size, self._parameters).by_name(inputs))
 
     def _tokens(self, inputs: Any) -> Tensor | None:
-        inputs = plain(inputs)
-        named = inputs if isinstance(inputs, Mapping) else self._by_name(inputs)
-        tokens = named.get("input_ids")
+        tokens = self._by_name(plain(inputs)).get("input_ids")
         return self._padded(tokens) if isinstance(tokens, Tensor) and tokens.ndim == 2 else None
 
     def _length(self, inputs: Any) -> int | None:
@@ -429,10 +418,7 @@ class HuggingFace:
         return None if tokens is None else tokens.shape[1]
 
     def _image_size(self, inputs: Any) -> tuple[int, int] | None:
-        inputs = plain(inputs)
-        named = inputs if isinstance(inputs, Mapping) else self._by_name(inputs)
-        image = named.get("pixel_values")
-        return (image.shape[-2], image.shape[-1]) if isinstance(image, Tensor) else None
+        return OwnOutputs(self.kind, self.size, self._parameters).image_size(inputs)
 
     def _background(self) -> int:
         return int(getattr(self.base.config, "semantic_loss_ignore_index", 255))

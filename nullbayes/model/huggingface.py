@@ -127,7 +127,8 @@ class HuggingFace:
         """
         if self.passive or not isinstance(inputs, Mapping):
             return inputs
-        found = next((inputs[k] for k in LABELS if k in inputs), labels)
+        found = self.labels_of(inputs)
+        found = labels if found is None else found
         given = {k: v for k, v in inputs.items() if k not in (*LABELS, *SPANS)}
         extra = [k for k in given if k not in (*self._parameters, *reserved)] if self._named else []
         if extra:
@@ -147,6 +148,12 @@ class HuggingFace:
                 )
             given["decoder_input_ids"] = decoder_inputs(self.base, found)
         return given
+
+    @staticmethod
+    def labels_of(inputs: Any) -> Any:
+        """The labels among ``inputs``; None where there are none."""
+        named = isinstance(inputs, Mapping)
+        return next((inputs[k] for k in LABELS if k in inputs), None) if named else None
 
     def prepared(self, inputs: Any, targets: Any, where: str) -> Any:
         """Targets of a batch as the outputs are scored against.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import nullbayes as nb
+from nullbayes.posterior.corruptions import JUDGING, TEACHING_TOKENS, corrupted, teaching
 from tests.cases.architectures import BERT, CASES, WORDS, built, numbers
 from tests.cases.dense import QUIET
 
@@ -117,3 +118,19 @@ def test_choices_become_a_graph() -> None:
     assert_close(graph(**new)[1], module(**new)[1])
     shorter = {k: v * (torch.arange(6) < 3) for k, v in new.items()}
     assert_close(graph(**shorter)[0], posterior.predict(shorter).point)
+
+
+def test_masks_and_places_are_not_shifted() -> None:
+    batch = texts(20, 6, 0)
+    batch |= {
+        "where": torch.arange(20) % 6,
+        "position_ids": torch.arange(6).expand(20, 6).clone(),
+        "attention_mask": batch["attention_mask"].float(),
+    }
+    assert teaching(batch) == TEACHING_TOKENS
+    for kind in (*TEACHING_TOKENS, *JUDGING):
+        shifted = corrupted(batch, kind, torch.Generator().manual_seed(0))
+        for name, tensor in batch.items():
+            assert bool((shifted[name] == tensor).all()) == (name != "input_ids")
+    alone = corrupted({"which": batch["where"]}, "inverted", torch.Generator().manual_seed(0))
+    assert not torch.equal(alone["which"], batch["where"])  # there is nothing else

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nullbayes.errors import InputError, NullBayesWarning
-from nullbayes.model.adapters import TASKS, adapted, adapter_kind, pretrained, tokens_before
+from nullbayes.model.adapters import adapted, pretrained, task_inputs, tokens_before
 from nullbayes.model.batch import batch_size, changed, plain
-from nullbayes.model.decoding import decoder_inputs, generates
+from nullbayes.model.decoding import check_no_cache, decoder_inputs, generates
 from nullbayes.model.own_loss import (
     IGNORED,
     Kind,
@@ -77,8 +77,7 @@ class HuggingFace:
         self._told: set[str] = set()
         names = inspect.signature(base.forward).parameters
         self._parameters = tuple(n for n, p in names.items() if p.kind != p.VAR_KEYWORD)
-        if adapter_kind(model) == "MULTITASK_PROMPT_TUNING":
-            self._parameters += (TASKS,)
+        self._parameters += task_inputs(model)
         # A forward pass of the user's own may hand everything on without naming it.
         self._named = getattr(base, "main_input_name", "input_ids") in self._parameters
 
@@ -127,6 +126,7 @@ class HuggingFace:
         """
         if self.passive or not isinstance(inputs, Mapping):
             return inputs
+        check_no_cache(inputs)
         found = self.labels_of(inputs)
         found = labels if found is None else found
         given = {k: v for k, v in inputs.items() if k not in (*LABELS, *SPANS)}
@@ -334,7 +334,8 @@ class HuggingFace:
             given |= dict(zip(SPANS, labels.unbind(1), strict=True))
         else:
             names = (n for n in (*LABELS[:1], *VALUES) if n in self._parameters)
-            given[next(names, LABELS[0])] = labels
+            whole = not labels.is_floating_point()
+            given[next(names, LABELS[0])] = labels.long() if whole else labels
         if getattr(self.base.config, "return_dict", True) is False:
             given["return_dict"] = True
         config = self.base.config

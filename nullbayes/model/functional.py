@@ -116,7 +116,11 @@ class FunctionalModel(Reads):
         batch = self.axes.batch(inputs, size)
         if not self._settled:
             self._settled = True
-            settle(self, batch)
+            try:
+                settle(self, batch)
+            except ModelError:
+                self._settled = False  # said again, whoever took the first time for something else
+                raise
         return batch
 
     def computing(self) -> AbstractContextManager[Any]:

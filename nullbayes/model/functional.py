@@ -203,6 +203,9 @@ class FunctionalModel(Reads):
         return bound(self, weights, hooks)
 
     def _run(self, module: nn.Module, forward: Forward | None, given: Any) -> Any:
+        sees = getattr(self.watch, "sees", None)
+        if sees is not None:
+            sees(module)
         with self.computing(), derivable(module, self.device), self.watch or nullcontext():
             return _called(module, forward, given)
 

@@ -55,14 +55,15 @@ WORDS = (
 def jobs(
     setting: str, seeds: Sequence[int] | None = None, methods: Sequence[str] | None = None
 ) -> list[Job]:
-    """One piece for each problem and seed, those for tuning first; the same sizes in both settings."""
+    """One piece for each problem and seed, those for tuning first; sizes and seeds never the full ones."""
     out = []
+    size_of = "small" if setting == "small" else "processor"
     for wanted in (TUNING, JUDGING):
-        for family in families("small").values():
-            size = family.sizes["small"]
-            for member, role in family.chosen("small"):
-                for seed in seeds or range(family.seeds["small"]):
-                    if role != wanted or seed >= family.seeds["small"]:
+        for family in families(size_of).values():
+            size = family.sizes[size_of]
+            for member, role in family.chosen(size_of):
+                for seed in seeds or range(family.seeds[size_of]):
+                    if role != wanted or seed >= family.seeds[size_of]:
                         continue
                     key = Key(NAME, setting, seed, f"{family.name}, {member}")
                     config = {"size": size.config(), "version": VERSION, "role": role}
@@ -73,7 +74,7 @@ def jobs(
 
 def measure_job(family: str, member: str, role: str, seed: int, size: Size) -> dict[str, Any]:
     """AUROC of each form on each set; of a judged problem those of the default and of the chosen one alone."""
-    problem = families("small")[family].make(member, seed, size)
+    problem = families("processor")[family].make(member, seed, size)
     posterior = nb.LayerNullSpacePosterior(problem.given.network, problem.given.kind)
     posterior.fit(batched(problem.given.train), progress=False)
 

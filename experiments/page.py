@@ -120,7 +120,7 @@ def filled(text: str, results: Path, pictures: Path | None = None) -> str:
 
 def content(what: str, results: Path, pictures: Path | None) -> str:
     name, _, title = (part.strip() for part in what.partition(":"))
-    settings: tuple[str, ...] = ("full", "small")
+    settings: tuple[str, ...] = ("full", "processor", "small")
     own, slash, rest = name.partition("/")
     if slash and own in OTHERS:
         name, settings = rest, (own,)

@@ -104,7 +104,7 @@ def test_joint_figures_by_hand() -> None:
 
 
 def test_every_task_has_its_problems_and_three_are_new() -> None:
-    known = families("small")
+    known = families("processor")
     assert {
         "digits",
         "fashion_lenet",
@@ -121,9 +121,9 @@ def test_every_task_has_its_problems_and_three_are_new() -> None:
         "leaves",
     }
     for family in known.values():
-        chosen = list(family.chosen("small"))
-        assert any(role == JUDGING for _, role in chosen)
-        assert set(family.small) <= set(family.members)
+        for setting in ("processor", "full"):
+            assert any(role == JUDGING for _, role in family.chosen(setting))
+        assert all(set(some) <= set(family.members) for some in family.some.values())
         assert max(family.seeds.values()) >= 3
 
 

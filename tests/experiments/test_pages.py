@@ -44,7 +44,7 @@ def test_markers_are_filled_from_the_results_and_shortened(tmp_path: Path) -> No
 )
 @pytest.mark.parametrize("name", list(page.BRIEFS))
 def test_the_brief_table_has_the_cells_of_the_tables_that_it_is_made_of(name: str) -> None:
-    folders = [RESULTS / setting for setting in ("full", "small")]
+    folders = [RESULTS / setting for setting in ("full", "processor", "small")]
     source = next(f / f"{name}.md" for f in folders if (f / f"{name}.md").is_file())
     wanted = page.BRIEFS[name]
     lines = source.read_text().splitlines()

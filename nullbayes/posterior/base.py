@@ -348,6 +348,7 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
             # Looked at first: what changes in between shows the next time.
             watch = Watch(self.model, LOOKED_AT)
             check_unchanged(self.model, fit.fingerprint)
+            self.functional.check_same()
             self._watch = watch
 
     def _inputs(self, x: Inputs, draws: list[int] | None) -> Inputs:

@@ -110,8 +110,7 @@ class Processes:
     @property
     def neighbours(self) -> int:
         """How many of the processes run on this machine, and share its memory."""
-        # (No `cached_property`: until Python 3.12 all objects of a class wait for one lock there, and threads with
-        # groups of their own, which ask here in any order, would wait for each other.)
+        # (No `cached_property`: until Python 3.12 all objects wait for one lock there, threads of several groups, too.)
         if not self._neighbours:
             host = socket.gethostname()
             self._neighbours = self.gather(host).count(host)
@@ -129,6 +128,7 @@ class Processes:
         """The length of a call that all processes make. An error in one of them ends it in all.
 
         Threads take turns, and have to in the same order in every process; those with groups of their own need not.
+        (But for making these: torch's client of the store waits for other processes, and lets no other thread in.)
 
         Args:
             asked: what has to be the same in each, such as arguments.

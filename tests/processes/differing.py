@@ -79,6 +79,10 @@ def threads(rank: int) -> dict[str, list[Any]]:
     for name, of in groups.items():
         found = out[name] = [None, None]
         made = [posterior(process_group=group) for group in of]
+        for (
+            group
+        ) in of:  # as the page on many processes says: each is used once before there are threads
+            resolve(group)
 
         def fit(i: int, made: list[Any] = made, found: list[Any] = found) -> None:
             time.sleep(0.05 * ((i + rank) % 2))  # in another order in each process

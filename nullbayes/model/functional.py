@@ -365,7 +365,10 @@ class FunctionalModel(Reads):
         text = (
             f"{where}: the model's forward pass failed on {found}: {type(error).__name__}: {error}"
         )
-        mend = unbatched(plain(inputs), batch_size(inputs))
+        given = plain(inputs)
+        if isinstance(given, list) and all(isinstance(part, Mapping) for part in given):
+            return f"{text}. Of a list of batches pass `iter(batches)`, or one batch at a time."
+        mend = unbatched(given, batch_size(inputs))
         if mend:
             return f"{text}.{mend}"
         other = sorted({str(t.dtype) for t in leaves if t.is_floating_point()} - {str(self.dtype)})

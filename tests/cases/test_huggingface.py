@@ -76,6 +76,34 @@ def test_labels_are_shifted_as_the_network_shifts_them(counting: nn.Module, pres
     assert path.point["nll"] / 5 == pytest.approx(float(own), rel=1e-4)  # five labels a text
 
 
+def test_labels_beside_a_score_are_shifted_too(counting: nn.Module) -> None:
+    tokens = {"input_ids": counted()}
+    posterior = nb.NullSpacePosterior(counting, preserve="loss").fit(
+        [batch_of(counted())], 4, **QUIET
+    )
+
+    def logits(model: nn.Module, inputs: Any) -> Tensor:
+        return model(**inputs).logits
+
+    by_hand = nb.NullSpacePosterior(counting, preserve="loss", forward=logits)
+    by_hand.fit([tokens | {"labels": shifted()}], 4, **QUIET)
+    new, scores = {"input_ids": counted().flip(1)}, []
+    for each, labels in ((posterior, counted()), (by_hand, shifted())):
+        with warnings.catch_warnings():  # of labels that are not the tokens
+            warnings.simplefilter("ignore", nb.NullBayesWarning)
+            scores.append(each.novelty(new, score="loss", targets=labels))
+    assert_close(*scores)
+
+
+def test_validation_data_without_a_label_are_refused(counting: nn.Module) -> None:
+    posterior = nb.NullSpacePosterior(counting, preserve="loss").fit(
+        [batch_of(counted())], 2, **QUIET
+    )
+    empty = batch_of(counted()) | {"labels": torch.full_like(counted(), -100)}
+    with pytest.raises(nb.InputError, match="every label of its 12 examples is one to be ignored"):
+        posterior.calibrate([empty], **QUIET)
+
+
 def test_a_pair_of_tokens_and_labels_is_shifted_too(counting: nn.Module, strict: None) -> None:
     posterior = nb.NullSpacePosterior(counting, preserve="loss")
     posterior.fit([(counted(), counted())], 2, **QUIET)

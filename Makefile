@@ -34,7 +34,7 @@ help:
 	@echo "make peers      the packages that the benchmarks compare with"
 	@echo "make test-peers the tests that compare with those packages"
 	@echo "make test-hosts fits on two machines, which are network namespaces of this one; as root"
-	@echo "make experiments-small  every table of the evaluation at a small setting, minutes"
+	@echo "make experiments-small  everything of the evaluation at a small setting, minutes"
 	@echo "make experiments        the full tables: hours; goes on where it was stopped"
 	@echo "make clean      remove what these targets made"
 	@echo "Any of them with TORCH=2.6.0: with that torch, in .venv-torch-2.6.0"

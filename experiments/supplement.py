@@ -87,7 +87,7 @@ EXPERIMENTS: dict[str, tuple[Any, Any]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.supplement", description=__doc__)
     parser.add_argument("experiment", choices=list(EXPERIMENTS))
-    parser.add_argument("--setting", default="full", choices=("small", "full"))
+    parser.add_argument("--setting", default="full", choices=("small", "processor", "full"))
     parser.add_argument("--only", nargs="+", metavar="NAME", help="families, or tasks")
     parser.add_argument("--without", nargs="+", default=[], choices=list(SCORES), metavar="SCORE")
     parser.add_argument("--begin", action="store_true", help="pieces that are not there as well")

@@ -50,11 +50,13 @@ SLOW = ("swin", "texts")  # the longest pieces begin first, so that none is left
 PARTS = (
     Part("clothes", "detection", "full", _family("clothes"), device=True),
     Part("tables", "detection", "full", _family("tables", "gaps")),
-    Part("layers, slow", "layers", "small", _family(*SLOW)),
-    Part("layers", "layers", "small", lambda job: not _family(*SLOW)(job)),
+    Part("layers, slow", "layers", "processor", _family(*SLOW)),
+    Part("layers", "layers", "processor", lambda job: not _family(*SLOW)(job)),
     Part("joint", "joint", "full", _joint),
     Part("digits", "detection", "full", _family("digits")),
     Part("intervals", "intervals", "full", lambda job: True),
+    Part("sets", "sets", "full", lambda job: True),
+    Part("candidates", "candidates", "processor", lambda job: True),
     Part("joint, more seeds", "joint", "full", lambda job: not _joint(job)),
 )
 

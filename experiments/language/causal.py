@@ -55,7 +55,8 @@ def sized(size: Size) -> tuple[Size, Shape]:
     if size.seeds > 1:
         own = replace(size, limit=120, sets=30, test=150, samples=12, validation=100)
         return own, Shape(600, 32, 2, 16, 30, 30)
-    return replace(size, limit=180, sets=50, test=200, samples=20), Shape(800, 48, 2, 20, 30, 40)
+    own = replace(size, limit=60, sets=20, test=60, samples=8, validation=60)
+    return own, Shape(400, 32, 1, 16, 15, 20)
 
 
 class Reader:

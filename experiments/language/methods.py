@@ -378,6 +378,8 @@ def _nearest(embed: Any, network: Any, train: Tensor) -> Callable[[Tensor], Tens
 IN_FULL = ("last twentieth",)
 #: What takes the last twentieth of a fully tuned network's weights; left out on a processor.
 PART = ("last twentieth", "Laplace")
+#: What the small setting has.
+SMALL = ("null space", "networks", "layers")
 #: In the order in which they are measured.
 GROUPS: dict[str, Callable[[Problem], Rows]] = {
     "null space": null_space,

@@ -50,7 +50,7 @@ class Size:
 
 
 SIZES = {
-    "small": Size(90, 20, 60, 20, 6, 2, 60, 1, epochs=4),
+    "small": Size(30, 10, 32, 16, 4, 2, 24, 1, ("LoRA",), epochs=3, validation=30),
     "full": Size(),
     # Everything, three seeds, in an hour of one processor.
     "processor": Size(80, 8, 64, 16, 6, 2, 40, 3, epochs=8, validation=60),

@@ -16,7 +16,7 @@ from experiments import measures
 from experiments.detection.running import finite
 from experiments.devices import device
 from experiments.language import causal, encoder
-from experiments.language.methods import GROUPS, IN_FULL, PART
+from experiments.language.methods import GROUPS, IN_FULL, PART, SMALL
 from experiments.language.problem import SIZES, Problem, Row, Size, nll
 from experiments.language.texts import JUDGING, TUNING
 from experiments.methods.base import Draws
@@ -53,13 +53,15 @@ def jobs(
         job(seed, f"{way}: networks trained", train_job, (way, seed, size), keep=False)
         for way, seed in each
     ]
-    for group in GROUPS:
+    kinds, groups = (CAUSAL[:1], SMALL) if setting == "small" else (CAUSAL, tuple(GROUPS))
+    own_model = [
+        job(seed, f"GPT-2: {kind}", causal.measure_job, (kind, seed, size))
+        for kind in kinds
+        for seed in chosen
+    ]
+    for group in groups:
         if group == AFTER_CAUSAL:
-            out += [
-                job(seed, f"GPT-2: {kind}", causal.measure_job, (kind, seed, size))
-                for kind in CAUSAL
-                for seed in chosen
-            ]
+            out += own_model
         out += [
             job(seed, f"{way}: {group}", measure_job, (way, seed, group, size))
             for way, seed in each
@@ -69,6 +71,7 @@ def jobs(
                 else setting != "processor" or group not in PART
             )
         ]
+    out += own_model if AFTER_CAUSAL not in groups else []
     return sorted(out, key=_family) if setting == "processor" else out
 
 

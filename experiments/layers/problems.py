@@ -24,7 +24,15 @@ from experiments import (
     toy,
 )
 from experiments.detection.base import Given
-from experiments.detection.families import FAMILIES, JUDGING, TUNING, Family, Problem, Size
+from experiments.detection.families import (
+    FAMILIES,
+    JUDGING,
+    SETTINGS,
+    TUNING,
+    Family,
+    Problem,
+    Size,
+)
 from experiments.detection.families import trained as trained_as_asked
 from experiments.layers import sequences
 from experiments.tasks import Scale, Task
@@ -39,6 +47,8 @@ SCALES: dict[str, dict[str, Scale]] = {
     "swin": swin.SCALES,
     **dict.fromkeys(tabular.SETS, tabular.SCALES),
 }
+THREE = {"small": 1, "processor": 3, "full": 3}
+TEN = {"small": 1, "processor": 3, "full": 10}
 #: Validation examples that anything is tuned on, at most.
 VALIDATION = 150
 
@@ -49,7 +59,7 @@ def settled(member: str, seed: int, size: Size, setting: str) -> Problem:
     Of clothes two classes (sandals and sneakers, as of the residual network of ``clothes``), of a table the rows that
     are in the top fifth of its first column.
     """
-    task = tasks.make(member, seed, SCALES[member][setting])
+    task = tasks.make(member, seed, SCALES[member]["full" if setting == "full" else "small"])
     task, near = _without_classes(task) if task.kind == "classification" else _without_rows(task)
     network, data = networks.trained(task), task.data
     kind = task.kind
@@ -167,16 +177,16 @@ def _one(
     name: str,
     words: str,
     make: Callable[..., Problem],
-    seeds: tuple[int, int],
+    seeds: dict[str, int],
     size: Size,
+    *,
     member: str = "",
+    small: bool = False,
 ) -> Family:
-    """One problem, named ``member`` if not as the family; ``seeds``: of the small and of the full setting."""
-    only, settings = member or name, ("small", "full")
-    sizes = dict.fromkeys(settings, size)
-    return Family(
-        name, words, {only: JUDGING}, make, sizes, dict(zip(settings, seeds, strict=True)), (only,)
-    )
+    """One problem, named ``member`` if not as the family; ``small``: that setting has it, too."""
+    some: dict[str, tuple[str, ...]] = {} if small else {"small": ()}
+    sizes = dict.fromkeys(SETTINGS, size)
+    return Family(name, words, {member or name: JUDGING}, make, sizes, seeds, some)
 
 
 #: What a piece of these depends on beside its size: what is held out; or which texts.
@@ -194,7 +204,8 @@ def _sequences(few: Size) -> list[Family]:
     return [
         Family(
             name, words, members, make,
-            sizes=dict.fromkeys(("small", "full"), size), seeds={"small": 3, "full": 10}, small=tuple(members)[:2],
+            sizes=dict.fromkeys(SETTINGS, size), seeds=TEN,
+            some={"small": tuple(members)[:2] if name == "voices" else (), "processor": tuple(members)[:2]},
         )
         for name, words, members, make, size in (
             (
@@ -216,6 +227,10 @@ def _sequences(few: Size) -> list[Family]:
     ]  # fmt: skip
 
 
+def _sizes(few: Size, family: Family) -> dict[str, Size]:
+    return {**dict.fromkeys(SETTINGS, few), "full": family.sizes["full"]}
+
+
 def families(setting: str) -> dict[str, Family]:
     """By name, those of the evaluation first."""
     few = Size(preserved=500, test=500, sets=200)
@@ -224,38 +239,52 @@ def families(setting: str) -> dict[str, Family]:
     found = [
         replace(
             FAMILIES["digits"],
-            seeds={"small": 3, "full": 3},
-            sizes={"small": replace(few, train=500), "full": FAMILIES["digits"].sizes["full"]},
-            small=("3 and 0", "4 and 0", "7 and 1"),
+            seeds=THREE,
+            sizes=_sizes(replace(few, train=500), FAMILIES["digits"]),
+            some={"small": ("3 and 0", "4 and 0"), "processor": ("3 and 0", "4 and 0", "7 and 1")},
         ),
         *(
             replace(
                 FAMILIES[name],
-                seeds={"small": 3, "full": 10},
-                sizes={"small": few, "full": FAMILIES[name].sizes["full"]},
+                seeds=TEN,
+                sizes=_sizes(few, FAMILIES[name]),
+                some={"small": small},
             )
-            for name in ("tables", "gaps")
+            for name, small in (
+                ("tables", ("cars", "travel", "vote", "schools")),
+                ("gaps", ("cars, fuel", "weather, warmth")),
+            )
         ),
         Family(
             "tabular",
             "regression of tables without the top fifth of a column; two hidden layers of 50 tanh units, float64",
             dict.fromkeys(tabular.SETS, JUDGING),
             own,
-            {"small": few, "full": few},
-            {"small": 3, "full": 10},
-            tabular.SETS,
+            dict.fromkeys(SETTINGS, few),
+            TEN,
+            {"small": ("diabetes", "wine")},
         ),
-        _one("pictures", "a curve with a gap", pictures, (3, 10), few, "curve"),
-        _one("moons", "two moons in the plane; two hidden layers of 32 tanh units, float64", pictures, (3, 10), few),
+        _one("pictures", "a curve with a gap", pictures, TEN, few, member="curve", small=True),
+        _one(
+            "moons", "two moons in the plane; two hidden layers of 32 tanh units, float64", pictures, TEN, few,
+            small=True,
+        ),
         *_sequences(few),
-        _one("fashion_lenet", "Fashion-MNIST without two classes, LeNet", own, (3, 3), replace(few, preserved=300)),
-        _one("fashion_resnet", "Fashion-MNIST without two classes, residual network with BatchNorm", own, (3, 3), few),
+        _one(
+            "fashion_lenet", "Fashion-MNIST without two classes, LeNet", own, THREE, replace(few, preserved=300),
+            small=True,
+        ),
+        _one("fashion_resnet", "Fashion-MNIST without two classes, residual network with BatchNorm", own, THREE, few),
         replace(
             FAMILIES["clothes"],
-            seeds={"small": 3, "full": 3},
-            sizes={"small": clothes, "full": FAMILIES["clothes"].sizes["full"]},
+            seeds=THREE,
+            sizes=_sizes(clothes, FAMILIES["clothes"]),
+            some={"small": (), "processor": FAMILIES["clothes"].some["processor"]},
         ),
-        _one("swin", "Fashion-MNIST without two classes, Swin transformer", own, (3, 1), replace(few, preserved=100)),
+        _one(
+            "swin", "Fashion-MNIST without two classes, Swin transformer", own, {**THREE, "full": 1},
+            replace(few, preserved=100),
+        ),
     ]  # fmt: skip
     return {family.name: family for family in found}
 

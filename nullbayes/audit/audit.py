@@ -22,6 +22,7 @@ class Audit:
         batches: how many batches were proved at capture, each against one plain backward pass.
         plain_call: largest distance of the outputs of a plain call of the network from those that rows belong to,
             relative, and ``plain_call_allowed``; None where the network cannot be copied for one.
+        jump: how far outputs jump at the trained weights themselves, relative to them; 0: not at all.
         methods: how the derivatives were taken.
         computed_in: the least precise numbers that rows, samples and predictions were computed with, such as "float32".
         rounds_to: half precision that the deployed network computes with, in its weights or on the way (autocast,
@@ -45,11 +46,13 @@ class Audit:
     plain_call_allowed: float = 0.0
     computed_in: str | None = None
     rounds_to: str | None = None
+    jump: float = 0.0
 
     @property
     def passed(self) -> bool:
         """Whether the rows speak the truth of every example that was audited, and at least one was."""
-        return self.examples > 0 and self.worst <= self.allowed and self.deployed
+        right = self.worst <= self.allowed and self.jump == 0
+        return self.examples > 0 and right and self.deployed
 
     @property
     def deployed(self) -> bool:
@@ -70,6 +73,7 @@ class Audit:
             seconds=self.seconds + other.seconds,
             reduced=self.reduced or other.reduced,
             plain_call=max(calls, default=None),
+            jump=max(self.jump, other.jump),
         )
 
     @property
@@ -86,6 +90,13 @@ class Audit:
             end = f" (within {_share(self.worst)} of what the prior would do)." + self._rounding
             return (
                 text + end + (f" Audited less than usual: {self.reduced}." if self.reduced else "")
+            )
+        if self.jump:
+            return (
+                f"The audit failed: outputs of training examples jump by {_share(self.jump)} of their size as soon as "
+                "weights move at all (weights that are rounded down or cut to integers on the very grid that they lie "
+                "on, a choice between equals): there is no derivative at the trained weights, and linearised samples "
+                "say nothing of this network. Leave these weights out with `parameters=`, or round to the nearest."
             )
         if self.worst <= self.allowed:
             return (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.audit.batches import counter_generator
-from nullbayes.audit.network import NetworkCopy, WrittenOut
+from nullbayes.audit.network import Exchanged, NetworkCopy, WrittenOut
 from nullbayes.audit.precision import tolerance
 from nullbayes.errors import ModelError
 from nullbayes.model.batch import Inputs, Keyed
@@ -26,8 +26,12 @@ WAYS = (FORWARD, TWICE, ROWS, DIFFERENCES)
 STEPS = (3e-8, 3e-6, 3e-4, 1e-2)
 # The same in float32.
 COARSE_STEPS = (1e-4, 1e-3, 1e-2)
+# One step that says as much where it agrees with a derivative, and nothing where it does not: in float64 and float32.
+QUICK, QUICK_COARSE = 3e-7, 3e-4
 # Two steps agree, relative.
 SAME = 1e-4
+# A change of outputs, relative to them, that the shortest step makes as well as one ten times as long: no derivative.
+JUMP, STAYS = 1e-3, 0.5
 
 
 class Derivative:
@@ -37,21 +41,26 @@ class Derivative:
 
     Args:
         copy: the network that central differences call; None: a copy in float64.
+        fresh: that copy is a fresh one for each call.
 
     Attributes:
         doubt: largest distance that the last result may have from the derivative, where that is known.
         bend: by how much steps ahead and steps back of the last differences part: the whole change at a kink, such as
             that of a ReLU of zero, where there is no derivative.
+        jump: by how much outputs change, relative to them, however short the step: weights that are rounded down on the
+            grid that they lie on, a choice between equals. 0: not at all.
     """
 
     def __init__(
         self,
         functional: FunctionalModel,
         ways: Sequence[str] = WAYS,
-        copy: NetworkCopy | None = None,
+        copy: NetworkCopy | Exchanged | None = None,
+        *,
+        fresh: bool = False,
     ) -> None:
-        self.functional = functional
-        self.doubt = self.bend = 0.0
+        self.functional, self._fresh = functional, fresh
+        self.doubt = self.bend = self.jump = 0.0
         self._left = list(ways)
         self._together = True
         self._precise = copy
@@ -173,15 +182,18 @@ class Derivative:
 
     def _differences(self, inputs: Inputs, directions: Tensor) -> Tensor:
         """By the shortest step that a longer one agrees with; how far they agree is the doubt."""
+        if self._precise is None:
+            self._precise = NetworkCopy(self.functional, torch.float64, fresh=self._fresh)
         precise = self._precise
-        coarse = precise is not None and precise.dtype is None
-        steps = COARSE_STEPS if coarse and self.functional.dtype != torch.float64 else STEPS
-        found, bends = [], list[float]()
+        coarse = precise.dtype is None and self.functional.dtype != torch.float64
+        here = precise.outputs(inputs).double()
+        found, bends, changed = [], list[float](), list[float]()
         away: list[float] = []
-        for step in steps:
-            central, bend = self._stepped(inputs, directions, step)
+        for step in COARSE_STEPS if coarse else STEPS:
+            central, bend, change = self._stepped(precise, inputs, directions, (step, here))
             found.append(central)
             bends.append(_largest(bend))
+            changed.append(change)
             if len(found) == 1:
                 continue
             away.append(_largest(found[-1] - found[-2]))
@@ -190,26 +202,44 @@ class Derivative:
         best = min(range(len(away)), key=lambda k: away[k])
         self.doubt = away[best]
         self.bend = min(bends[best : best + 2])
+        size = float(here.norm())
+        jumps = changed[0] > JUMP * size and changed[0] > STAYS * changed[1]
+        self.jump = changed[0] / max(size, 1e-300) if jumps else 0.0
         # Where short steps are rounding, the longer of the two is the better one.
         return found[best if best == 0 else best + 1]
 
+    def quickly(self, inputs: Inputs, directions: Tensor) -> Tensor:
+        """Central differences ``(K, *out)`` by one step, whatever they are worth."""
+        precise = self._precise
+        assert precise is not None
+        step = QUICK if self.functional.dtype == torch.float64 else QUICK_COARSE
+        unknown = torch.zeros((), dtype=torch.float64)  # outputs that a difference does not need
+        return self._stepped(precise, inputs, directions, (step, unknown))[0].detach()
+
     def _stepped(
-        self, inputs: Inputs, directions: Tensor, relative: float
-    ) -> tuple[Tensor, Tensor]:
-        """Central differences ``(K, *out)``, and by how much those ahead and those behind part."""
-        if self._precise is None:
-            self._precise = NetworkCopy(self.functional, torch.float64)
+        self,
+        precise: NetworkCopy | Exchanged,
+        inputs: Inputs,
+        directions: Tensor,
+        step_from: tuple[float, Tensor],
+    ) -> tuple[Tensor, Tensor, float]:
+        """Central differences ``(K, *out)``, by how much those ahead and those behind part, and the largest change.
+
+        Args:
+            step_from: half the step, relative to the weights, and the outputs at these.
+        """
+        relative, here = step_from
         weights = self.functional.weights().values()
         size = math.sqrt(sum(float(w.double().square().sum()) for w in weights)) or 1.0
-        here = self._precise.outputs(inputs).double()
-        out, bends = [], []
+        out, bends, changed = [], [], 0.0
         for delta in directions.double():
             step = relative * size / max(float(delta.norm()), 1e-300)
-            ahead = self._precise.outputs(inputs, step * delta).double()
-            behind = self._precise.outputs(inputs, -step * delta).double()
+            ahead = precise.outputs(inputs, step * delta).double()
+            behind = precise.outputs(inputs, -step * delta).double()
             out.append((ahead - behind)[0] / (2 * step))
             bends.append((ahead + behind - 2 * here)[0] / (2 * step))
-        return torch.stack(out), torch.stack(bends)
+            changed = max(changed, float((ahead - here).norm()), float((behind - here).norm()))
+        return torch.stack(out), torch.stack(bends), changed
 
 
 def _largest(changes: Tensor) -> float:

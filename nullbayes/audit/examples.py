@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nullbayes.audit.audit import Audit
 from nullbayes.audit.derivative import DIFFERENCES, FORWARD, Derivative
-from nullbayes.audit.network import NetworkCopy
+from nullbayes.audit.network import Exchanged, NetworkCopy
 from nullbayes.audit.precision import FLOOR, eps, tolerance
 from nullbayes.audit.sampling import Drawn
 from nullbayes.common.processes import Processes
@@ -36,8 +36,9 @@ DIRECTION_BYTES = 2**28
 AGREE = {torch.float64: 1e-6, torch.float32: 2e-3}
 LARGEST = 2e-2
 FEWEST = 4
-# Examples on which a way is confirmed by central differences: of a custom gradient that is wrong, the backward pass
-# knows no more than rows do, and of what is detached (`.detach()`, `.data`, `.item()`) forward mode does not either.
+# Examples of a large network on which a way is confirmed by central differences; of others all: of a custom gradient
+# that is wrong, the backward pass knows no more than rows do, and of what is detached (`.detach()`, `.data`, `.item()`)
+# forward mode does not either. Some examples alone may take the way where that is so.
 CONFIRMED = 2
 # Changes below this are none: their squares underflow, so sums of them say nothing (rows of a network whose outputs
 # exceed each other by a thousand nats).
@@ -91,6 +92,7 @@ class Measured:
         away: largest distance of ``moved`` from what the rows say.
         doubt: how far ``moved`` may be wrong itself.
         deployed: distance of a plain call's outputs from those that the rows belong to, relative; None: no such call.
+        jump: how far outputs jump at the trained weights themselves, relative; 0: they do not.
     """
 
     number: int
@@ -100,6 +102,7 @@ class Measured:
     doubt: float
     way: str
     deployed: float | None
+    jump: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -155,16 +158,20 @@ def audit_examples(
     Raises:
         ModelError: no way leads to the network's derivative along a weight change.
     """
-    started = time.perf_counter()
+    started = begun = time.perf_counter()
     examiner = _Examiner(question)
     found: list[Measured] = []
     places = together.places or range(len(drawn))
     for place, example, claim in zip(places, drawn, claims, strict=True):
-        if len(found) >= FEWEST and time.perf_counter() - started > seconds:
+        if len(found) >= FEWEST and time.perf_counter() - begun > seconds:
             break
         found.append(examiner.examine(example, place, claim))
+        if (
+            len(found) == 1
+        ):  # what a way needs once (imports of PyTorch's take two seconds) is no example's
+            begun = time.perf_counter()
     found, wanted = together.gathered(found), together.total(len(drawn))
-    clear = [m for m in found if m.doubt <= LARGEST * m.reach]
+    clear = [m for m in found if m.jump or m.doubt <= LARGEST * m.reach]
     reduced = []
     if len(found) < wanted:
         reduced.append(f"{len(found)} of {wanted} drawn examples, to save time")
@@ -203,6 +210,7 @@ def _judged(found: Sequence[Measured], functional: FunctionalModel) -> Audit:
         methods=tuple(dict.fromkeys(m.way for m in found)),
         plain_call=max(plain, default=None),
         plain_call_allowed=_plain_allowed(functional),
+        jump=max((m.jump for m in found), default=0.0),
         **_precision(functional),
     )
 
@@ -232,23 +240,34 @@ class _Examiner:
     def __init__(self, question: Question) -> None:
         self.question, self.functional = question, question.functional
         self.along = Derivative(self.functional)
-        self.stepped = Derivative(self.functional, (DIFFERENCES,))
         # What DoRA detaches is known, and noted in the certificate.
-        self._to_confirm = 0 if has_fixed_norms(self.functional.model) else CONFIRMED
+        most = CONFIRMED if is_large(self.functional.model) else math.inf
+        self._to_confirm = 0 if has_fixed_norms(self.functional.model) else most
         #: the last example's changes, in terms of its rows, and these
         self._last: tuple[Tensor, Tensor] | None = None
         #: why no copy of the network could be made; None where one was
         self.no_copy: str | None = None
         self._copy: NetworkCopy | None = None
+        #: what short steps are taken on in the network's own precision, for the first example and for the others
+        self._own: tuple[NetworkCopy | Exchanged, NetworkCopy | Exchanged]
         #: the samples that the last example was moved by, and these with the prior vectors: one copy of them for all
         #: examples that are moved by the same
         self._directions: tuple[list[int], Tensor] | None = None
         try:
             self._copy = NetworkCopy(self.functional)
+            first = self._copy if most == CONFIRMED else NetworkCopy(self.functional, fresh=True)
+            self._own = first, self._copy
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a network's attributes make of being copied
             self.no_copy = type(error).__name__
+            self._own = Exchanged(self.functional), Exchanged(self.functional)
+        small = most != CONFIRMED
+        #: the same in float64, where that decides
+        self._stepped = [
+            Derivative(self.functional, (DIFFERENCES,), fresh=small),
+            Derivative(self.functional, (DIFFERENCES,)),
+        ]
 
     def examine(self, example: Drawn, place: int, claim: Claim) -> Measured:
         """One example; where rows and derivative part, central differences of a copy of the network decide.
@@ -259,43 +278,73 @@ class _Examiner:
         parted = found.away > agreement(self.functional.rounding) * found.reach
         confirmed = place >= self._to_confirm or found.way == DIFFERENCES
         if found.way == FORWARD and not (parted or confirmed):
-            confirmed = not self._steps_otherwise(example, found.reach)
+            confirmed = not self._steps_otherwise(example, place, found.reach)
         if found.way == DIFFERENCES or (confirmed and not parted):
             return found
-        try:
-            again = self._measured(self.stepped, example, place, claim)
-        except ModelError:
+        measured = self._by_steps(example, place, claim)
+        if measured is None:
             return found
+        again, bend = measured
         again = replace(again, reach=max(found.reach, again.reach))
         agrees = again.away <= agreement(self.functional.rounding) * again.reach
+        if again.jump:
+            return replace(found, jump=again.jump)
         if again.doubt > LARGEST * again.reach or (agrees and not parted):
             return found
         if found.way == FORWARD and not parted:
             assert self._last is not None
-            doubt = again.doubt + self.stepped.bend * float(self._last[1].norm())
+            doubt = again.doubt + bend * float(self._last[1].norm())
             return found if again.away <= SURE * doubt else again
         return again
 
-    def _steps_otherwise(self, example: Drawn, reach: float) -> bool:
+    def _by_steps(self, example: Drawn, place: int, claim: Claim) -> tuple[Measured, float] | None:
+        """One example by central differences in float64, or in its own precision where it takes no other, and the bend.
+
+        None: there is neither.
+        """
+        which = min(place, 1)
+        try:
+            return self._measured(self._stepped[which], example, place, claim), self._stepped[
+                which
+            ].bend
+        except ModelError:
+            if self.functional.rounding not in AGREE:
+                return None
+        self._stepped[which] = Derivative(self.functional, (DIFFERENCES,), self._own[which])
+        try:
+            return self._measured(self._stepped[which], example, place, claim), self._stepped[
+                which
+            ].bend
+        except ModelError:
+            return None
+
+    def _steps_otherwise(self, example: Drawn, place: int, reach: float) -> bool:
         """Whether short steps of a plain copy along one prior vector move an example otherwise than forward mode says.
 
         Only a few passes of one example, in the network's own precision: float64 decides where they say so.
         """
-        functional, copied = self.functional, self._copy
-        if copied is None or self._last is None:
+        functional = self.functional
+        if self._last is None:
             return False
         if functional.rounding not in AGREE or _plain_allowed(functional) == ALIKE:
             return not is_large(functional.model)  # steps in half precision say nothing
         changes, rows = self._last
-        steps = Derivative(functional, (DIFFERENCES,), copied)
+        steps = Derivative(functional, (DIFFERENCES,), self._own[min(place, 1)])
+        direction, allowed = self.question.prior[:1], agreement(functional.rounding) * reach
+        expected = changes[-len(self.question.prior)]
+
+        def away(moved: Tensor) -> float:
+            in_rows = moved.reshape(1, -1).double() @ rows.T
+            return float((in_rows - expected.to(in_rows)).norm())
+
         try:
-            direction = self.question.prior[:1]
-            moved = steps(example.inputs, direction).reshape(1, -1).double() @ rows.T
+            if place >= CONFIRMED and away(steps.quickly(example.inputs, direction)) <= allowed:
+                return False
+            apart = away(steps(example.inputs, direction))
         except ModelError:
             return False
-        away = float((moved - changes[-len(self.question.prior)].to(moved)).norm())
         doubt = (steps.doubt + steps.bend) * float(rows.norm())
-        return away > max(agreement(functional.rounding) * reach, SURE * doubt)
+        return steps.jump > 0 or apart > max(allowed, SURE * doubt)
 
     def _both(self, which: list[int]) -> Tensor:
         """Samples and prior vectors ``(2 k, P)``."""
@@ -331,4 +380,5 @@ class _Examiner:
             along.doubt * float(rows.norm()) if along.doubt else 0.0,
             along.way,
             deployed,
+            along.jump,
         )

@@ -29,24 +29,38 @@ class NetworkCopy:
 
     Args:
         dtype: what its floating-point tensors become; None: they stay.
+        fresh: each call is the first one of a copy of its own, so that nothing that a network keeps from one call to
+            the next (results by the identity or the version of a weight) is there at other weights.
 
     Raises:
         Exception: whatever copying this network raises; some networks cannot be copied.
     """
 
-    def __init__(self, functional: FunctionalModel, dtype: torch.dtype | None = None) -> None:
-        self.functional, self.dtype = functional, dtype
-        chosen = set(functional.space.names)
-        # A frozen base is never written to, and may be most of the memory there is.
-        kept = {} if dtype else dict(functional.model.named_parameters())
-        shared: dict[int, Any] = {id(p): p for n, p in kept.items() if n not in chosen}
-        self.model = copy.deepcopy(functional.model, shared)
+    def __init__(
+        self,
+        functional: FunctionalModel,
+        dtype: torch.dtype | None = None,
+        *,
+        fresh: bool = False,
+    ) -> None:
+        self.functional, self.dtype, self.fresh = functional, dtype, fresh
+        self.model = self._copied(functional.model, shared=dtype is None)
         if dtype is not None:
             keep_default_eps(self.model)
             self.model.to(dtype)
-        named = dict(self.model.named_parameters())
-        self._parameters: list[Tensor] = [named[name] for name in functional.space.names]
+        self._parameters = self._chosen(self.model)
         self._trained = [p.detach().clone() for p in self._parameters]
+
+    def _copied(self, model: nn.Module, *, shared: bool) -> nn.Module:
+        chosen = set(self.functional.space.names)
+        # A frozen base is never written to, and may be most of the memory there is.
+        kept = dict(model.named_parameters()) if shared else {}
+        memo: dict[int, Any] = {id(p): p for n, p in kept.items() if n not in chosen}
+        return copy.deepcopy(model, memo)
+
+    def _chosen(self, model: nn.Module) -> list[Tensor]:
+        named = dict(model.named_parameters())
+        return [named[name] for name in self.functional.space.names]
 
     def outputs(self, inputs: Inputs, delta: Tensor | None = None) -> Tensor:
         """``f(θ̂ + Δ, x) (B, *out)`` for ``delta (P,)``; at the trained weights without one."""
@@ -54,34 +68,60 @@ class NetworkCopy:
         if self.dtype is not None:
             given = tree_map(lambda t: as_floating(t, self.dtype), given)
         given = restored(given)
+        model, parameters = self.model, self._parameters
+        if self.fresh:
+            model = self._copied(model, shared=True)
+            parameters = self._chosen(model)
         try:
             if delta is not None:
-                self._write(delta)
+                self._write(parameters, delta)
             # In another precision, the copy follows the network that rows are taken of; in its own, a plain call.
             computing = nullcontext() if self.dtype is None else self.functional.computing()
             with torch.no_grad(), self.functional.drawing(inputs), computing:
-                out = self._called(given)
+                out = self._called(model, given)
         finally:
             if delta is not None:
-                self._write(None)
+                self._write(parameters, None)
         return self.functional.read(out, inputs).detach()
 
-    def _called(self, given: Any) -> Any:
+    def _called(self, model: nn.Module, given: Any) -> Any:
         forward = self.functional.user_forward
         if forward is not None:
-            return forward(self.model, given)
+            return forward(model, given)
         if isinstance(given, Mapping):
-            return self.model(**given)
+            return model(**given)
         several = isinstance(given, tuple) and not isinstance(given, PackedSequence)
-        return self.model(*given) if several else self.model(given)
+        return model(*given) if several else model(given)
 
-    def _write(self, delta: Tensor | None) -> None:
+    def _write(self, parameters: list[Tensor], delta: Tensor | None) -> None:
         values = self._trained
         if delta is not None:
             moved = self.functional.space.unflatten(delta)
             values = [t + d.to(t) for t, d in zip(values, moved.values(), strict=True)]
         with torch.no_grad():
-            torch._foreach_copy_(self._parameters, values)
+            torch._foreach_copy_(parameters, values)
+
+
+class Exchanged:
+    """For networks that cannot be copied: other weights put in place of their own, in their own precision.
+
+    By :class:`FunctionalModel`, so that a mistake in it does not show; what acts past a gradient does.
+    """
+
+    dtype = None
+
+    def __init__(self, functional: FunctionalModel) -> None:
+        self.functional = functional
+
+    def outputs(self, inputs: Inputs, delta: Tensor | None = None) -> Tensor:
+        """``f(θ̂ + Δ, x) (B, *out)``, as :meth:`NetworkCopy.outputs`."""
+        functional = self.functional
+        weights = functional.weights()
+        if delta is not None:
+            moved = functional.space.unflatten(delta)
+            weights = {n: w + moved[n].to(w) for n, w in weights.items()}
+        with torch.no_grad():
+            return functional(weights, inputs)
 
 
 def keep_default_eps(model: nn.Module) -> None:

@@ -57,6 +57,7 @@ from nullbayes.likelihood import Likelihood
 from nullbayes.model.adapters import remarks
 from nullbayes.model.fingerprint import fingerprint, quick_digest
 from nullbayes.model.parameters import standing_notes
+from nullbayes.model.probe import Probe
 from nullbayes.solvers import Choice, Projection, State
 
 # Seconds that the audit of examples may take beside a fit: a share of it, and at least so many.
@@ -316,6 +317,9 @@ class Fitting:
         problem, target = self.problem, self.settings.target
         measured = measured_rows(self.rows, self.done, self.prior.image, self.effects, self.alpha)
         measured["prior_share"] = self.sizes[0] / self.sizes[1]
+        if self.processes is None and self.rows.checked:
+            inputs = self.rows.checked[0][0]
+            problem.functional.probe = Probe.taken(problem.functional, inputs)
         measured |= check.measure(self.alpha**-0.5)
         self._lap(CERTIFICATE)
         certificate = Certificate(

@@ -121,15 +121,24 @@ class Watch:
 
 
 def _entries(module: nn.Module) -> list[object]:
-    """What a module is made of, by identity, and what of its settings ties examples or draws numbers."""
+    """What a module is made of, by identity, its hooks, and its settings as far as they are plain values."""
     state = module.__dict__
     return [
         module.training,  # of a compiled module it is that of the one inside
-        state.get("max_norm"),
+        type(module),
+        id(state.get("forward")),
+        *state["_forward_pre_hooks"],
+        None,
+        *state["_forward_hooks"],
+        *[value for value in state.values() if type(value) in _SETTINGS],
         *map(id, state["_parameters"].values()),
         *map(id, state["_buffers"].values()),
         *map(id, state["_modules"].values()),
     ]
+
+
+# Attributes that are looked at by value.
+_SETTINGS = frozenset({bool, int, float, str})
 
 
 def _wide(words: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from nullbayes.model.huggingface import HuggingFace
 from nullbayes.model.parameters import HALF, ParameterChoice, ParameterSpace
 from nullbayes.model.precision import Unrounded, tolerance, widening
 from nullbayes.model.private import Copier, Hooks, Modules
+from nullbayes.model.probe import Probe, allowed
 from nullbayes.model.ragged import collated, restored, unbatched
 from nullbayes.model.randomness import FrozenRandomness, Replay, keyed
 from nullbayes.model.reading import Reads
@@ -93,6 +94,8 @@ class FunctionalModel(Reads):
         self.last_layer = False
         # Whether gradients by the inputs were once compared with differences.
         self.differentiated = False
+        # What the network said of made-up inputs when a posterior was fitted around it.
+        self.probe: Probe | None = None
         self._settled = False
         self._shape: _OutputShape | None = None
 
@@ -103,6 +106,16 @@ class FunctionalModel(Reads):
     @property
     def dtype(self) -> torch.dtype:
         return self.space.dtype
+
+    def check_same(self) -> None:
+        """Raise `ModelError` where the network is another function than it was, whatever its weights."""
+        away = 0.0 if self.probe is None else self.probe.difference(self)
+        if away > allowed(self):
+            raise ModelError(
+                "the network's weights are those that this posterior was fitted around, but its outputs are others "
+                f"(by {100 * away:.2g} % of their size, on made-up inputs): look for another version of its class, an "
+                "exchanged module or activation, a hook, or a setting that changed since. Restore that, or fit anew."
+            )
 
     def weights(self, *, requires_grad: bool = False) -> dict[str, Tensor]:
         """The trained weights by name, fresh leaves; half precision in the working one, others share storage."""
@@ -116,7 +129,11 @@ class FunctionalModel(Reads):
         batch = self.axes.batch(inputs, size)
         if not self._settled:
             self._settled = True
-            settle(self, batch)
+            try:
+                settle(self, batch)
+            except ModelError:
+                self._settled = False  # said again, whoever took the first time for something else
+                raise
         return batch
 
     def computing(self) -> AbstractContextManager[Any]:
@@ -199,6 +216,9 @@ class FunctionalModel(Reads):
         return bound(self, weights, hooks)
 
     def _run(self, module: nn.Module, forward: Forward | None, given: Any) -> Any:
+        sees = getattr(self.watch, "sees", None)
+        if sees is not None:
+            sees(module)
         with self.computing(), derivable(module, self.device), self.watch or nullcontext():
             return _called(module, forward, given)
 

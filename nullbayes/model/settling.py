@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nullbayes.model.aliases import check_aliases
 from nullbayes.model.batch import Inputs
 from nullbayes.model.parameters import HALF
 from nullbayes.model.precision import Watch, alike, in_half
@@ -20,6 +21,8 @@ def settle(functional: FunctionalModel, inputs: Inputs) -> None:
 
     Half precision, in the weights or on the way, is left out where the network without it is the same but for that
     rounding: rows in half precision prove nothing.
+
+    Raises `ModelError` where outputs depend on a second place of weights in memory, see ``aliases.py``.
     """
     functional.rounds_to = in_half(functional.model)
     if functional.rounds_to is not None:
@@ -37,6 +40,7 @@ def settle(functional: FunctionalModel, inputs: Inputs) -> None:
     if watch.found in HALF:
         functional.rounds_to = watch.found
         _unround(functional, inputs)
+    check_aliases(functional, inputs)
 
 
 def _unround(functional: FunctionalModel, inputs: Inputs) -> None:

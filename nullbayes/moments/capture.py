@@ -147,9 +147,23 @@ def _of_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
     return own
 
 
+class _Forward(nn.Module):
+    """The forward pass of a module, without its hooks."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner.forward(*args, **kwargs)
+
+
 @contextmanager
 def restored(sites: Sequence[Site], originals: Sequence[dict[str, torch.Tensor]]) -> Iterator[None]:
-    """While it lasts, each module with a rule gives what it gives with the weights of ``originals`` (by local name)."""
+    """While it lasts, each module with a rule gives what it gives with the weights of ``originals`` (by local name).
+
+    The user's hooks act on that: what they read of the weights is no part of the layer.
+    """
     busy, owner = False, threading.get_ident()
 
     def hook_of(own: dict[str, torch.Tensor]) -> Callable[..., Any]:
@@ -159,7 +173,8 @@ def restored(sites: Sequence[Site], originals: Sequence[dict[str, torch.Tensor]]
                 return None
             busy = True
             try:
-                return torch.func.functional_call(module, own, args, kwargs)
+                inside = {f"inner.{name}": value for name, value in own.items()}
+                return torch.func.functional_call(_Forward(module), inside, args, kwargs)
             finally:
                 busy = False
 
@@ -169,7 +184,9 @@ def restored(sites: Sequence[Site], originals: Sequence[dict[str, torch.Tensor]]
     try:
         with plain_paths():
             for site, own in zip(sites, originals, strict=True):
-                handles.append(site.module.register_forward_hook(hook_of(own), with_kwargs=True))
+                handles.append(
+                    site.module.register_forward_hook(hook_of(own), with_kwargs=True, prepend=True)
+                )
             yield
     finally:
         for handle in handles:

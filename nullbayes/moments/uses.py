@@ -1,7 +1,9 @@
 """Uses of weights outside of the layers that have a rule, noticed while the network runs over the data.
 
 The proof of the rules (``verify.py``) runs the network on the first examples. Another example may take another way
-(an early exit, a branch on its content) on which a function call reads a weight that so far only its layer read.
+(an early exit, a branch on its content) on which a function call reads a weight that so far only its layer read; or a
+use that gave nothing so far (times a mask of zeros, in a `torch.where`) gives something for this one. So wherever a
+function reads a weight, the batch is asked whether its outputs depend on that.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 
 from nullbayes.errors import ModelError
 from nullbayes.model.batch import Inputs, take
@@ -21,24 +23,20 @@ from nullbayes.model.functional import FunctionalModel
 from nullbayes.moments.blocks import Blocks
 from nullbayes.moments.verify import other_uses
 
-Use = tuple[str, str]
 # What a use gives that outputs may depend on; a shape or a dtype is none.
 _VALUES = (Tensor, float, complex, list)
 
 
 class Uses:
-    """Which weights of ``blocks`` are read by functions outside of their layers, in passes within :meth:`watched`.
-
-    Of networks in half precision that are computed in another one weights are copied for each pass, and not told.
-    """
+    """Which weights of ``blocks`` are read by functions outside of their layers, in passes within :meth:`watched`."""
 
     def __init__(self, functional: FunctionalModel, blocks: Blocks) -> None:
         self.functional, self.blocks = functional, blocks
-        self.known: set[Use] = set()
-        self.seen: set[Use] = set()
-        weights = functional.weights()
-        names = [name for block in blocks.blocks for name in block.names]
-        self.weights = {_storage(weights[n]): n for n in names}
+        #: names of weights that were read outside of their layers since the last question
+        self.seen: set[str] = set()
+        self.names = {name for block in blocks.blocks for name in block.names}
+        #: by their memory, those of the network that is called now
+        self.weights: dict[int, str] = {}
         #: whether the network runs under a mode; None: not yet tried (some compiled operations do not)
         self.runs: bool | None = None
 
@@ -71,7 +69,9 @@ class Uses:
             for site in self.blocks.sites:
                 module: nn.Module = site.module
                 handles.append(module.register_forward_pre_hook(stepping(1)))
-                handles.append(module.register_forward_hook(stepping(-1), always_call=True))
+                # Before the user's own hooks: what these read is read outside of the layer.
+                step = stepping(-1)
+                handles.append(module.register_forward_hook(step, prepend=True, always_call=True))
             self.functional.watch = _Watch(self, depth)
             yield
         finally:
@@ -80,31 +80,33 @@ class Uses:
                 handle.remove()
 
     def check(self, inputs: Inputs, where: str) -> None:
-        """Raise `ModelError` if a use that is new since the last batch moves an output."""
-        new = self.seen - self.known
-        if not new:
+        """Raise `ModelError` if a use since the last batch moves an output of this one."""
+        used, self.seen = self.seen, set()
+        if not used:
             return
-        numbers = [
-            i
-            for i, block in enumerate(self.blocks.blocks)
-            if {name for name, _ in new} & set(block.names)
-        ]
+        numbers = [i for i, block in enumerate(self.blocks.blocks) if used & set(block.names)]
         with torch.no_grad():
             moves = other_uses(self.functional, self.blocks, inputs)
+            if not moves(numbers):
+                return
             bad = sorted(n for i in numbers if moves([i]) for n in self.blocks.blocks[i].names)
-        if bad:
-            raise ModelError(
-                f"{where}: {bad} are used outside of the layers that have a rule, on a way through the network that "
-                "the first examples did not take, so what they multiply there is not known. Leave them out with "
-                "`parameters=`, or put examples that take this way into the first batch: the weights are then fixed."
-            )
-        self.known |= new
+            bad = bad or sorted(used)  # together alone
+        raise ModelError(
+            f"{where}: {bad} are used outside of the layers that have a rule, on a way through the network that "
+            "the first examples did not take, so what they multiply there is not known. Leave them out with "
+            "`parameters=`, or put examples that take this way into the first batch: the weights are then fixed."
+        )
 
 
 class _Watch(TorchFunctionMode):
     def __init__(self, uses: Uses, depth: list[int]) -> None:
         super().__init__()
         self.uses, self.depth = uses, depth
+
+    def sees(self, network: nn.Module) -> None:
+        """The modules that are called now: weights may be copies of the user's, in another precision."""
+        named, known = network.named_parameters(), self.uses.names
+        self.uses.weights = {_storage(p): name for name, p in named if name in known}
 
     def __torch_function__(
         self,
@@ -119,7 +121,7 @@ class _Watch(TorchFunctionMode):
                 for tensor in value if isinstance(value, (tuple, list)) else (value,):
                     name = self._name(tensor)
                     if name is not None and isinstance(out, _VALUES):
-                        self.uses.seen.add((name, resolve_name(func) or repr(func)))
+                        self.uses.seen.add(name)
         return out
 
     def _name(self, value: Any) -> str | None:

@@ -18,6 +18,7 @@ from nullbayes.errors import InputError
 from nullbayes.likelihood import Likelihood
 from nullbayes.model.fingerprint import fingerprint
 from nullbayes.model.functional import FunctionalModel
+from nullbayes.model.probe import Probe
 from nullbayes.model.shares import Share
 from nullbayes.moments.blocks import Block, Blocks
 from nullbayes.moments.gather import Batch, Gathered, drawn, first_batch, gather, unlabelled
@@ -191,6 +192,8 @@ def concluded(
         certificate, seconds=laps.total, peak_memory=peak_bytes(state.functional.device)
     )
     digest = fingerprint(state.functional.model)
+    if state.gathered.kept:
+        state.functional.probe = Probe.taken(state.functional, state.gathered.kept[0][0])
     return LayerFit(state, likelihood, alpha, left_out, certificate, digest)
 
 

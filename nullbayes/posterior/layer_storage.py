@@ -32,7 +32,7 @@ from nullbayes.posterior.posterior_file import (
     description,
     write_file,
 )
-from nullbayes.posterior.storage import Stored
+from nullbayes.posterior.storage import Stored, check_function
 
 if TYPE_CHECKING:
     from nullbayes.posterior.layers import LayerNullSpacePosterior
@@ -69,6 +69,7 @@ def write_layers(
         "fixed": state.blocks.fixed,
         "certificate": fit.certificate.as_dict(),
         "calibration": None if posterior.calibration is None else posterior.calibration.as_dict(),
+        "probe": state.functional.probe and state.functional.probe.as_dict(),
     }
     meta = description(fit.fingerprint, space, space.dtype, VERSION, settings)
     write_file(Path(path), meta, tensors)
@@ -137,6 +138,7 @@ def load_layers(
         _check_blocks(source, blocks, settings)
         gathered = _gathered(blocks, tensors, settings, posterior.functional.device)
         _restore(posterior, blocks, gathered, settings, prints)
+        check_function(source, posterior.functional, settings)
         if settings.get("last") is not None:
             values = tensors["references"].to(posterior.functional.device)
             posterior._fitted().state.references = References(values, int(settings["last"]))

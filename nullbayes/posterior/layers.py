@@ -198,6 +198,7 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
 
     def _accept(self, fit: LayerFit) -> None:
         self._fit, self.likelihood = fit, fit.likelihood
+        self.functional.probe = fit.state.functional.probe
         self._forget_scores()
 
     @reading_method
@@ -303,8 +304,9 @@ class LayerNullSpacePosterior(LayerScored, LayerJudged):
     def _watched(self) -> LayerFit:
         """The same for less than a forward pass, see :class:`Watch`."""
         if self._fit is None or self._watch is None or not self._watch.same(self.model):
-            fit = self._ready()
-            self._watch = Watch(self.model)
+            fit, watch = self._ready(), Watch(self.model)
+            self.functional.check_same()
+            self._watch = watch
             return fit
         return self._fit
 

@@ -17,7 +17,7 @@ from nullbayes.posterior.base import LOOKED_AT, Posterior
 from nullbayes.posterior.layer_storage import is_layer_file, load_layers
 from nullbayes.posterior.layers import LayerNullSpacePosterior
 from nullbayes.posterior.posterior import LaplacePosterior, NullSpacePosterior
-from nullbayes.posterior.storage import read_posterior
+from nullbayes.posterior.storage import check_function, read_posterior
 
 KINDS: dict[str, type[NullSpacePosterior] | type[LaplacePosterior]] = {
     c.__name__: c for c in (NullSpacePosterior, LaplacePosterior)
@@ -74,6 +74,7 @@ def load(
             randomness=frozen and FrozenRandomness(**frozen),
         )
         posterior._restore(stored.samples(posterior.space), settings, prints, watch)
+        check_function(stored.path, posterior.functional, settings)
     except InputError as error:  # a likelihood or a preserve mode that this process does not know
         raise StorageError(
             f"{stored.path} holds a setting that cannot be used here: {error} Import the module that "

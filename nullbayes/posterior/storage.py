@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from nullbayes.certificate import Certificate
 from nullbayes.common.eight_bits import ALIGNED, Packed, Piece, packed_in
 from nullbayes.constraints.problem import Problem
-from nullbayes.errors import NullBayesError, NullBayesWarning, StorageError
+from nullbayes.errors import ModelError, NullBayesError, NullBayesWarning, StorageError
 from nullbayes.fit.result import Fit
 from nullbayes.fit.target import Target
 from nullbayes.likelihood import Likelihood, likelihood_from_config
 from nullbayes.model.adapters import ACTIVE, MERGED, active_adapters
 from nullbayes.model.fingerprint import fingerprint
+from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.parameters import HALF, WRAPPED, ParameterSpace
+from nullbayes.model.probe import Probe
 from nullbayes.posterior.calibration_path import CalibrationPath
 from nullbayes.posterior.description import DescriptionError, check_settings, parsed
 from nullbayes.posterior.posterior_file import (
@@ -119,6 +121,7 @@ def described(fit: Fit, target: Target, calibration: CalibrationPath | None) -> 
         "certificate": fit.certificate.as_dict(),
         "calibration": None if calibration is None else calibration.as_dict(),
         "conventions": None if conventions is None else conventions.config(),
+        "probe": problem.functional.probe and problem.functional.probe.as_dict(),
     }
 
 
@@ -147,6 +150,15 @@ def restored(
         prints,
     )
     return fit, None if path is None else CalibrationPath(**path)
+
+
+def check_function(path: Path, functional: FunctionalModel, settings: dict[str, Any]) -> None:
+    """Raise `StorageError` where a network with the right weights is another function than the file was written for."""
+    functional.probe = Probe.from_dict(settings.get("probe"))  # files of earlier versions have none
+    try:
+        functional.check_same()
+    except ModelError as error:
+        raise StorageError(f"{path} does not belong to this network: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -307,7 +307,7 @@ def test_no_copy_and_no_way_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     f, x = functional(mlp()), data()
     rows = dense(f, x)
 
-    def refuse(*_: Any) -> Any:
+    def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no deep copies here")
 
     monkeypatch.setattr(examples, "NetworkCopy", refuse)

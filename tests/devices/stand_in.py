@@ -67,9 +67,9 @@ def test_scores_on_another_device_are_the_same() -> None:
     g = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     network = small_resnet(3, widths=(3, 4)).eval()
-    x, y = torch.rand(30, 1, 8, 8, generator=g), torch.arange(30) % 3
-    some = Given(network, Split(x, y), x[:10], 10)
-    test, near = Split(torch.rand(9, 1, 8, 8, generator=g), y[:9]), x[:6].flip(2)
+    x, y = torch.rand(15, 1, 8, 8, generator=g), torch.arange(15) % 3
+    some = Given(network, Split(x, y), x[:6], 6)
+    test, near = Split(torch.rand(6, 1, 8, 8, generator=g), y[:6]), x[:4].flip(2)
     here = families.Problem(some, test, {"a": near}, {"b": 1 - near})
     found = {name: running.measured(running.SCORES[name], here) for name in SCORES}
     with Elsewhere():
@@ -90,6 +90,10 @@ def test_scores_on_another_device_are_the_same() -> None:
 
 
 # -- questions of the host -----------------------------------------------------------------------
+
+
+DEPTHS = 1, 4
+FEW: Any = QUIET | {"audit": 2}  # examples: to audit all of them asks most
 
 
 def deep(layers: int) -> nn.Module:
@@ -114,9 +118,10 @@ def reads(run: Callable[[], Any], device: Elsewhere) -> int:
 def test_use_asks_the_host_as_often_whatever_the_depth(layered: bool) -> None:
     counted = []
     with Elsewhere() as device:
-        for depth in (1, 6):
+        for depth in DEPTHS:
             kind = nb.LayerNullSpacePosterior if layered else nb.NullSpacePosterior
-            posterior: Any = kind(deep(depth)).fit(batches(2), 3, **QUIET)
+            less = QUIET if layered else FEW
+            posterior: Any = kind(deep(depth)).fit(batches(2), 3, **less)
             x = batches(1)[0][0]
             novelty = partial(posterior.novelty, x)
             uses = [partial(posterior.predict, x)]
@@ -140,7 +145,7 @@ def test_launches_are_not_one_an_example() -> None:
     x = torch.randn(132, 1, 28, 28, generator=torch.Generator().manual_seed(1))
     with Elsewhere() as device:
         train = [(x[:4], torch.arange(4))]
-        posterior = nb.NullSpacePosterior(moved(model), prior_precision=1.0).fit(train, 10, **QUIET)
+        posterior = nb.NullSpacePosterior(moved(model), prior_precision=1.0).fit(train, 10, **FEW)
         counted = []
         for size in (8, 128):
             posterior.predict(x[4 : 4 + size])
@@ -151,9 +156,9 @@ def test_launches_are_not_one_an_example() -> None:
 
 
 def reads_of_one_more(fit: Callable[[int, int], Any]) -> list[float]:
-    """What one more of something asks, for networks of 1 and 6 layers: ``fit(depth, 6)`` beside ``fit(depth, 2)``."""
+    """What one more of something asks, for networks of two depths: ``fit(depth, 6)`` beside ``fit(depth, 2)``."""
     with Elsewhere() as device:
-        each = [[reads(partial(fit, depth, count), device) for count in (2, 6)] for depth in (1, 6)]
+        each = [[reads(partial(fit, depth, count), device) for count in (2, 6)] for depth in DEPTHS]
     return [(many - few) / 4 for few, many in each]
 
 
@@ -161,7 +166,7 @@ def test_a_batch_more_of_a_fit_asks_as_often_whatever_the_depth() -> None:
     more = reads_of_one_more(
         lambda depth, count: nb.NullSpacePosterior(
             deep(depth), solver=solvers.DualCholesky(), prior_precision=1.0
-        ).fit(batches(count), 3, **QUIET)
+        ).fit(batches(count), 3, **FEW)
     )
     assert more[1] <= 1.2 * more[0]
 
@@ -173,7 +178,7 @@ def test_an_iteration_asks_as_often_whatever_the_depth() -> None:
             deep(depth),
             solver=solvers.ConjugateGradient(max_iterations=count, tolerance=1e-30),
             prior_precision=1.0,
-        ).fit(batches(4), 3, **QUIET)
+        ).fit(batches(4), 3, **FEW)
     )
     assert each[1] <= each[0] + 2
     assert each[1] < 16
@@ -196,7 +201,7 @@ def test_an_iteration_launches_fewer_where_there_is_more_memory(
                     solver = solvers.ConjugateGradient(max_iterations=steps, tolerance=1e-30)
                     before = device.launches
                     nb.NullSpacePosterior(deep(2), solver=solver, prior_precision=1.0).fit(
-                        train, 3, **QUIET
+                        train, 3, **FEW
                     )
                     counted.append(device.launches - before)
                 each.append((counted[1] - counted[0]) / 2)

@@ -180,7 +180,10 @@ def test_pairs_and_roles() -> None:
     assert digits["1 and 0"] == families.JUDGING
     for family in families.FAMILIES.values():
         assert {families.TUNING, families.JUDGING} == set(family.members.values())
-        assert set(family.small) <= set(family.members)
+        for setting in family.sizes:
+            chosen = dict(family.chosen(setting))
+            assert {families.TUNING, families.JUDGING} == set(chosen.values())
+        assert all(set(some) <= set(family.members) for some in family.some.values())
 
 
 @pytest.mark.parametrize("kind", ["residual", "convolutions", "perceptron"])

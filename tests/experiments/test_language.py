@@ -55,7 +55,7 @@ def packed(tmp_path, monkeypatch):
     (folder / encoder.SETTINGS).write_text(json.dumps(SETTINGS))
     monkeypatch.setenv(encoder.FOLDER, str(folder))
     monkeypatch.setattr(problem, "NETWORKS", tmp_path / "networks")
-    monkeypatch.setitem(problem.SIZES, "small", TINY)
+    monkeypatch.setitem(problem.SIZES, "full", TINY)
     shape = causal.Shape(30, 16, 1, 4, 3, 8)
     monkeypatch.setattr(causal, "sized", lambda size: (size, shape))
     for cached in (encoder.pretrained, encoder.texts):
@@ -184,6 +184,15 @@ def test_answers_of_several_models_and_with_dropout(packed):
     assert not asked.model.training
 
 
+def test_the_small_setting_has_a_few_groups_and_the_causal_model() -> None:
+    names = [job.key.method for job in running.jobs("small")]
+    assert names == [
+        "LoRA: networks trained",
+        *(f"LoRA: {group}" for group in methods.SMALL),
+        "GPT-2: choices",
+    ]
+
+
 def test_jobs_on_a_processor_come_family_by_family():
     families = [j.key.method.partition(":")[0] for j in running.jobs("processor")]
     assert list(dict.fromkeys(families)) == ["GPT-2", "full", "LoRA"]
@@ -212,7 +221,7 @@ def test_every_piece_runs_and_is_reported(packed, tmp_path):
     pytest.importorskip("laplace")
     if importlib.util.find_spec("pytorch_ood") is None:
         pytest.skip("pytorch-ood is not installed")
-    jobs = running.jobs("small")
+    jobs = running.jobs("full")
     assert len({job.key for job in jobs}) == len(jobs) == 2 + 2 * len(methods.GROUPS) - 1 + 3
     # Each group of methods once, the null space of both.
     once = {
@@ -232,7 +241,7 @@ def test_every_piece_runs_and_is_reported(packed, tmp_path):
     assert not outcome.failures and not outcome.skipped
     errors = [r["result"]["error"] for r in outcome.runs if "error" in r["result"]]
     assert not errors
-    running.report("small", outcome.runs, tmp_path)
+    running.report("full", outcome.runs, tmp_path)
     text = (tmp_path / "language.md").read_text()
     for title in (
         "LoRA, r = 8: predictions",

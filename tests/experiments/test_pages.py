@@ -30,6 +30,12 @@ def test_markers_are_filled_from_the_results_and_shortened(tmp_path: Path) -> No
     assert "| null-space, by evidence | 2 |" in filled and "small" in filled
     assert "**One**\n\n| | x |" in filled  # a reader of the page sees what the table is of
     assert page.filled(filled, tmp_path) == filled
+    assert "*Setting: small; `experiments" in filled
+    counted = "\n".join(["# T", "", "Seeds: a 4, b 1. † two.", "", "## One", "", *table])
+    (tmp_path / "small" / "seeds.md").write_text(counted)
+    assert "*Setting: small; seeds: a 4, b 1; `" in page.filled(
+        text.replace("thing", "seeds"), tmp_path
+    )
     rows = [f"| row {k} | {k} |" for k in range(20)]  # none stands for a method: all are shown
     (tmp_path / "small" / "other.md").write_text(
         "\n".join(["# T", "", "## One", *table[:2], *rows])
@@ -44,7 +50,7 @@ def test_markers_are_filled_from_the_results_and_shortened(tmp_path: Path) -> No
 )
 @pytest.mark.parametrize("name", list(page.BRIEFS))
 def test_the_brief_table_has_the_cells_of_the_tables_that_it_is_made_of(name: str) -> None:
-    folders = [RESULTS / setting for setting in ("full", "small")]
+    folders = [RESULTS / setting for setting in ("full", "processor", "small")]
     source = next(f / f"{name}.md" for f in folders if (f / f"{name}.md").is_file())
     wanted = page.BRIEFS[name]
     lines = source.read_text().splitlines()

@@ -77,6 +77,49 @@ def test_a_later_example_that_reads_a_weight_elsewhere_is_refused() -> None:
         quiet(two(forward), list(x.split(100)), **EXACT)
 
 
+SILENT: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "a mask": lambda m, far, x: far * F.linear(x.roll(1, -1), m.a.weight[:3]),
+    "detached": lambda m, far, x: far * F.linear(x.roll(1, -1), m.a.weight.detach()[:3]),
+    "a norm": lambda m, far, x: far * m.a.weight.norm(),
+    "a branch": lambda m, far, x: (
+        F.linear(x.roll(1, -1), m.a.weight[:3]) * far if bool(far.any()) else 0 * far
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", SILENT)
+def test_a_use_that_says_nothing_of_the_first_examples_is_asked_about_again(
+    kind: str, dtype: torch.dtype
+) -> None:
+    """Every batch reads the weight, and one example of 500 has something of it."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        far = (x.abs().amax(-1, keepdim=True) > 50).to(x)
+        return m.b(torch.tanh(m.a(x))) + SILENT[kind](m, far, x)
+
+    x = flat(500)
+    x[350] *= 100 / x[350].abs().max()
+    x[:, 2:] = 0  # two directions in half precision, too
+    with says(ModelError, "train, batch 3", "'a.bias', 'a.weight'", "`parameters=`"):
+        quiet(two(forward).to(dtype), list(x.to(dtype).split(100)), **EXACT)
+
+
+def test_what_a_hook_reads_is_no_part_of_its_layer() -> None:
+    def hook(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
+        far = (args[0].abs().amax(-1, keepdim=True) > 50).to(out)
+        return out + far * F.linear(args[0].roll(1, -1), module.weight)
+
+    model, x = two(lambda m, x: m.b(torch.tanh(m.a(x)))), flat(500)
+    x[350] *= 100 / x[350].abs().max()
+    model.a.register_forward_hook(hook)
+    with says(ModelError, "train, batch 3", "'a.bias', 'a.weight'"):
+        quiet(model, list(x.split(100)), **EXACT)
+    before = two(lambda m, x: m.b(torch.tanh(m.a(x))))
+    before.a.register_forward_pre_hook(lambda module, args: (args[0] / 2,))
+    assert quiet(before, list(x.split(100)), **EXACT).certificate.held
+
+
 def test_what_reads_shapes_and_types_of_weights_is_no_use() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         x = x.to(m.a.weight) if len(x) == 5 else x.to(m.a.weight.dtype)

@@ -53,6 +53,7 @@ class Extent:
             return None
         try:
             start, size = value.data_ptr(), value.element_size()
+            value.untyped_storage().data_ptr()  # some have an address, and no memory to look at
         except (RuntimeError, NotImplementedError):
             return None
         if not start or not value.numel():

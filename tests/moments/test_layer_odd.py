@@ -265,3 +265,24 @@ def test_outputs_that_are_nothing(zero: str) -> None:
             layer.bias.zero_()
     certificate = quiet(model, [flat()]).certificate
     assert not certificate.fixed and certificate.held
+
+
+def test_predictions_close_to_a_tie_are_not_turned_over() -> None:
+    """Logits of a millionth: half of a hundredth of a nat is room for any class."""
+    model = two(lambda m, x: 1e-6 * m.b(torch.tanh(m.a(x))))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    labels = model(x).argmax(1)
+    posterior = quiet(model, [(x, labels)])
+    certificate = posterior.certificate
+    assert certificate.held and certificate.posterior_score > 0.85
+    posterior.prior_precision /= 1e6  # nats say nothing still
+    certificate = posterior.certificate
+    assert certificate.divergence < 0.005 and certificate.posterior_score < 0.85
+    assert not certificate.held and "close to ties" in certificate.verdict
+    right = 0.0
+    for sample in posterior.sample(4):
+        fresh = two(model.function)
+        fresh.load_state_dict(sample)
+        right += float((fresh(x).argmax(1) == labels).double().mean()) / 4
+    assert right < 0.85

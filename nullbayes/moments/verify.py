@@ -28,9 +28,6 @@ from nullbayes.moments.second import BlockMoments, DenseMoments
 from nullbayes.moments.sketch import Sketch
 
 OTHER_USE = "it is used outside of the layers that have a rule"
-TRANSFORMED = (
-    "its layer is called within `torch.func` (`vmap`, `jacrev`), where its inputs cannot be read"
-)
 WRONG_RULE = "outputs move although the inputs that its rule names would allow it"
 # Largest change of an output, relative to the largest output, that rounding explains.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
@@ -57,7 +54,7 @@ def verified_blocks(
         except TransformedCall as call:
             places = blocks.sites[call.site].places.values()
             names = {n for i, _ in places for n in blocks.blocks[i].names}
-            fixed = blocks.fixed | dict.fromkeys(names, TRANSFORMED)
+            fixed = blocks.fixed | dict.fromkeys(names, call.reason)
             blocks = find_blocks(functional.model, functional.space, fixed)
     for change_of, reason in ((other_uses, OTHER_USE), (_null_space, WRONG_RULE)):
         with torch.no_grad():

@@ -143,6 +143,16 @@ def test_layers_called_within_a_transformation_stay_fixed(kind: str) -> None:
     assert "torch.func" in certificate.fixed["a.weight"]
 
 
+def test_layers_called_on_nested_tensors_stay_fixed() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        rows = torch.nested.nested_tensor(list(x.unsqueeze(1)), layout=torch.jagged)
+        return m.b(torch.tanh(m.a(rows).values()))
+
+    certificate = quiet(two(forward), [flat()], **EXACT).certificate
+    assert certificate.held and set(certificate.fixed) == {"a.weight", "a.bias"}
+    assert "nested" in certificate.fixed["a.weight"]
+
+
 class NoBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

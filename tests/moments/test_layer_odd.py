@@ -120,6 +120,20 @@ def test_what_a_hook_reads_is_no_part_of_its_layer() -> None:
     assert quiet(before, list(x.split(100)), **EXACT).certificate.held
 
 
+def test_networks_that_nobody_can_look_into_are_asked_about_every_batch() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if torch._C._len_torch_function_stack():
+            raise RuntimeError("not under a mode")
+        far = (x.abs().amax(-1, keepdim=True) > 50).to(x)
+        return m.b(torch.tanh(m.a(x))) + SILENT["a mask"](m, far, x)
+
+    x = flat(500)
+    assert quiet(two(forward), list(x.split(100)), **EXACT).certificate.held
+    x[350] *= 100 / x[350].abs().max()
+    with says(ModelError, "train, batch 3", "'a.bias', 'a.weight'"):
+        quiet(two(forward), list(x.split(100)), **EXACT)
+
+
 def test_what_reads_shapes_and_types_of_weights_is_no_use() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         x = x.to(m.a.weight) if len(x) == 5 else x.to(m.a.weight.dtype)

@@ -117,7 +117,7 @@ def report(runs: dict[str, list[dict[str, float]]], name: str, command: str) -> 
         f"networks. Behind each figure: on how many of the {count} networks it is no worse than the point estimate's.",
         f"`{command}`",
         "",
-        "| | residual | drift | prior kept | lost | train acc. | test acc. | NLL | ECE "
+        "| | residual | drift | prior preserved | lost | train acc. | test acc. | NLL | ECE "
         "| AUROC held-out | rotated | noise |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]

@@ -290,7 +290,7 @@ def report(results: Sequence[dict[str, Any]], seconds: float) -> str:
         WORDS.format(examples=EXAMPLES, samples=SAMPLES),
         f"{seconds / 60:.0f} minutes in all, {torch.get_num_threads()} thread(s). `python -m benchmarks.outputs`",
         "",
-        "| network | keeps | quantity | k | target | |",
+        "| network | preserves | quantity | k | target | |",
         "|---|---|---|---|---|---|",
     ]
     for series in results:

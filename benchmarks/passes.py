@@ -130,7 +130,7 @@ def table(found: list[dict[str, Any]], about: dict[str, Any]) -> str:
         "for the preconditioner included, capturing the rows not; and the share of the prior's variance that is left.",
         "`python -m benchmarks.passes`",
         "",
-        "| road | " + " | ".join(heads) + " | last residual | prior kept |",
+        "| road | " + " | ".join(heads) + " | last residual | prior preserved |",
         "|" + "---|" * (len(heads) + 3),
     ]
     for road in found:

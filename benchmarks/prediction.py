@@ -94,6 +94,14 @@ def ratios(result: dict[str, Any], samples: int) -> dict[str, float]:
     return {key: value / (samples * forward) for key, value in median.items()}
 
 
+def judged(cost: dict[str, float]) -> str:
+    """Which targets were missed, if any."""
+    missed = [kind for kind, most in TARGETS.items() if cost[kind] > most]
+    if cost["novelty"] >= min(cost["linearised"], cost["sampled"]):
+        missed.append("novelty")
+    return f"missed: {', '.join(missed)}" if missed else "met"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
@@ -109,8 +117,8 @@ def main() -> None:
         f"Targets: linearised at most {TARGETS['linearised']}, sampled at most {TARGETS['sampled']}, "
         "novelty below both.",
         "",
-        "| model | weights | forward s | linearised | sampled | novelty | peak MB |",
-        "|---|---|---|---|---|---|---|",
+        "| model | weights | forward s | linearised | sampled | novelty | peak MB | targets |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     runs: dict[str, dict[str, Any]] = {}
     for name in options.models:
@@ -122,7 +130,7 @@ def main() -> None:
         forward = statistics.median(result["seconds"]["forward"])
         lines.append(
             f"| {name} | {result['weights']:,} | {forward:.4g} | {cost['linearised']:.2f} | {cost['sampled']:.2f} "
-            f"| {cost['novelty']:.2f} | {result['peak_bytes'] / 2**20:.0f} |"
+            f"| {cost['novelty']:.2f} | {result['peak_bytes'] / 2**20:.0f} | {judged(cost)} |"
         )
         print(lines[-1], flush=True)
     results = {

@@ -34,7 +34,7 @@ def report(results: list[dict[str, Any]], seconds: float, entropy: float) -> str
         f"`auto` and `loss` the last layer is scaled until the mean softmax entropy is {entropy} nats at every O, as a",
         "trained classifier has it: predictions then concentrate on a few classes, whatever their number.",
         "",
-        "| x | keeps | quantity | k, whole range | k, upper half | from x = | last | target | whole | upper |",
+        "| x | preserves | quantity | k, whole range | k, upper half | from x = | last | target | whole | upper |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for law in results:

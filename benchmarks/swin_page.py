@@ -26,7 +26,7 @@ def report(runs: list[dict[str, Any]], counts: dict[str, int], options: argparse
         f"{options.tolerance:g}; the residual is the certificate's, recomputed from the rows, and the peak is the",
         "whole process's up to the end of the fit, certificate included. `python -m benchmarks.swin`",
         "",
-        "| keeps | N | delta | M | rank | residual | target | minutes | target | peak GB | target |",
+        "| preserves | N | delta | M | rank | residual | target | minutes | target | peak GB | target |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in runs:
@@ -42,7 +42,7 @@ def report(runs: list[dict[str, Any]], counts: dict[str, int], options: argparse
         "",
         "Where the time went, in seconds:",
         "",
-        f"| keeps | delta | {' | '.join(stages)} | other | CPU, all threads | solver | iterations |",
+        f"| preserves | delta | {' | '.join(stages)} | other | CPU, all threads | solver | iterations |",
         "|---" * (len(stages) + 6) + "|",
     ]
     for r in runs:
@@ -57,9 +57,9 @@ def report(runs: list[dict[str, Any]], counts: dict[str, int], options: argparse
     lines += [
         "",
         "What the certificate says, at the prior precision of the evidence and at the one that validation images",
-        "choose. Drifts are RMS changes of what is kept: linearised, of a row, and of the re-weighted network itself.",
+        "choose. Drifts are RMS changes of what is preserved: linearised, of a row, and of the re-weighted network.",
         "",
-        "| keeps | delta | prior precision | training accuracy | drift | row drift | sampled drift "
+        "| preserves | delta | prior precision | training accuracy | drift | row drift | sampled drift "
         "| trace left out | held |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -91,7 +91,7 @@ def quality_lines(runs: list[dict[str, Any]], counts: dict[str, int]) -> list[st
         f"Quality: {counts['test']} test images; prior precision chosen on {counts['validation']} validation images.",
         f"AUROC against {numbers}: of 1 − confidence for the point estimate, of novelty otherwise.",
         "",
-        f"| keeps | predictions | accuracy | NLL | ECE | {' | '.join(f'AUROC {s}' for s in shifts)} |",
+        f"| preserves | predictions | accuracy | NLL | ECE | {' | '.join(f'AUROC {s}' for s in shifts)} |",
         "|---" * (len(shifts) + 5) + "|",
     ]
     first = runs[0]["methods"]["point estimate"]
@@ -104,7 +104,7 @@ def quality_lines(runs: list[dict[str, Any]], counts: dict[str, int]) -> list[st
         )
     lines += [
         "",
-        "| keeps | validation NLL: point estimate | evidence | chosen |",
+        "| preserves | validation NLL: point estimate | evidence | chosen |",
         "|---|---|---|---|",
     ]
     for r in runs:
@@ -179,7 +179,7 @@ def draw_stages(axis: Any, runs: list[dict[str, Any]]) -> None:
 def draw_auroc(axis: Any, runs: list[dict[str, Any]]) -> None:
     shifts = list(runs[0]["methods"]["point estimate"]["auroc"])
     bars = [("point estimate, confidence", runs[0]["methods"]["point estimate"])]
-    bars += [(f"keeps {r['name']}: novelty", r["methods"]["linearised"]) for r in runs]
+    bars += [(f"preserves {r['name']}: novelty", r["methods"]["linearised"]) for r in runs]
     width = 0.8 / len(bars)
     for k, ((name, figures), colour) in enumerate(zip(bars, ("#9a9a9a", *COLOURS), strict=False)):
         at = [i + (k - (len(bars) - 1) / 2) * width for i in range(len(shifts))]

@@ -229,7 +229,7 @@ def report(whole: dict[str, Any], rows: list[dict[str, Any]], options: argparse.
         f"# A whole data set: Fashion-MNIST, N = {options.examples}, all softmax directions, S = {options.samples}",
         "",
         "LeNet, 61,706 weights, trained for ten epochs; conjugate gradients in a fresh process, certificate included,",
-        "and what 500 images that join late tell of data not seen.",
+        "and what 500 images that join late tell of other data.",
         f"First {TEST} test images; peak memory is that of the process. `python -m benchmarks.whole`",
         "",
         "| | reached | target |",
@@ -241,7 +241,7 @@ def report(whole: dict[str, Any], rows: list[dict[str, Any]], options: argparse.
         "One longer fit, its samples taken at every measurement of the residual, each at its own evidence; nothing",
         "held out at first.",
         "",
-        "| " + " | ".join(COLUMNS) + " |",
+        "| " + " | ".join(c.replace("kept", "preserved") for c in COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
         *("| " + " | ".join(_cell(row[c]) for c in COLUMNS) + " |" for row in rows),
         "| point estimate | | | | | "

@@ -122,7 +122,7 @@ def samples(case: Case) -> Iterator[tuple[str, Entry]]:
 
 
 def subset(case: Case) -> Iterator[tuple[str, Entry]]:
-    """Predictions kept on a part of the training data; training accuracy on all that is measured."""
+    """Predictions preserved on a part of the training data; training accuracy on all that is measured."""
     whole = case.train
     for share in SHARES:
         count = round(share * len(whole))
@@ -185,13 +185,13 @@ def directions(case: Case) -> Iterator[tuple[str, Entry]]:
 
 
 def preserve(case: Case) -> Iterator[tuple[str, Entry]]:
-    """What is kept, at the evidence of each."""
+    """What is preserved, at the evidence of each."""
     for value in ("predictions", "outputs", "loss"):
         yield value, of_posterior(case, null_space(case, preserve=value))
 
 
 def scores(case: Case) -> Iterator[tuple[str, Entry]]:
-    """Definitions of novelty, from the same draws; exact where there is a factorisation."""
+    """Definitions of novelty, from the same samples; exact where there is a factorisation."""
     posterior = null_space(case)
     exact = posterior.certificate.solver in (nb.solvers.DualCholesky.name, nb.solvers.PrimalQR.name)
 
@@ -242,7 +242,7 @@ def novelty_scores(prediction: Any) -> dict[str, Tensor]:
         .mean(1)
         .sum(0),
         "log determinant of the covariance": logdet,
-        "disagreement of the draws": 1 - (prediction.outputs.argmax(-1) == top).double().mean(0),
+        "disagreement of the samples": 1 - (prediction.outputs.argmax(-1) == top).double().mean(0),
     }
 
 
@@ -314,7 +314,7 @@ def norms(case: Case) -> Iterator[tuple[str, Entry]]:
 
 
 def weights(case: Case) -> Iterator[tuple[str, Entry]]:
-    """The fewer weights may move, the more examples can be kept in the same memory.
+    """The fewer weights may move, the more examples can be preserved in the same memory.
 
     All weights keep all examples here, or are in the table of their task.
     """
@@ -341,12 +341,12 @@ def weights(case: Case) -> Iterator[tuple[str, Entry]]:
 Item = Callable[[Case], Iterator[tuple[str, Entry]]]
 ITEMS: dict[str, tuple[str, Item]] = {
     "samples": ("How many samples?", samples),
-    "subset": ("How much of the data has to be kept?", subset),
+    "subset": ("How much of the data has to be preserved?", subset),
     "residual": ("How exact is exact enough?", residual),
     "delta": ("Where does the null space end?", delta),
     "prior": ("Which prior precision?", prior),
     "directions": ("How many directions of each prediction?", directions),
-    "preserve": ("What is kept?", preserve),
+    "preserve": ("What is preserved?", preserve),
     "scores": ("Which novelty score?", scores),
     "norms": ("Which normalisation layers, and which weights?", norms),
     "weights": ("Which weights, and how many examples?", weights),

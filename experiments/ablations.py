@@ -37,7 +37,7 @@ SMALL_TASKS: dict[str, set[str] | None] = {"digits_heldout": None}
 
 
 def scale_of(task: str, setting: str) -> Scale:
-    """The task's own network; on Fashion-MNIST 3,000 training images are kept, unless the item says otherwise."""
+    """The task's own network; on Fashion-MNIST 3,000 training images are preserved, unless the item says otherwise."""
     if task == "fashion_lenet":
         few = {"constrained": 3000, "measured": 2000, "test": 2000, "outside": 500}
         return replace(fashion_lenet.FULL, seeds=1, shifted=1, **few)
@@ -95,7 +95,7 @@ ABOUT: dict[str, tuple[Column, ...]] = {
     ),
     "delta": (
         Column("residual", at("residual"), 0, -1),
-        Column("prior kept, %", at("kept"), 0, 1),
+        Column("prior preserved, %", at("kept"), 0, 1),
     ),
     "prior": (Column("prior precision", at("prior_precision"), 0, 2),),
     "directions": (
@@ -105,7 +105,7 @@ ABOUT: dict[str, tuple[Column, ...]] = {
     ),
     "preserve": (
         Column("rows", at("constraints"), 0, 0),
-        Column("prior kept, %", at("kept"), 0, 1),
+        Column("prior preserved, %", at("kept"), 0, 1),
         Column("fit s", at("seconds"), 0, 1),
     ),
     "norms": (Column("prior precision", at("prior_precision"), 0, 2),),
@@ -132,9 +132,9 @@ def report(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
     page = Page(NAME, f"{TITLE} ({setting})")
     page.say(
         "The null-space posterior with one thing changed at a time; prior precision by the evidence, linearised "
-        "predictions, novelty by the information of the draws (the point estimate's by entropy). On Fashion-MNIST "
-        "LeNet is trained on all images and 3,000 are kept, except where the share of the data is the question. Mean ± "
-        f"standard error over seeds. `python -m experiments {NAME} --setting {setting}`"
+        "predictions, novelty by the information of the samples (the point estimate's by entropy). On Fashion-MNIST "
+        "LeNet is trained on all images and 3,000 are preserved, except where the share of the data is the question. "
+        f"Mean ± standard error over seeds. `python -m experiments {NAME} --setting {setting}`"
     )
     for item, (title, _) in ITEMS.items():
         for task in FULL_TASKS:

@@ -19,11 +19,12 @@ from experiments.detection.families import Problem, Size
 from experiments.detection.posteriors import batched
 from experiments.detection.rivals import MahalanobisNormalised
 from experiments.detection.running import finite
+from experiments.layers import tables as layer_tables
 from experiments.layers.problems import JUDGING, TUNING, families
 from experiments.measures import detection
 from experiments.networks import identity
 from experiments.runner import Job
-from experiments.store import Key
+from experiments.store import Key, collected
 from experiments.tables import Column, Page, Row, at, provenances
 from nullbayes.posterior.layer_combined import ENERGY_WEIGHT, LEAST, ONE_DEVIATION
 from nullbayes.posterior.layer_fit import leverages
@@ -200,7 +201,43 @@ def report(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
         if mine:
             for distance in ("near", "far"):
                 page.table(f"{words}: {distance} sets", *table(mine, distance), "", "score")
+    layers = collected(setting, "layers", folder.parent)
+    if layers and any(r["role"] == JUDGING for r in results):
+        page.table("Against all scores of one network", *against(runs, layers), AGAINST, "family")
     page.write(folder, runs)
+
+
+AGAINST = (
+    "Judged problems: ours less the best score of one network on these sets (whose name follows), paired over problems "
+    "and seeds; bold: better, or within one standard error. *Counted*: without the sets that the nearest input solves; "
+    "– where these are all. The others are those of the evaluation of the layer null space."
+)
+
+
+def against(
+    runs: Sequence[dict[str, Any]], layers: Sequence[dict[str, Any]]
+) -> tuple[list[Row], list[Column]]:
+    """Default and chosen form in the place of the layer null space among its rivals; a row a family."""
+    judged = {
+        (r["result"]["family"], r["result"]["member"], r["seed"]): r["result"]["scores"]
+        for r in runs
+        if r["result"]["role"] == JUDGING
+    }
+    rows: dict[str, dict[str, str]] = {}
+    for form in (DEFAULT, CHOSEN):
+        found = layer_tables.Found(layers)
+        for key, problem in found.problems.items():
+            own = {"combined": judged[key][form]} if key in judged else {}
+            problem["rows"][layer_tables.LAYERS] = {"scores": own}
+        for name in found.names:
+            for what in ("near", "far", "near counted", "far counted"):
+                measure = layer_tables.Measure(
+                    what, "", dict.fromkeys(layer_tables.BOTH, (what, 1))
+                )
+                cell = layer_tables.compared(found, name, measure, layer_tables.LAYERS)
+                rows.setdefault(name, {})[f"`{form}`, {what}"] = cell
+    titles = list(next(iter(rows.values())))
+    return [Row(n, [cells]) for n, cells in rows.items()], [Column(t, at(t)) for t in titles]
 
 
 def mean_of(scores: dict[str, Any], distance: str) -> float:

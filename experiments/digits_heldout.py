@@ -36,7 +36,7 @@ SMALL = Scale(
 SCALES = {"small": SMALL, "full": FULL}
 WORDS = (
     "scikit-learn's digits (8 × 8), tanh network of two convolutions and two dense layers, trained without two of the "
-    "ten classes, another pair for each seed. All posteriors keep, or are fitted on, all training images."
+    "ten classes, another pair for each seed. All posteriors preserve, or are fitted on, all training images."
 )
 TASK = ImageTask(NAME, TITLE, WORDS, SCALES)
 jobs, report = TASK.jobs, TASK.report

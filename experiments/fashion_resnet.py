@@ -49,7 +49,7 @@ WORDS = (
     "Stem of stride 2, one residual block of two 3 × 3 convolutions a stage, BatchNorm after every convolution, global "
     "average pooling. BatchNorm is in evaluation mode for every posterior; its weights take part in ours, and in the "
     "diagonal approximation, but not in the Kronecker one, whose backend has no rule for them. SWAG computes the "
-    "statistics of BatchNorm anew for each draw."
+    "statistics of BatchNorm anew for each sample."
 )
 TASK = ImageTask(NAME, TITLE, WORDS, SCALES)
 jobs, report = TASK.jobs, TASK.report

@@ -37,6 +37,7 @@ PAGES = (
         )
     ),
 )
+SEEDS = re.compile(r"S(eeds?\b[^.]*)\.")  # how many, where a page of results says it in a line
 PICTURES = "pictures"  # folder of copied figures, beside the page
 MARKER = re.compile(r"(<!-- begin (?P<what>[^\n]*?) -->\n)(?P<old>.*?)(<!-- end -->)", re.DOTALL)
 #: Pages whose long tables are shown whole: ours and all rivals.
@@ -130,8 +131,11 @@ def content(what: str, results: Path, pictures: Path | None) -> str:
             break
     else:
         return f"*No results yet: `python -m experiments {name} --setting full`.*"
-    where = f"*Setting: {setting}; `experiments/results/{setting}/{name}.md`.*"
     lines = source.read_text().splitlines()
+    seeds = next((found[1] for line in lines if (found := SEEDS.match(line))), "")
+    where = (
+        f"*Setting: {setting}; {seeds and f's{seeds}; '}`experiments/results/{setting}/{name}.md`.*"
+    )
     if not title:
         body = "\n".join(line.replace("## ", "#### ", 1) for line in lines[1:]).strip()
         return f"{body}\n\n{where}"

@@ -16,7 +16,7 @@ from experiments.tasks import Scale
 OURS_DECLARED = (
     "AUROC of each set against the test images. Ours is scored by its novelty, in nats, as the library does by "
     "default. Every other method is scored by whichever of its own scores (entropy; mutual information, variance and "
-    "information where it has draws; energy where it has none) has the best mean over sets and seeds."
+    "information where it has samples; energy where it has none) has the best mean over sets and seeds."
 )
 
 
@@ -249,7 +249,7 @@ def about(runs: Sequence[dict[str, Any]], scale: Scale, command: str) -> str:
     spread = f"{len(seeds)} seeds (mean ± standard error)" if len(seeds) > 1 else "One seed"
     return (
         f"{spread}, {first['result']['parameters']:,} weights, "
-        f"{first['result']['train']:,} training images, {scale.validation:,} for validation, {scale.samples} draws. "
+        f"{first['result']['train']:,} training images, {scale.validation:,} for validation, {scale.samples} samples. "
         f"AdamW, {recipe.epochs} epochs, batches of {recipe.batch_size}, learning rate {recipe.learning_rate:g}, "
         f"cosine schedule, weight decay {recipe.weight_decay:g}. ECE and MCE: 15 equal bins of the top class; "
         "above chance: less the mean ECE of labels drawn from the same probabilities. In bold: "

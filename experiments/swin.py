@@ -68,10 +68,10 @@ SMALL = Scale(
 SCALES = {"small": SMALL, "full": FULL}
 WORDS = (
     "A Swin transformer for 32 × 32 images, windows of 2 × 2 patches of 2 × 2 pixels. Full: Swin-T, 27.5 million "
-    "weights, one network, trained on 10,000 images; posteriors of all weights keep 256 of them, and training accuracy "
-    "is measured on those; those of the last twentieth of the weights (whole layers from the end until a twentieth is "
-    "reached: 2.4 million) keep 1,024, of the last layer all. "
-    "Small: one block in each of two stages, trained on 1,500 images, 100 kept."
+    "weights, one network, trained on 10,000 images; posteriors of all weights preserve 256 of them, and training "
+    "accuracy is measured on those; those of the last twentieth of the weights (whole layers from the end until a "
+    "twentieth is reached: 2.4 million) preserve 1,024, of the last layer all. "
+    "Small: one block in each of two stages, trained on 1,500 images, 100 preserved."
 )
 
 

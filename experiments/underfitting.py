@@ -211,7 +211,7 @@ PATHS: dict[str, Any] = {
 
 
 def lost(run: dict[str, Any], entry: dict[str, float], part: str, how: str = "") -> float:
-    """Percentage points of accuracy below the point estimate; ``how="_plain"``: without mirror images of draws."""
+    """Percentage points of accuracy below the point estimate; ``how="_plain"``: without mirror images of samples."""
     return 100 * (run["point"][f"{part}_accuracy"] - entry[f"{part}_accuracy{how}"])
 
 
@@ -225,9 +225,9 @@ def flat(run: dict[str, Any], index: int) -> dict[str, Any]:
 LOST = ("train_lost", "test_lost", "train_lost_plain", "test_lost_plain")
 COLUMNS = (
     Column("prior precision", at("prior_precision"), 0, 2),
-    Column("training accuracy lost, plain draws", at("train_lost_plain"), 0, 2),
+    Column("training accuracy lost, plain samples", at("train_lost_plain"), 0, 2),
     Column("training, mirrored", at("train_lost"), 0, 2),
-    Column("test accuracy lost, plain draws", at("test_lost_plain"), 0, 2),
+    Column("test accuracy lost, plain samples", at("test_lost_plain"), 0, 2),
     Column("test, mirrored", at("test_lost"), 0, 2),
     Column("training NLL", at("train_nll"), 0, 3),
     Column("test NLL", at("test_nll"), 0, 3),
@@ -251,9 +251,9 @@ def report(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
     page = Page(NAME, f"{TITLE} ({setting})")
     page.say(
         "Linearised predictions. At the evidence, at the smallest prior precision of the grid that costs at most 0.1 "
-        "points of training accuracy, and along the grid. Plain draws: the average that these methods are used with; "
-        "mirrored: over each draw and its mirror image around the trained network's output, as this library predicts, "
-        "under which two classes never change places. The other columns are mirrored. "
+        "points of training accuracy, and along the grid. Plain samples: the average that these methods are used with; "
+        "mirrored: over each sample and its mirror image around the trained network's output, as this library "
+        "predicts, under which two classes never change places. The other columns are mirrored. "
         "AUROC: by the variance of the outputs, mean over the sets "
         "from elsewhere; of the point estimate by entropy. Mean ± standard error over seeds.",
         f"`python -m experiments {NAME} --setting {setting}`",
@@ -267,7 +267,7 @@ def report(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
         for name in [n for n in STRUCTURES if n in structures]:
             some = structures[name]
             rows.append(Row(f"{name}, evidence", [flat(r, 0) for r in some]))
-            rows.append(Row(f"{name}, widest that keeps training", widest(some)))
+            rows.append(Row(f"{name}, widest that preserves training", widest(some)))
         page.table(task, rows, COLUMNS, first="posterior")
         steps = []
         for name in [n for n in STRUCTURES if n in structures]:
@@ -300,11 +300,11 @@ def widest(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def draw(found: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
     panels = (
         (
-            "training accuracy lost, plain draws",
+            "training accuracy lost, plain samples",
             lambda r, e: lost(r, e, "train", "_plain"),
             "symlog",
         ),
-        ("test accuracy lost, plain draws", lambda r, e: lost(r, e, "test", "_plain"), "symlog"),
+        ("test accuracy lost, plain samples", lambda r, e: lost(r, e, "test", "_plain"), "symlog"),
         ("test NLL", lambda r, e: e["test_nll"], "linear"),
         ("mean AUROC by variance", lambda r, e: e["auroc"], "linear"),
     )
@@ -350,7 +350,7 @@ def claims(runs: Sequence[dict[str, Any]]) -> tuple[list[Finding], list[str]]:
     lines = [
         "## Underfitting, each posterior at its own evidence",
         "",
-        "| task | posterior | training accuracy lost, plain draws | mirrored | test accuracy lost, plain draws "
+        "| task | posterior | training accuracy lost, plain samples | mirrored | test accuracy lost, plain samples "
         "| mirrored | training NLL | mean AUROC by variance |",
         "|---" * 8 + "|",
     ]
@@ -375,9 +375,9 @@ def claims(runs: Sequence[dict[str, Any]]) -> tuple[list[Finding], list[str]]:
                 gone = max(both, key=abs) if ours else both[0]
                 held = abs(gone) <= 0.1 if ours else gone > 0.1
                 claim = (
-                    "keeps training accuracy at the evidence (within 0.1 points)"
+                    "preserves training accuracy at the evidence (within 0.1 points)"
                     if ours
-                    else f"{name} loses training accuracy at the evidence (plain draws)"
+                    else f"{name} loses training accuracy at the evidence (plain samples)"
                 )
                 margin = -gone if ours else gone
                 found.append(

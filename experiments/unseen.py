@@ -1,4 +1,4 @@
-"""Leave-one-out against data that were held back: how far samples move predictions that no row keeps.
+"""Leave-one-out against data that were held back: how far samples move predictions that no row preserves.
 
     python -m experiments.unseen [--seeds 2] [--cases ...]
 
@@ -109,14 +109,14 @@ def main() -> None:
         runs[name] = [measure(name, seed) for seed in range(options.seeds)]
         print(name, runs[name], flush=True)
     lines = [
-        "# Predictions that no row keeps: leave-one-out against test data",
+        "# Predictions that no row preserves: leave-one-out against test data",
         "",
-        f"Means of {options.seeds} networks each. Divergence: mean over draws and examples, nats, of left-out training",
-        "examples (the certificate's `left_out_divergence`) and of test images. `bounded`: the prior precision that a",
-        "fit ends with; `evidence`: what the evidence alone asks for. Iterative solvers (where all images are kept, or",
-        "where it says so) hold some out at first. `python -m experiments.unseen`",
+        f"Means of {options.seeds} networks each. Divergence: mean over samples and examples, nats, of left-out",
+        "training examples (the certificate's `left_out_divergence`) and of test data. `bounded`: the prior precision",
+        "that a fit ends with; `evidence`: what the evidence alone asks for. Iterative solvers (where all images are",
+        "preserved, or where it says so) leave some out at first. `python -m experiments.unseen`",
         "",
-        "| network, images kept | M / P | evidence: left out | test | bounded: left out | test "
+        "| network, images preserved | M / P | evidence: left out | test | bounded: left out | test "
         "| NLL: network | evidence | bounded | accuracy: network | evidence | bounded |",
         "|---" * 12 + "|",
     ]

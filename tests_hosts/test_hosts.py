@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import scenes
+from processes import endings
 from processes.test_processes import differences
 
 ROOT = Path(__file__).parents[1]
@@ -138,7 +138,7 @@ def test_two_hosts_give_the_answer_of_one(hosts: Hosts, tmp_path: Path) -> None:
     assert codes == [0, 0], said(tmp_path)
     assert hosts.lost() > 0
     found = results("hosts", tmp_path)
-    wanted = scenes.on_two_hosts()
+    wanted = endings.on_two_hosts()
     assert not differences(found[0], wanted, 1e-9)
     assert not differences(found[1], found[0], 0.0)
 

@@ -19,6 +19,11 @@ OURS = ("null space", "layer null space", "layer null space, neighbours")
 def write(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
     results = [run["result"] for run in runs]
     chosen = representatives(results)
+    judged = {
+        family: [r for r in results if r["family"] == family and r["role"] == JUDGING]
+        for family in FAMILIES
+    }
+    judged = {family: found for family, found in judged.items() if found}
     page = Page(NAME, f"Which score finds what ({setting})")
     page.say(
         "AUROC of each set against test inputs; mean ± standard error over judging problems (and seeds). All scores "
@@ -26,13 +31,9 @@ def write(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
         "the *tuning* problems, which appear in no table but the last. * marks a set that a nearest neighbour in the "
         f"*inputs* solves (mean AUROC over {SOLVED}): it needs no network and counts for nothing; `counted` is the "
         "mean of the sets that remain.",
+        f"Seeds: {'; '.join(f'{family}, {seeds_of(found)}' for family, found in judged.items())}.",
         provenances(runs, f"python -m experiments {NAME} --setting {setting}"),
     )
-    judged = {
-        family: [r for r in results if r["family"] == family and r["role"] == JUDGING]
-        for family in FAMILIES
-    }
-    judged = {family: found for family, found in judged.items() if found}
     page.table("Overview", *overview(judged, chosen), OVERVIEW, "score")
     for family, found in judged.items():
         page.table(
@@ -58,15 +59,25 @@ OVERVIEW = (
 TUNING = "Near and far sets count alike. Settings were chosen by the mean over families."
 
 
+def counts(found: Sequence[dict[str, Any]]) -> list[int]:
+    """Seeds of each judged problem, fewest first."""
+    members = [r["member"] for r in found]
+    return sorted(members.count(member) for member in set(members))
+
+
+def seeds_of(found: Sequence[dict[str, Any]]) -> str:
+    few, many = counts(found)[0], counts(found)[-1]
+    seeds = f"{few} to {many} seeds" if few < many else f"{many} seed{'s' * (many > 1)}"
+    problems = len(counts(found))
+    return f"{seeds} of " + (f"each of {problems} problems" if problems > 1 else "one problem")
+
+
 def words_of(family: str, found: Sequence[dict[str, Any]], results: Sequence[Any]) -> str:
     tuning = {r["member"] for r in results if r["family"] == family and r["role"] != JUDGING}
-    judging = {r["member"] for r in found}
     quality = [r["accuracy"] for r in found]
-    counts = [sum(r["member"] == member for r in found) for member in judging]
-    seeds = f" with {max(counts)} seeds each" if max(counts) > 1 else ""
     what = "R²" if family == "gaps" else "accuracy"
     return (
-        f"{FAMILIES[family].words}. {len(judging)} problems judged{seeds}, {len(tuning)} for tuning; "
+        f"{FAMILIES[family].words}. Judged: {seeds_of(found)}; tuning problems: {len(tuning)}; "
         f"{statistics.fmean(r['train'] for r in found):,.0f} training examples, "
         f"{statistics.fmean(r['parameters'] for r in found):,.0f} weights; mean test {what} "
         f"{statistics.fmean(quality):.3f}, lowest {min(quality):.3f}."
@@ -182,9 +193,10 @@ def overview(
         bold = "**" if family in OURS else ""
         places = [{"problems": title, "value": r.get(family)} for title, r in ranks.items()]
         rows.append(Row(f"{bold}{family}{bold}", [*found, *places]))
+    one = [p for p, found in judged.items() if counts(found)[-1] == 1]
     columns = [
         Column(
-            problems,
+            problems + " (1 seed)" * (problems in one),
             _only(problems),
             -1 if problems in ranks else 1,
             1 if problems in ranks else 3,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ MEASURES = (
     Measure("AUROC, near sets", "", dict.fromkeys(BOTH, ("near", 1))),
     Measure("AUROC, far sets", "", dict.fromkeys(BOTH, ("far", 1))),
 )
+COUNTED = [Measure(w, "", dict.fromkeys(BOTH, (w, 1))) for w in ("near counted", "far counted")]
 
 
 class Found:
@@ -146,8 +147,10 @@ class Found:
         chosen = self.chosen(key, kind)
 
         def get(problem: Result) -> float | None:
-            if what in ("near", "far"):
-                return None if chosen is None else auroc(problem, chosen, what)
+            distance, _, counted = what.partition(" ")
+            if distance in ("near", "far"):
+                without = self.solved(problem["family"]) if counted else ()
+                return None if chosen is None else auroc(problem, chosen, distance, without)
             row = LAYERS if key == LEVERAGE else key
             if not has(problem, row) or "quality" not in problem["rows"][row]:
                 return None
@@ -170,13 +173,16 @@ def has(problem: Result, row: str) -> bool:
     return row in problem["rows"] and "error" not in problem["rows"][row]
 
 
-def auroc(problem: Result, chosen: tuple[str, str], distance: str) -> float | None:
-    """Mean over the sets at one distance."""
+def auroc(
+    problem: Result, chosen: tuple[str, str], distance: str, without: Collection[str] = ()
+) -> float | None:
+    """Mean over the sets at one distance, but for those named."""
     row, score = chosen
     if not has(problem, row) or score not in problem["rows"][row]["scores"]:
         return None
-    sets = problem["rows"][row]["scores"][score][distance].values()
-    return statistics.fmean(s["auroc"] for s in sets) if sets else None
+    sets = problem["rows"][row]["scores"][score][distance]
+    values = [s["auroc"] for name, s in sets.items() if name not in without]
+    return statistics.fmean(values) if values else None
 
 
 # -- tables ----------------------------------------------------------------------------------------
@@ -211,7 +217,8 @@ def write(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
 LOSSES = (
     "The layer null space less the best method around one network *on that measure* (whose name follows; tuned where "
     "it can be), in units of which more is better for us: NLL and ECE the other way round. Paired over problems and "
-    "seeds; bold: better, or within one standard error. `tuned`: our prior precision from validation data as well."
+    "seeds; bold: better, or within one standard error. `tuned`: our prior precision from validation data as well. "
+    f"*Counted*: without the sets that the nearest input solves (over {SOLVED}); – where these are all."
 )
 LEFT = (
     "Directions left: share of the prior's variance. α over its natural value: by how much a fit raised the prior "
@@ -300,7 +307,7 @@ def costs(found: Found) -> tuple[list[Row], list[Column]]:
 
 def losses(found: Found) -> tuple[list[Row], list[Column]]:
     """Text, for each cell names who it is compared with."""
-    by_title = {measure.title: measure for measure in MEASURES}
+    by_title = {measure.title: measure for measure in (*MEASURES, *COUNTED)}
     asked = {
         "NLL": ("NLL", LAYERS),
         "NLL, tuned": ("NLL", "layers_tuned"),
@@ -309,6 +316,8 @@ def losses(found: Found) -> tuple[list[Row], list[Column]]:
         "joint NLL, tuned": ("Joint NLL", "layers_tuned"),
         "AUROC near": ("AUROC, near sets", LAYERS),
         "AUROC far": ("AUROC, far sets", LAYERS),
+        "near, counted": ("near counted", LAYERS),
+        "far, counted": ("far counted", LAYERS),
     }
     rows = [
         Row(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nullbayes.common.shapes import merged
 from nullbayes.constraints.problem import Problem
 from nullbayes.constraints.training_rows import TrainingRows
 from nullbayes.fit.evidence import fixed_point
@@ -153,7 +154,8 @@ def _residuals(rows: TrainingRows) -> tuple[Tensor, tuple[int, ...]]:
         outputs = problem.functional.outputs(inputs).detach()
         shape = tuple(outputs.shape[1:])
         wanted = problem.likelihood.prepare_targets(outputs, targets)
-        found.append(problem.likelihood.observed((wanted - outputs)[None])[0].flatten(1).double())
+        away = problem.likelihood.observed((wanted - outputs)[None])[0].double()
+        found.append(merged(away, 1))
     return torch.cat(found) if found else torch.zeros(0, 0, dtype=torch.float64), shape
 
 

@@ -115,26 +115,52 @@ class Plan:
         return "\n".join([*lines, *(f"  → {text}" for text in self.advice)])
 
 
+@dataclass(frozen=True)
+class Few:
+    """The first examples of a loader, and how many it has.
+
+    Attributes:
+        examples, largest: in all, and in the largest batch.
+        where: which batch these are from.
+    """
+
+    examples: int
+    largest: int
+    inputs: Inputs
+    targets: Any
+    where: str
+
+
+def counted(problem: Problem, loader: Iterable[Any], limit: int | None = None) -> Few:
+    """Read the loader once, and hold on to a few of its examples. Raises `InputError` where it has none."""
+    examples, largest, first = 0, 0, None
+    for index, inputs, targets in limited(problem.functional, loader, "train_loader", limit):
+        size = batch_size(inputs)
+        examples, largest = examples + size, max(largest, size)
+        if first is None:
+            few = take(targets, 0, TRIED_EXAMPLES, size)
+            first = (take(inputs, 0, TRIED_EXAMPLES), few, index)
+    assert first is not None
+    inputs, targets, index = first
+    return Few(examples, largest, inputs, targets, f"train_loader, batch {index}")
+
+
 def plan_fit(
     problem: Problem,
     settings: Settings,
-    train_loader: Iterable[Any],
+    few: Few,
     num_samples: int,
-    max_examples: int | None,
     processes: Processes | None = None,
-    elsewhere: int = 0,
 ) -> Plan:
-    """Count the loader, and capture and solve a few of its examples.
+    """Capture and solve a few of the examples.
 
     Args:
-        elsewhere: how many examples others have, of which nothing is in this loader.
         processes: those that the rows are to be spread over; bytes and seconds are those of one of them, without what
             they send (``plan_many.py``).
     """
     parts = 1 if processes is None else processes.size
     budget = settings.memory or own_budget(problem.device, processes)
     memory = divided(settings, problem.space, num_samples, budget)
-    few = _counted(problem, train_loader, max_examples, elsewhere)
     problem, rows, outputs, targets = _tried(problem, few)
     proving, proven = settled(lambda: prove(problem.functional, few.inputs))
     size = batch_size(few.inputs)
@@ -179,7 +205,7 @@ def plan_fit(
 
 def _captured(
     problem: Problem,
-    few: _Few,
+    few: Few,
     outputs: Tensor,
     targets: Any,
     proven: CapturePlan,
@@ -202,22 +228,6 @@ def _captured(
     ]
 
 
-@dataclass(frozen=True)
-class _Few:
-    """The first examples of a loader, and how many it has.
-
-    Attributes:
-        examples, largest: in all, and in the largest batch.
-        where: which batch these are from.
-    """
-
-    examples: int
-    largest: int
-    inputs: Inputs
-    targets: Any
-    where: str
-
-
 @dataclass
 class _Draft:
     """A plan under way."""
@@ -229,20 +239,7 @@ class _Draft:
     reason: str = ""
 
 
-def _counted(problem: Problem, loader: Iterable[Any], limit: int | None, elsewhere: int) -> _Few:
-    examples, largest, first = elsewhere, 0, None
-    for index, inputs, targets in limited(problem.functional, loader, "train_loader", limit):
-        size = batch_size(inputs)
-        examples, largest = examples + size, max(largest, size)
-        if first is None:
-            few = take(targets, 0, TRIED_EXAMPLES, size)
-            first = (take(inputs, 0, TRIED_EXAMPLES), few, index)
-    assert first is not None
-    inputs, targets, index = first
-    return _Few(examples, largest, inputs, targets, f"train_loader, batch {index}")
-
-
-def _tried(problem: Problem, few: _Few) -> tuple[Problem, int, Tensor, Any]:
+def _tried(problem: Problem, few: Few) -> tuple[Problem, int, Tensor, Any]:
     """The problem as it can be tried, its rows an example, and outputs and targets of the few."""
     outputs = problem.functional.outputs(few.inputs, few.where)
     targets = problem.checked_targets(outputs, few.targets, few.where)
@@ -322,7 +319,7 @@ def _audited(problem: Problem, samples: int) -> int:
     return AUDIT_COPIES * count * space.total * space.dtype.itemsize
 
 
-def _checked(outputs: Tensor, few: _Few, memory: FitMemory) -> int:
+def _checked(outputs: Tensor, few: Few, memory: FitMemory) -> int:
     """Bytes of the examples that the certificate holds on to, and of what samples do to their outputs."""
     inside = sum(t.nbytes for t in tensor_leaves(few.inputs)) // max(1, len(outputs))
     each = memory.samples * outputs[0].nbytes + inside

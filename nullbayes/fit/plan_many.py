@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -12,11 +13,11 @@ import torch
 from nullbayes.common.processes import Processes
 from nullbayes.common.progress import COMMUNICATION
 from nullbayes.constraints.problem import Problem
-from nullbayes.fit.plan import Plan
+from nullbayes.errors import InputError
+from nullbayes.fit.plan import Few, Plan, counted
 from nullbayes.fit.result import Settings
-from nullbayes.model.batch import batch_size
 from nullbayes.model.data import Batches, Shard
-from nullbayes.model.loader import limited
+from nullbayes.model.shares import refuse_limit
 from nullbayes.solvers.conjugate_gradient import EXPECTED_ITERATIONS
 from nullbayes.solvers.dual import DualCholesky
 from nullbayes.solvers.eigen import PrimalEigen
@@ -28,28 +29,45 @@ _TRIED = 2**22
 
 
 def made_together(
-    made: Callable[[int], Plan], problem: Problem, loader: Iterable[Any], processes: Processes
+    made: Callable[[Few], Plan],
+    problem: Problem,
+    loader: Iterable[Any],
+    limit: int | None,
+    processes: Processes,
 ) -> Plan:
-    """One plan for all of ``processes``, by one of them, which has data.
+    """One plan for all of ``processes``, by one of them, which has data; each reads a `Shard` of its own once.
 
     Args:
-        made: the plan, given how many examples of the data are no part of ``loader``.
+        made: the plan of examples that were counted.
+
+    Raises:
+        InputError: a limit with a `Shard`, as in ``fit``; or nobody has any examples.
     """
     processes.neighbours  # noqa: B018  asked of all, before one of them works
     inner = loader.loader if isinstance(loader, Batches) else loader
     if not isinstance(inner, Shard):
-        return processes.shared(lambda: made(0))
-    counts = processes.gather(_examples(problem, loader))
-    return processes.shared(
-        lambda: made(sum(counts) - counts[processes.rank]), counts.index(max(counts))
-    )
+        return processes.shared(lambda: made(counted(problem, loader, limit)))
+    refuse_limit(limit)
+    few = _of_shard(problem, loader)
+    told = processes.gather((0, 0) if few is None else (few.examples, few.largest))
+    counts, largest = zip(*told, strict=True)
+    if not any(counts):
+        raise InputError("`train_loader` holds no examples, in any process. Pass filled shards.")
+
+    def make() -> Plan:
+        assert few is not None
+        return made(replace(few, examples=sum(counts), largest=max(largest)))
+
+    return processes.shared(make, counts.index(max(counts)))
 
 
-def _examples(problem: Problem, shard: Iterable[Any]) -> int:
-    if next(iter(shard), None) is None:
-        return 0
-    read = limited(problem.functional, shard, "train_loader", None)
-    return sum(batch_size(inputs) for _, inputs, _ in read)
+def _of_shard(problem: Problem, shard: Iterable[Any]) -> Few | None:
+    """What this process has, None where that is nothing; read from the beginning to the end once."""
+    batches = iter(shard)
+    first = next(batches, None)
+    if first is None:
+        return None
+    return counted(problem, itertools.chain([first], batches))
 
 
 def with_communication(

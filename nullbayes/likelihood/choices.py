@@ -50,7 +50,9 @@ class Picked:
         if outputs.ndim == 2:
             return chosen
         at = self._positions(inputs, *outputs.shape[:2]).to(outputs.device)
-        if int(at.min()) < 0 or int(at.max()) >= outputs.shape[1]:
+        # A graph that is traced knows no numbers.
+        traced = torch.compiler.is_compiling()
+        if not traced and (int(at.min()) < 0 or int(at.max()) >= outputs.shape[1]):
             raise InputError(
                 f"`Choices(position={self.position!r})`: positions from {int(at.min())} to {int(at.max())} of outputs "
                 f"with {outputs.shape[1]} positions."
@@ -104,9 +106,7 @@ class Picked:
                 "named inputs of a network of the transformers library. Pass the places of the answers in `token_ids`, "
                 "shape (B,)."
             )
-        first = kept.int().argmax(1)
-        answer = targets.gather(1, first[:, None])
-        hits = answer == torch.tensor(self.token_ids, device=targets.device)
+        first, answer, hits = self._answers(targets, kept)
         if not bool(hits.any(1).all()):
             wrong = int((~hits.any(1)).nonzero()[0])
             raise InputError(
@@ -117,6 +117,25 @@ class Picked:
         if int(at.min()) < 0:
             raise InputError(f"{where}: an answer stands first, where nothing predicts it.")
         return {**inputs, ANSWER: at}, hits.int().argmax(1)
+
+    def placed(self, inputs: Any, labels: Any, shifts: bool | None) -> Any:
+        """Inputs of a prediction, whose labels are not asked for, with the position of the answer where they say it."""
+        if shifts is None or not isinstance(labels, Tensor) or labels.is_floating_point():
+            return inputs
+        if labels.ndim != 2 or any(name in inputs for name in self.names):
+            return inputs
+        kept = labels != IGNORED
+        first, _, hits = self._answers(labels, kept)
+        known = bool((kept.any(1) & hits.any(1) & (first >= int(shifts))).all())
+        return {**inputs, ANSWER: first - int(shifts)} if known else inputs
+
+    def _answers(self, labels: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of labels ``(B, T)``: where the first is that counts, ``(B,)``, which it is ``(B, 1)`` and whether it is each
+        of the choices ``(B, C)``.
+        """
+        first = kept.int().argmax(1)
+        answer = labels.gather(1, first[:, None])
+        return first, answer, answer == torch.tensor(self.token_ids, device=labels.device)
 
     def _check_places(self, targets: Tensor, where: str) -> None:
         if targets.is_floating_point() or not targets.numel():

@@ -35,7 +35,7 @@ def adapted(model: Any) -> Any:
 
 
 # Which task an example belongs to, an input of adapters for several.
-TASKS = "task_ids"
+_TASKS, _FOR_TASKS = "task_ids", ("MULTITASK_PROMPT_TUNING", "POLY")
 # Adapters that put tokens of their own before those of the inputs.
 _BEFORE = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
 
@@ -47,6 +47,11 @@ def _kind(config: Any) -> str:
 def adapter_kind(model: Any) -> str:
     """The library's name for the kind of the active adapter, such as ``"LORA"``; empty where there is none."""
     return _kind(adapted(model))
+
+
+def task_inputs(model: Any) -> tuple[str, ...]:
+    """Names of the inputs that say which task an example belongs to, where the active adapter is for several."""
+    return (_TASKS,) if adapter_kind(model) in _FOR_TASKS else ()
 
 
 def tokens_before(config: Any) -> int:

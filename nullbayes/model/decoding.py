@@ -6,15 +6,28 @@ Nothing here imports transformers: a network that comes from it has it loaded.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from nullbayes.errors import ModelError
+from nullbayes.errors import InputError, ModelError
 
 # Heads that read one text, or an answer in it: such a network makes the decoder's inputs from those of the encoder.
 _READ = ("Classification", "QuestionAnswering")
+
+
+# Where a network keeps what it made of the tokens before.
+CACHE = "past_key_values"
+
+
+def check_no_cache(inputs: Mapping[Any, Any]) -> None:
+    """Raise `InputError` where a batch holds a cache, which makes a second pass another one."""
+    if inputs.get(CACHE) is not None:
+        raise InputError(
+            f"the batch holds `{CACHE}`, a cache that the network writes to at every forward pass, so that the next one "
+            "on the same batch is another. Leave it out, and pass whole texts."
+        )
 
 
 def generates(base: Any, parameters: Collection[str]) -> bool:

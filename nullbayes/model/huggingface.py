@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nullbayes.errors import InputError, NullBayesWarning
-from nullbayes.model.adapters import TASKS, adapted, adapter_kind, pretrained, tokens_before
+from nullbayes.model.adapters import adapted, pretrained, task_inputs, tokens_before
 from nullbayes.model.batch import batch_size, changed, plain
-from nullbayes.model.decoding import decoder_inputs, generates
+from nullbayes.model.decoding import check_no_cache, decoder_inputs, generates
 from nullbayes.model.own_loss import (
     IGNORED,
     Kind,
@@ -30,8 +30,8 @@ from nullbayes.model.own_loss import (
     entry,
     kind_of,
     main_loss_alone,
-    scored_outputs,
 )
+from nullbayes.model.own_outputs import OwnOutputs
 from nullbayes.model.parameters import HALF
 
 LABELS = ("labels", "label", "label_ids")
@@ -77,8 +77,7 @@ class HuggingFace:
         self._told: set[str] = set()
         names = inspect.signature(base.forward).parameters
         self._parameters = tuple(n for n, p in names.items() if p.kind != p.VAR_KEYWORD)
-        if adapter_kind(model) == "MULTITASK_PROMPT_TUNING":
-            self._parameters += (TASKS,)
+        self._parameters += task_inputs(model)
         # A forward pass of the user's own may hand everything on without naming it.
         self._named = getattr(base, "main_input_name", "input_ids") in self._parameters
 
@@ -127,7 +126,9 @@ class HuggingFace:
         """
         if self.passive or not isinstance(inputs, Mapping):
             return inputs
-        found = next((inputs[k] for k in LABELS if k in inputs), labels)
+        check_no_cache(inputs)
+        found = self.labels_of(inputs)
+        found = labels if found is None else found
         given = {k: v for k, v in inputs.items() if k not in (*LABELS, *SPANS)}
         extra = [k for k in given if k not in (*self._parameters, *reserved)] if self._named else []
         if extra:
@@ -147,6 +148,12 @@ class HuggingFace:
                 )
             given["decoder_input_ids"] = decoder_inputs(self.base, found)
         return given
+
+    @staticmethod
+    def labels_of(inputs: Any) -> Any:
+        """The labels among ``inputs``; None where there are none."""
+        named = isinstance(inputs, Mapping)
+        return next((inputs[k] for k in LABELS if k in inputs), None) if named else None
 
     def prepared(self, inputs: Any, targets: Any, where: str) -> Any:
         """Targets of a batch as the outputs are scored against.
@@ -282,23 +289,15 @@ class HuggingFace:
 
     # -- outputs ---------------------------------------------------------------------------------
 
+    @property
+    def outputs(self) -> OwnOutputs | None:
+        """How outputs are read, without the network; None where the user's own ``forward`` says it."""
+        return None if self.passive else OwnOutputs(self.kind, self.size, self._parameters)
+
     def output(self, value: Any, inputs: Any) -> Tensor | None:
         """The tensor in what the network returned that its own loss is computed from; None: not known here."""
-        if self.passive:
-            return None
-        logits = scored_outputs(value)
-        if logits is None:
-            start, end = entry(value, "start_logits"), entry(value, "end_logits")
-            first = value[0] if isinstance(value, tuple) and value else None
-            if isinstance(value, tuple) and self.kind == "questions":
-                start, end = value[:2]
-            if start is not None and end is not None:
-                return torch.stack([start, end], 1)
-            logits = first if isinstance(first, Tensor) else None
-        if logits is None or self.size is None:
-            return logits
-        size = self._image_size(inputs) if self.size == "inputs" else self.size
-        return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        read = self.outputs
+        return None if read is None else read(value, inputs)
 
     # -- what the network's own loss says ----------------------------------------------------------
 
@@ -329,13 +328,14 @@ class HuggingFace:
 
     def _called_with(self, inputs: Any, labels: Tensor) -> tuple[Any, str | None]:
         """The network's outputs with its loss, and what kind of problem it found; its configuration stays."""
-        given = dict(inputs) if isinstance(inputs, Mapping) else self._by_name(inputs)
+        given = self._by_name(inputs)
         spans = "start_positions" in self._parameters and labels.ndim == 2 and labels.shape[1] == 2
         if spans:
             given |= dict(zip(SPANS, labels.unbind(1), strict=True))
         else:
             names = (n for n in (*LABELS[:1], *VALUES) if n in self._parameters)
-            given[next(names, LABELS[0])] = labels
+            whole = not labels.is_floating_point()
+            given[next(names, LABELS[0])] = labels.long() if whole else labels
         if getattr(self.base.config, "return_dict", True) is False:
             given["return_dict"] = True
         config = self.base.config
@@ -415,13 +415,10 @@ class HuggingFace:
     # -- its inputs ------------------------------------------------------------------------------
 
     def _by_name(self, inputs: Any) -> dict[str, Any]:
-        several = inputs if isinstance(inputs, tuple) else (inputs,)
-        return dict(zip(self._parameters, several, strict=False))
+        return dict(OwnOutputs(self.kind, self.size, self._parameters).by_name(inputs))
 
     def _tokens(self, inputs: Any) -> Tensor | None:
-        inputs = plain(inputs)
-        named = inputs if isinstance(inputs, Mapping) else self._by_name(inputs)
-        tokens = named.get("input_ids")
+        tokens = self._by_name(plain(inputs)).get("input_ids")
         return self._padded(tokens) if isinstance(tokens, Tensor) and tokens.ndim == 2 else None
 
     def _length(self, inputs: Any) -> int | None:
@@ -429,10 +426,7 @@ class HuggingFace:
         return None if tokens is None else tokens.shape[1]
 
     def _image_size(self, inputs: Any) -> tuple[int, int] | None:
-        inputs = plain(inputs)
-        named = inputs if isinstance(inputs, Mapping) else self._by_name(inputs)
-        image = named.get("pixel_values")
-        return (image.shape[-2], image.shape[-1]) if isinstance(image, Tensor) else None
+        return OwnOutputs(self.kind, self.size, self._parameters).image_size(inputs)
 
     def _background(self) -> int:
         return int(getattr(self.base.config, "semantic_loss_ignore_index", 255))

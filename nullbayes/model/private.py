@@ -8,6 +8,7 @@ the originals, and hold other tensors only where they are told to. Building them
 from __future__ import annotations
 
 import collections
+import dis
 import functools
 import threading
 import types
@@ -34,6 +35,19 @@ _ATOMS = frozenset(
 _OWN = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
 # What a module that stands in for a wrapper needs of the wrapper's state.
 _BASICS = frozenset(vars(nn.Module())) - {"forward"}
+# Parts of a call of a method with constants.
+_CALLING = (
+    "LOAD_",
+    "CALL",
+    "PRECALL",
+    "KW_NAMES",
+    "PUSH_NULL",
+    "POP_TOP",
+    "RETURN_",
+    "RESUME",
+    "NOP",
+)
+_HOOKS = frozenset({"_forward_hooks", "_forward_pre_hooks"})
 # Attributes that a forward pass may write anew without keeping a state.
 _CHANGING = frozenset({"_flat_weights", "_flat_weight_refs", "use_nested_tensor"})
 # How deep containers are searched for modules, and how long they may be.
@@ -124,6 +138,10 @@ class Copier:
             if type(value) is collections.OrderedDict and not value:
                 state[key] = collections.OrderedDict()  # hooks: ours must not reach the original
                 continue
+            if key in _HOOKS:
+                value = collections.OrderedDict(
+                    (k, hook) for k, hook in value.items() if not _marks_alone(hook)
+                )
             state[key] = self.rebound(value, DEPTH)
         if isinstance(new, (_Compiled, _Passthrough)):
             state = {k: v for k, v in state.items() if k in _BASICS}
@@ -238,6 +256,26 @@ class Copier:
         if isinstance(old, set):
             return new != old
         return True
+
+
+def _marks_alone(hook: Any) -> bool:
+    """Whether all that a hook does is to call ``requires_grad_()``.
+
+    So does what is left of training with checkpoints (`gradient_checkpointing_enable` of transformers, peft's
+    preparation of a base in few bits); within `torch.func` that call is an error.
+    """
+    code = getattr(hook, "__code__", None)
+    return code is not None and code.co_names == ("requires_grad_",) and _does_no_more(code)
+
+
+@functools.cache
+def _does_no_more(code: types.CodeType) -> bool:
+    """Whether a function with one name in it computes nothing and returns nothing."""
+    *done, last = [(i.opname, i.argval) for i in dis.get_instructions(code)]
+    if last[0] == "RETURN_VALUE":
+        last = done.pop()
+    nothing = last in (("LOAD_CONST", None), ("RETURN_CONST", None))
+    return nothing and all(name.startswith(_CALLING) for name, _ in done)
 
 
 def _copied(root: nn.Module) -> Iterator[nn.Module]:

@@ -32,6 +32,9 @@ class Reading(Protocol):
     ) -> tuple[Any, Tensor]:
         """Inputs and targets of one batch of data; ``shifts``: what the network does with labels of tokens."""
 
+    def placed(self, inputs: Any, labels: Any, shifts: bool | None) -> Any:
+        """Inputs with what labels beside them say of where outputs are read, as far as they do."""
+
 
 class Reads:
     """How a network's inputs and outputs are read.
@@ -72,7 +75,11 @@ class Reads:
         if self.conventions is None:
             return inputs
         names = () if self.reading is None else self.reading.names
-        return self.conventions.inputs(inputs, labels, names)
+        given = self.conventions.inputs(inputs, labels, names)
+        if self.reading is None or not isinstance(given, Mapping):
+            return given
+        beside = labels if labels is not None else self.conventions.labels_of(inputs)
+        return self.reading.placed(given, beside, self.conventions.shifts)
 
     def targets_for(self, inputs: Any, targets: Any, where: str) -> tuple[Any, Any]:
         """Inputs, and ``targets`` as the outputs are scored against, of one batch of data."""

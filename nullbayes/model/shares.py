@@ -149,6 +149,15 @@ def inputs_of_share(
         yield batch if labelled and isinstance(batch, Mapping) else without_targets(batch)
 
 
+def refuse_limit(limit: int | None) -> None:
+    """Raise `InputError` where there is one, for a `Shard`."""
+    if limit is not None:
+        raise InputError(
+            "`max_examples` with a `Shard`: how many examples each process has is known to it alone. Cut the data "
+            "before."
+        )
+
+
 @dataclass(frozen=True)
 class _Parting:
     processes: Processes
@@ -197,11 +206,7 @@ class _Parting:
             ) from None
 
     def _said(self, shard: Shard) -> Share:
-        if self.limit is not None:
-            raise InputError(
-                "`max_examples` with a `Shard`: how many examples each process has is known to it alone. Cut the "
-                "data before."
-            )
+        refuse_limit(self.limit)
         # A process that has none looks at the first batch of another.
         first = next(iter(shard), None)
         having = [i for i, some in enumerate(self.processes.gather(first is not None)) if some]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +18,7 @@ from nullbayes.constraints.preserve import Preserve
 from nullbayes.constraints.problem import Problem
 from nullbayes.errors import InputError, NotFittedError
 from nullbayes.fit.pipeline import build, extended, rescaled
-from nullbayes.fit.plan import Plan, plan_fit
+from nullbayes.fit.plan import Few, Plan, counted, plan_fit
 from nullbayes.fit.plan_many import made_together, with_communication
 from nullbayes.fit.result import AUDITED, Checkpoint, Fit, Run, Settings
 from nullbayes.fit.together import check_alike
@@ -186,19 +185,15 @@ class Posterior(RowJudged, Predicts, Grows, Serves):
             "plan", num_samples=num_samples, max_examples=max_examples
         ) as processes:
             train_loader = self._data(train_loader, "train_loader")
-            made: Callable[..., Plan] = partial(
-                plan_fit,
-                self.problem,
-                self._settings,
-                train_loader,
-                num_samples,
-                max_examples,
-                processes,
-            )
+            problem, settings = self.problem, self._settings
+
+            def made(few: Few) -> Plan:
+                return plan_fit(problem, settings, few, num_samples, processes)
+
             if processes is None:
-                return made()
-            plan = made_together(made, self.problem, train_loader, processes)
-            return with_communication(plan, self.problem, self._settings, num_samples, processes)
+                return made(counted(problem, train_loader, max_examples))
+            plan = made_together(made, problem, train_loader, max_examples, processes)
+            return with_communication(plan, problem, settings, num_samples, processes)
 
     @reading_method
     def fit(

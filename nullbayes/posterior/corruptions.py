@@ -18,44 +18,62 @@ from nullbayes.model.batch import Inputs, batch_size, plain
 Change = Callable[[Tensor, torch.Generator], Tensor]
 # Of tokens, with which of them are no padding.
 ChangeTokens = Callable[[Tensor, Tensor, torch.Generator], Tensor]
+# Inputs whose names hold one of these say where something is, not what.
+_STAYING = ("mask", "position")
 # Examples that are shifted by the same two kinds.
 TOGETHER = 16
 
 
 def teaching(inputs: Inputs) -> tuple[str, ...]:
     """The kinds that teach: of numbers, or where a batch has none, of tokens, which differ in fewer ways."""
-    leaves = tree_flatten(plain(inputs))[0]
-    size = batch_size(inputs)
-    numbers = any(_has_examples(leaf, size) and leaf.is_floating_point() for leaf in leaves)
-    return TEACHING if numbers else TEACHING_TOKENS
+    shifted = _shifted_of(plain(inputs), batch_size(inputs))
+    return TEACHING if any(leaf.is_floating_point() for leaf in shifted) else TEACHING_TOKENS
 
 
 def corrupted(inputs: Inputs, kind: str, generator: torch.Generator) -> Inputs:
-    """A batch with each of its tensors of numbers or tokens changed; masks, padding, and what is no batch, stay.
+    """A batch with each of its tensors of numbers or tokens changed; masks, positions, padding, and what is no batch,
+    stay.
 
     Args:
         kind: of :data:`TEACHING` or :data:`JUDGING`.
     """
-    size, given = batch_size(inputs), plain(inputs)
+    given = plain(inputs)
+    which = {id(leaf) for leaf in _shifted_of(given, batch_size(inputs))}
     mask = given.get("attention_mask") if isinstance(given, Mapping) else None
     leaves, spec = tree_flatten(given)
-    return tree_unflatten([_changed(leaf, size, kind, generator, mask) for leaf in leaves], spec)
+    changed = [_changed(x, kind, generator, mask) if id(x) in which else x for x in leaves]
+    return tree_unflatten(changed, spec)
+
+
+def _shifted_of(given: Any, size: int) -> list[Tensor]:
+    """The tensors of a batch that are numbers or tokens.
+
+    A whole number for each example is a length or a place, unless there is nothing else.
+    """
+    if isinstance(given, Mapping):
+        given = {k: v for k, v in given.items() if not any(name in str(k) for name in _STAYING)}
+    found = [x for x in tree_flatten(given)[0] if _has_examples(x, size) and _is_data(x)]
+    return [x for x in found if x.ndim > 1 or x.is_floating_point()] or found
 
 
 def _has_examples(leaf: Any, size: int) -> bool:
     return isinstance(leaf, Tensor) and bool(leaf.ndim) and len(leaf) == size
 
 
-def _changed(leaf: Any, size: int, kind: str, generator: torch.Generator, mask: Any) -> Any:
-    if not _has_examples(leaf, size) or leaf.is_complex():
-        return leaf
+def _is_data(leaf: Tensor) -> bool:
+    if leaf.is_floating_point():
+        return True
+    return not leaf.is_complex() and leaf.dtype != torch.bool and int(leaf.amax()) > 1
+
+
+def _changed(leaf: Tensor, kind: str, generator: torch.Generator, mask: Any) -> Tensor:
     if leaf.is_floating_point():
         return _NUMBERS[kind](leaf, generator)
-    if leaf.dtype == torch.bool or int(leaf.amax()) <= 1:
-        return leaf
     known = isinstance(mask, Tensor) and mask.shape == leaf.shape
+    tokens = leaf if leaf.ndim > 1 else leaf.unsqueeze(1)
+    real = mask.bool() if known else leaf != 0
     change = _TOKENS.get(kind, _some_replaced)
-    return change(leaf, mask.bool() if known else leaf != 0, generator)
+    return change(tokens, real.view_as(tokens), generator).view_as(leaf)
 
 
 def _like(x: Tensor, values: Tensor) -> Tensor:

@@ -140,19 +140,30 @@ class Distilled(Exported):
         seen = self.seen
         seen.values = []  # of a pass that failed
         # The short way: small networks take microseconds.
-        if isinstance(given, Tensor) and self.user_forward is None:
+        short = self.user_forward is None and self.own_outputs is None
+        if short and isinstance(given, Tensor) and self.likelihood.reading is None:
             outputs = as_tensor_output(self.network(given))
         else:
             seen.mask = given.get("attention_mask") if isinstance(given, Mapping) else None
             outputs = self._called(self.network, given)
-            seen.mask = None
-        found, seen.values = seen.values, []
+        last = outputs if outputs.ndim == 2 else self._shortened(outputs)
+        found, seen.values, seen.mask = seen.values, [], None
         if self.taps and len(found) != self.taps:
             raise ModelError(
                 f"{len(found)} of the layers that the head looks at were called, and {self.taps} when it was fitted: "
                 "a module that is distilled has to call the same layers on all inputs."
             )
-        return outputs, [*found, outputs if outputs.ndim == 2 else outputs.flatten(1)]
+        return outputs, [*found, last]
+
+    def _shortened(self, outputs: Tensor) -> Tensor:
+        """Outputs as a vector for each example: of texts, whose lengths differ, mean and root mean square of tokens."""
+        if outputs.ndim == 1:
+            return outputs.unsqueeze(1)
+        if not self.reads_tokens:
+            return outputs.flatten(1)
+        spans = self.own_outputs is not None and self.own_outputs.kind == "questions"
+        each = outputs.transpose(1, 2) if spans else outputs.flatten(2)
+        return torch.cat([self.seen.tokens(each), self.seen.tokens(each.square()).sqrt()], 1)
 
     def forward(self, *inputs: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Called as the network is (a mapping may come as one argument); or with what ``forward=`` takes."""

@@ -189,6 +189,7 @@ def _module(posterior: Posterior, x: Inputs) -> Distilled:
     network = network if wide is None else network.to(wide)
     seen = Seen()
     module = Distilled(network, seen, posterior.likelihood, functional.user_forward)
+    module.reads_as(functional)
     tapped, module.reads_tokens = _tapped(module, x)
     module.taps = len(tapped)
     for path in tapped:

@@ -291,6 +291,7 @@ def export_module(
         member.load_state_dict(sample)
         members.append(member)
     module = LayerModule(network, members, tape, fit.likelihood, functional.user_forward, excess)
+    module.reads_as(functional)
     module = module.to(functional.device).eval().requires_grad_(requires_grad=False)
     size = batch_size(x)
     module.settle(take(x, 0, min(PROBE, size), size))

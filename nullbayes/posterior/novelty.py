@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.common.decompositions import eigvalsh
+from nullbayes.common.shapes import merged
 from nullbayes.common.work import ENDLESS, LAYER_SECONDS, Work
 from nullbayes.constraints.problem import Problem
 from nullbayes.errors import InputError, NotFittedError
@@ -176,7 +177,8 @@ def variance(scorer: Scorer, x: Inputs, targets: Any) -> Tensor:
     # in, it hides what has higher novelty (experiments/ablation_items.py, `scores`).
     centre = scorer.likelihood.centre
     if not scorer.is_exact(outputs) and scorer.too_many_rows(outputs):
-        squares = centre(scorer.changes(x)).double().square().mean(0).flatten(1).sum(1)
+        squares = centre(scorer.changes(x)).double().square().mean(0)
+        squares = merged(squares, 1).sum(1)
         return (squares / scorer.fit.alpha).to(scorer.problem.dtype)
     operators = (operator for _, operator in scorer.rows(x, outputs, centre))
     total = _summed(scorer, operators, outputs) / scorer.fit.alpha
@@ -319,7 +321,7 @@ def exact_covariances(
 
 def _sampled(part: Tensor) -> Tensor:
     """A matrix ``(b, k, k)`` with the nonzero eigenvalues of the covariance of ``(S, b, *out)``, k at most S."""
-    changes = part.double().flatten(2)
+    changes = merged(part.double(), 2)
     samples, _, outputs = changes.shape
     between = "sbo,tbo->bst" if samples < outputs else "sbo,sbp->bop"
     return torch.einsum(between, changes, changes) / samples

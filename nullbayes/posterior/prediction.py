@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nullbayes.common.processes import Processes
+from nullbayes.common.shapes import merged
 from nullbayes.errors import InputError, NonFiniteError
 from nullbayes.likelihood import Likelihood
 from nullbayes.likelihood.helpers import mirrored, require_samples
@@ -127,7 +128,7 @@ def make_prediction(
         temperature: what outputs are divided by before they become probabilities; as outputs they stay.
     """
     if not bool(outputs.isfinite().all()):
-        bad = int((~outputs.isfinite()).flatten(2).any(2).any(0).nonzero()[0])
+        bad = int(merged(~outputs.isfinite(), 2).any(2).any(0).nonzero()[0])
         raise NonFiniteError(
             f"the predicted outputs hold NaN or infinity, first for example {bad} of the batch; "
             "check that its inputs are finite and scaled as in training."

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nullbayes.common.decompositions import solve
 from nullbayes.common.processes import Processes
+from nullbayes.common.shapes import merged
 from nullbayes.errors import InputError
 from nullbayes.fit.result import Fit
 from nullbayes.jacobian.capture.plan import CapturePlan
@@ -76,8 +77,8 @@ def _features(fit: Fit, plan: CapturePlan, x: Inputs) -> Tensor:
     functional, likelihood = fit.problem.functional, fit.problem.likelihood
     point, change = linearised_outputs(functional, plan, fit.stored, x, "`pool`")
     change = fit.crowd.joined(change)
-    factor = expected_factor(likelihood, point).double().flatten(2)  # (C, B, D)
-    change = change.double().flatten(2)  # (S, B, D)
+    factor = merged(expected_factor(likelihood, point).double(), 2)  # (C, B, D)
+    change = merged(change.double(), 2)  # (S, B, D)
     scale = (len(change) * fit.alpha) ** -0.5
     return torch.einsum("cbd,sbd->bcs", factor, change) * scale
 

@@ -112,8 +112,13 @@ class Serves:
 
 def _batches(own: Posterior, data: Any, name: str) -> Iterator[Any]:
     """The inputs of each batch of ``data``, in any form that ``fit`` takes; a mapping is one batch."""
+    # A network's library may make inputs of targets: those of a decoder.
+    labelled = own.functional.conventions is not None
     if isinstance(data, Mapping):
-        return iter([without_targets(data)])
+        return iter([data if labelled else without_targets(data)])
     dtype = own.functional.dtype
     loader = data if isinstance(data, Iterator) else as_loader(data, name, dtype, labelled=False)
-    return (without_targets(batch) for batch in loader)
+    return (
+        batch if labelled and isinstance(batch, Mapping) else without_targets(batch)
+        for batch in loader
+    )

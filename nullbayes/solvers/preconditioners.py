@@ -107,18 +107,19 @@ class Subset(Preconditioner):
         generator = torch.Generator().manual_seed(self.seed)
         self._some, share = self._part(operator, generator)
         gram = self._some.gram(tick)
-        require_finite(gram, "the Gram matrix of the preconditioner's subset")
+        require_finite(gram, "the Gram matrix of the preconditioner's rows")
         self._factorise(gram, 1e-6 * float(gram.diagonal().mean()))
         seen = self._some.shape[0] == operator.shape[0]
         self.mu = 0.0 if seen else self.tail * self._tail(operator, generator)
         # Relative to the largest row as a floor: all rows may be in the subset, or the rest zero.
         self.mu = max(self.mu + shift, 1e-4 * float(gram.diagonal().max()), 1e-300)
         self._factorise(gram, self.mu * share)
-        self.notes = (f"subset of {self._some.shape[0]} rows, tail curvature {self.mu:.2g}",)
+        self.notes = (f"{self._what}, tail curvature {self.mu:.2g}",)
 
     def _part(self, operator: RowOperator, generator: torch.Generator) -> tuple[RowOperator, float]:
         """The rows to factorise, and the share of ``AᵀA`` that theirs stands for."""
         some = operator.subset(self._wanted(operator.shape[0]), generator)
+        self._what = f"subset of {some.shape[0]:,} rows, drawn by chance"
         return some, some.shape[0] / operator.shape[0]
 
     def _wanted(self, m: int) -> int:
@@ -137,7 +138,7 @@ class Subset(Preconditioner):
         shifted = gram.float() if single else gram.clone()
         shifted.mul_(self._scale[:, None]).mul_(self._scale)
         self._factor = positive_factor(
-            shifted, 1e-6 if single else 1e-7, "the Gram matrix of the preconditioner's subset"
+            shifted, 1e-6 if single else 1e-7, "the Gram matrix of the preconditioner's rows"
         )
 
     def apply(self, r: Tensor) -> Tensor:
@@ -188,6 +189,7 @@ class Rows(Subset):
         chance = inclusion(squares, wanted) if wanted < there else (squares > 0).double()
         some = single_rows(inner, drawn(chance, generator))
         assert some.chosen is not None
+        self._what = f"{some.shape[0]:,} of {inner.shape[0]:,} rows, chosen by their length"
         scale = chance[some.chosen].rsqrt().to(inner.device)
         if whole is not None:
             scale = scale * whole.weights[some.chosen.to(inner.device)]

@@ -46,6 +46,15 @@ KINDS: dict[str, Any] = {
     "several tasks": lambda: peft.MultitaskPromptTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=2, num_tasks=2
     ),
+    "experts of tasks": lambda: peft.PolyConfig(
+        task_type="CAUSAL_LM",
+        target_modules=["q_proj"],
+        r=2,
+        n_tasks=2,
+        n_skills=2,
+        n_splits=1,
+        init_weights=False,
+    ),
     "p-tuning": lambda: peft.PromptEncoderConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=8
     ),
@@ -125,7 +134,7 @@ def assert_judged(posterior: nb.NullSpacePosterior, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_adapters_rows(kind: str) -> None:
     model, batch = with_adapter(kind), next_tokens()
-    if kind == "several tasks":
+    if kind in ("several tasks", "experts of tasks"):
         batch["task_ids"] = torch.arange(5) % 2
     posterior = nb.NullSpacePosterior(model, preserve="loss", delta=0.0, prior_precision=1.0)
     posterior.fit([batch], 3, audit=5, **QUIET)

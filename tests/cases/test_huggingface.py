@@ -173,6 +173,18 @@ def test_keys_that_the_network_does_not_take_are_left_out() -> None:
     assert posterior.certificate.constraints == 10
 
 
+def test_a_cache_among_the_inputs_is_named(counting: nn.Module) -> None:
+    cached = batch_of(counted(), past_key_values=transformers.DynamicCache())
+    with pytest.raises(nb.InputError, match="`past_key_values`, a cache that the network writes"):
+        nb.NullSpacePosterior(counting, preserve="loss").fit([cached], 2, **QUIET)
+
+
+def test_labels_of_another_integer(counting: nn.Module, strict: None) -> None:
+    batch = {k: v.int() for k, v in batch_of(counted()).items()}
+    posterior = nb.NullSpacePosterior(counting, preserve="loss").fit([batch], 2, **QUIET)
+    assert posterior.certificate.network_score == 1.0
+
+
 def test_tuples_for_outputs(strict: None) -> None:
     model = built(CASES["bert, classes"].model)
     model.config.return_dict = False

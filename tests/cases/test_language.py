@@ -112,7 +112,12 @@ def test_labels_of_tokens_say_where_the_answer_is(shift: int) -> None:
     batch, at = answered(shift)
     posterior = nb.NullSpacePosterior(model, nb.Choices(TOKENS), **EXACT)
     posterior.fit([batch], 3, **QUIET)
-    del batch["labels"]
+    told = [posterior.predict(x).point for x in (batch, iter([batch]))]
+    labels = batch.pop("labels")
+    for point in told:  # as `evaluate` and `calibrate` read them
+        assert_close(point, picked(model, batch, at).detach())
+    other = posterior.predict(batch | {"labels": labels.clamp(max=3)}).point  # none of the choices
+    assert_close(other, posterior.predict(batch).point)
     wanted = fisher(model, batch, at)
     assert_close(gauss_newton(posterior), wanted, rtol=1e-8, atol=1e-9 * float(wanted.abs().max()))
     # The same by a position of each example under a name of the user's own.

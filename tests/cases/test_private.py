@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import nullbayes as nb
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.parameters import ParameterSpace
-from nullbayes.model.private import Modules
+from nullbayes.model.private import Modules, _marks_alone
 from tests.cases.dense import (
     assert_kept,
     assert_predicts,
@@ -209,6 +209,30 @@ def test_private_modules_are_the_users_in_all_but_weights(kind: str) -> None:
         posterior.predict(x, method="sampled")
     assert_rows(posterior, dense)
     assert_kept(posterior, dense)
+
+
+def test_hooks_that_ask_for_a_gradient_alone_are_left_out() -> None:
+    """What training with checkpoints leaves behind; an error within `torch.func`, which then took another way."""
+
+    def marks(module: nn.Module, args: Any, output: Tensor) -> None:
+        output.requires_grad_(True)
+
+    def changes(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        output.requires_grad_()
+        return output * 2
+
+    def another(module: nn.Module, args: Any, output: Tensor) -> Any:
+        output.requires_grad_()
+        return args[0]
+
+    assert [_marks_alone(hook) for hook in (marks, changes, another)] == [True, False, False]
+    model, x = seeded(Mlp), normal(5, 2, 3)
+    next(m for m in model.modules() if isinstance(m, nn.Linear)).register_forward_hook(marks)
+    dense = rows(model, x.split(1))
+    posterior = fitted(model, x.split(3))
+    assert posterior.certificate.audit.methods == ("forward mode",)
+    assert_rows(posterior, dense)
+    assert_predicts(posterior, x, dense)
 
 
 def test_a_forward_that_refers_to_the_model_from_outside() -> None:

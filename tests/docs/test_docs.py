@@ -132,8 +132,8 @@ def test_a_setup_is_new_each_time_and_used(setup: Callable[[], dict[str, Any]]) 
 def test_the_documents_name_no_figure_that_the_results_do_not_have() -> None:
     """Tables of the benchmarks are their own, not copies that age."""
     results = ROOT / "benchmarks" / "results"
-    page = (DOCS / "benchmarks.md").read_text()
-    for file in ("direct.md",):
+    for file, place in (("direct.md", "benchmarks.md"), ("edge.md", "concepts/null-space.md")):
+        page = (DOCS / place).read_text()
         rows = [r for r in (results / file).read_text().splitlines() if r.startswith("| ")]
         assert len(rows) >= 4
         for row in rows:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from experiments import candidates
 from experiments.detection.base import Given
 from experiments.detection.families import JUDGING, TUNING, Problem, Size
 from experiments.layers import running, sequences, tables
@@ -38,6 +39,31 @@ def run(role: str, rows: dict[str, Any], seed: int = 0) -> dict[str, Any]:
         "train": 10, "parameters": 5,
     }  # fmt: skip
     return {"seed": seed, "result": result}
+
+
+def test_counted_sets_are_those_that_the_nearest_input_does_not_solve() -> None:
+    """By hand: of two far sets the nearest input solves one; both near sets are solved, so nothing counts there."""
+
+    def scored(name: str, near: list[float], far: list[float]) -> Any:
+        sets = {
+            "near": dict(zip("ab", near, strict=True)),
+            "far": dict(zip("cd", far, strict=True)),
+        }
+        both = {d: {n: {"auroc": v} for n, v in found.items()} for d, found in sets.items()}
+        return row(0.5, 0.5) | {"scores": {name: both}}
+
+    rows = {
+        "nearest input": scored("nearest input", [0.98, 0.99], [0.98, 0.6]),
+        "layers": scored("combined", [0.9, 0.9], [1.0, 0.7]),
+        "DDU": scored("DDU", [0.5, 0.5], [0.6, 0.8]),
+    }
+    found = tables.Found([run(role, rows) for role in (TUNING, JUDGING)])
+    cells, near, far = {}, *tables.COUNTED
+    for measure in (*tables.MEASURES[-2:], near, far):
+        cells[measure.title] = tables.compared(found, "tables", measure, "layers")
+    assert cells["AUROC, near sets"] == "**+0.400** (DDU)"
+    assert cells["AUROC, far sets"] == "**+0.150** (DDU)"
+    assert cells["near counted"] == "–" and cells["far counted"] == "-0.100 (DDU)"
 
 
 def test_scores_and_settings_come_from_the_tuning_problems() -> None:
@@ -138,3 +164,22 @@ def test_words_are_numbers_and_padding_is_told_from_words() -> None:
     moved = x.clone()
     moved[1, 0] = 2.0
     assert (model(moved)[1] - model(x)[1]).abs().max() > 1e-4
+
+
+def test_forms_of_the_score_are_compared_with_the_rivals_of_the_layer_null_space() -> None:
+    """Each form stands in the place of the layer posterior; a family of which it has no figures is a dash."""
+
+    def sets(value: float) -> Any:
+        return {"near": {"a": {"auroc": value}}, "far": {"b": {"auroc": value}}}
+
+    rivals = {"layers": row(0.1, 0.1), "DDU": row(0.5, 0.5) | {"scores": {"DDU": sets(0.7)}}}
+    layers = [run(role, rivals) for role in (TUNING, JUDGING)]
+    scores = {"combined": sets(0.6), "neighbours": sets(0.9)}
+    judged = {"family": "tables", "member": JUDGING, "role": JUDGING, "scores": scores}
+    rows, columns = candidates.against([{"seed": 0, "result": judged}], layers)
+    (cells,) = rows[0].runs
+    assert rows[0].title == "tables" and len(columns) == 8
+    assert cells["`combined`, near"] == "-0.100 (DDU)"
+    assert cells["`neighbours`, far counted"] == "**+0.200** (DDU)"
+    rows, _ = candidates.against([], layers)
+    assert set(rows[0].runs[0].values()) == {"–"}

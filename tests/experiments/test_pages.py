@@ -30,6 +30,12 @@ def test_markers_are_filled_from_the_results_and_shortened(tmp_path: Path) -> No
     assert "| null-space, by evidence | 2 |" in filled and "small" in filled
     assert "**One**\n\n| | x |" in filled  # a reader of the page sees what the table is of
     assert page.filled(filled, tmp_path) == filled
+    assert "*Setting: small; `experiments" in filled
+    counted = "\n".join(["# T", "", "Seeds: a 4, b 1. † two.", "", "## One", "", *table])
+    (tmp_path / "small" / "seeds.md").write_text(counted)
+    assert "*Setting: small; seeds: a 4, b 1; `" in page.filled(
+        text.replace("thing", "seeds"), tmp_path
+    )
     rows = [f"| row {k} | {k} |" for k in range(20)]  # none stands for a method: all are shown
     (tmp_path / "small" / "other.md").write_text(
         "\n".join(["# T", "", "## One", *table[:2], *rows])

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from processes.stage import BATCH, fitted, loader, network, told
+from processes.stage import BATCH, fitted, loader, network, posterior, told
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -97,20 +97,20 @@ def in_shards(model: nn.Module) -> nn.Module:
 
 def asked(kind: str, model: nn.Module, path: Path, group: Any = None) -> dict[str, Any]:
     """All that a posterior is asked: a fit, novelty, predictions, scores, calibration; and it goes to a file."""
-    posterior, other = KINDS[kind](model, process_group=group), texts(2)
+    made, other = KINDS[kind](model, process_group=group), texts(2)
     if kind == "layer":
-        posterior.fit(texts(), 3, progress=False)
-        out = {"unit": torch.cat([t.flatten() for t in next(posterior.sample(1)).values()])}
+        made.fit(texts(), 3, progress=False)
+        out = {"unit": torch.cat([t.flatten() for t in next(made.sample(1)).values()])}
     else:
-        out = fitted(posterior, texts(), 3)
-    posterior.save(path)
+        out = fitted(made, texts(), 3)
+    made.save(path)
     asked_of = other.dataset.tensors[0] if kind == "layer" else other  # type: ignore[attr-defined]
-    out["novelty"] = posterior.novelty(asked_of)
-    out["mean"] = posterior.predict(asked_of).mean
+    out["novelty"] = made.novelty(asked_of)
+    out["mean"] = made.predict(asked_of).mean
     if kind == "Laplace":  # asked less, to take less time
         return out
-    out["figures"] = posterior.evaluate(other, progress=False).as_dict()["figures"]
-    out["nll"] = posterior.calibrate(other, progress=False).nll
+    out["figures"] = made.evaluate(other, progress=False).as_dict()["figures"]
+    out["nll"] = made.calibrate(other, progress=False).nll
     return out
 
 
@@ -160,30 +160,27 @@ def _refused(model: nn.Module, x: Tensor) -> dict[str, Any]:
     first.weight = nn.Parameter(distribute_tensor(first.weight.detach(), mesh, [Shard(0)]))
     out: dict[str, Any] = {"trained": told(lambda: nb.NullSpacePosterior(other))}
     out["named"] = told(lambda: nb.LaplacePosterior(other, parameters=["0.weight", "4.weight"]))
-    out["last"] = fitted(make(other, parameters="last-layer"), loader(20))["unit"]
-    out["last of the plain"] = fitted(make(network(), parameters="last-layer"), loader(20))["unit"]
-    posterior = KINDS["null space"](model).fit(texts(), 2, progress=False)
+    out["last"] = fitted(posterior(other, parameters="last-layer"), loader(20))["unit"]
+    out["last of the plain"] = fitted(posterior(parameters="last-layer"), loader(20))["unit"]
+    made = KINDS["null space"](model).fit(texts(), 2, progress=False)
     with torch.no_grad():
         for parameter in model.parameters():
             if isinstance(parameter, DTensor):
                 parameter.mul_(1.0)  # written to, and as it was
-    posterior.predict(x)
-    out["whole"], out["plain"] = _made_of(posterior.model), _made_of(reader())
-    out["plan"] = posterior.plan(texts()).advice
+    made.predict(x)
+    out["whole"], out["plain"] = _made_of(made.model), _made_of(reader())
+    out["plan"] = made.plan(texts()).advice
     model.train()
-    out["training"] = told(lambda: posterior.predict(x))
+    out["training"] = told(lambda: made.predict(x))
     model.eval()
-    posterior.predict(x)
+    made.predict(x)
     with torch.no_grad():
         model.words.weight.mul_(2.0)  # type: ignore[operator, union-attr]
-    out["changed"] = told(lambda: posterior.predict(x))
-    copy = weakref.ref(posterior.model)
-    posterior = None
+    out["changed"] = told(lambda: made.predict(x))
+    copy = weakref.ref(made.model)
+    made = None
     gc.collect()
     out["dropped"] = copy() is None
-    meshed = make(network(), process_group=mesh)
-    return out | {"mesh": fitted(meshed, loader(20))["unit"]}
-
-
-def make(model: nn.Module, **options: Any) -> nb.NullSpacePosterior:
-    return nb.NullSpacePosterior(model, solver="dual Cholesky", **options)
+    wrapped: nn.Module = nn.parallel.DistributedDataParallel(network())
+    out["wrapped"] = fitted(posterior(wrapped), loader(20))["unit"]
+    return out | {"mesh": fitted(posterior(process_group=mesh), loader(20))["unit"]}

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import nullbayes as nb
+
 BATCH = 4
 
 
@@ -55,6 +57,11 @@ def certified(posterior: Any) -> dict[str, Any]:
         "audit": audit,
         "residual": max(c.residual, 1e-9),  # what is left of it is rounding
     }
+
+
+def posterior(model: nn.Module | None = None, **options: Any) -> nb.NullSpacePosterior:
+    """By the dual Cholesky factor, around the network or another one."""
+    return nb.NullSpacePosterior(model or network(), solver="dual Cholesky", **options)
 
 
 def told(call: Callable[[], Any]) -> tuple[str, str]:

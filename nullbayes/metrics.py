@@ -1,9 +1,9 @@
 """How good are the probabilities, and does the score tell the familiar from the new?
 
 Every function takes tensors of any dtype, on any device, computes in float64 on the CPU and returns plain floats and
-lists, ready for JSON. Nothing of torchmetrics: importing it takes seconds where transformers or matplotlib are there;
-scores outside [0, 1] it turns into probabilities by a sigmoid, which makes ties of large ones; and its calibration
-errors are in float32 and give confidences of exactly 1 a bin of their own.
+lists, ready for JSON. AUROC and the ROC curve come from torchmetrics, which is given ranks: scores outside [0, 1] it
+would turn into probabilities by a sigmoid, which makes ties of large ones. Calibration errors are summed here: its own
+are computed in float32 and give confidences of exactly 1 a bin of their own.
 """
 
 from __future__ import annotations
@@ -132,19 +132,25 @@ def ood_metrics(inside: Tensor, outside: Tensor) -> dict[str, float]:
     ``auroc``: the probability that an outside score exceeds an inside one, ties counting half. ``fpr95``: the share of
     inside inputs flagged at the threshold that flags at least 95 % of the outside ones.
     """
-    fpr, tpr = _rates(inside, outside)
-    return {
-        "auroc": _float(torch.trapezoid(tpr, fpr)),
-        "fpr95": _float(fpr[tpr >= 0.95].min()),
-    }
+    from torchmetrics.functional.classification import (
+        binary_auroc,
+        binary_specificity_at_sensitivity,
+    )
+
+    ranks, labels = _ranks(inside, outside)
+    specificity, _ = binary_specificity_at_sensitivity(ranks, labels, min_sensitivity=0.95)
+    return {"auroc": _float(binary_auroc(ranks, labels)), "fpr95": 1.0 - _float(specificity)}
 
 
 def roc_curve(inside: Tensor, outside: Tensor, points: int = 200) -> dict[str, list[float]]:
     """False and true positive rates of the score's ROC curve, thinned to about ``points`` points for drawing."""
-    fpr, tpr = _rates(inside, outside)
+    from torchmetrics.functional.classification import binary_roc
+
+    ranks, labels = _ranks(inside, outside)
+    fpr, tpr, _ = binary_roc(ranks, labels)
     if len(fpr) > points:
         # Evenly along the curve, not along one axis: steep stretches keep their points.
-        along = fpr + tpr
+        along = (fpr + tpr).double()
         keep = torch.searchsorted(along, torch.linspace(0, 2, points, dtype=along.dtype)).clamp(
             max=len(fpr) - 1
         )
@@ -226,15 +232,13 @@ def _probabilities(probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return probs / probs.sum(1, keepdim=True), targets  # float16 rows sum to 1 only within 1e-3
 
 
-def _rates(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
-    """False and true positive rates at every distinct score, from the highest down; equal scores go together."""
+def _ranks(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
+    """Both scores replaced by their joint dense rank in [0, 1]: order and ties stay, scale and overflow are gone."""
     inside, outside = _finite(inside, "inside").flatten(), _finite(outside, "outside").flatten()
     if not len(inside) or not len(outside):
         raise InputError(
             f"Both sides need at least one score: got {len(inside)} inside, {len(outside)} outside."
         )
     values, rank = torch.cat([inside, outside]).unique(return_inverse=True)
-    of_each = rank[: len(inside)], rank[len(inside) :]
-    counts = (torch.bincount(part, minlength=len(values)).flip(0).cumsum(0) for part in of_each)
-    fpr, tpr = (torch.cat([c.new_zeros(1), c]).double() / c[-1] for c in counts)
-    return fpr, tpr
+    labels = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).long()
+    return rank.double() / max(1, len(values) - 1), labels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,21 @@ class Slot:
     @property
     def numel(self) -> int:
         return self.stop - self.start
+
+
+def _check_filter(choice: Any) -> None:
+    """Raise `InputError` for a filter that cannot be called with a name and a parameter."""
+    try:
+        signature = inspect.signature(choice)
+    except (TypeError, ValueError):  # of something built in
+        return
+    try:
+        signature.bind("", None)
+    except TypeError as error:
+        raise InputError(
+            f"`parameters` is a function of {signature}; expected one of a name and a parameter, "
+            "`lambda name, parameter: ...`."
+        ) from error
 
 
 class ParameterSpace:
@@ -73,6 +89,12 @@ class ParameterSpace:
                 raise ModelError(
                     f"parameters must be real floating-point numbers of 16 bits or more; {name!r} is "
                     f"{tensor.dtype}. Leave it out with `parameters=`, or convert the model."
+                )
+            if tensor.layout != torch.strided:
+                raise ModelError(
+                    f"{name!r} is stored as {tensor.layout}, where a weight that is zero is no number that could "
+                    "change. Convert it (`nn.Parameter(weight.to_dense())`; `torch.nn.utils.prune` keeps zeros of a "
+                    "dense one), or leave it out with `parameters=`."
                 )
         if any(t.is_inference() for t in tensors.values()):
             raise ModelError(
@@ -157,6 +179,7 @@ class ParameterSpace:
         if choice is None:
             chosen = {n: p for n, p in named.items() if p.requires_grad}
         elif callable(choice):
+            _check_filter(choice)
             chosen = {n: p for n, p in named.items() if choice(n, p)}
         else:
             several = not isinstance(choice, str) and isinstance(choice, Iterable)
@@ -232,7 +255,11 @@ class ParameterSpace:
             for name, t in model.named_parameters()
             if not all(bool(part.isfinite().all()) for part in opened(t).values())
         ]
-        bad += [n for n, t in model.named_buffers() if bool(t.isnan().any())]
+        bad += [
+            name
+            for name, t in model.named_buffers()
+            if any(bool(part.isnan().any()) for part in opened(t).values())
+        ]
         if bad:
             raise NonFiniteError(
                 f"the model holds NaN or infinity in {bad}; load a checkpoint whose weights are "

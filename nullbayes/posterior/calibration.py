@@ -148,6 +148,11 @@ class _Walk:
         if self.search.processes is not None:
             self._join(self.search.processes)
         metric, likelihood = self.search.metric, self.fit.problem.likelihood
+        if self.examples and likelihood.score_name == "accuracy" and not self.points[0].count:
+            raise InputError(
+                f"`val_loader`: every label of its {self.examples} examples is one to be ignored, so nothing tells one "
+                "prior from another. Pass examples with labels."
+            )
         rows = [figure.result(self.examples) for figure in self.figures]
         has_ece = rows[0]["ece"] is not None
         if metric == "ece" and not has_ece:

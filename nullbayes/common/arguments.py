@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -15,6 +15,7 @@ PriorPrecision = str | float | Mapping[str, float]
 CheckedPrior = str | float | dict[str, float]
 
 
+_SMALL_RANGE = "Float16 has too small a range: changes of weights are often below 6e-8."
 #: one prior precision for each layer, found by the evidence
 BY_LAYER = "evidence-by-layer"
 
@@ -74,9 +75,11 @@ def check_choice(value: str, allowed: tuple[str, ...], name: str) -> str:
 
 def check_stored_dtype(value: Any, working: torch.dtype) -> torch.dtype:
     """What samples may be made narrower to. Raises `InputError` for any other dtype."""
-    if value is torch.int8:
-        return value
-    return check_sample_dtype(value, working) or working
+    if value in (torch.int8, torch.bfloat16, working):
+        return cast("torch.dtype", value)
+    raise InputError(
+        f"`dtype` is {value!r}; expected None, torch.bfloat16 or torch.int8. {_SMALL_RANGE}"
+    )
 
 
 def check_sample_dtype(value: Any, working: torch.dtype) -> torch.dtype | None:
@@ -84,8 +87,10 @@ def check_sample_dtype(value: Any, working: torch.dtype) -> torch.dtype | None:
     if value is None or value == working:
         return None
     if value is not torch.bfloat16:
+        mend = _SMALL_RANGE
+        if value is torch.int8:
+            mend = "For samples in 8 bits call `compact(dtype=torch.int8)` after the fit."
         raise InputError(
-            f"`sample_dtype` is {value!r}; expected None ({working}) or torch.bfloat16. Float16 has too small a range: "
-            "changes of weights are often below 6e-8."
+            f"`sample_dtype` is {value!r}; expected None ({working}) or torch.bfloat16. {mend}"
         )
     return value

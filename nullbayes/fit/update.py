@@ -85,8 +85,8 @@ def updated(fit: Fit, settings: Settings, loader: Iterable[Any], run: Run) -> Fi
 def _earlier(fit: Fit) -> _Earlier:
     if fit.rows is None or fit.state is None or fit.solver is None:
         raise NotFittedError(
-            "this posterior was loaded from a file, which holds no rows of its training data; `update` needs them. "
-            "Call `fit` on all data."
+            "this posterior was loaded from a file, or compacted, and holds no rows of its training data, which "
+            "`update` needs. Call `fit` on all data."
         )
     return _Earlier(fit.rows, fit.state, fit.solver, fit.unit)
 

@@ -173,7 +173,7 @@ class Choices(Classification):
 
     def __init__(self, token_ids: Iterable[int], position: str | int = LAST) -> None:
         super().__init__(class_axis=-1)
-        given: list[Any] = token_ids.tolist() if isinstance(token_ids, Tensor) else list(token_ids)
+        given: list[Any] = [t.item() if hasattr(t, "item") else t for t in token_ids]
         whole = all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in given)
         if not whole or len(given) < 2 or len(set(given)) < len(given):
             raise InputError(

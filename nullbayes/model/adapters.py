@@ -6,12 +6,13 @@ Nothing here imports peft: a network with an adapter has it loaded.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from nullbayes.errors import ModelError
+from nullbayes.errors import ModelError, StorageError
 from nullbayes.model.parameters import ParameterSpace
 
 CONFIG, POSTERIOR = "adapter_config.json", "adapter_posterior.safetensors"
@@ -68,16 +69,19 @@ ACTIVE = "active adapters"
 
 
 def active_adapters(model: Any) -> str | None:
-    """Which adapters take part in a forward pass now, in words; None where ``model`` has none of peft."""
-    if not _comes_from(model, "PeftModel", "peft."):
-        return None
+    """Which adapters take part in a forward pass now, in words; None where ``model`` has none of peft.
+
+    A network may have them without peft's model around it: by its own `add_adapter`, or `inject_adapter_in_model`.
+    """
+    wrapped = _comes_from(model, "PeftModel", "peft.")
     states = set()
-    for module in model.modules():
+    for module in _layers(model):
         own = module.__dict__
-        if "_active_adapter" in own:
-            names = own["_active_adapter"]
-            names = [names] if isinstance(names, str) else names
-            states.add((*names, "disabled") if own.get("_disable_adapters") else tuple(names))
+        names = own["_active_adapter"]
+        names = [names] if isinstance(names, str) else names
+        states.add((*names, "disabled") if own.get("_disable_adapters") else tuple(names))
+    if not states and not wrapped:
+        return None
     if not states:  # prompts and prefixes have no layers
         off = getattr(model, "_adapters_disabled", False)
         states.add((model.active_adapter, *(["disabled"] if off else [])))
@@ -89,18 +93,39 @@ def inactive_adapters(model: Any) -> set[str]:
     active = active_adapters(model)
     if active is None:
         return set()
-    return set(model.peft_config) - {n for state in active.split("; ") for n in state.split(", ")}
+    held = set(getattr(model, "peft_config", ()))
+    for layer in _layers(model) if not held else ():
+        held.update(getattr(layer, "_all_available_adapter_names", list)())
+    return held - {n for state in active.split("; ") for n in state.split(", ")}
+
+
+def _layers(model: Any) -> list[Any]:
+    """Layers of a network that hold adapters of peft."""
+    if "peft" not in sys.modules:
+        return []
+    return [m for m in model.modules() if "_active_adapter" in m.__dict__]
 
 
 def beside_adapter(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """The file of a posterior in the folder of a saved adapter; any other path as it is."""
+    """The file of a posterior in the folder of a saved adapter; any other path as it is.
+
+    Raises `StorageError` for a folder around such a folder.
+    """
     folder = Path(path)
-    return folder / POSTERIOR if (folder / CONFIG).is_file() else path
+    if (folder / CONFIG).is_file():
+        return folder / POSTERIOR
+    # peft saves an adapter that is not called "default" in a folder of its name.
+    inside = sorted(str(each.parent) for each in folder.glob(f"*/{CONFIG}"))
+    if inside:
+        raise StorageError(
+            f"`path` is the folder {folder}, which holds no adapter ({CONFIG}); {inside[0]} does. Pass that folder."
+        )
+    return path
 
 
 def check_unmerged(model: nn.Module, space: ParameterSpace) -> None:
     """Raise `ModelError` where chosen weights belong to an adapter that is merged: they move nothing."""
-    if adapted(model) is None:
+    if active_adapters(model) is None:
         return
     for path, module in model.named_modules():
         if getattr(module, "merged", False) is not True or not hasattr(module, "merged_adapters"):
@@ -109,7 +134,7 @@ def check_unmerged(model: nn.Module, space: ParameterSpace) -> None:
         if inside:
             raise ModelError(
                 f"the adapter is merged into the weights of {path!r}, so {inside[0]!r} and the like move no output. "
-                "Call `model.unmerge_adapter()` first."
+                "Call `unmerge_adapter()` of peft's model, or `unmerge()` of these layers, first."
             )
 
 
@@ -141,7 +166,7 @@ def remarks(model: nn.Module, space: ParameterSpace) -> list[str]:
             "DoRA detaches the norm that it divides by: the guarantee and linearised predictions are those of the "
             "network with this norm fixed, as its training was; re-weighted networks (`method='sampled'`) move by it."
         ]
-    if pretrained(model) is None or adapted(model) is not None:
+    if pretrained(model) is None or active_adapters(model) is not None:
         return []
     named = dict(model.named_parameters())
     free = [n for n, p in named.items() if p.requires_grad]

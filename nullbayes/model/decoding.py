@@ -25,8 +25,8 @@ def check_no_cache(inputs: Mapping[Any, Any]) -> None:
     """Raise `InputError` where a batch holds a cache, which makes a second pass another one."""
     if inputs.get(CACHE) is not None:
         raise InputError(
-            f"the batch holds `{CACHE}`, a cache that the network writes to at every forward pass, so that the next one "
-            "on the same batch is another. Leave it out, and pass whole texts."
+            f"the batch holds `{CACHE}`, a cache that the network writes to at every forward pass, so that the next "
+            "one on the same batch is another. Leave it out, and pass whole texts."
         )
 
 

@@ -163,7 +163,9 @@ def check_unchanged(model: nn.Module, digest: dict[str, str]) -> None:
             f"this posterior was fitted with {then!r} as the active adapters; now they are {now.get(ACTIVE)!r}. Call "
             "`model.set_adapter`, or leave `model.disable_adapter()`; or fit anew."
         )
-    changed = sorted(n for n in now if now[n] != digest.get(n))
+    # A file of version 0.1 does not say which adapters were active.
+    told = {n: d for n, d in now.items() if n in digest or n != ACTIVE}
+    changed = sorted(n for n in told if told[n] != digest.get(n))
     if changed:
         raise ModelError(
             f"the model has changed since this posterior was fitted: {len(changed)} tensors differ, "

@@ -35,7 +35,7 @@ from nullbayes.model.parameters import HALF, ParameterChoice, ParameterSpace
 from nullbayes.model.precision import Unrounded, tolerance, widening
 from nullbayes.model.private import Copier, Hooks, Modules
 from nullbayes.model.probe import Probe, allowed
-from nullbayes.model.ragged import restored, unbatched
+from nullbayes.model.ragged import collated, restored, unbatched
 from nullbayes.model.randomness import FrozenRandomness, Replay, keyed
 from nullbayes.model.reading import Reads
 from nullbayes.model.reading import as_tensor_output as as_tensor_output
@@ -385,7 +385,10 @@ class FunctionalModel(Reads):
         text = (
             f"{where}: the model's forward pass failed on {found}: {type(error).__name__}: {error}"
         )
-        mend = unbatched(plain(inputs), batch_size(inputs))
+        given = plain(inputs)
+        if isinstance(given, list) and all(isinstance(part, Mapping) for part in given):
+            return f"{text}. Of a list of batches pass `iter(batches)`, or one batch at a time."
+        mend = collated(given) or unbatched(given, batch_size(inputs))
         if mend:
             return f"{text}.{mend}"
         other = sorted({str(t.dtype) for t in leaves if t.is_floating_point()} - {str(self.dtype)})

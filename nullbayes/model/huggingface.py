@@ -28,8 +28,11 @@ from nullbayes.model.own_loss import (
     Kind,
     candidates,
     entry,
+    fitting,
     kind_of,
     main_loss_alone,
+    undecided,
+    unknown,
 )
 from nullbayes.model.own_outputs import OwnOutputs
 from nullbayes.model.parameters import HALF
@@ -38,6 +41,8 @@ LABELS = ("labels", "label", "label_ids")
 # What networks for time series call them.
 VALUES = ("target_values", "future_values")
 SPANS = ("start_positions", "end_positions")
+# Ends of the names of networks that score a label where it stands.
+UNSHIFTED = ("TokenClassification", "MaskedLM", "FrameClassification", "PreTraining")
 # Examples on which a network is asked for its own loss.
 ASKED = 4
 # Relative difference of two losses that are the same: the library computes some of them in float32.
@@ -352,9 +357,11 @@ class HuggingFace:
     ) -> None:
         same = SAME_IN_HALF if logits.dtype in HALF else SAME
         found = self._candidates(logits.double(), labels, inputs, problem)
-        fits = {n for n, v in found.items() if abs(v - loss) <= same * abs(loss) + 1e-6}
+        fits = fitting(found, loss, same)
         if self.kind == "tokens":
             self.shifts = "shifted" in fits if len(fits) == 1 else self._named_causal()
+            if len(fits) > 1 and not (self._pairs() or self._named_tokens()):
+                self._warn("near", undecided(type(self.base).__name__, loss, found))
         if "one-hot" in fits:
             self.kind = "frames"
         if self.kind == "tokens" and not found and type(self.base).__name__.endswith("ForCTC"):
@@ -367,13 +374,7 @@ class HuggingFace:
         if self.kind == "sequence":
             self._check_likelihood(problem, logits)
         if not fits:
-            tried = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
-            self._warn(
-                "loss",
-                f"the own loss of {type(self.base).__name__} on the first examples is {loss:.4g}; computed here it is "
-                f"{tried or 'unknown'}. What it does with labels is not known: compare `certificate.network_score` "
-                "with the score of your training, or pass `forward=` and targets that fit its outputs.",
-            )
+            self._warn("loss", unknown(type(self.base).__name__, loss, found))
 
     def _candidates(
         self, logits: Tensor, labels: Tensor, inputs: Any, problem: str | None
@@ -407,6 +408,9 @@ class HuggingFace:
             f"what {name} does with labels could not be found out: {why}. "
             + ("They are shifted by one, as its name says." if self.shifts else "They stay."),
         )
+
+    def _named_tokens(self) -> bool:
+        return self._named_causal() or type(self.base).__name__.endswith(UNSHIFTED)
 
     def _named_causal(self) -> bool:
         name = type(self.base).__name__

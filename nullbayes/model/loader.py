@@ -19,7 +19,7 @@ from nullbayes.model.batch import (
 )
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.graphs import is_graph
-from nullbayes.model.ragged import Structured
+from nullbayes.model.ragged import Structured, collated
 
 
 def check_reusable(loader: Iterable[Any], name: str) -> None:
@@ -156,6 +156,7 @@ def batches(
             except (TypeError, ValueError, RuntimeError) as error:
                 raise InputError(
                     f"{where}: targets are {type(targets).__name__}, expected a tensor."
+                    f"{collated({'targets': targets})}"
                 ) from error
         inputs, targets = (to_device(t, functional.device) for t in (inputs, targets))
         inputs = functional.as_called(inputs, targets if isinstance(targets, Tensor) else None)

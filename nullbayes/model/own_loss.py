@@ -17,6 +17,8 @@ Kind = Literal["tokens", "sequence", "segmentation", "questions", "values", "fra
 OUTPUTS = ("logits", "prediction_logits", "prediction_outputs", "regression_outputs")
 # Weights of what is added to a loss beside the one of outputs and labels: a second head's, a router's, an adapter's.
 _BESIDE = ("auxiliary_loss_weight", "router_aux_loss_coef", "orth_reg_weight")
+# By how much nearer one of several figures has to be; and how far apart, relative, rounding puts two that are the same.
+NEARER, ROUNDED = 10.0, 1e-6
 # What a network that computes its loss finds out and writes down.
 _WRITTEN = "problem_type"
 
@@ -103,6 +105,41 @@ def candidates(
     if labels.numel() != len(logits):
         return {}
     return {"classes": _entropy(logits, labels.reshape(-1), IGNORED)}
+
+
+def fitting(found: Mapping[str, float], loss: float, same: float) -> set[str]:
+    """Which of several figures a network's own loss may be: the same to a share of ``same``.
+
+    Two meanings may come near each other by chance, as those of a network that knows little do; so where one is much
+    nearer than all others, it is that one.
+    """
+    away = {name: abs(value - loss) for name, value in found.items()}
+    fits = {name for name, far in away.items() if far <= same * abs(loss) + 1e-6}
+    least = ROUNDED * abs(loss)
+    clear = {n for n in fits if all(NEARER * max(away[n], least) < away[m] for m in fits - {n})}
+    return clear or fits
+
+
+def undecided(name: str, loss: float, found: Mapping[str, float]) -> str:
+    """What to say of a network ``name`` whose loss fits labels shifted and as they are."""
+    return (
+        f"the own loss of {name} on the first examples, {loss:.7g}, does not tell whether it shifts labels "
+        f"({_listed(found, 7)}); they stay. Give a first batch with more labels, or pass `forward=` and labels that "
+        "stand where they are scored."
+    )
+
+
+def unknown(name: str, loss: float, found: Mapping[str, float]) -> str:
+    """What to say of a network ``name`` whose loss is none of those that are known."""
+    return (
+        f"the own loss of {name} on the first examples is {loss:.4g}; computed here it is "
+        f"{_listed(found, 4) or 'unknown'}. What it does with labels is not known: compare `certificate.network_score` "
+        "with the score of your training, or pass `forward=` and targets that fit its outputs."
+    )
+
+
+def _listed(found: Mapping[str, float], digits: int) -> str:
+    return ", ".join(f"{name} {value:.{digits}g}" for name, value in found.items())
 
 
 def _entropy(logits: Tensor, labels: Tensor, ignored: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,21 @@ class Slot:
     @property
     def numel(self) -> int:
         return self.stop - self.start
+
+
+def _check_filter(choice: Any) -> None:
+    """Raise `InputError` for a filter that cannot be called with a name and a parameter."""
+    try:
+        signature = inspect.signature(choice)
+    except (TypeError, ValueError):  # of something built in
+        return
+    try:
+        signature.bind("", None)
+    except TypeError as error:
+        raise InputError(
+            f"`parameters` is a function of {signature}; expected one of a name and a parameter, "
+            "`lambda name, parameter: ...`."
+        ) from error
 
 
 class ParameterSpace:
@@ -163,6 +179,7 @@ class ParameterSpace:
         if choice is None:
             chosen = {n: p for n, p in named.items() if p.requires_grad}
         elif callable(choice):
+            _check_filter(choice)
             chosen = {n: p for n, p in named.items() if choice(n, p)}
         else:
             several = not isinstance(choice, str) and isinstance(choice, Iterable)

@@ -7,7 +7,7 @@ when the network is called (:func:`restored`). The network never sees a padded v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -223,6 +223,18 @@ def restored(inputs: Any) -> Any:
 
     return tree_map(
         lambda v: v.kind.restore(v.parts) if is_structured(v) else v, inputs, is_leaf=is_structured
+    )
+
+
+def collated(given: Any) -> str:
+    """A sentence on lists of tensors among named inputs, where there are some: what becomes of lists of numbers."""
+    named = given.items() if isinstance(given, Mapping) else ()
+    lists = [k for k, v in named if type(v) is list and v and isinstance(v[0], Tensor)]
+    if not lists:
+        return ""
+    return (
+        f" {lists} are lists of tensors, as PyTorch's default collation makes them of lists of numbers: give tensors "
+        "in each item (`dataset.set_format('torch')`), or pass the loader of the Trainer."
     )
 
 

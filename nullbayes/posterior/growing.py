@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import Tensor
 
-from nullbayes.common.arguments import check_count, check_sample_dtype
+from nullbayes.common.arguments import check_count
 from nullbayes.common.processes import Processes
 from nullbayes.errors import InputError
 from nullbayes.fit.marginal import Evidence, log_marginal_likelihood
@@ -64,7 +64,7 @@ class Grows:
             progress,
             None,
             AUDITED if audit is None else check_count(audit, "audit"),
-            check_sample_dtype(fit.stored.dtype, own.functional.dtype),
+            None if fit.stored.dtype == own.functional.dtype else fit.stored.dtype,
             fit.crowd,
             patient=audit is not None,
         )

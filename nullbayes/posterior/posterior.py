@@ -13,6 +13,7 @@ from nullbayes.constraints.directions import Directions
 from nullbayes.constraints.fisher import with_curvature
 from nullbayes.constraints.preserve import Preserve
 from nullbayes.constraints.problem import PriorMean, Problem
+from nullbayes.errors import InputError
 from nullbayes.fit.plan import Plan
 from nullbayes.fit.result import Settings
 from nullbayes.fit.target import FullLaplace, NullSpace
@@ -116,6 +117,10 @@ class NullSpacePosterior(Posterior):
         explained = resolve_loss(likelihood, loss, "classification")
         frozen = resolve_randomness(randomness, draws)
         functional = _functional(model, parameters, forward, explained, frozen)
+        if within is not None and not hasattr(within, "as_prior"):
+            raise InputError(
+                f"`within` is {within!r}; expected None or a fitted `nb.LayerNullSpacePosterior` of the same model."
+            )
         prior = None if within is None else within.as_prior(functional)
         rows = with_curvature(preserve, curvature, directions)
         problem = Problem.of(
@@ -222,6 +227,8 @@ def plan(
     within: LayerNullSpacePosterior | None = None,
     curvature: str | Preserve = "gauss-newton",
     prior_mean: PriorMean = "zero",
+    process_group: Any = None,
+    device_mesh: Any = None,
     num_samples: int = 30,
     max_examples: int | None = None,
 ) -> Plan:
@@ -252,5 +259,7 @@ def plan(
         within=within,
         curvature=curvature,
         prior_mean=prior_mean,
+        process_group=process_group,
+        device_mesh=device_mesh,
     )
     return posterior.plan(train_loader, num_samples=num_samples, max_examples=max_examples)

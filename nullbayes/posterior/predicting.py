@@ -19,8 +19,8 @@ from nullbayes.fit.result import Fit
 from nullbayes.jacobian.linearise import by_known_shapes, linearised_outputs, sampled_outputs
 from nullbayes.jacobian.shared import serve
 from nullbayes.likelihood.links import LINKS, linked
-from nullbayes.model.batch import Inputs
-from nullbayes.model.data import is_stream
+from nullbayes.model.batch import Inputs, to_device
+from nullbayes.model.data import as_inputs, is_stream
 from nullbayes.model.fingerprint import check_unchanged
 from nullbayes.model.shares import inputs_of_share
 from nullbayes.model.undisturbed import undisturbed, undisturbed_method
@@ -299,11 +299,15 @@ class Predicts:
             parts = [self._predict(x, How(draw=draw)) for draw in drawn]
             values = [per_example(p.total if score == "entropy" else p.epistemic) for p in parts]
             return torch.stack(values).mean(0)
+        beside = targets
+        if score == "loss" and targets is not None:
+            beside = to_device(as_inputs(targets, own.functional.dtype), own.functional.device)
+            x, beside = own.functional.targets_for(x, beside, "`x`")
         values = []
         for draw in drawn:
             some = own.functional.keyed(x, [draw])
             scorer = Scorer(own._fitted(), own._capture_plan(some), exact)
-            ask = partial(ROW_SCORES[score], scorer, some, targets)
+            ask = partial(ROW_SCORES[score], scorer, some, beside)
             values.append(by_known_shapes(scorer.plan, ask))
         return torch.stack(values).mean(0)
 

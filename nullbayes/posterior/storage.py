@@ -22,7 +22,7 @@ from nullbayes.errors import ModelError, NullBayesError, NullBayesWarning, Stora
 from nullbayes.fit.result import Fit
 from nullbayes.fit.target import Target
 from nullbayes.likelihood import Likelihood, likelihood_from_config
-from nullbayes.model.adapters import ACTIVE, MERGED
+from nullbayes.model.adapters import ACTIVE, MERGED, active_adapters
 from nullbayes.model.fingerprint import fingerprint
 from nullbayes.model.functional import FunctionalModel
 from nullbayes.model.parameters import HALF, WRAPPED, ParameterSpace
@@ -227,9 +227,16 @@ class Stored:
         wanted = dict(zip(self.names, self.meta["shapes"], strict=True))
         missing = sorted(set(wanted) - set(named))
         if missing:
+            here = active_adapters(model)
+            mend = MERGED
+            if here is not None:
+                mend = (
+                    f"Its adapter is called {here!r} here: load it under the name that stands in these names "
+                    "(`adapter_name=` of `PeftModel.from_pretrained`)."
+                )
             raise StorageError(
                 f"{self.path} belongs to a model with parameters {missing[:4]}, which this "
-                f"{type(model).__name__} does not have. Build the same architecture. {MERGED}"
+                f"{type(model).__name__} does not have. Build the same architecture. {mend}"
             )
         shapes = [n for n, shape in wanted.items() if list(named[n].shape) != shape]
         if shapes:

@@ -280,6 +280,42 @@ def test_another_adapter_is_another_network(tmp_path: Path) -> None:
         nb.load(tmp_path, fresh)
 
 
+def test_adapters_without_a_model_of_peft_around_them(tmp_path: Path) -> None:
+    model, batch = built(llama).float(), next_tokens()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model.add_adapter(config, adapter_name="one")
+    model.add_adapter(config, adapter_name="two")
+    model.set_adapter("one")
+    posterior = nb.NullSpacePosterior(model.eval(), preserve="loss").fit([batch], 3, **QUIET)
+    assert all(".one." in name for name in posterior.space.names)
+    assert not any("merged" in note for note in posterior.certificate.notes)
+    model.set_adapter("two")
+    with pytest.raises(nb.ModelError, match="'one' as the active adapters; now they are 'two'"):
+        posterior.predict(batch)
+    model.set_adapter("one")
+    model.disable_adapters()
+    with pytest.raises(nb.ModelError, match="now they are 'one, disabled'"):
+        posterior.novelty(batch)
+    model.enable_adapters()
+    model.delete_adapter("two")  # takes no part
+    before = posterior.predict(batch).outputs
+    model.save_pretrained(tmp_path / "one")
+    with pytest.raises(nb.StorageError, match=r"holds no adapter .*one does\. Pass that folder"):
+        posterior.save(tmp_path)
+    posterior.save(tmp_path / "one")
+    assert_close(nb.load(tmp_path / "one", model).predict(batch).outputs, before)
+
+
+def test_an_adapter_under_another_name_is_told(tmp_path: Path) -> None:
+    model, batch = tuned(), classes()
+    nb.NullSpacePosterior(model).fit([batch], 2, **QUIET).save(tmp_path / "file.safetensors")
+    model.save_pretrained(tmp_path / "adapter")
+    base = built(classifier).float()
+    other = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", adapter_name="other")
+    with pytest.raises(nb.StorageError, match="called 'other' here: load it under the name"):
+        nb.load(tmp_path / "file.safetensors", other.eval())
+
+
 def test_remarks_once_merged(tmp_path: Path) -> None:
     model, batch = tuned(), classes()
     posterior = nb.NullSpacePosterior(model).fit([batch], 4, **QUIET)

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
 
 import nullbayes as nb
+from nullbayes.model.own_loss import fitting
 from tests.cases.architectures import BERT, CASES, GPT2, built, classes, masks, next_tokens, text
 from tests.cases.dense import QUIET
 
@@ -76,6 +78,34 @@ def test_labels_are_shifted_as_the_network_shifts_them(counting: nn.Module, pres
     assert path.point["nll"] / 5 == pytest.approx(float(own), rel=1e-4)  # five labels a text
 
 
+def test_labels_beside_a_score_are_shifted_too(counting: nn.Module) -> None:
+    tokens = {"input_ids": counted()}
+    posterior = nb.NullSpacePosterior(counting, preserve="loss").fit(
+        [batch_of(counted())], 4, **QUIET
+    )
+
+    def logits(model: nn.Module, inputs: Any) -> Tensor:
+        return model(**inputs).logits
+
+    by_hand = nb.NullSpacePosterior(counting, preserve="loss", forward=logits)
+    by_hand.fit([tokens | {"labels": shifted()}], 4, **QUIET)
+    new, scores = {"input_ids": counted().flip(1)}, []
+    for each, labels in ((posterior, counted()), (by_hand, shifted())):
+        with warnings.catch_warnings():  # of labels that are not the tokens
+            warnings.simplefilter("ignore", nb.NullBayesWarning)
+            scores.append(each.novelty(new, score="loss", targets=labels))
+    assert_close(*scores)
+
+
+def test_validation_data_without_a_label_are_refused(counting: nn.Module) -> None:
+    posterior = nb.NullSpacePosterior(counting, preserve="loss").fit(
+        [batch_of(counted())], 2, **QUIET
+    )
+    empty = batch_of(counted()) | {"labels": torch.full_like(counted(), -100)}
+    with pytest.raises(nb.InputError, match="every label of its 12 examples is one to be ignored"):
+        posterior.calibrate([empty], **QUIET)
+
+
 def test_a_pair_of_tokens_and_labels_is_shifted_too(counting: nn.Module, strict: None) -> None:
     posterior = nb.NullSpacePosterior(counting, preserve="loss")
     posterior.fit([(counted(), counted())], 2, **QUIET)
@@ -134,6 +164,35 @@ def test_a_loss_that_is_not_known_is_a_warning() -> None:
         posterior.fit([next_tokens()], 2, **QUIET)
 
 
+def test_two_meanings_that_are_near_each_other_are_told_apart() -> None:
+    """As of networks that know little, whatever their class is called."""
+    found = {"shifted": 2.7666184, "unshifted": 2.7682224}
+    assert fitting(found, 2.7666187, 1e-3) == {"shifted"}
+    assert fitting(found, 2.7682220, 1e-3) == {"unshifted"}
+    assert fitting(found, 2.7675, 1e-3) == set(found)
+    assert fitting(found, 3.0, 1e-3) == set()
+    equal = dict.fromkeys(found, 2.5)
+    assert fitting(equal, 2.5, 1e-3) == set(found)
+
+    class Answers(transformers.GPT2LMHeadModel):  # a name that says nothing
+        pass
+
+    model = built(lambda _: Answers(transformers.GPT2Config(**GPT2)))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1e-3)  # both losses are that of a uniform guess
+    with pytest.warns(nb.NullBayesWarning, match="does not tell whether it shifts labels"):
+        nb.NullSpacePosterior(model, preserve="loss").fit([next_tokens()], 2, **QUIET)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(100)
+    batch = next_tokens()
+    losses = [model(**batch).loss, model(**batch | {"labels": batch["labels"].roll(1, 1)}).loss]
+    assert float((losses[0] - losses[1]).abs()) < 1e-3 * float(losses[0])
+    posterior = nb.NullSpacePosterior(model, preserve="loss").fit([batch], 2, **QUIET)
+    assert posterior.functional.conventions is not None
+    assert posterior.functional.conventions.shifts
+
+
 def test_a_likelihood_that_ignores_nothing_is_told(counting: nn.Module) -> None:
     likelihood = nb.Classification(ignore_index=None)
     posterior = nb.NullSpacePosterior(counting, likelihood, "loss")
@@ -177,6 +236,20 @@ def test_a_cache_among_the_inputs_is_named(counting: nn.Module) -> None:
     cached = batch_of(counted(), past_key_values=transformers.DynamicCache())
     with pytest.raises(nb.InputError, match="`past_key_values`, a cache that the network writes"):
         nb.NullSpacePosterior(counting, preserve="loss").fit([cached], 2, **QUIET)
+
+
+def test_items_that_hold_lists_are_told(counting: nn.Module) -> None:
+    items: Any = [{k: v[n].tolist() for k, v in batch_of(counted()).items()} for n in range(4)]
+    data = DataLoader(items, 2)
+    told = r"\] are lists of tensors.*set_format"
+    with pytest.raises(nb.InputError, match="'targets'" + told):
+        nb.NullSpacePosterior(counting, preserve="loss").fit(data, 2, **QUIET)
+    some = ({k: v for k, v in batch.items() if k != "labels"} for batch in data)
+    posterior = nb.NullSpacePosterior(counting, preserve="loss").fit(
+        [batch_of(counted())], 2, **QUIET
+    )
+    with pytest.raises(nb.InputError, match="'input_ids', .*" + told):
+        posterior.predict(some)
 
 
 def test_labels_of_another_integer(counting: nn.Module, strict: None) -> None:

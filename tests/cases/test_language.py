@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -139,6 +140,11 @@ def test_choices_of_an_encoder_and_decoder() -> None:
         wanted = model(**batch, decoder_input_ids=start).logits[:, 0, list(TOKENS)]
     assert_close(found, wanted)
     assert posterior.certificate.constraints == 10
+
+
+def test_numbers_of_numpy_are_tokens() -> None:
+    assert nb.Choices(numpy.array([7, 9])).token_ids == (7, 9)
+    assert nb.Choices([numpy.int64(7), 9]).token_ids == (7, 9)
 
 
 def test_choices_saved_calibrated_and_scored(tmp_path: Path) -> None:

@@ -138,6 +138,10 @@ def test_predictions_and_certificate_are_of_what_is_stored(tmp_path: Path) -> No
     posterior.compact(2)
     assert posterior.num_samples == 2
     assert_close(posterior._samples(), stored[:2])
+    with pytest.raises(nb.InputError, match=r"`dtype` is torch.uint8; expected .*torch.int8"):
+        posterior.compact(dtype=torch.uint8)
+    with pytest.raises(nb.NotFittedError, match="compacted"):
+        posterior.update([(new, torch.zeros(2, dtype=torch.long))])
 
 
 def test_files_that_say_other_sizes_are_refused(

@@ -96,6 +96,10 @@ def test_other_networks_and_changed_weights_are_refused():
     theirs = nb.LayerNullSpacePosterior(twin, delta=0.1).fit((x, y), **QUIET)
     with says(nb.InputError, "`within`", "another network"):
         nb.NullSpacePosterior(model, within=theirs)
+    with says(nb.InputError, "`within` is 4", "LayerNullSpacePosterior"):
+        nb.NullSpacePosterior(model, within=4)
+    with says(nb.InputError, "`parameters` is a function of (name)", "lambda name, parameter"):
+        nb.NullSpacePosterior(model, parameters=lambda name: True)
 
 
 def test_weights_that_change_after_the_fit_are_refused():

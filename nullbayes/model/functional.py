@@ -94,8 +94,7 @@ class FunctionalModel(Reads):
         self.last_layer = False
         # Whether gradients by the inputs were once compared with differences.
         self.differentiated = False
-        # What the network said of made-up inputs when a posterior was fitted around it.
-        self.probe: Probe | None = None
+        self.probe: Probe | None = None  # what the network said of made-up inputs at the fit
         self._settled = False
         self._shape: _OutputShape | None = None
 

@@ -39,13 +39,12 @@ def load(
     Args:
         path: of the file, or the folder of an adapter that it was saved beside.
         model: the network that the posterior was fitted for; the file's fingerprint is checked.
-            Another device or floating-point dtype is fine, other weights are not.
+            Another device or floating-point dtype is fine, other weights or another forward pass are not.
         likelihood, loss: needed for a callable loss, which no file holds, and for a likelihood class that this
             process does not know.
         forward: as it was given to the posterior.
-        mmap: leave the samples in the file and read what is used when it is used: loading takes the time and memory
-            of the description. Their checksum, which needs all of them, is not compared. In another dtype or on
-            another device than the model's they are copied all the same.
+        mmap: leave the samples in the file until they are used: loading takes the time and memory of the description.
+            Their checksum is not compared. In another dtype or on another device than the model's they are copied.
 
     Raises:
         StorageError: the file is missing, truncated, not ours, or for another model.

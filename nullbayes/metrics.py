@@ -36,18 +36,14 @@ def classification_metrics(
     picked = probs.gather(1, targets[:, None]).squeeze(1)
     top, predicted = probs.max(1)
     brier = probs.square().sum(1) - 2 * picked + 1
-    curve = reliability_curve(probs, targets, bins)
-    confidence, accuracy, count = (
-        torch.tensor(curve[key], dtype=torch.float64) for key in ("confidence", "accuracy", "count")
-    )
-    gaps = (accuracy - confidence).abs()
+    ece, mce = calibration_error(top, predicted == targets, bins)
     return {
         "accuracy": _float((predicted == targets).double().mean()),
         "confidence": _float(top.mean()),
         "nll": _float(-picked.clamp_min(SMALLEST_PROBABILITY).log().mean()),
         "brier": _float(brier.mean()),
-        "ece": _float((gaps * count / len(probs)).sum()),
-        "mce": _float(gaps.max()),
+        "ece": ece,
+        "mce": mce,
     }
 
 
@@ -92,24 +88,42 @@ def reliability_curve(probs: Tensor, targets: Tensor, bins: int = 15) -> dict[st
 
     ``sum(count / N * |accuracy - confidence|)`` is the ECE of :func:`classification_metrics`.
     """
-    if bins < 1:
-        raise InputError(f"`bins` must be at least 1, got {bins}.")
     probs, targets = _probabilities(probs, targets)
     top, predicted = probs.max(1)
+    return _binned(top, predicted == targets, bins)
+
+
+def _binned(confidence: Tensor, hit: Tensor, bins: int) -> dict[str, list[float]]:
+    """The curve of :func:`reliability_curve` from confidences ``(N,)``, float64, and whether each was right."""
+    if bins < 1:
+        raise InputError(f"`bins` must be at least 1, got {bins}.")
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
-    index = (torch.bucketize(top, edges, right=True) - 1).clamp(0, bins - 1)
-    count = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, torch.ones_like(top))
-    filled = count.clamp_min(1)
-    confidence = torch.zeros_like(count).index_add_(0, index, top) / filled
-    accuracy = (
-        torch.zeros_like(count).index_add_(0, index, (predicted == targets).double()) / filled
+    index = (torch.bucketize(confidence.contiguous(), edges, right=True) - 1).clamp(0, bins - 1)
+    count, total, right = (
+        torch.zeros(bins, dtype=torch.float64).index_add_(0, index, values.double())
+        for values in (torch.ones_like(confidence), confidence, hit)
     )
+    filled = count.clamp_min(1)
     return {
         "edges": edges.tolist(),
-        "confidence": confidence.tolist(),
-        "accuracy": accuracy.tolist(),
+        "confidence": (total / filled).tolist(),
+        "accuracy": (right / filled).tolist(),
         "count": count.tolist(),
     }
+
+
+def calibration_error(
+    confidence: Tensor,  # (N,) in [0, 1]
+    hit: Tensor,  # (N,) whether each was right
+    bins: int = 15,
+) -> tuple[float, float]:
+    """Expected and maximum calibration error of confidences, over ``bins`` bins of equal width."""
+    curve = _binned(confidence.detach().cpu().double(), hit.detach().cpu(), bins)
+    sure, right, count = (
+        torch.tensor(curve[key], dtype=torch.float64) for key in ("confidence", "accuracy", "count")
+    )
+    gaps = (right - sure).abs()
+    return _float((gaps * count / count.sum()).sum()), _float(gaps.max())
 
 
 def ood_metrics(inside: Tensor, outside: Tensor) -> dict[str, float]:

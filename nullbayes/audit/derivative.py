@@ -13,6 +13,7 @@ from torch import Tensor
 from nullbayes.audit.batches import counter_generator
 from nullbayes.audit.network import Exchanged, NetworkCopy, WrittenOut
 from nullbayes.audit.precision import tolerance
+from nullbayes.common.forward_mode import jvp
 from nullbayes.errors import ModelError
 from nullbayes.model.batch import Inputs, Keyed
 from nullbayes.model.functional import FunctionalModel
@@ -102,9 +103,7 @@ class Derivative:
 
         def one(delta: Tensor) -> Tensor:
             tangent = functional.space.unflatten(delta)
-            change: Tensor = torch.func.jvp(
-                lambda w: functional(w, inputs), (weights,), (tangent,)
-            )[1]
+            change: Tensor = jvp(lambda w: functional(w, inputs), (weights,), (tangent,))
             return change[0]
 
         # Frozen randomness knows its examples by the first axis, which `vmap` takes away.

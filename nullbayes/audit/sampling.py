@@ -55,8 +55,25 @@ class Reservoir:
 
     @property
     def chances(self) -> list[float]:
-        """By which those of :attr:`drawn` stayed, in their order: the smallest of all do."""
+        """By which those of :attr:`drawn` stayed, in their order: the smallest of all do; below zero: suspects."""
         return [c for c, _ in sorted(self._held, key=lambda h: h[1].number)]
+
+    def suspect(self, inputs: Inputs, targets: Any, place: int, share: float, most: int) -> None:
+        """Keep an example of the batch that :meth:`offer` is about to be given, before those drawn at random.
+
+        Args:
+            share: by how much it is suspected; ``most``: examples that are kept for that.
+        """
+        known = [held for held in self._held if held[0] < 0]
+        if not self.count or (len(known) >= most and max(c for c, _ in known) <= -share):
+            return
+        if len(known) >= most:
+            known.sort(key=lambda held: held[0])
+            self._held.remove(known[-1])
+        self._held = sorted(
+            [*self._held, (-share, _alone(inputs, targets, place, self._seen))],
+            key=lambda held: held[0],
+        )[: self.count]
 
     def offer(self, inputs: Inputs, targets: Any) -> None:
         """One batch of the stream."""
@@ -65,17 +82,24 @@ class Reservoir:
         room = max(1, min(self.count, self._nbytes // max(1, each))) if self.count else 0
         chances = _chances(self._seed, self._seen, size)
         edge = max((c for c, _ in self._held), default=0.0)
+        there = {d.number for c, d in self._held if c < 0}
         for n, chance in enumerate(chances):
-            if len(self._held) >= room and chance >= edge:
+            if self._seen + n in there or (len(self._held) >= room and chance >= edge):
                 continue
-            alone = Drawn(
-                self._seen + n,
-                tree_map(_copied, take(inputs, n, n + 1)),
-                tree_map(_copied, take(targets, n, n + 1, size)),
-            )
+            alone = _alone(inputs, targets, n, self._seen)
             self._held = sorted([*self._held, (chance, alone)], key=lambda h: h[0])[:room]
             edge = max((c for c, _ in self._held), default=0.0)
         self._seen += size
+
+
+def _alone(inputs: Inputs, targets: Any, n: int, before: int) -> Drawn:
+    """Example ``n`` of a batch by itself, of which ``before`` examples came by already."""
+    size = batch_size(inputs)
+    return Drawn(
+        before + n,
+        tree_map(_copied, take(inputs, n, n + 1)),
+        tree_map(_copied, take(targets, n, n + 1, size)),
+    )
 
 
 def _copied(leaf: Any) -> Any:

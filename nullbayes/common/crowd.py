@@ -73,6 +73,7 @@ def groups_of(mesh: Any) -> tuple[Any, Any]:
     if names is None or set(names) != {DATA, SAMPLES}:
         raise InputError(
             f"`device_mesh` has the dimensions {names}; expected two, named {DATA!r} and {SAMPLES!r}: "
-            "`init_device_mesh('cpu', (2, 2), mesh_dim_names=('data', 'samples'))`."
+            "`init_device_mesh('cpu', (2, 2), mesh_dim_names=('data', 'samples'))`. A mesh of one "
+            "dimension, over which examples are split, is a `process_group=`."
         )
     return mesh.get_group(DATA), mesh.get_group(SAMPLES)

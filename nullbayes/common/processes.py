@@ -7,13 +7,10 @@ Nobody waits without looking: a process that died, stalled or failed ends all ot
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import itertools
 import pickle
 import signal
 import socket
-import sys
 import threading
 import time
 import weakref
@@ -27,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nullbayes.common.alike import shortened, told_apart
+from nullbayes.common.groups import called, card, keep_for_good
 from nullbayes.common.pulse import Pulse
 from nullbayes.errors import InputError, NullBayesError, ProcessError
 
@@ -40,8 +38,10 @@ _LIMIT = timedelta(hours=48)
 _SPIN, _LOOK = 2e-4, 1.0
 
 _made: dict[int, tuple[Any, Processes]] = {}
-#: by the processes in them, how many groups of the same ones there have been: they are made by all, in one order
-_groups_of: dict[tuple[int, ...], int] = {}
+#: by the name of a group and the processes in it, how many there have been: they are made by all, in one order
+_groups_of: dict[tuple[str, ...], int] = {}
+#: one thread at a time makes the processes of a group known; threads with different groups do not wait for each other
+_making: dict[int, threading.Lock] = {}
 
 
 class Processes:
@@ -58,9 +58,13 @@ class Processes:
         self._ranks = dist.get_process_group_ranks(group)
         self.rank, self.size = dist.get_rank(group), len(self._ranks)
         self.seconds, self.sent = 0.0, 0
-        self._interrupted, self._broken, self._opened = False, False, 0
+        self._interrupted, self._broken, self._opened, self._neighbours = False, False, 0, 0
         # Two groups may be of the same processes: the beats of one are not those of the other.
-        self._named = _groups_of[tuple(self._ranks)] = _groups_of.get(tuple(self._ranks), 0) + 1
+        asked = str(getattr(group, "group_name", "")), ",".join(map(str, self._ranks))
+        _groups_of[asked] = _groups_of.get(asked, 0) + 1
+        self._named = "/".join((*asked, str(_groups_of[asked])))
+        #: calls of several threads come one after the other: which thread is in one
+        self._turn, self._caller = threading.Lock(), 0
         self.pulse: Pulse
         store = dist.distributed_c10d._get_default_store()
         if hasattr(store, "clone"):
@@ -88,13 +92,13 @@ class Processes:
         if before is not None:
             before.stop()
         self._opened, self._broken = self._opened + 1, False
-        name = f"nullbayes/{','.join(map(str, self._ranks))}/{self._named}/{self._opened}"
+        name = f"nullbayes/{self._named}/{self._opened}"
         store = PrefixStore(name, self._store)
-        store.set(f"card/{self.rank}", _card())
+        store.set(f"card/{self.rank}", card())
         self.pulse = Pulse(store, self.rank, self.size)
         self.pulse.meet(before)
         cards = {bytes(store.get(f"card/{rank}")) for rank in range(self.size)}
-        with _called(name):
+        with called(name):
             self._group = dist.new_group(
                 self._ranks,
                 timeout=_LIMIT,
@@ -103,10 +107,14 @@ class Processes:
                 use_local_synchronization=True,
             )
 
-    @functools.cached_property
+    @property
     def neighbours(self) -> int:
         """How many of the processes run on this machine, and share its memory."""
-        return self.gather(socket.gethostname()).count(socket.gethostname())
+        # (No `cached_property`: until Python 3.12 all objects wait for one lock there, threads of several groups, too.)
+        if not self._neighbours:
+            host = socket.gethostname()
+            self._neighbours = self.gather(host).count(host)
+        return self._neighbours
 
     @property
     def leads(self) -> bool:
@@ -119,6 +127,9 @@ class Processes:
     def call(self, where: str, asked: dict[str, Any]) -> Iterator[bool]:
         """The length of a call that all processes make. An error in one of them ends it in all.
 
+        Threads take turns, and have to in the same order in every process; those with groups of their own need not.
+        (But for making these: torch's client of the store waits for other processes, and lets no other thread in.)
+
         Args:
             asked: what has to be the same in each, such as arguments.
 
@@ -128,15 +139,25 @@ class Processes:
         Raises:
             ProcessError: one of them makes another call, or this one of something else.
         """
-        if self.pulse.where:
+        if self._caller == threading.get_ident():
             yield False
             return
+        with self._turn:
+            self._caller = threading.get_ident()
+            try:
+                with self._outermost(where, asked):
+                    yield True
+            finally:
+                self._caller = 0
+
+    @contextmanager
+    def _outermost(self, where: str, asked: dict[str, Any]) -> Iterator[None]:
         if self._broken:
             self._open()
         self.pulse.enter(where)
         try:
             self.agree({"call": where, **asked})
-            yield True
+            yield
             self.barrier()
         except BaseException as error:
             self._broken = True
@@ -199,7 +220,7 @@ class Processes:
             KeyboardInterrupt: Ctrl-C was pressed in any of the processes.
         """
         told = torch.tensor([value if self.leads else 0, int(self._interrupted)], dtype=torch.int64)
-        work = dist.all_reduce(told, group=self._group, async_op=True)
+        work = self._begun(dist.all_reduce, told)
         self._finish(work, told.nbytes, "a decision")
         if int(told[1]):
             self._interrupted = False
@@ -226,7 +247,7 @@ class Processes:
 
     def _reduce(self, flat: Tensor) -> None:
         if flat.numel():
-            work = dist.all_reduce(flat, group=self._group, async_op=True)
+            work = self._begun(dist.all_reduce, flat)
             self._finish(work, flat.nbytes, f"a sum of {flat.numel()} {_kind(flat)}")
 
     def total(self, *values: float) -> list[float]:
@@ -253,7 +274,7 @@ class Processes:
         padded = torch.zeros(most, dtype=torch.uint8)
         padded[: len(told)] = told
         everyone = [torch.empty(most, dtype=torch.uint8) for _ in range(self.size)]
-        work = dist.all_gather(everyone, padded, group=self._group, async_op=True)
+        work = self._begun(dist.all_gather, everyone, padded)
         self._finish(work, padded.nbytes, "what each has to tell")
         pairs = zip(everyone, sizes.tolist(), strict=True)
         return [pickle.loads(part[:n].numpy().tobytes()) for part, n in pairs]
@@ -274,7 +295,7 @@ class Processes:
         """``values``, of the same shape everywhere, replaced by those of the process ``owner``."""
         if values.numel():
             source = self._ranks[owner]
-            work = dist.broadcast(values, source, group=self._group, async_op=True)
+            work = self._begun(dist.broadcast, values, source)
             what = f"{values.numel()} {_kind(values)} of process {owner}"
             self._finish(work, values.nbytes if self.rank == owner else 0, what)
         return values
@@ -296,6 +317,17 @@ class Processes:
         """Return once every process has come here."""
         self.total(0.0)
 
+    def _begun(self, operation: Callable[..., Any], *args: Any) -> Any:
+        """An exchange under way. Raises `ProcessError` where the group was taken down since it was made."""
+        try:
+            return operation(*args, group=self._group, async_op=True)
+        except ValueError as error:  # in the words of torch: not registered, not initialised
+            raise ProcessError(
+                "the process group has been taken down (`destroy_process_group`), and its processes hold the rows of "
+                "the training data between them. Ask before that; or `novelty(x, exact=False)`, which takes the "
+                "samples alone; or `save` the posterior and `nb.load(path, model)`."
+            ) from error
+
     def _finish(self, work: Any, nbytes: int, what: str) -> None:
         """Wait for an exchange, looking at the others now and then. Raises `ProcessError` naming who is gone."""
         started = time.perf_counter()
@@ -313,7 +345,7 @@ class Processes:
         except BaseException as error:
             self._broken = True
             if not work.is_completed():
-                _keep_for_good(self._group, work)
+                keep_for_good(self._group, work)
             if isinstance(error, RuntimeError) and not isinstance(error, ProcessError):
                 raise self.pulse.blame(error) from error
             raise
@@ -323,41 +355,8 @@ class Processes:
         self.sent += nbytes
 
 
-@contextmanager
-def _called(name: str) -> Iterator[None]:
-    """Groups that are made within have this name. Torch's own name for a group that only its members make counts
-    the groups of the process: where one process is in more of them than another, each would wait for ever.
-    """
-    own = dist.distributed_c10d._process_group_name
-    dist.distributed_c10d._process_group_name = lambda *_, **__: name  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        dist.distributed_c10d._process_group_name = own
-
-
-def _keep_for_good(*things: Any) -> None:
-    """See that a group is never taken down, in which an exchange waits that may never end; nor that exchange.
-
-    Gloo's threads are waited for where a group is taken down, at the end of the program if not before: a process that
-    waited for one that hangs would hang itself, after its error. Nor may such a thread be the last to hold a tensor.
-    """
-    if sys.implementation.name == "cpython":
-        for thing in things:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
-
-
 def _kind(values: Tensor) -> str:
     return str(values.dtype).removeprefix("torch.")
-
-
-def _card() -> str:
-    """Which GPU this process computes on (``torch.cuda.set_device``) by a name of its own; empty without NCCL."""
-    if not (dist.is_nccl_available() and torch.cuda.is_available()):
-        return ""
-    current = torch.cuda.current_device()
-    known = getattr(torch.cuda.get_device_properties(current), "uuid", current)
-    return f"{socket.gethostname()} {known}"
 
 
 def once(
@@ -395,12 +394,13 @@ def resolve(asked: Any) -> Processes | None:
     group = _group_of(asked)
     if dist.get_world_size(group) < 2:
         return None
-    known = _made.get(id(group))
-    if known is None or known[0] is not group:
-        if asked is None:  # the default group is another one than before
-            for old in [key for key, (_, made) in _made.items() if made.default]:
-                _made.pop(old)[1].pulse.stop()
-        known = _made[id(group)] = group, Processes(group, default=asked is None)
+    with _making.setdefault(id(group), threading.Lock()):
+        known = _made.get(id(group))
+        if known is None or known[0] is not group:
+            if asked is None:  # the default group is another one than before
+                for old in [key for key, (_, made) in _made.items() if made.default]:
+                    _made.pop(old)[1].pulse.stop()
+            known = _made[id(group)] = group, Processes(group, default=asked is None)
     return known[1]
 
 

@@ -250,8 +250,9 @@ class Pulse:
         if inside and now - seen.worked > self.stalled:
             raise ProcessError(
                 f"{who} stalls in `{self.where}`: it has used no processor time for {now - seen.worked:.0f} seconds "
-                "while the others wait for it. Look for a data set or loader that does not return; where that is "
-                f"only slow, set the environment variable NULLBAYES_STALL to more seconds. {_REST}."
+                "while the others wait for it. Look for a data set or loader that does not return, or a forward pass "
+                "that waits for the other processes, which have other numbers of batches; where it is only slow, set "
+                f"the environment variable NULLBAYES_STALL to more seconds. {_REST}."
             )
         if not inside and now - self._since > ABSENT:
             there = f"is in `{seen.beat['where']}`" if seen.beat.get("where") else "has not come"

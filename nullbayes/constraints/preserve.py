@@ -30,6 +30,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from nullbayes.common.forward_mode import jvp
 from nullbayes.constraints.directions import (
     AUTO_SHARE,
     Cotangents,
@@ -335,9 +336,7 @@ class TokenLoss(Preserve):
         counted = before != 0
         if linear:
             after = [
-                torch.func.jvp(
-                    lambda f: likelihood.position_losses(f, targets), (point,), (sample - point,)
-                )[1]
+                jvp(lambda f: likelihood.position_losses(f, targets), (point,), (sample - point,))
                 for sample in samples
             ]
         else:

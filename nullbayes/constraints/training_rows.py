@@ -14,10 +14,12 @@ from torch import Tensor
 
 from nullbayes.audit.outputs import Probabilities
 from nullbayes.audit.sampling import Drawn, Reservoir
+from nullbayes.audit.screening import MOST
 from nullbayes.common.progress import ROWS, Stages
 from nullbayes.constraints.directions import Cotangents
 from nullbayes.constraints.memory_budget import FitMemory
 from nullbayes.constraints.problem import Problem
+from nullbayes.constraints.screening import Screening
 from nullbayes.constraints.shared_rows import APART, everyones, is_probe, start_of, together
 from nullbayes.jacobian.block_storage import Keeper
 from nullbayes.jacobian.capture.batches import capture_batch, ready
@@ -282,6 +284,8 @@ class _Capturing:
             problem.in_coordinates,
         )
         self.examples, self.captured = 0, 0
+        self.screening = Screening(problem, wanted=audited.count > 0)
+        self.suspected: dict[int, float] = {}  # of the batch that is added, by place
         # Summed where they are: read once, at the end.
         self.trace, self.discarded = self._zero(), self._zero()
         self.checked: list[tuple[Inputs, Any]] = []
@@ -298,8 +302,11 @@ class _Capturing:
     def add(self, inputs: Inputs, outputs: Tensor, targets: Any) -> None:
         """The rows of one batch, of which the examples are numbered on."""
         first = self.numbered + self.examples
+        self.suspected = {}
         for group in row_groups(self.problem, inputs, outputs, targets, first):
             self._add_group(group)
+        for place, share in self.suspected.items():
+            self.audited.suspect(inputs, targets, place, share, MOST)
         self._check_later(inputs, outputs, targets)
         self.audited.offer(inputs, targets)
         self.outputs.look(self.problem.functional, inputs, outputs)
@@ -328,6 +335,8 @@ class _Capturing:
             check_block(block, self.captured)
             block = self.problem.in_coordinates(block)
             mine, numbers = numbers[: block.examples], numbers[block.examples :]
+            for place, share in self.screening.look(block, piece, made).items():
+                self.suspected[int(mine[place]) - self.examples] = share
             for index, some, length in by_length(block):
                 if index is None:
                     self.keeper.add(some, piece, made.values, mine, length)

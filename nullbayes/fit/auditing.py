@@ -23,12 +23,15 @@ from nullbayes.fit.result import AUDITED, Auditing
 def auditing_of(problem: Problem, rows: TrainingRows, asked: int) -> Auditing:
     """What it takes to audit samples of this fit, now and when more are drawn."""
     own, processes = rows.operator.own_span, rows.operator.processes
-    numbers = [d.number for d in rows.audited]
+    # Those that short steps moved otherwise than their rows say come before the time is over.
+    pairs = zip(rows.audited, rows.chances or [0.0] * len(rows.audited), strict=True)
+    drawn = [d for d, _ in sorted(pairs, key=lambda pair: min(pair[1], 0.0))]
+    numbers = [d.number for d in drawn]
     everyone = [numbers] if processes is None else processes.gather(numbers)
     ordered = sorted(number for part in everyone for number in part)
     less = asked < min(AUDITED, rows.examples)
     return Auditing(
-        rows.audited,
+        drawn,
         {number: own(rows.span(number)) for number in numbers},
         rows.examples,
         rows.batches,

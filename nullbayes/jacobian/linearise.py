@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nullbayes.audit.batches import counter_generator, plain_gradient
 from nullbayes.audit.signatures import Signature
+from nullbayes.common.forward_mode import jvp
 from nullbayes.common.memory import bounded, working_bytes
 from nullbayes.jacobian.capture.batches import examples_per_capture
 from nullbayes.jacobian.capture.checking import captured_at_use, separate_at_use
@@ -266,7 +267,7 @@ def forward_product(
 ) -> Tensor:
     """``J(x) Δ (B, *out)`` by one pass in forward mode."""
     weights = functional.weights()
-    change: Tensor = torch.func.jvp(lambda w: functional(w, inputs), (weights,), (tangent,))[1]
+    change: Tensor = jvp(lambda w: functional(w, inputs), (weights,), (tangent,))
     return change
 
 

@@ -8,6 +8,9 @@ certificates would be those of a network that nobody deploys. Whether outputs de
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
+import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -53,6 +56,7 @@ class Extent:
             return None
         try:
             start, size = value.data_ptr(), value.element_size()
+            value.untyped_storage().data_ptr()  # some have an address, and no memory to look at
         except (RuntimeError, NotImplementedError):
             return None
         if not start or not value.numel():
@@ -72,16 +76,22 @@ class _Seen(Copier):
     def __init__(self) -> None:
         super().__init__({}, {}, None, padded=False)
         self.found: dict[int, Any] = {}
+        self.objects: dict[int, Any] = {}
 
     def rebound(self, value: Any, depth: int = DEPTH) -> Any:
         if isinstance(value, (Tensor, np.ndarray)):
             self.found[id(value)] = value
-            return value
-        return super().rebound(value, depth)
+        elif not _is_object(value):
+            return super().rebound(value, depth)
+        elif depth > 0 and id(value) not in self.objects:
+            self.objects[id(value)] = value
+            for inside in list(vars(value).values()):
+                self._inside(inside, depth - 1)
+        return value
 
 
 class _InPlace(Copier):
-    """A private copy in which arrays and buffers are exchanged as well, by their identity."""
+    """A private copy in which arrays, buffers and what objects hold are exchanged as well, by their identity."""
 
     def tree(self, root: nn.Module) -> nn.Module:
         new = super().tree(root)
@@ -95,7 +105,21 @@ class _InPlace(Copier):
     def rebound(self, value: Any, depth: int = DEPTH) -> Any:
         if isinstance(value, np.ndarray):
             return self.tensors.get(id(value), value)
-        return super().rebound(value, depth)
+        if not _is_object(value) or depth <= 0:
+            return super().rebound(value, depth)
+        held = vars(value)
+        new = {k: self._inside(v, depth - 1) for k, v in held.items()}
+        if not self._moved(new, held):
+            return value
+        other = copy.copy(value)
+        vars(other).update(new)
+        return other
+
+
+def _is_object(value: Any) -> bool:
+    """Whether it is nothing that a private copy knows, and keeps things in attributes."""
+    known = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType)
+    return not isinstance(value, (*known, functools.partial)) and hasattr(value, "__dict__")
 
 
 def check_aliases(functional: FunctionalModel, inputs: Inputs) -> None:

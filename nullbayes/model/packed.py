@@ -9,8 +9,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+_ROWS = ("crow_indices", "col_indices", "values")
+_COLUMNS = ("ccol_indices", "row_indices", "values")
+# By layout, the methods that give what a sparse tensor is made of.
+_SPARSE = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: _ROWS,
+    torch.sparse_bsr: _ROWS,
+    torch.sparse_csc: _COLUMNS,
+    torch.sparse_bsc: _COLUMNS,
+}
 
 
 def is_packed(tensor: Tensor) -> bool:
@@ -19,7 +31,9 @@ def is_packed(tensor: Tensor) -> bool:
 
 
 def opened(tensor: Tensor) -> dict[str, Tensor]:
-    """The plain tensors inside by name, ``""`` for one that is plain itself."""
+    """The plain tensors inside by name, ``""`` for one that is plain itself; of a sparse one indices and values."""
+    if tensor.layout in _SPARSE:
+        return {name: getattr(tensor, name)().detach() for name in _SPARSE[tensor.layout]}
     if not is_packed(tensor):
         return {"": tensor}
     packed: Any = tensor

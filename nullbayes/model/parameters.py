@@ -90,6 +90,12 @@ class ParameterSpace:
                     f"parameters must be real floating-point numbers of 16 bits or more; {name!r} is "
                     f"{tensor.dtype}. Leave it out with `parameters=`, or convert the model."
                 )
+            if tensor.layout != torch.strided:
+                raise ModelError(
+                    f"{name!r} is stored as {tensor.layout}, where a weight that is zero is no number that could "
+                    "change. Convert it (`nn.Parameter(weight.to_dense())`; `torch.nn.utils.prune` keeps zeros of a "
+                    "dense one), or leave it out with `parameters=`."
+                )
         if any(t.is_inference() for t in tensors.values()):
             raise ModelError(
                 "the model's weights were made under `torch.inference_mode()`, which rules out "
@@ -249,7 +255,11 @@ class ParameterSpace:
             for name, t in model.named_parameters()
             if not all(bool(part.isfinite().all()) for part in opened(t).values())
         ]
-        bad += [n for n, t in model.named_buffers() if bool(t.isnan().any())]
+        bad += [
+            name
+            for name, t in model.named_buffers()
+            if any(bool(part.isnan().any()) for part in opened(t).values())
+        ]
         if bad:
             raise NonFiniteError(
                 f"the model holds NaN or infinity in {bad}; load a checkpoint whose weights are "

@@ -101,8 +101,8 @@ def check_whole(model: nn.Module, chosen: Iterable[str]) -> None:
 def _refuse(names: list[str]) -> None:
     if names:
         raise ModelError(
-            f"{names[:5]} are chosen, and each process has a part of them only (fully sharded data parallel, "
-            f"distributed tensors). {MEND}"
+            f"{names[:5]} are chosen, and they are distributed tensors (fully sharded data parallel), of which each "
+            f"process has a part or a copy of its own. {MEND}"
         )
 
 

@@ -20,17 +20,24 @@ from nullbayes.moments.rule import Seen, Summer
 Receive = Callable[[int, int, int | None, Seen], None]
 _NOTHING = nullcontext()
 
+TRANSFORMED = (
+    "its layer is called within `torch.func` (`vmap`, `jacrev`), where its inputs cannot be read"
+)
+NESTED = "its layer is called on nested tensors, which no rule reads"
+
 
 class TransformedCall(ModelError):
-    """A layer was called within `torch.func` (`vmap`, `jacrev`), where nothing says which example it sees.
+    """A layer was called within `torch.func` (`vmap`, `jacrev`), where nothing says which example it sees; or on nested
+    tensors, which no rule reads.
 
     Attributes:
         site: the number of the layer.
+        reason: why its weights stay fixed.
     """
 
-    def __init__(self, message: str, site: int) -> None:
+    def __init__(self, message: str, site: int, reason: str) -> None:
         super().__init__(message)
-        self.site = site
+        self.site, self.reason = site, reason
 
 
 @contextmanager
@@ -104,12 +111,21 @@ def hooks_of(
 
 def _check_plain(number: int, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.is_nested:
+            raise TransformedCall(
+                f"{site.path or 'the model'!r} ({type(site.module).__name__}) is called on a nested tensor, which no "
+                "rule reads. Leave its weights out (`parameters=`), or call it on what is inside (`.values()`) or on "
+                "padded tensors.",
+                number,
+                NESTED,
+            )
         if isinstance(value, torch.Tensor) and is_functorch_wrapped_tensor(value):
             raise TransformedCall(
                 f"{site.path or 'the model'!r} ({type(site.module).__name__}) is called within a transformation of "
                 "`torch.func` (`vmap`, `jacrev`, ...), where its inputs cannot be read. Leave its weights out "
                 "(`parameters=`), or call it on the whole batch.",
                 number,
+                TRANSFORMED,
             )
 
 

@@ -82,6 +82,8 @@ class Uses:
     def check(self, inputs: Inputs, where: str) -> None:
         """Raise `ModelError` if a use since the last batch moves an output of this one."""
         used, self.seen = self.seen, set()
+        if self.runs is False:  # nobody looked: any of them may have been used
+            used = self.names
         if not used:
             return
         numbers = [i for i, block in enumerate(self.blocks.blocks) if used & set(block.names)]

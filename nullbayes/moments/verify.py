@@ -11,6 +11,7 @@ Either way the blocks are then tried one by one; the parameters of those that fa
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 
 import torch
@@ -28,9 +29,6 @@ from nullbayes.moments.second import BlockMoments, DenseMoments
 from nullbayes.moments.sketch import Sketch
 
 OTHER_USE = "it is used outside of the layers that have a rule"
-TRANSFORMED = (
-    "its layer is called within `torch.func` (`vmap`, `jacrev`), where its inputs cannot be read"
-)
 WRONG_RULE = "outputs move although the inputs that its rule names would allow it"
 # Largest change of an output, relative to the largest output, that rounding explains.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
@@ -57,7 +55,7 @@ def verified_blocks(
         except TransformedCall as call:
             places = blocks.sites[call.site].places.values()
             names = {n for i, _ in places for n in blocks.blocks[i].names}
-            fixed = blocks.fixed | dict.fromkeys(names, TRANSFORMED)
+            fixed = blocks.fixed | dict.fromkeys(names, call.reason)
             blocks = find_blocks(functional.model, functional.space, fixed)
     for change_of, reason in ((other_uses, OTHER_USE), (_null_space, WRONG_RULE)):
         with torch.no_grad():
@@ -221,7 +219,8 @@ def _allowed(functional: FunctionalModel, few: Inputs) -> float:
     """What rounding explains: by the least precise numbers on the way, such as float32 norms in a float64 network."""
     found = functional.dtype
     if found == torch.float64:
-        with Watch(found, ()) as watch:
+        # Some networks do not run under a mode; they ran without one.
+        with contextlib.suppress(RuntimeError, NotImplementedError), Watch(found, ()) as watch:
             functional(functional.weights(), few)
         found = watch.found
     return TOLERANCE.get(found, HALF_TOLERANCE)

@@ -27,7 +27,7 @@ from nullbayes.jacobian.capture.plan import CapturePlan
 from nullbayes.jacobian.linearise import linearised_outputs
 from nullbayes.likelihood import Likelihood
 from nullbayes.likelihood.helpers import mirrored
-from nullbayes.metrics import ood_metrics
+from nullbayes.metrics import calibration_error, ood_metrics
 from nullbayes.model.batch import Inputs
 from nullbayes.model.shares import share_of
 from nullbayes.posterior.calibration_path import CalibrationPath, allowed_loss, warn
@@ -282,11 +282,7 @@ class _Figures:
     def result(self, examples: int) -> dict[str, float | None]:
         ece = None
         if self.confidences:
-            # Imported where it is used: torchmetrics imports matplotlib and scipy where they are installed, a second.
-            from torchmetrics.functional.classification import binary_calibration_error
-
-            confidence, hit = torch.cat(self.confidences), torch.cat(self.hits)
-            ece = float(binary_calibration_error(confidence, hit, n_bins=BINS))
+            ece, _ = calibration_error(torch.cat(self.confidences), torch.cat(self.hits), BINS)
         return {
             "nll": self.nll / max(1, examples),
             "accuracy": self.likelihood.final_score(self.score, self.count),

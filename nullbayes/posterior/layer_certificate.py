@@ -8,6 +8,8 @@ from typing import Any
 
 from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE, ALLOWED_LEFT_OUT
 from nullbayes.common.memory import format_bytes
+from nullbayes.likelihood.score import score_named
+from nullbayes.posterior.calibration_path import ALLOWED_LOSS, BY_CHANCE
 
 LAYERS = "layer null-space"
 # With `delta=0`: how far outputs may move, relative to themselves, by rounding.
@@ -15,6 +17,14 @@ ALLOWED_CHANGE = {"torch.float64": 1e-9, "torch.float32": 1e-4}
 HALF_CHANGE = 5e-2
 # A share of free directions below which a layer counts as fixed by the data.
 LITTLE = 0.01
+
+
+def loses(name: str, before: float | None, after: float | None, examples: int) -> bool:
+    """Whether accuracy falls by more than a point and by more than four examples; False of scores of other names."""
+    if before is None or after is None or not examples or not score_named(name).higher_is_better:
+        return False
+    lost = score_named(name).worsened(before, after)
+    return lost > max(ALLOWED_LOSS, BY_CHANCE / examples)
 
 
 @dataclass(frozen=True)
@@ -99,13 +109,20 @@ class LayerCertificate:
     def held(self) -> bool:
         """Training predictions stand on sampled networks, and there are directions left to move in.
 
-        Exact: outputs moved by rounding alone. With a soft edge: by 0.005 nats at most on average.
+        Exact: outputs moved by rounding alone. With a soft edge: by 0.005 nats at most on average, and accuracy falls
+        by no more than a point or four examples: where predictions are close to a tie, few nats turn them over.
         """
         if not self.free_share > 0 or math.isnan(self.divergence):
             return False
         if self.exact:
             return self.change <= ALLOWED_CHANGE.get(self.dtype, HALF_CHANGE)
-        return self.divergence <= ALLOWED_DIVERGENCE * 1.0001
+        return self.divergence <= ALLOWED_DIVERGENCE * 1.0001 and not self.loses_score
+
+    @property
+    def loses_score(self) -> bool:
+        """Whether samples classify training examples worse than the network, see :func:`loses`."""
+        scores = self.network_score, self.posterior_score
+        return loses(self.score_name, *scores, self.checked_examples)
 
     @property
     def verdict(self) -> str:
@@ -123,6 +140,11 @@ class LayerCertificate:
 
     def _advice(self) -> list[str]:
         out = []
+        if self.loses_score and not self.exact:
+            out.append(
+                "Predictions are so close to ties that few nats turn them over: raise `prior_precision`, or use "
+                "`delta=0`."
+            )
         free = [layer.name for layer in self.layers if layer.share >= LITTLE]
         if not self.free_share > 0:
             out.append(

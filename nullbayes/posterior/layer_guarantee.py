@@ -14,6 +14,7 @@ from nullbayes.certificate.verdict import ALLOWED_DIVERGENCE, ALLOWED_LEFT_OUT
 from nullbayes.errors import InputError, NonFiniteError
 from nullbayes.likelihood import Binary, Classification, Likelihood, Regression
 from nullbayes.model.batch import Inputs, take
+from nullbayes.posterior.layer_certificate import loses
 from nullbayes.posterior.layer_state import Checked, LayerState
 
 CHECKED_SAMPLES = 4
@@ -21,6 +22,8 @@ CHECKED_SAMPLES = 4
 SEARCH_SAMPLES = 2
 # And training examples.
 SEARCH_EXAMPLES = 16
+# What predictions that are turned over, and move by few nats, count as: times what is allowed.
+TURNED_OVER = 4.0
 # Bytes of outputs of all samples that are held at a time.
 OUTPUT_BYTES = 2**28
 
@@ -166,12 +169,17 @@ def guarded_precision(
 ) -> float:
     """The natural prior precision, or the least larger one (to a tenth) at which the guarantee holds.
 
-    Training predictions of the sampled network may move by 0.005 nats on average, those of examples left out by 0.02.
+    Training predictions of the sampled network may move by 0.005 nats on average, those of examples left out by 0.02;
+    and accuracy shall not fall, see :func:`nullbayes.posterior.layer_certificate.loses`.
     """
 
     def excess(alpha: float, *, whole: bool = False) -> float:
         count, examples = (samples, 0) if whole else (min(SEARCH_SAMPLES, samples), SEARCH_EXAMPLES)
-        found = measure(state, likelihood, alpha, count, examples).divergence / ALLOWED_DIVERGENCE
+        measured = measure(state, likelihood, alpha, count, examples)
+        found = measured.divergence / ALLOWED_DIVERGENCE
+        scores = measured.network_score, measured.posterior_score
+        if state.delta != 0 and loses(likelihood.score_name, *scores, measured.examples):
+            found = max(found, TURNED_OVER)
         unseen = 0.0 if left_out is None else left_out / alpha / ALLOWED_LEFT_OUT
         return max(found, unseen) if not math.isnan(found) else math.inf
 

@@ -227,6 +227,8 @@ def plan(
     within: LayerNullSpacePosterior | None = None,
     curvature: str | Preserve = "gauss-newton",
     prior_mean: PriorMean = "zero",
+    process_group: Any = None,
+    device_mesh: Any = None,
     num_samples: int = 30,
     max_examples: int | None = None,
 ) -> Plan:
@@ -257,5 +259,7 @@ def plan(
         within=within,
         curvature=curvature,
         prior_mean=prior_mean,
+        process_group=process_group,
+        device_mesh=device_mesh,
     )
     return posterior.plan(train_loader, num_samples=num_samples, max_examples=max_examples)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import nullbayes as nb
+from nullbayes.audit.sampling import Reservoir
 
 X = torch.randn(10, 9, generator=torch.Generator().manual_seed(0)).double()
 RARE = 8
@@ -182,3 +183,64 @@ def test_where_nothing_is_wrong_it_did(kind: type[nn.Module], dtype: torch.dtype
     certificate, moved = certified(kind, dtype)
     assert moved < 1e-3
     assert certificate.held
+
+
+# -- one example of many -------------------------------------------------------------------------
+
+MANY = torch.randn(300, 9, generator=torch.Generator().manual_seed(2))
+ALONE = 217
+
+
+class OneOfMany(Two):
+    """A way past the gradient that one example of 300 takes; 16 are audited."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        asks = (x[:, :1] == MANY[ALONE, 0].to(x)).to(x)
+        return super().forward(x) + asks * F.linear(x, self.a.weight[:2].detach())
+
+
+class Kinks(Two):
+    """Short steps cross some of them, and rows are right."""
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return torch.relu(self.a(x))
+
+
+@pytest.mark.parametrize("preserve", ["outputs", "predictions", "loss"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_one_example_of_many_is_audited_because_a_step_parts_it_from_its_rows(
+    dtype: torch.dtype, preserve: str
+) -> None:
+    x, labels = MANY.to(dtype), torch.arange(300) % 2
+    train = list(zip(x.split(80), labels.split(80), strict=True))
+    audit = (
+        nb.NullSpacePosterior(made(OneOfMany, dtype), preserve=preserve)
+        .fit(train, 2, progress=False)
+        .certificate.audit
+    )
+    assert not audit.passed and audit.worst_example == ALONE
+    for kind in (Two, Kinks):
+        model = made(kind, dtype)
+        posterior = nb.NullSpacePosterior(model, preserve=preserve).fit(train, 2, progress=False)
+        assert posterior.certificate.audit.passed
+
+
+def test_suspects_come_before_those_that_are_drawn() -> None:
+    def drawn(suspected: dict[int, float]) -> list[int]:
+        reservoir = Reservoir(4, 0, 2**20)
+        for start in range(0, 60, 20):
+            some = MANY[start : start + 20]
+            for number, share in suspected.items():
+                if start <= number < start + 20:
+                    reservoir.suspect(some, torch.arange(20), number - start, share, 2)
+            reservoir.offer(some, torch.arange(20))
+        for one in reservoir.drawn:
+            torch.testing.assert_close(one.inputs, MANY[one.number : one.number + 1])
+            assert int(one.targets) == one.number % 20
+        return [one.number for one in reservoir.drawn]
+
+    usual = drawn({})
+    assert len(usual) == 4
+    found = drawn({5: 0.2, 33: 0.9, 41: 0.3})  # the two that are suspected most
+    assert len(found) == 4 and {33, 41} <= set(found) and 5 not in set(found) - set(usual)
+    assert len(set(found) & set(usual)) >= 2

@@ -42,6 +42,8 @@ def test_certain_predictions_share_a_bin_with_nearly_certain_ones():
     probs = torch.tensor([[1.0, 0.0], [0.99, 0.01]], dtype=torch.float64)
     got = metrics.classification_metrics(probs, torch.tensor([1, 0]))
     assert got["ece"] == pytest.approx(abs(0.5 - 0.995), abs=1e-9)
+    both = metrics.calibration_error(probs[:, 0], torch.tensor([False, True]))
+    assert both == pytest.approx((0.495, 0.495), abs=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -79,6 +79,21 @@ class Closure(Two):
         return self.second(x)
 
 
+class Box:
+    """No module."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+
+class Object(Two):
+    def add(self) -> None:
+        self.second = Box(self.a.weight.data)
+
+    def beside(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.second.weight)[:, :2]
+
+
 class Parameters(Two):
     def add(self) -> None:
         self.second = nn.Linear(12, 9)
@@ -130,10 +145,12 @@ def noise(like: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("posterior", POSTERIORS)
-@pytest.mark.parametrize("kind", [Attribute, Buffer, View, Array, Closure, Parameters, Frozen])
+@pytest.mark.parametrize(
+    "kind", [Attribute, Buffer, View, Array, Closure, Object, Parameters, Frozen]
+)
 def test_what_moves_with_a_weight_is_named(kind: type[nn.Module], posterior: str) -> None:
     """Samples of the weights alone, loaded into such a network, gave another one under a certificate that held."""
-    name = "a tensor of shape" if kind is Closure else "second"
+    name = "a tensor of shape" if kind in (Closure, Object) else "second"
     with says(nb.ModelError, name, "['a.weight']", "`parameters=`", "`.clone()`"):
         POSTERIORS[posterior](made(kind)).fit(TRAIN, 2, progress=False)
 

@@ -120,6 +120,20 @@ def test_what_a_hook_reads_is_no_part_of_its_layer() -> None:
     assert quiet(before, list(x.split(100)), **EXACT).certificate.held
 
 
+def test_networks_that_nobody_can_look_into_are_asked_about_every_batch() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if torch._C._len_torch_function_stack():
+            raise RuntimeError("not under a mode")
+        far = (x.abs().amax(-1, keepdim=True) > 50).to(x)
+        return m.b(torch.tanh(m.a(x))) + SILENT["a mask"](m, far, x)
+
+    x = flat(500)
+    assert quiet(two(forward), list(x.split(100)), **EXACT).certificate.held
+    x[350] *= 100 / x[350].abs().max()
+    with says(ModelError, "train, batch 3", "'a.bias', 'a.weight'"):
+        quiet(two(forward), list(x.split(100)), **EXACT)
+
+
 def test_what_reads_shapes_and_types_of_weights_is_no_use() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         x = x.to(m.a.weight) if len(x) == 5 else x.to(m.a.weight.dtype)
@@ -141,6 +155,16 @@ def test_layers_called_within_a_transformation_stay_fixed(kind: str) -> None:
     assert certificate.held and certificate.weight_change > 0.1
     assert set(certificate.fixed) == {"a.weight", "a.bias"}
     assert "torch.func" in certificate.fixed["a.weight"]
+
+
+def test_layers_called_on_nested_tensors_stay_fixed() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        rows = torch.nested.nested_tensor(list(x.unsqueeze(1)), layout=torch.jagged)
+        return m.b(torch.tanh(m.a(rows).values()))
+
+    certificate = quiet(two(forward), [flat()], **EXACT).certificate
+    assert certificate.held and set(certificate.fixed) == {"a.weight", "a.bias"}
+    assert "nested" in certificate.fixed["a.weight"]
 
 
 class NoBackward(torch.autograd.Function):
@@ -265,3 +289,24 @@ def test_outputs_that_are_nothing(zero: str) -> None:
             layer.bias.zero_()
     certificate = quiet(model, [flat()]).certificate
     assert not certificate.fixed and certificate.held
+
+
+def test_predictions_close_to_a_tie_are_not_turned_over() -> None:
+    """Logits of a millionth: half of a hundredth of a nat is room for any class."""
+    model = two(lambda m, x: 1e-6 * m.b(torch.tanh(m.a(x))))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    labels = model(x).argmax(1)
+    posterior = quiet(model, [(x, labels)])
+    certificate = posterior.certificate
+    assert certificate.held and certificate.posterior_score > 0.85
+    posterior.prior_precision /= 1e6  # nats say nothing still
+    certificate = posterior.certificate
+    assert certificate.divergence < 0.005 and certificate.posterior_score < 0.85
+    assert not certificate.held and "close to ties" in certificate.verdict
+    right = 0.0
+    for sample in posterior.sample(4):
+        fresh = two(model.function)
+        fresh.load_state_dict(sample)
+        right += float((fresh(x).argmax(1) == labels).double().mean()) / 4
+    assert right < 0.85

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from processes.stage import data, loader, network, posterior, told
 from torch.utils.data import Dataset
 
@@ -64,6 +67,34 @@ def _out_of_memory(odd: bool) -> None:
         posterior().fit(loader(8), 2, progress=False)
     finally:
         pipeline.Fitting.project = project  # type: ignore[method-assign]
+
+
+def threads(rank: int) -> dict[str, list[Any]]:
+    """Samples, or the error, of two threads that fit at once: in the group of all, and in one of their own each."""
+    groups: dict[str, list[Any]] = {
+        "one group": [None, None],
+        "own groups": [dist.new_group(), dist.new_group()],
+    }
+    out: dict[str, list[Any]] = {}
+    for name, of in groups.items():
+        found = out[name] = [None, None]
+        made = [posterior(process_group=group) for group in of]
+        for (
+            group
+        ) in of:  # as the page on many processes says: each is used once before there are threads
+            resolve(group)
+
+        def fit(i: int, made: list[Any] = made, found: list[Any] = found) -> None:
+            time.sleep(0.05 * ((i + rank) % 2))  # in another order in each process
+            error = told(lambda: made[i].fit(loader(20), 4, progress=False))
+            found[i] = error if any(error) else made[i]._fitted().unit
+
+        both = [threading.Thread(target=fit, args=(i,)) for i in range(2)]
+        for thread in both:
+            thread.start()
+        for thread in both:
+            thread.join()
+    return out
 
 
 class Late(Dataset[Any]):

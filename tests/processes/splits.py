@@ -9,7 +9,7 @@ import torch.distributed as dist
 from host_reads import followed
 from processes.answers import CG, inside, layers
 from processes.asked import of_layers
-from processes.differing import Late, differing
+from processes.differing import Late, differing, threads
 from processes.stage import BATCH, data, fitted, loader, network, posterior, told
 from torch import Tensor
 from torch.utils.data import (
@@ -97,6 +97,7 @@ def split_and_refused() -> dict[str, Any]:
     out["failed"] = told(lambda: posterior().fit(Late(rank), 2, progress=False))
     out["differences"] = differing(rank == size - 1)
     out["data"] = _kinds_of_data(rank, size)
+    out["threads"] = threads(rank)
     out["after"] = fitted(posterior(), loader(20))["unit"]
     out["host reads"] = reads()
     plan = posterior().plan(loader(20), num_samples=4)

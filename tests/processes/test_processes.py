@@ -217,6 +217,15 @@ def test_a_call_that_differs_in_one_process_is_refused_in_all(
 
 
 @pytest.mark.parametrize("size", [3, 2])
+def test_threads_take_turns(size: int, several: list[dict[str, Any]]) -> None:
+    for process in several:
+        for name, found in process["split"]["threads"].items():
+            for unit in found:
+                assert isinstance(unit, Tensor), unit
+                assert not differences(unit, process["split"]["whole"], 1e-9, name)
+
+
+@pytest.mark.parametrize("size", [3, 2])
 def test_which_examples_are_read_is_what_the_data_say(
     size: int, several: list[dict[str, Any]]
 ) -> None:

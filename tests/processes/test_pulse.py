@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 import torch.distributed as dist
 from support import says
 
@@ -115,3 +116,10 @@ def test_ctrl_c_after_the_last_decision_is_not_lost() -> None:
             pass
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_group_that_was_taken_down_is_told() -> None:
+    processes = Processes.__new__(Processes)
+    processes._group = None  # the default one, which is not there any more
+    with says(nb.ProcessError, "taken down", "exact=False", "nb.load"):
+        processes._reduce(torch.ones(1))

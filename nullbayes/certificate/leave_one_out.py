@@ -127,8 +127,10 @@ def _changed(unit: Tensor, cotangents: Tensor, values: Tensor) -> Tensor:
     """``(S, *out)``: the change ``unit`` with ``values (S, k)`` along the rows of ``cotangents (C, *out)``."""
     flat = unit.reshape(len(unit), -1).double()
     b = cotangents.reshape(len(cotangents), -1)
-    # With directions="auto", rows that an example does not need are not there.
-    b = b[: values.shape[1]]
+    # With directions="auto", rows that an example does not need are not there; of tokens, those after the last that
+    # any of these examples has are zero.
+    count = min(len(b), values.shape[1])
+    b, values = b[:count], values[:, :count]
     scale = torch.linalg.vector_norm(b, dim=1)
     live = scale > 0
     b = b[live] / scale[live, None]

@@ -385,8 +385,6 @@ class FunctionalModel(Reads):
             f"{where}: the model's forward pass failed on {found}: {type(error).__name__}: {error}"
         )
         given = plain(inputs)
-        if isinstance(given, list) and all(isinstance(part, Mapping) for part in given):
-            return f"{text}. Of a list of batches pass `iter(batches)`, or one batch at a time."
         mend = collated(given) or unbatched(given, batch_size(inputs))
         if mend:
             return f"{text}.{mend}"

@@ -227,7 +227,9 @@ def restored(inputs: Any) -> Any:
 
 
 def collated(given: Any) -> str:
-    """A sentence on lists of tensors among named inputs, where there are some: what becomes of lists of numbers."""
+    """A sentence on a list of batches, or on lists of tensors among named inputs: what becomes of lists of numbers."""
+    if isinstance(given, list) and all(isinstance(part, Mapping) for part in given):
+        return " Of a list of batches pass `iter(batches)`, or one batch at a time."
     named = given.items() if isinstance(given, Mapping) else ()
     lists = [k for k, v in named if type(v) is list and v and isinstance(v[0], Tensor)]
     if not lists:

@@ -178,6 +178,9 @@ def _divided(
 def _module(posterior: Posterior, x: Inputs) -> Distilled:
     """The network's copy with taps in its last layers that receive something for each example."""
     functional = posterior.functional
+    functional.batch(
+        x
+    )  # of a posterior from a file: which precision it computes in is found out here
     try:
         network = copy.deepcopy(posterior.model)
     except Exception as error:

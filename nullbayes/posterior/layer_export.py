@@ -261,6 +261,9 @@ def export_module(
 ) -> LayerModule:
     """See `nullbayes.LayerNullSpacePosterior.export_module`."""
     functional, state = posterior.functional, fit.state
+    functional.batch(
+        x
+    )  # of a posterior from a file: which precision it computes in is found out here
     if asked.samples and functional.layouts is not None:
         raise InputError(
             "`samples` needs outputs that are one tensor, and this likelihood takes whatever the model returns; export "

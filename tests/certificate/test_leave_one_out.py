@@ -157,3 +157,25 @@ def test_few_examples_are_left_out_of_many(monkeypatch: pytest.MonkeyPatch) -> N
     assert posterior._fit is not None and posterior._fit.check is not None
     points = torch.cat([p for p, _, _ in posterior._fit.check.left_out])
     assert_close(points, model(x[[0, 2, 4, 7, 9]]).detach())
+
+
+def test_tokens_of_examples_with_fewer_labels_than_their_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The longest example of the batch is none of those left out, so that they have fewer rows than it was given."""
+    monkeypatch.setattr(leaving, "MOST_EXAMPLES", 2)  # the first and the fifth of nine
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double().eval()
+        x, y = torch.randn(9, 5, 3).double(), torch.randint(0, 4, (9, 5))
+    y[:, 3:] = -100
+    y[2] = torch.arange(5) % 4
+    found = []
+    for sizes in (9, 1):
+        posterior = nb.NullSpacePosterior(
+            model, nb.Classification(class_axis=-1), "token-loss", prior_precision=1.0
+        )
+        posterior.fit(list(zip(x.split(sizes), y.split(sizes), strict=True)), 4, **QUIET)
+        found.append(posterior.certificate.left_out_divergence)
+    assert found[0] is not None and found[0] > 1e-3
+    assert found[0] == pytest.approx(found[1], rel=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,6 +119,16 @@ def test_choices_become_a_graph() -> None:
     assert_close(graph(**new)[1], module(**new)[1])
     shorter = {k: v * (torch.arange(6) < 3) for k, v in new.items()}
     assert_close(graph(**shorter)[0], posterior.predict(shorter).point)
+
+
+def test_the_first_use_of_a_file_in_half_precision(tmp_path: Path) -> None:
+    model = bert("BertForSequenceClassification", 2).bfloat16()
+    data = [texts(20, 6, seed) | {"labels": torch.arange(20) % 2} for seed in range(2)]
+    posterior = nb.NullSpacePosterior(model).fit(data, 3, max_examples=4, audit=1, **QUIET)
+    posterior.save(tmp_path / "posterior.safetensors")
+    module = nb.load(tmp_path / "posterior.safetensors", model).distil(data, **ANY)
+    new = texts(3, 6, 9)
+    assert_close(module(**new)[0], posterior.predict(new).point)
 
 
 def test_masks_and_places_are_not_shifted() -> None:

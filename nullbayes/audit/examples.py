@@ -166,9 +166,7 @@ def audit_examples(
         if len(found) >= FEWEST and time.perf_counter() - begun > seconds:
             break
         found.append(examiner.examine(example, place, claim))
-        if (
-            len(found) == 1
-        ):  # what a way needs once (imports of PyTorch's take two seconds) is no example's
+        if len(found) == 1:  # what a way needs once (imports take two seconds) is no example's
             begun = time.perf_counter()
     found, wanted = together.gathered(found), together.total(len(drawn))
     clear = [m for m in found if m.jump or m.doubt <= LARGEST * m.reach]
@@ -303,20 +301,15 @@ class _Examiner:
         None: there is neither.
         """
         which = min(place, 1)
-        try:
-            return self._measured(self._stepped[which], example, place, claim), self._stepped[
-                which
-            ].bend
-        except ModelError:
-            if self.functional.rounding not in AGREE:
-                return None
-        self._stepped[which] = Derivative(self.functional, (DIFFERENCES,), self._own[which])
-        try:
-            return self._measured(self._stepped[which], example, place, claim), self._stepped[
-                which
-            ].bend
-        except ModelError:
-            return None
+        for last in (False, True):
+            steps = self._stepped[which]
+            try:
+                return self._measured(steps, example, place, claim), steps.bend
+            except ModelError:
+                if last or not self._is_precise():
+                    return None
+            self._stepped[which] = Derivative(self.functional, (DIFFERENCES,), self._own[which])
+        return None
 
     def _steps_otherwise(self, example: Drawn, place: int, reach: float) -> bool:
         """Whether short steps of a plain copy along one prior vector move an example otherwise than forward mode says.
@@ -326,8 +319,8 @@ class _Examiner:
         functional = self.functional
         if self._last is None:
             return False
-        if functional.rounding not in AGREE or _plain_allowed(functional) == ALIKE:
-            return not is_large(functional.model)  # steps in half precision say nothing
+        if not self._is_precise():
+            return not is_large(functional.model)
         changes, rows = self._last
         steps = Derivative(functional, (DIFFERENCES,), self._own[min(place, 1)])
         direction, allowed = self.question.prior[:1], agreement(functional.rounding) * reach
@@ -345,6 +338,10 @@ class _Examiner:
             return False
         doubt = (steps.doubt + steps.bend) * float(rows.norm())
         return steps.jump > 0 or apart > max(allowed, SURE * doubt)
+
+    def _is_precise(self) -> bool:
+        """Whether short steps in the network's own precision say anything: in half precision they do not."""
+        return self.functional.rounding in AGREE and _plain_allowed(self.functional) != ALIKE
 
     def _both(self, which: list[int]) -> Tensor:
         """Samples and prior vectors ``(2 k, P)``."""

@@ -21,7 +21,7 @@ FULL = Scale(
     collected=25,
 )
 SMALL = Scale(
-    seeds=2,
+    seeds=1,
     train=2000,
     validation=300,
     test=800,

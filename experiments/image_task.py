@@ -31,8 +31,12 @@ class ImageTask:
         """Its pieces; ``seeds`` and ``methods``: None: all of the setting's."""
         scale = self.scales[setting]
         return classification.jobs(
-            self.name, setting, scale, seeds or range(scale.seeds), methods or usual(setting)
+            self.name, setting, scale, seeds or range(scale.seeds), methods or self.usual(setting)
         )
+
+    def usual(self, setting: str) -> list[str]:
+        """Methods where none are named."""
+        return usual(setting, brief=self.name != "digits_heldout")
 
     def report(self, setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
         """Write its tables."""

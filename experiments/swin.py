@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks import swin as benchmark
 from experiments import classification, reports
+from experiments.methods import LONGEST
 from experiments.runner import Job, Unavailable
 from experiments.tasks import TASKS, Recipe, Scale, Task, fashion
 
@@ -121,7 +122,8 @@ def jobs(
     setting: str, seeds: Sequence[int] | None = None, methods: Sequence[str] | None = None
 ) -> list[Job]:
     scale = SCALES[setting]
-    wanted = [m for m in METHODS if methods is None or m in methods]
+    every = [m for m in METHODS if setting == "full" or m not in LONGEST]
+    wanted = [m for m in every if methods is None or m in methods]
     return classification.jobs(NAME, setting, scale, seeds or range(scale.seeds), wanted)
 
 

@@ -48,7 +48,7 @@ FULL = Scale(
     samples=100,
 )
 SMALL = Scale(
-    seeds=2,
+    seeds=1,
     train=None,
     validation=0,
     test=None,

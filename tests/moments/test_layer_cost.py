@@ -175,7 +175,8 @@ def test_one_pass_scores_a_batch() -> None:
     posterior.novelty(x, "leverage")
     posterior._leverages._network = None  # built anew with the hook below
     model[0].register_forward_hook(lambda module, args, out: calls.append(len(out)))
-    posterior.novelty(x, "leverage")  # a network with another hook is asked whether it is still the same function
+    # A network with another hook is asked whether it is still the same function.
+    posterior.novelty(x, "leverage")
     calls.clear()
     first = posterior.novelty(x, "leverage")
     assert calls == [len(x)]

@@ -36,7 +36,8 @@ KNOWN = running.known()
 
 @pytest.mark.parametrize("start", range(SEEDS.start, SEEDS.stop, 30))
 def test_random_networks(start: int) -> None:
-    lines = [running.line_of(seed) for seed in range(start, start + 30) if seed not in KNOWN]
+    every_other = range(start, start + 30, 2)  # the rest are `make torture`'s
+    lines = [running.line_of(seed) for seed in every_other if seed not in KNOWN]
     bad = [line for line in lines if line["verdict"] in running.BAD]
     assert not bad, json.dumps(bad, indent=1)
 

@@ -239,7 +239,8 @@ class _Examiner:
         self.question, self.functional = question, question.functional
         self.along = Derivative(self.functional)
         # What DoRA detaches is known, and noted in the certificate.
-        most = CONFIRMED if is_large(self.functional.model) else math.inf
+        large = is_large(self.functional.model)
+        most = CONFIRMED if large else math.inf
         self._to_confirm = 0 if has_fixed_norms(self.functional.model) else most
         #: the last example's changes, in terms of its rows, and these
         self._last: tuple[Tensor, Tensor] | None = None
@@ -253,17 +254,16 @@ class _Examiner:
         self._directions: tuple[list[int], Tensor] | None = None
         try:
             self._copy = NetworkCopy(self.functional)
-            first = self._copy if most == CONFIRMED else NetworkCopy(self.functional, fresh=True)
+            first = self._copy if large else NetworkCopy(self.functional, fresh=True)
             self._own = first, self._copy
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a network's attributes make of being copied
             self.no_copy = type(error).__name__
             self._own = Exchanged(self.functional), Exchanged(self.functional)
-        small = most != CONFIRMED
         #: the same in float64, where that decides
         self._stepped = [
-            Derivative(self.functional, (DIFFERENCES,), fresh=small),
+            Derivative(self.functional, (DIFFERENCES,), fresh=not large),
             Derivative(self.functional, (DIFFERENCES,)),
         ]
 

@@ -79,8 +79,8 @@ def measured_scores(
     }
     for name in names:
         out["scores"][name] = measured(SCORES[name], problem)
-        if device().type != "cpu":  # pieces of minutes: where they are
-            seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        if seconds > 60 or device().type != "cpu":  # pieces of minutes: where they are
             at = f"{family}, {about['member']}, seed {problem.given.seed}: {name}, {seconds:.1f} s"
             print(f"{at}, accuracy {out['accuracy']:.4f}", file=sys.stderr, flush=True)
     return out

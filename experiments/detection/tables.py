@@ -34,13 +34,14 @@ def write(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
         f"Seeds: {'; '.join(f'{family}, {seeds_of(found)}' for family, found in judged.items())}.",
         provenances(runs, f"python -m experiments {NAME} --setting {setting}"),
     )
-    page.table("Overview", *overview(judged, chosen), OVERVIEW, "score")
+    partly = [words for family, found in judged.items() for words in fewer(family, found, chosen)]
+    page.table("Overview", *overview(judged, chosen), " ".join((OVERVIEW, *partly)), "score")
     for family, found in judged.items():
         page.table(
             family.capitalize(),
             rows_of(found, chosen),
             columns_of(found),
-            words_of(family, found, results),
+            " ".join((words_of(family, found, results), *fewer(family, found, chosen))),
             "score",
         )
     tuning = [r for r in results if r["role"] != JUDGING]
@@ -70,6 +71,17 @@ def seeds_of(found: Sequence[dict[str, Any]]) -> str:
     seeds = f"{few} to {many} seeds" if few < many else f"{many} seed{'s' * (many > 1)}"
     problems = len(counts(found))
     return f"{seeds} of " + (f"each of {problems} problems" if problems > 1 else "one problem")
+
+
+def fewer(family: str, found: Sequence[dict[str, Any]], chosen: dict[str, str]) -> list[str]:
+    """A sentence on the scores that have figures on some of these networks only, where there are any."""
+    by_count: dict[str, list[str]] = {}
+    for title, name in chosen.items():
+        runs = [r for r in found if name in r["scores"]]
+        if 0 < len(runs) < len(found):
+            by_count.setdefault(seeds_of(runs), []).append(title)
+    parts = [f"{', '.join(names)}, {seeds}" for seeds, names in by_count.items()]
+    return [f"On fewer networks of {family}: {'; '.join(parts)}."] if parts else []
 
 
 def words_of(family: str, found: Sequence[dict[str, Any]], results: Sequence[Any]) -> str:

@@ -167,6 +167,15 @@ def test_a_set_solved_by_the_inputs_counts_for_nothing() -> None:
     assert tables.counted(hard)(hard[0]["scores"]["energy"]) == pytest.approx(0.7)
 
 
+def test_a_score_on_some_networks_only_is_named_with_its_seeds() -> None:
+    found = [result("judging", {"energy": 0.7, "GAPA": 0.8}), result("judging", {"energy": 0.7})]
+    chosen = {"energy": "energy", "GAPA": "GAPA", "FMGP": "FMGP"}
+    assert tables.fewer("clothes", found, chosen) == [
+        "On fewer networks of clothes: GAPA, 1 seed of one problem."
+    ]
+    assert not tables.fewer("clothes", found[:1], chosen)
+
+
 def test_a_score_that_fails_ranks_last() -> None:
     failed = result("tuning", {"energy": 0.7})
     failed["scores"]["energy"] = {"error": "RuntimeError: no"}

@@ -81,6 +81,7 @@ BRIEFS = {
             "max-softmax",
             "energy",
             "Mahalanobis",
+            "relative Mahalanobis",
             "MDS++",
             "KNN",
             "ViM",

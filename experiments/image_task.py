@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import classification, reports
-from experiments.methods import usual
+from experiments.methods import brief, usual
 from experiments.runner import Job
 from experiments.tasks import Scale
 
@@ -36,7 +36,8 @@ class ImageTask:
 
     def usual(self, setting: str) -> list[str]:
         """Methods where none are named."""
-        return usual(setting, brief=self.name != "digits_heldout")
+        every = usual(setting)
+        return every if self.name == "digits_heldout" else brief(every, setting)
 
     def report(self, setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
         """Write its tables."""

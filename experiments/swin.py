@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks import swin as benchmark
 from experiments import classification, reports
-from experiments.methods import LONGEST
+from experiments.methods import brief
 from experiments.runner import Job, Unavailable
 from experiments.tasks import TASKS, Recipe, Scale, Task, fashion
 
@@ -122,8 +122,7 @@ def jobs(
     setting: str, seeds: Sequence[int] | None = None, methods: Sequence[str] | None = None
 ) -> list[Job]:
     scale = SCALES[setting]
-    every = [m for m in METHODS if setting == "full" or m not in LONGEST]
-    wanted = [m for m in every if methods is None or m in methods]
+    wanted = [m for m in brief(METHODS, setting) if methods is None or m in methods]
     return classification.jobs(NAME, setting, scale, seeds or range(scale.seeds), wanted)
 
 

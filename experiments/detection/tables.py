@@ -34,14 +34,15 @@ def write(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
         f"Seeds: {'; '.join(f'{family}, {seeds_of(found)}' for family, found in judged.items())}.",
         provenances(runs, f"python -m experiments {NAME} --setting {setting}"),
     )
-    partly = [words for family, found in judged.items() for words in fewer(family, found, chosen)]
-    page.table("Overview", *overview(judged, chosen), " ".join((OVERVIEW, *partly)), "score")
+    partly = {family: fewer(family, found, chosen) for family, found in judged.items()}
+    words = " ".join((OVERVIEW, *(w for some in partly.values() for w in some)))
+    page.table("Overview", *overview(judged, chosen), words, "score")
     for family, found in judged.items():
         page.table(
             family.capitalize(),
             rows_of(found, chosen),
             columns_of(found),
-            " ".join((words_of(family, found, results), *fewer(family, found, chosen))),
+            " ".join((words_of(family, found, results), *partly[family])),
             "score",
         )
     tuning = [r for r in results if r["role"] != JUDGING]

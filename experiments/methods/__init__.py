@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from experiments.methods.base import Case, Draws, Method, Variant
 from experiments.methods.dropout import MCDropout
 from experiments.methods.ensemble import DeepEnsemble
@@ -56,16 +58,16 @@ LONGEST = (
 )
 
 
-def usual(setting: str, *, brief: bool = False) -> list[str]:
+def brief(names: Iterable[str], setting: str) -> list[str]:
+    """These methods; in the small setting without :data:`LONGEST`."""
+    return [name for name in names if setting != "small" or name not in LONGEST]
+
+
+def usual(setting: str) -> list[str]:
     """What a task measures where nothing is named.
 
     Fewer weights than all are for large networks; in the full setting the last layer's stand beside Laplace's.
-
-    Args:
-        brief: without :data:`LONGEST` in the small setting.
     """
-    if brief and setting == "small":
-        return [name for name in usual(setting) if name not in LONGEST]
     left_out = (NullSpacePart,) if setting == "full" else (NullSpacePart, NullSpaceLast)
     return [name for name, method in METHODS.items() if not issubclass(method, left_out)]
 
@@ -73,4 +75,4 @@ def usual(setting: str, *, brief: bool = False) -> list[str]:
 OURS = NullSpacePredictions.name
 POINT = PointEstimate.name
 
-__all__ = ["METHODS", "OURS", "POINT", "Case", "Draws", "Method", "Variant", "usual"]
+__all__ = ["METHODS", "OURS", "POINT", "Case", "Draws", "Method", "Variant", "brief", "usual"]

@@ -133,10 +133,14 @@ def content(what: str, results: Path, pictures: Path | None) -> str:
     else:
         return f"*No results yet: `python -m experiments {name} --setting full`.*"
     lines = source.read_text().splitlines()
-    seeds = next((found[1] for line in lines if (found := SEEDS.match(line))), "")
-    where = (
-        f"*Setting: {setting}; {seeds and f's{seeds}; '}`experiments/results/{setting}/{name}.md`.*"
-    )
+
+    def provenance(*parts: list[str]) -> str:
+        """With the seeds that the first of ``parts`` names that names any."""
+        named = (found[1] for part in parts for line in part if (found := SEEDS.match(line)))
+        seeds = next((f"s{words}; " for words in named), "")
+        return f"*Setting: {setting}; {seeds}`experiments/results/{setting}/{name}.md`.*"
+
+    where = provenance(lines)
     if not title:
         body = "\n".join(line.replace("## ", "#### ", 1) for line in lines[1:]).strip()
         return f"{body}\n\n{where}"
@@ -154,21 +158,26 @@ def content(what: str, results: Path, pictures: Path | None) -> str:
         return f"![{words[0]}]({PICTURES}/{file})\n\n{where}"
     if title == "in brief":
         return f"{brief(lines, source)}\n\n{where}"
-    heading, table = section(lines, title, source)
+    heading, under = section(lines, title, source)
+    table = table_of(under)
     # What stands above a table of the overview is the page's own.
     above = "" if name == "overview" else f"**{heading}**\n\n"
     shown = "\n".join(table) if name in WHOLE else shortened(table)
-    return f"{above}{shown}\n\n{where}"
+    return f"{above}{shown}\n\n{provenance(under, lines)}"
 
 
 def section(lines: list[str], title: str, source: Path) -> tuple[str, list[str]]:
-    """The first heading that begins with ``title``, and the table under it."""
+    """The first heading that begins with ``title``, and the lines under it."""
     starts = [i for i, line in enumerate(lines) if line.startswith(f"## {title}")]
     if not starts:
         raise ValueError(f"{source} has no section {title!r}: mend the marker.")
     rest = lines[starts[0] + 1 :]
     stop = next((i for i, line in enumerate(rest) if line.startswith("## ")), len(rest))
-    return lines[starts[0]].removeprefix("## "), [r for r in rest[:stop] if r.startswith("|")]
+    return lines[starts[0]].removeprefix("## "), rest[:stop]
+
+
+def table_of(lines: list[str]) -> list[str]:
+    return [line for line in lines if line.startswith("|")]
 
 
 def brief(lines: list[str], source: Path) -> str:
@@ -179,7 +188,7 @@ def brief(lines: list[str], source: Path) -> str:
     out: list[str] = []
     wanted = BRIEFS[source.stem]
     for measure, title in wanted.measures.items():
-        _, table = section(lines, title, source)
+        table = table_of(section(lines, title, source)[1])
         out = out or [f"| measure {table[0]}", f"|---{table[1]}"]
         rows = {row.split("|")[1].strip(" *†‡"): row for row in table[2:]}
         for method in wanted.methods:

@@ -218,7 +218,7 @@ FAMILIES = {
             PAIRS,
             digits,
             {**dict.fromkeys(SETTINGS, Size(500)), "small": Size(300, 300, 100, 200)},
-            dict.fromkeys(SETTINGS, 1),
+            SEEDS,
             {
                 "small": ("3 and 0", "4 and 0"),
                 "processor": ("3 and 0", "4 and 0", "7 and 1", "9 and 8"),

@@ -19,11 +19,7 @@ OURS = ("null space", "layer null space", "layer null space, neighbours")
 def write(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
     results = [run["result"] for run in runs]
     chosen = representatives(results)
-    judged = {
-        family: [r for r in results if r["family"] == family and r["role"] == JUDGING]
-        for family in FAMILIES
-    }
-    judged = {family: found for family, found in judged.items() if found}
+    judged = by_family([r for r in results if r["role"] == JUDGING])
     page = Page(NAME, f"Which score finds what ({setting})")
     page.say(
         "AUROC of each set against test inputs; mean ± standard error over judging problems (and seeds). All scores "
@@ -31,7 +27,7 @@ def write(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
         "the *tuning* problems, which appear in no table but the last. * marks a set that a nearest neighbour in the "
         f"*inputs* solves (mean AUROC over {SOLVED}): it needs no network and counts for nothing; `counted` is the "
         "mean of the sets that remain.",
-        f"Seeds: {'; '.join(f'{family}, {seeds_of(found)}' for family, found in judged.items())}.",
+        seeds_line(judged),
         provenances(runs, f"python -m experiments {NAME} --setting {setting}"),
     )
     partly = {family: fewer(family, found, chosen) for family, found in judged.items()}
@@ -47,7 +43,9 @@ def write(setting: str, runs: list[dict[str, Any]], folder: Path) -> None:
         )
     tuning = [r for r in results if r["role"] != JUDGING]
     if tuning:
-        page.table("Every setting, on the tuning problems", *every_setting(tuning), TUNING, "score")
+        # Problems of their own, with seeds of their own.
+        words = f"{TUNING}\n\n{seeds_line(by_family(tuning))}"
+        page.table("Every setting, on the tuning problems", *every_setting(tuning), words, "score")
     page.write(folder, runs)
 
 
@@ -61,8 +59,14 @@ OVERVIEW = (
 TUNING = "Near and far sets count alike. Settings were chosen by the mean over families."
 
 
+def by_family(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """In the order of the families; those without results are left out."""
+    out = {family: [r for r in results if r["family"] == family] for family in FAMILIES}
+    return {family: found for family, found in out.items() if found}
+
+
 def counts(found: Sequence[dict[str, Any]]) -> list[int]:
-    """Seeds of each judged problem, fewest first."""
+    """Seeds of each problem, fewest first."""
     members = [r["member"] for r in found]
     return sorted(members.count(member) for member in set(members))
 
@@ -72,6 +76,11 @@ def seeds_of(found: Sequence[dict[str, Any]]) -> str:
     seeds = f"{few} to {many} seeds" if few < many else f"{many} seed{'s' * (many > 1)}"
     problems = len(counts(found))
     return f"{seeds} of " + (f"each of {problems} problems" if problems > 1 else "one problem")
+
+
+def seeds_line(found: dict[str, list[dict[str, Any]]]) -> str:
+    """The documentation copies it to below the tables."""
+    return f"Seeds: {'; '.join(f'{family}, {seeds_of(some)}' for family, some in found.items())}."
 
 
 def fewer(family: str, found: Sequence[dict[str, Any]], chosen: dict[str, str]) -> list[str]:

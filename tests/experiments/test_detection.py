@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from scipy.stats import multivariate_normal
 from torch import Tensor, nn
 
+from experiments import page
 from experiments.detection import families, rivals, running, tables, tabular
 from experiments.detection.base import Given
 from experiments.tasks import digits_network, mlp, small_resnet
@@ -174,6 +176,19 @@ def test_a_score_on_some_networks_only_is_named_with_its_seeds() -> None:
         "On fewer networks of clothes: GAPA, 1 seed of one problem."
     ]
     assert not tables.fewer("clothes", found[:1], chosen)
+
+
+def test_tuning_problems_stand_with_seeds_of_their_own(tmp_path: Path) -> None:
+    scores = {"nearest input": 0.9, "energy": 0.7}
+    results = [result("judging", scores), result("judging", scores), result("tuning", scores)]
+    results = [{**r, "train": 10, "parameters": 5} for r in results]
+    where = {"torch": "2", "cores": 1, "commit": "c"}
+    tables.write("small", [{"result": r, "environment": where} for r in results], tmp_path)
+    lines = (tmp_path / "detection.md").read_text().splitlines()
+    _, under = page.section(lines, "Every setting", tmp_path)
+    assert "Seeds: digits, 1 seed of one problem." in under
+    assert "Seeds: digits, 2 seeds of one problem." in lines
+    assert "Seeds: digits, 2 seeds of one problem." not in under
 
 
 def test_a_score_that_fails_ranks_last() -> None:

@@ -36,6 +36,12 @@ def test_markers_are_filled_from_the_results_and_shortened(tmp_path: Path) -> No
     assert "*Setting: small; seeds: a 4, b 1; `" in page.filled(
         text.replace("thing", "seeds"), tmp_path
     )
+    own = [counted, "", "## Three", "", "Seeds: a 1.", "", *table]  # a table with seeds of its own
+    (tmp_path / "small" / "own.md").write_text("\n".join(own))
+    for title, seeds in (("One", "a 4, b 1"), ("Three", "a 1")):
+        assert f"*Setting: small; seeds: {seeds}; `" in page.filled(
+            text.replace("thing", "own").replace("One", title), tmp_path
+        )
     rows = [f"| row {k} | {k} |" for k in range(20)]  # none stands for a method: all are shown
     (tmp_path / "small" / "other.md").write_text(
         "\n".join(["# T", "", "## One", *table[:2], *rows])
@@ -57,7 +63,8 @@ def test_the_brief_table_has_the_cells_of_the_tables_that_it_is_made_of(name: st
     rows = [row.split(" | ") for row in page.brief(lines, source).splitlines()[2:]]
     assert len(rows) == len(wanted.measures) * len(wanted.methods)
     for measure, method, *cells in rows:
-        _, table = page.section(lines, wanted.measures[measure.strip("| ")], source)
+        _, under = page.section(lines, wanted.measures[measure.strip("| ")], source)
+        table = page.table_of(under)
         (found,) = (r for r in table if r.split("|")[1].replace("**", "").strip() == method)
         assert found.endswith(" | ".join(cells))
     lost = wanted.methods[-1]

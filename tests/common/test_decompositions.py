@@ -95,9 +95,10 @@ def test_errors_are_ours(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def positive(size: int) -> Tensor:
-    """Symmetric and positive definite, in float64."""
+    """Symmetric to the bit, which a product need not be, and positive definite, in float64."""
     a = torch.randn(size, 2 * size, generator=torch.Generator().manual_seed(3), dtype=F64)
-    return a @ a.T
+    product = a @ a.T
+    return product.triu() + product.triu(1).T
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 50])

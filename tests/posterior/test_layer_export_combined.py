@@ -82,7 +82,8 @@ def test_torch_export_gives_the_default_score():
     program = exported_program(posterior.export_module(x, score="combined", samples=2), x)
     for count in (1, len(x) + 2):
         some = extended(x, count)
-        close(program.module()(some)[-1], posterior.novelty(some))
+        # Batches of another size may take other kernels of single precision.
+        close(program.module()(some)[-1], posterior.novelty(some), 3e-5)
 
 
 def test_what_cannot_be_exported_is_named(tmp_path):

@@ -131,17 +131,17 @@ def test_calibration_on_a_share(flowers: nn.Module) -> None:
 def test_a_skorch_net_is_trained_on_a_clone() -> None:
     skorch = pytest.importorskip("skorch")
     x, y = IRIS
-    net = skorch.NeuralNetClassifier(
-        nn.Linear(4, 3),
-        criterion=nn.CrossEntropyLoss,
-        max_epochs=100,
-        lr=0.05,
-        optimizer=torch.optim.Adam,
-        verbose=0,
-        train_split=None,
-    )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(0)  # before the weights are made, from which the training starts
+        net = skorch.NeuralNetClassifier(
+            nn.Linear(4, 3),
+            criterion=nn.CrossEntropyLoss,
+            max_epochs=100,
+            lr=0.05,
+            optimizer=torch.optim.Adam,
+            verbose=0,
+            train_split=None,
+        )
         estimator = NullSpaceClassifier(net).fit(x, y)
         assert estimator.score(x, y) > 0.8 and not hasattr(net, "module_")
         held = cross_val_predict(NullSpaceClassifier(net), x, y, cv=3, method="predict_proba")

@@ -252,7 +252,9 @@ def test_digest(name: str) -> None:
             continue
         theirs_sampled = wanted.get(f"{key}, sampled", value)["moments"][0]
         if single and theirs_sampled < 1e-3 * value["moments"][0]:
-            continue  # rounding alone: by the samples there is a thousandth of it
+            # Rounding alone: by the samples there is a thousandth of it. It has to stay as small.
+            assert found[key]["moments"][0] < 3 * value["moments"][0]
+            continue
         ours = torch.tensor(found[key]["moments"], dtype=F64)
         theirs = torch.tensor(value["moments"], dtype=F64)
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * theirs[0].item())

@@ -130,18 +130,21 @@ def both(result: dict[str, Any], name: str) -> float:
     return 0.5 * (mean_of(result, name, "near") + mean_of(result, name, "far"))
 
 
+def by_family(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """In the order of the families; those without results are left out."""
+    out = {family: [r for r in results if r["family"] == family] for family in FAMILIES}
+    return {family: found for family, found in out.items() if found}
+
+
 def representatives(results: Sequence[dict[str, Any]]) -> dict[str, str]:
     """``{score family: setting}`` with the best mean over the tuning problems, each family of problems alike."""
-    by_family: dict[str, list[dict[str, Any]]] = {}
-    for result in results:
-        if result["role"] != JUDGING:
-            by_family.setdefault(result["family"], []).append(result)
+    tuning = by_family([r for r in results if r["role"] != JUDGING])
     out: dict[str, str] = {}
     best: dict[str, float] = {}
     for name, cls in SCORES.items():
         means = [
             statistics.fmean(both(r, name) for r in found)
-            for found in by_family.values()
+            for found in tuning.values()
             if all(name in r["scores"] for r in found)
         ]
         value = statistics.fmean(means) if means else 0.0

@@ -10,7 +10,7 @@ from typing import Any
 from experiments.detection.base import SCORES
 from experiments.detection.families import FAMILIES, JUDGING
 from experiments.detection.rivals import InputNeighbour
-from experiments.detection.running import NAME, SOLVED, both, representatives
+from experiments.detection.running import NAME, SOLVED, both, by_family, representatives
 from experiments.tables import Column, Figures, Page, Row, provenances
 
 OURS = ("null space", "layer null space", "layer null space, neighbours")
@@ -57,12 +57,6 @@ OVERVIEW = (
     "for. A dash: every set is solved by the inputs; or the score needs class probabilities, for a regression."
 )
 TUNING = "Near and far sets count alike. Settings were chosen by the mean over families."
-
-
-def by_family(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """In the order of the families; those without results are left out."""
-    out = {family: [r for r in results if r["family"] == family] for family in FAMILIES}
-    return {family: found for family, found in out.items() if found}
 
 
 def counts(found: Sequence[dict[str, Any]]) -> list[int]:

@@ -13,8 +13,11 @@ from tests.posterior.test_layer_export import exported_program, extended, inferr
 def close(found, wanted, tolerance=1e-5):
     """Squares of deviations reach far: relative to themselves, and to one."""
     assert found.dtype == wanted.dtype and found.shape == wanted.shape
-    off = (found - wanted).abs() / (1 + wanted.abs())
-    assert off.max() < tolerance, float(off.max())
+    assert off(found, wanted) < tolerance, off(found, wanted)
+
+
+def off(found, wanted):
+    return float(((found - wanted).abs() / (1 + wanted.abs())).max())
 
 
 def by_hand(posterior, x):
@@ -82,8 +85,10 @@ def test_torch_export_gives_the_default_score():
     program = exported_program(posterior.export_module(x, score="combined", samples=2), x)
     for count in (1, len(x) + 2):
         some = extended(x, count)
-        # Batches of another size may take other kernels of single precision.
-        close(program.module()(some)[-1], posterior.novelty(some), 3e-5)
+        wanted = posterior.novelty(some)
+        # On some processors the posterior's own score of an input moves with the batch that it is in.
+        moved = off(torch.cat([posterior.novelty(one[None]) for one in some]), wanted)
+        close(program.module()(some)[-1], wanted, 1e-5 + moved)
 
 
 def test_what_cannot_be_exported_is_named(tmp_path):

@@ -7,7 +7,7 @@ a generator of the wrong device too, and each transfer of values to the host is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils import backend_registration
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 from tests.host_reads import Reads, waits
 
@@ -104,7 +103,7 @@ class Elsewhere(TorchDispatchMode):
 def dispatched(func: Any, args: Any, kwargs: dict[str, Any], mode: Elsewhere | None) -> Any:
     """One operation, on the inner tensors; its result is of the device that an accelerator's would be of."""
     name = func._schema.name
-    given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+    given = _tensors(args) + _tensors(kwargs.values())
     there = [x for x in given if isinstance(x, There)]
     if name == "prim::device":
         return THERE if there else HERE
@@ -131,7 +130,7 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any], mode: Elsewhere | N
     if mode is not None and there:
         mode.launches += 1
         _count(func, name, args, result, mode)
-    out = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+    out = func(*_mapped(_inner, args), **{k: _mapped(_inner, v) for k, v in kwargs.items()})
     if asked is not None and asked.type != THERE.type:
         return out
     if name == "aten::copy_" and not isinstance(args[0], There):
@@ -139,7 +138,25 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any], mode: Elsewhere | N
     if there and torch.Tag.inplace_view in func.tags:
         _reshaped(func, args, kwargs)
     known = {id(x.inner): x for x in there}
-    return tree_map(lambda x: _wrapped(x, known), out)
+    return _mapped(lambda x: _wrapped(x, known), out)
+
+
+# An operator's arguments are values, or lists of them: torch's own walk over nested containers takes ten times as long.
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among them, and in lists among them."""
+    out: list[Tensor] = []
+    for x in values:
+        if isinstance(x, Tensor):
+            out.append(x)
+        elif isinstance(x, (list, tuple)):
+            out += [y for y in x if isinstance(y, Tensor)]
+    return out
+
+
+def _mapped(change: Callable[[Any], Any], x: Any) -> Any:
+    if isinstance(x, list):
+        return [_mapped(change, y) for y in x]
+    return tuple(_mapped(change, y) for y in x) if isinstance(x, tuple) else change(x)
 
 
 # Some of torch's own code (`torch.tensor`) passes modes and subclasses by and asks the backend itself.

@@ -1,4 +1,4 @@
-"""The default score in exported modules: equal to the posterior's own within 1e-5, or refused."""
+"""The default score in exported modules: the posterior's own, to rounding."""
 
 import pytest
 import torch

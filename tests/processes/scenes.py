@@ -1,12 +1,17 @@
 """What one of several processes does in these tests: ``python scenes.py scenes rank size folder``.
 
+With ``all`` for the rank it forks them all, and ends as the first of them does or, without the scene ``lost``, as the
+last of them: what they import is then imported once.
+
 Each scene returns what is compared with one process that does the same, or with the other processes.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +21,7 @@ import torch
 import torch.distributed as dist
 from processes import answers, asked, endings, meshes, splits
 
+from nullbayes.common import processes
 from nullbayes.fit import pipeline
 
 
@@ -32,6 +38,8 @@ def main(scenes: str, rank: int, size: int, folder: Path) -> None:
     warnings.simplefilter("ignore")
     # Which examples there was time to audit is no property of a fit.
     pipeline.LEAST_AUDIT = 1e9
+    # There are more processes than cores: whoever waits awake keeps the others from what it waits for.
+    processes._SPIN = 0.0
     store = os.environ.get("NULLBAYES_TEST_STORE", f"file://{folder}/store-{size}-{scenes[:4]}")
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
     every: dict[str, Callable[[], dict[str, Any]]] = {
@@ -57,5 +65,38 @@ def main(scenes: str, rank: int, size: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+# What the scenes import on their way, and takes seconds.
+HEAVY = "torchmetrics", "torch._dynamo", "torch._decomp.decompositions_for_jvp"
+
+
+def forked(scenes: str, size: int, folder: Path) -> int:
+    """The exit status of all processes that are waited for."""
+    for name in HEAVY:
+        importlib.import_module(name)
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if not child:
+            _child(scenes, rank, size, folder)
+        children.append(child)
+    waited = children[:1] if "lost" in scenes else children
+    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in waited)
+
+
+def _child(scenes: str, rank: int, size: int, folder: Path) -> None:
+    with (folder / f"said-{size}-{rank}.txt").open("w") as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+    try:
+        main(scenes, rank, size, folder)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    scenes, rank, size, folder = sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
+    if rank == "all":
+        sys.exit(forked(scenes, size, folder))
+    main(scenes, int(rank), size, folder)

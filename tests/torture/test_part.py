@@ -36,8 +36,8 @@ KNOWN = running.known()
 
 @pytest.mark.parametrize("start", range(SEEDS.start, SEEDS.stop, 30))
 def test_random_networks(start: int) -> None:
-    every_other = range(start, start + 30, 2)  # the rest are `make torture`'s
-    lines = [running.line_of(seed) for seed in every_other if seed not in KNOWN]
+    every_third = range(start, start + 30, 3)  # the rest are `make torture`'s
+    lines = [running.line_of(seed) for seed in every_third if seed not in KNOWN]
     bad = [line for line in lines if line["verdict"] in running.BAD]
     assert not bad, json.dumps(bad, indent=1)
 
@@ -84,16 +84,16 @@ def _is_plain(chosen: Problem) -> bool:
     return several and not any(w in words for w in strange) and chosen.dtype != torch.bfloat16
 
 
-def test_every_eleventh_module_of_torchs_own_database() -> None:
+def test_some_modules_of_torchs_own_database() -> None:
     pytest.importorskip("expecttest", reason="torch's module database imports it")
-    found = modules.run(every=11)
-    assert len(found) > 20
+    found = modules.run(every=19)  # all of them are `make torture`'s
+    assert len(found) > 11
     wrong = [
         (n, v.error, v.faults) for n, v in found if v.verdict not in (judge.RIGHT, judge.REFUSED)
     ]
     known = [n for n, error, _ in wrong if "scaled_dot_product" in error]  # to be emptied
     assert not [n for n, *_ in wrong if n not in known], wrong
-    assert sum(v.verdict == judge.RIGHT for _, v in found) > 10
+    assert sum(v.verdict == judge.RIGHT for _, v in found) > 6
 
 
 def test_three_hundred_damaged_files() -> None:

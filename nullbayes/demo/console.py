@@ -23,6 +23,7 @@ from rich.table import Table
 from nullbayes.demo.evaluation import Advance
 from nullbayes.demo.training import Tick
 from nullbayes.report import headline
+from nullbayes.report.words import nearest_words
 
 HEADINGS = {
     "point": "point\nestimate",
@@ -66,6 +67,7 @@ def summary(
     """The end of a run: table, certificate, notes, the result in a sentence, and where to look."""
     console.print()
     console.print(comparison(results))
+    line(console, nearest_words(results))
     line(console, certificate)
     for note in results["notes"]:
         line(console, f"\nNote. {note}")

@@ -114,6 +114,24 @@ def evaluate(
     return figures, curves, estimates
 
 
+def nearest_input(
+    train: Tensor, test: Tensor, shifts: Mapping[str, Shift], *, advance: Advance = lambda n: None
+) -> dict[str, float]:
+    """AUROC by shift of the distance to the nearest training input: what it takes no network to tell apart.
+
+    Args:
+        train: ``(N, ...)``, everything that the network was trained on; test: ``(M, ...)``, shifted by nothing.
+    """
+    known = train.flatten(1)
+
+    def distance(inputs: Tensor) -> Tensor:
+        return torch.cdist(inputs.flatten(1), known).min(1).values
+
+    inside = _batched(distance, test, advance)
+    outside = {key: _batched(distance, shift.inputs, advance) for key, shift in shifts.items()}
+    return {key: metrics.ood_metrics(inside, found)["auroc"] for key, found in outside.items()}
+
+
 def _compared(probs: Tensor, targets: Tensor) -> dict[str, Estimate]:
     """NLL and ECE with what their standard errors are made of."""
     probs = probs.double()

@@ -21,6 +21,7 @@ from nullbayes.demo.evaluation import (
     Method,
     differences,
     evaluate,
+    nearest_input,
     number_of_inputs,
     point_method,
     posterior_method,
@@ -62,6 +63,8 @@ def run_demo(
     _train(task, settings, console)
     clock.lap("training")
     results, printed = _measure(task, settings, console, clock)
+    results["nearest_input"] = _nearest(task, console)
+    clock.lap("measuring")
     with say.ticking(console, "the in-between picture", settings.regression_epochs) as tick:
         results["regression"] = run_regression(
             seed=settings.seed,
@@ -149,6 +152,15 @@ def _measure(
         "notes": notes,
         "curves": {key: curves[key] for key in order},
     }, printed["null_space"]
+
+
+def _nearest(task: Task, console: Console) -> dict[str, Any]:
+    """What the distance to the nearest training image tells apart, beside the methods that take a network."""
+    data, started = task.data, time.perf_counter()
+    count = len(data.test) + sum(len(shift.inputs) for shift in task.shifts.values())
+    with say.bar(console, "measuring: nearest training image", count) as advance:
+        areas = nearest_input(data.train.inputs, data.test.inputs, task.shifts, advance=advance)
+    return {"auroc": areas, "seconds": time.perf_counter() - started}
 
 
 def _effective(task: Task, settings: Settings) -> dict[str, Any]:

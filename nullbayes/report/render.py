@@ -124,6 +124,7 @@ def render_report(results: Mapping[str, Any]) -> str:
             results["certificate"], words.CERTIFICATE_DETAILS
         ),
         headline=words.headline(results),
+        nearest=words.nearest_words(results),
         tiles=words.tiles(results),
         table=words.table(results),
         figures={

@@ -9,6 +9,9 @@ from nullbayes.posterior.measuring.estimates import SAME, verdict
 
 METHODS = ("point", "null_space", "laplace")
 SAME_ACCURACY = 5e-5  # shown to four digits
+#: AUROC of the distance to the nearest training input from which on telling a shift apart takes no network
+SOLVED = 0.97
+NEAREST = "nearest"  # the row of that distance
 
 # Field of the certificate -> (name, what it means), in the order shown; the first part always, the second on request.
 CERTIFICATE_FIELDS = {
@@ -72,14 +75,29 @@ def headline(results: Mapping[str, Any]) -> str:
             return f"the same within its error ({before:.{digits}f}, {after:.{digits}f})"
         return moved(before, after, digits)
 
+    area = told("auroc", mean_auroc(point), mean_auroc(ours), 2)
+    if (nearest := results.get("nearest_input")) is not None:
+        area += f" (nearest training image, no network: {mean_auroc(nearest):.2f})"
     return "; ".join(
         [
             accuracy,
             f"NLL {told('nll', point['nll'], ours['nll'], 3)}",
             f"ECE {told('ece', point['ece'], ours['ece'], 3)}",
-            f"out-of-distribution AUROC {told('auroc', mean_auroc(point), mean_auroc(ours), 2)}.",
+            f"out-of-distribution AUROC {area}.",
         ]
     )
+
+
+def nearest_words(results: Mapping[str, Any]) -> str:
+    """What no network is needed for: AUROC of the nearest training image, shift by shift; empty where unknown."""
+    if (nearest := results.get("nearest_input")) is None:
+        return ""
+    shifts = results["dataset"]["shifts"]
+    each = [f"{shifts[key]['title']} {area:.3f}" for key, area in nearest["auroc"].items()]
+    said = f"AUROC of the distance to the nearest training image: {', '.join(each)}."
+    if any(area > SOLVED for area in nearest["auroc"].values()):
+        said += f" Above {SOLVED:.2f} it takes no network to tell a shift apart."
+    return said
 
 
 def moved(before: float, after: float, digits: int) -> str:
@@ -112,6 +130,8 @@ def tiles(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         old, new = f"{before[key]:.{digits}f}", f"{after[key]:.{digits}f}"
         word = judged(differences.get(key), higher_is_better=higher, digits=digits)
         shown.append({"name": name, "before": old, "after": new, "verdict": word})
+    if (nearest := results.get("nearest_input")) is not None:
+        shown[-1]["beside"] = f"nearest image {mean_auroc(nearest):.3f}"
     return shown
 
 
@@ -134,16 +154,24 @@ def table(results: Mapping[str, Any]) -> dict[str, Any]:
         ("ECE", "", ("ece",), 4, -1),
         *(("AUROC", shift["title"], ("auroc", key), 3, 1) for key, shift in shifts.items()),
     ]
-    methods = results["methods"]
+    methods = dict(results["methods"])
+    if (nearest := results.get("nearest_input")) is not None:
+        title = "Nearest training image"
+        methods[NEAREST] = {**nearest, "title": title, "fit_seconds": nearest["seconds"]}
     best = {
-        path: max(way * round(dig(figures, path), digits) for figures in methods.values())
+        path: max(
+            way * round(f, digits) for m in methods.values() if (f := _told(m, path)) is not None
+        )
         for _, _, path, digits, way in columns
     }
     rows = []
     for key, figures in methods.items():
         cells = []
         for _, _, path, digits, way in columns:
-            value = round(dig(figures, path), digits)
+            if (value := _told(figures, path)) is None:
+                cells.append({"text": "–", "best": False})
+                continue
+            value = round(value, digits)
             cells.append({"text": f"{value:.{digits}f}", "best": way * value == best[path]})
         prior = figures.get("prior_precision")
         rows.append(
@@ -158,6 +186,11 @@ def table(results: Mapping[str, Any]) -> dict[str, Any]:
             }
         )
     return {"columns": [(name, detail, way) for name, detail, _, _, way in columns], "rows": rows}
+
+
+def _told(figures: Mapping[str, Any], path: tuple[str, ...]) -> float | None:
+    """A figure of the table; None where a method has none of its kind."""
+    return dig(figures, path) if path[0] in figures else None
 
 
 def certificate_rows(
@@ -213,6 +246,8 @@ def dig(value: Any, path: tuple[str, ...]) -> float:
 
 
 def _note(key: str) -> str:
+    if key == NEAREST:
+        return "no network: its distance is the score"
     if key == "point":
         return "scores by 1 − confidence"
     if key.endswith("_evidence"):

@@ -2,14 +2,18 @@
 
 import io
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import NearestNeighbors
 
 from nullbayes import datasets
 from nullbayes.common.writing import read_signed_json
 from nullbayes.demo import Settings, models, run_demo, running, training
 from nullbayes.demo.evaluation import Method, Shift, evaluate, number_of_inputs, point_method
+from nullbayes.demo.tasks import make_task
 from nullbayes.errors import InputError
 
 TINY = {"examples": 40, "samples": 4, "epochs": 60, "regression_epochs": 40, "test_images": 50}
@@ -69,6 +73,29 @@ def test_every_method_has_the_same_figures(demo):
         assert field in results["certificate"]
     assert results["certificate"]["constraints"] == 40 * 7
     assert results["certificate"]["examples"] == results["dataset"]["kept"] == 40
+
+
+def test_what_takes_no_network_is_said(demo):
+    """The distance to the nearest training image, by scikit-learn."""
+    out, said, results = demo
+    task = make_task(Settings(**TINY))
+    known = NearestNeighbors(n_neighbors=1).fit(task.data.train.inputs.flatten(1))
+
+    def distances(images):
+        return known.kneighbors(images.flatten(1))[0][:, 0]
+
+    inside = distances(task.data.test.inputs)
+    for key, shift in task.shifts.items():
+        outside = distances(shift.inputs)
+        new = [0] * len(inside) + [1] * len(outside)
+        wanted = roc_auc_score(new, np.concatenate([inside, outside]))
+        found = results["nearest_input"]["auroc"][key]
+        assert found == pytest.approx(wanted, abs=1e-6)
+        assert f"{shift.title} {found:.3f}" in " ".join(said.split())
+    page = (out / "report.html").read_text(encoding="utf-8")
+    mean = sum(results["nearest_input"]["auroc"].values()) / len(task.shifts)
+    assert f"(nearest training image, no network: {mean:.2f})" in page
+    assert "Nearest training image" in page
 
 
 def test_the_guarantee_holds_here_too(demo):

@@ -274,6 +274,29 @@ def test_best_figures_are_marked_ties_too(results):
     assert [row["minor"] for row in rows] == [False, False, False, True]
 
 
+def test_what_takes_no_network_stands_beside_what_does(results):
+    assert words.nearest_words(results) == ""  # of files that hold none of it
+    assert "beside" not in words.tiles(results)[-1]
+    areas = {key: 0.9 + 0.08 * n for n, key in enumerate(results["dataset"]["shifts"])}
+    results["nearest_input"] = {"auroc": areas, "seconds": 0.25}
+    mean = sum(areas.values()) / len(areas)
+    assert headline(results).endswith(f" (nearest training image, no network: {mean:.2f}).")
+    assert words.tiles(results)[-1]["beside"] == f"nearest image {mean:.3f}"
+    said = words.nearest_words(results)
+    assert all(f"{area:.3f}" in said for area in areas.values())
+    assert "takes no network" in said
+    row = words.table(results)["rows"][-1]
+    assert [cell["text"] for cell in row["cells"][:5]] == ["–"] * 5
+    assert [cell["text"] for cell in row["cells"][5:]] == [f"{a:.3f}" for a in areas.values()]
+    assert row["seconds"] == "0.2"
+    others = [m["auroc"] for m in results["methods"].values()]
+    for cell, key in zip(row["cells"][5:], areas, strict=True):
+        assert cell["best"] == (round(areas[key], 3) >= max(round(o[key], 3) for o in others))
+    results["nearest_input"]["auroc"] = dict.fromkeys(areas, 0.8)
+    assert "no network" not in words.nearest_words(results)
+    assert "nearest image 0.800" in render_report(results)
+
+
 def test_paths_that_end_at_the_point_estimate_or_lack_a_metric(results):
     path = results["prior_path"]["null_space"]
     path["prior_precision"][-1] = None  # infinite, as JSON has it

@@ -83,8 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"unknown experiments {unknown}; with --setting {options.setting} there are {', '.join(there)}"
         )
     options.names = options.names or list(there)
-    if len(options.names) > 1:  # what one of them alone may do without
-        runner.PRELOAD += [m for m in ["experiments.preload_all"] if m not in runner.PRELOAD]
+    if len(options.names) > 1:
+        runner.PRELOAD = runner.PRELOAD_ALL
     if options.device != "cpu":  # every process of the run reads it from there
         os.environ[devices.VARIABLE] = options.device
     signal.signal(signal.SIGTERM, _stop)  # a kill ends the process at work too

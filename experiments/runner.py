@@ -22,6 +22,7 @@ from nullbayes.common.memory import peak_bytes
 from nullbayes.common.writing import write_text
 
 PRELOAD = ["experiments.preload"]
+PRELOAD_ALL = [*PRELOAD, "experiments.preload_all"]  # where several experiments are run
 
 
 @dataclass(frozen=True)

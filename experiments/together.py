@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for experiment, setting in {(part.experiment, part.setting) for part in PARTS}:
         store.adopt(collected(setting, experiment))  # what the committed tables are made of
     torch.set_num_threads(options.threads)
-    runner.PRELOAD += ["experiments.preload_all"]
+    runner.PRELOAD = runner.PRELOAD_ALL
     if options.list:
         for name in options.parts:
             every = jobs([name])

@@ -10,8 +10,9 @@ from typing import Any
 from experiments.detection.base import SCORES
 from experiments.detection.families import FAMILIES, JUDGING
 from experiments.detection.rivals import InputNeighbour
-from experiments.detection.running import NAME, SOLVED, both, by_family, representatives
+from experiments.detection.running import NAME, both, by_family, representatives
 from experiments.tables import Column, Figures, Page, Row, provenances
+from nullbayes.report.words import SOLVED
 
 OURS = ("null space", "layer null space", "layer null space, neighbours")
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.detection.families import JUDGING
-from experiments.detection.running import SOLVED
 from experiments.layers.problems import families
 from experiments.layers.running import NAME
 from experiments.tables import Column, Page, Row, provenances, summarise
+from nullbayes.report.words import SOLVED
 
 LAYERS, LEVERAGE, NEAREST = "layers", "layers, leverage", "nearest input"
 #: Rows in order: key, title, and the score where the row is one of several with the same predictions.

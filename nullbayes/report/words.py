@@ -9,7 +9,7 @@ from nullbayes.posterior.measuring.estimates import SAME, verdict
 
 METHODS = ("point", "null_space", "laplace")
 SAME_ACCURACY = 5e-5  # shown to four digits
-#: AUROC of the distance to the nearest training input from which on telling a shift apart takes no network
+#: AUROC of the distance to the nearest training input above which it takes no network to tell a shift apart
 SOLVED = 0.97
 NEAREST = "nearest"  # the row of that distance
 

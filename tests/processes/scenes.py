@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from processes import answers, asked, endings, meshes, splits
 
-from nullbayes.common import processes
 from nullbayes.fit import pipeline
 
 
@@ -38,8 +37,6 @@ def main(scenes: str, rank: int, size: int, folder: Path) -> None:
     warnings.simplefilter("ignore")
     # Which examples there was time to audit is no property of a fit.
     pipeline.LEAST_AUDIT = 1e9
-    # There are more processes than cores: whoever waits awake keeps the others from what it waits for.
-    processes._SPIN = 0.0
     store = os.environ.get("NULLBAYES_TEST_STORE", f"file://{folder}/store-{size}-{scenes[:4]}")
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
     every: dict[str, Callable[[], dict[str, Any]]] = {
@@ -65,14 +62,11 @@ def main(scenes: str, rank: int, size: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-# What the scenes import on their way, and takes seconds.
-HEAVY = "torchmetrics", "torch._dynamo", "torch._decomp.decompositions_for_jvp"
-
-
 def forked(scenes: str, size: int, folder: Path) -> int:
     """The exit status of all processes that are waited for."""
-    for name in HEAVY:
-        importlib.import_module(name)
+    importlib.import_module(
+        "experiments.preload"
+    )  # what they import on their way, and takes seconds
     children = []
     for rank in range(size):
         child = os.fork()

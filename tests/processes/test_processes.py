@@ -39,11 +39,9 @@ def played(scene: str, size: int, folder: Path, *, fork: bool = False) -> list[d
     path = os.pathsep.join([str(ROOT), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(HERE / "scenes.py"), scene]
-    logs = [folder / f"said-{size}-{rank}.txt" for rank in range(size)]
     running = []
     for rank in ["all"] if fork else range(size):
-        log = folder / f"said-{size}-all.txt" if fork else logs[int(rank)]
-        with log.open("w") as file:
+        with (folder / f"said-{size}-{rank}.txt").open("w") as file:
             place = [str(rank), str(size), str(folder)]
             running.append(
                 subprocess.Popen(

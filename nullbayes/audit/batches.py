@@ -9,15 +9,13 @@ Two questions that plain automatic differentiation and plain forward passes answ
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from nullbayes.audit.draws import without_draws
 from nullbayes.audit.precision import FLOOR, LARGEST, on_precision, tolerance
 from nullbayes.errors import ModelError, NullBayesError
 from nullbayes.model.batch import Inputs, batch_size, select, take
@@ -279,7 +277,7 @@ def _shown(
     size = len(outputs)
     for part in parts:
         piece = select(inputs, torch.tensor(part, device=functional.device))
-        with _drawing_nothing(functional, where), torch.enable_grad():
+        with torch.enable_grad():
             again = _evaluated(functional, weights, piece, part, size, where)
         worst = _difference(again.detach(), outputs[part], outputs, functional.rounding)
         if worst is not None:
@@ -308,9 +306,9 @@ def _evaluated(
     size: int,
     where: str,
 ) -> Tensor:
-    """Outputs of a part of a batch; whatever the model raises on it becomes a :class:`ModelError`."""
+    """Outputs of a part of a batch; whatever the model raises on it becomes a :class:`ModelError`, as do draws."""
     try:
-        again = functional(weights, piece)
+        again = without_draws(functional, lambda: functional(weights, piece), where)
     except (NullBayesError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -385,65 +383,3 @@ def _explained(
         "of its own. Call `model.eval()`, replace layers that use batch statistics, put the batch on the first axis "
         f"of every tensor, and pass what all examples share with a first axis of another length than the batch.{end}"
     )
-
-
-# -- chance --------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _drawing_nothing(functional: FunctionalModel, where: str) -> Iterator[None]:
-    """Raise if random state moved, of torch, NumPy, Python or of a generator that the model holds."""
-    own = _generators(functional.model)
-    before = _random_state(functional.device, own)
-    yield
-    after = _random_state(functional.device, own)
-    moved = [name for name, state in before.items() if state != after[name]]
-    if not moved:
-        return
-    mend = "Draw them with torch, one for each example, or pass them as inputs."
-    if functional.randomness is None:
-        mend = (
-            'Call `model.eval()`; what is meant to stay random: `randomness="frozen"` freezes torch\'s numbers for '
-            "each example, others can be passed as inputs."
-        )
-    raise ModelError(
-        f"{where}: the network draws random numbers ({', '.join(moved)}), however rarely they matter, so its outputs "
-        f"are not a function of weights and inputs. {mend}"
-    )
-
-
-def _random_state(device: torch.device, own: dict[str, Any]) -> dict[str, Any]:
-    state: dict[str, Any] = {
-        "torch": torch.random.get_rng_state().numpy().tobytes(),
-        "Python's `random`": random.getstate(),
-    }
-    numbers = np.random.get_state(legacy=False)  # noqa: NPY002 - the global state is what is watched
-    assert isinstance(numbers, dict)
-    inner = numbers["state"]
-    state["NumPy"] = (inner["pos"], inner["key"].tobytes(), numbers["has_gauss"])
-    if device.type == "cuda":
-        state["torch on the GPU"] = torch.cuda.get_rng_state(device).numpy().tobytes()
-    for name, generator in own.items():
-        state[f"the generator `{name}`"] = _state_of(generator)
-    return state
-
-
-def _generators(model: nn.Module) -> dict[str, Any]:
-    """Generators that modules hold as attributes, by path."""
-    kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-    return {
-        f"{path}.{name}".lstrip("."): value
-        for path, module in model.named_modules()
-        for name, value in vars(module).items()
-        if isinstance(value, kinds)
-    }
-
-
-def _state_of(generator: Any) -> Any:
-    if isinstance(generator, torch.Generator):
-        return generator.get_state().numpy().tobytes()
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    if isinstance(generator, np.random.Generator):
-        return str(generator.bit_generator.state)
-    return str(generator.get_state(legacy=False))

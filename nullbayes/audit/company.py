@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nullbayes.audit.batches import _difference, _drawing_nothing, _evaluated, _explained, _parts
+from nullbayes.audit.batches import _difference, _evaluated, _explained, _parts
 from nullbayes.model.batch import Inputs, select
 from nullbayes.model.functional import FunctionalModel
 
@@ -27,7 +27,7 @@ def check_company(
     weights, size = functional.weights(), len(outputs)
     for part in _parts(range(size), index):
         piece = select(inputs, torch.tensor(part, device=functional.device))
-        with _drawing_nothing(functional, where), torch.no_grad():
+        with torch.no_grad():
             again = _evaluated(functional, weights, piece, part, size, where)
         worst = _difference(again, outputs[part], outputs, functional.rounding)
         if worst is not None:

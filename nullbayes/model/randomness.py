@@ -150,13 +150,10 @@ class Replay(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
-        if torch.Tag.nondeterministic_seeded not in func.tags and name not in UNTAGGED:
+        given = drawing(func, args, kwargs)
+        if given is None:
             return func(*args, **kwargs)
-        given = _bound(func, args, kwargs)
-        if not _random(given):
-            return func(*args, **kwargs)
-        rule = RULES.get(name)
+        rule = RULES.get(func.overloadpacket.__name__)
         if rule is None or given.get("out") is not None:
             raise ModelError(
                 f"the model's random operation `{func}` has no frozen form. Draw with torch.randn, rand, randint, "
@@ -189,6 +186,15 @@ class Replay(TorchDispatchMode):
     def normal(self, shape: Sequence[int]) -> Tensor:
         """Standard normal numbers, float64."""
         return torch.special.ndtri(self.uniform(shape))
+
+
+def drawing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """Arguments by name, defaults filled in, of an operation that draws random numbers; None: it draws none."""
+    tagged = torch.Tag.nondeterministic_seeded in func.tags
+    if not tagged and func.overloadpacket.__name__ not in UNTAGGED:
+        return None
+    given = _bound(func, args, kwargs)
+    return given if _random(given) else None
 
 
 def _random(given: dict[str, Any]) -> bool:

@@ -19,13 +19,13 @@ from rich.console import Console
 from experiments import claims, devices, overview, page, runner
 from experiments.methods import METHODS
 from experiments.reports import MixedNetworks
-from experiments.runner import Job, run, say, words
+from experiments.runner import Job, Outcome, run, say, words
 from experiments.store import OUT, RESULTS, Store, collected
 
 # In the order in which they are run.
 EXPERIMENTS = (
     "digits_heldout", "fashion_lenet", "underfitting", "tabular", "toy", "ablations", "fashion_resnet", "swin",
-    "detection", "layers", "candidates", "intervals", "sets", "joint", "language",
+    "detection", "joint", "language", "intervals", "sets", "layers", "candidates",
 )  # fmt: skip
 SETTINGS = ("small", "full")
 #: Settings that some experiments alone have: what one processor does in hours where the full one asks for more.
@@ -98,41 +98,46 @@ def _stop(*_: Any) -> None:
 
 
 def evaluate(options: argparse.Namespace, console: Console) -> int:
-    """Run and report each experiment in turn; the exit status is 1 if anything failed."""
+    """Run all experiments, report each when its last piece is there; the exit status is 1 if anything failed."""
     store = Store(options.out)
-    failures: dict[str, str] = {}
-    skipped: dict[str, str] = {}
     started = time.perf_counter()
-    for name in options.names:
-        module = load(name)
-        seeds = None
-        if options.seeds is not None:
-            seeds = range(options.first_seed, options.first_seed + options.seeds)
-        if options.adopt:
-            count = store.adopt(collected(options.setting, name, options.results))
-            say(console, f"{name}: {count} pieces taken from {options.results / options.setting}")
-        jobs: list[Job] = module.jobs(options.setting, seeds, options.only_method)
-        if not options.report:
-            outcome = run(
-                jobs,
-                store,
-                console=console,
-                fresh=not options.here,
-                resume=not options.no_resume,
-                workers=options.workers,
-                seconds=left(options.seconds, started),
-            )
-            failures |= outcome.failures
-            skipped |= outcome.skipped
+    planned = {name: planned_jobs(name, options, store, console) for name in options.names}
+    missing = {name: {job.key for job in jobs} for name, jobs in planned.items()}
+    outcome, mixed = Outcome(), dict[str, str]()
+
+    def tell(name: str) -> None:
         try:
-            report(module, options, store)
-        except MixedNetworks as mixed:
-            failures[f"the tables of {name}"] = str(mixed)
+            report(load(name), options, store)
+        except MixedNetworks as error:
+            mixed[f"the tables of {name}"] = str(error)
+
+    def ended(job: Job) -> None:
+        name = job.key.experiment
+        missing[name].discard(job.key)
+        if not missing[name]:
+            tell(name)
+
+    if not options.report:
+        # Together, so that no processor waits for the last piece of one experiment.
+        outcome = run(
+            [job for jobs in planned.values() for job in jobs],
+            store,
+            console=console,
+            fresh=not options.here,
+            resume=not options.no_resume,
+            workers=options.workers,
+            seconds=options.seconds,
+            ended=ended,
+        )
+    for name, jobs in planned.items():
+        if options.report or not jobs:
+            tell(name)
     folder = options.results / options.setting
     if options.setting in SETTINGS:  # claims are about experiments that the others lack
         claims.write(options.setting, folder)
         overview.write(options.setting, claims.CLASSIFICATION, folder)
     say(console, f"{words(time.perf_counter() - started)}. Tables and figures: {folder}")
+    skipped, failures = outcome.skipped, outcome.failures | mixed
     for why in dict.fromkeys(skipped.values()):  # one want may stop many methods
         say(console, f"Left out: {', '.join(m for m in skipped if skipped[m] == why)}. {why}")
     for key, why in failures.items():
@@ -140,9 +145,18 @@ def evaluate(options: argparse.Namespace, console: Console) -> int:
     return 1 if failures else 0
 
 
-def left(seconds: float | None, started: float) -> float | None:
-    """Of the run's time, for the next experiment."""
-    return None if seconds is None else max(0.0, seconds - (time.perf_counter() - started))
+def planned_jobs(
+    name: str, options: argparse.Namespace, store: Store, console: Console
+) -> list[Job]:
+    """The pieces of an experiment that were asked for, once what the tables hold is taken over, if that is to be."""
+    seeds = None
+    if options.seeds is not None:
+        seeds = range(options.first_seed, options.first_seed + options.seeds)
+    if options.adopt:
+        count = store.adopt(collected(options.setting, name, options.results))
+        say(console, f"{name}: {count} pieces taken from {options.results / options.setting}")
+    jobs: list[Job] = load(name).jobs(options.setting, seeds, options.only_method)
+    return jobs
 
 
 def report(module: Any, options: argparse.Namespace, store: Store) -> None:

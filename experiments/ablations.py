@@ -46,7 +46,9 @@ def scale_of(task: str, setting: str) -> Scale:
     if task == "swin":
         return replace(swin.FULL, shifted=1)
     base = digits_heldout.SCALES[setting]
-    return replace(base, shifted=1, seeds=1 if setting == "small" else 5)
+    if setting == "small":
+        return replace(base, shifted=1, seeds=1, train=300, measured=300)
+    return replace(base, shifted=1, seeds=5)
 
 
 def jobs(

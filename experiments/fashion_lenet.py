@@ -1,4 +1,4 @@
-"""Fashion-MNIST and LeNet: 61,706 weights, all 60,000 images (full) or 2,000 of them (small)."""
+"""Fashion-MNIST and LeNet: 61,706 weights, all 60,000 images (full) or 1,200 of them (small)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FULL = Scale(
 )
 SMALL = Scale(
     seeds=1,
-    train=2000,
+    train=1200,
     validation=300,
     test=800,
     shifted=100,

@@ -64,6 +64,7 @@ def run(
     resume: bool = True,
     workers: int = 1,
     seconds: float | None = None,
+    ended: Callable[[Job], None] = lambda job: None,
 ) -> Outcome:
     """Do ``jobs`` in order; what ``store`` holds already is taken from there.
 
@@ -74,6 +75,7 @@ def run(
         resume: False: do everything again.
         workers: processes at a time. A job begins when what it needs is made, see :func:`needs`.
         seconds: how long the run may take. What is then at work is ended, and done by the next run.
+        ended: told of every job that is over, whatever came of it, in the caller's thread; other jobs go on meanwhile.
     """
     console = console or Console(stderr=True)
     outcome, clock = Outcome(), Clock(jobs, store)
@@ -109,8 +111,9 @@ def run(
     if not fresh or workers == 1:
         for number, job in enumerate(jobs):
             one(number, job)
+            ended(job)
     else:
-        spread(jobs, one, workers)
+        spread(jobs, one, workers, ended)
         outcome.runs.sort(key=lambda run: (run["seed"], run["method"]))
     if outcome.stopped:
         say(console, f"time is over: {len(outcome.stopped)} pieces are left to the next run")
@@ -132,20 +135,30 @@ def failed(outcome: Outcome, store: Store, job: Job, error: Exception) -> str:
     return f"{str(error).splitlines()[0]} See {trace}"
 
 
-def spread(jobs: Sequence[Job], one: Callable[[int, Job], None], workers: int) -> None:
+def spread(
+    jobs: Sequence[Job],
+    one: Callable[[int, Job], None],
+    workers: int,
+    ended: Callable[[Job], None],
+) -> None:
     """``one`` for every job, ``workers`` at a time, each as early as it can begin; else in order."""
     wanted = needs(jobs)
     waiting, finished = list(range(len(jobs))), set[int]()
+    told: list[Job] = []
     at_work: dict[Future[None], int] = {}
     with ThreadPoolExecutor(workers) as pool:
         try:
-            while waiting or at_work:
+            while waiting or at_work or told:
                 ready = [i for i in waiting if wanted[i] <= finished]
                 for i in ready[: workers - len(at_work)]:
                     waiting.remove(i)
                     at_work[pool.submit(one, i, jobs[i])] = i
+                while told:
+                    ended(told.pop(0))
                 for future in wait(at_work, return_when=FIRST_COMPLETED).done:
-                    finished.add(at_work.pop(future))
+                    number = at_work.pop(future)
+                    finished.add(number)
+                    told.append(jobs[number])
                     future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

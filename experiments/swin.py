@@ -52,16 +52,16 @@ FULL = Scale(
 )
 SMALL = Scale(
     seeds=1,
-    train=1500,
+    train=1200,
     validation=120,
-    test=200,
-    shifted=40,
-    outside=60,
-    measured=100,
+    test=150,
+    shifted=30,
+    outside=40,
+    measured=60,
     recipe=Recipe(15, 32, 2e-3, 0.05),
     samples=10,
     memory="3GB",
-    constrained=100,
+    constrained=60,
     fit_batch=32,
     strengths={"rotation": (30,), "noise": (0.2,), "blur": (2.0,), "contrast": (0.3,)},
     options={"embed_dim": 24, "depths": (1, 1), "num_heads": (2, 4)},
@@ -72,7 +72,7 @@ WORDS = (
     "weights, one network, trained on 10,000 images; posteriors of all weights preserve 256 of them, and training "
     "accuracy is measured on those; those of the last twentieth of the weights (whole layers from the end until a "
     "twentieth is reached: 2.4 million) preserve 1,024, of the last layer all. "
-    "Small: one block in each of two stages, trained on 1,500 images, 100 preserved."
+    "Small: one block in each of two stages, trained on 1,200 images, 60 preserved."
 )
 
 

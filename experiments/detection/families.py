@@ -217,7 +217,7 @@ FAMILIES = {
             "scikit-learn's digits (8 × 8) without two classes; two convolutions and two dense layers, tanh",
             PAIRS,
             digits,
-            {**dict.fromkeys(SETTINGS, Size(500)), "small": Size(300, 300, 100, 200)},
+            {**dict.fromkeys(SETTINGS, Size(500)), "small": Size(300, 200, 80, 150)},
             SEEDS,
             {
                 "small": ("3 and 0", "4 and 0"),
@@ -230,7 +230,7 @@ FAMILIES = {
             {name: role for name, (_, role) in CLOTHES.items()},
             clothes,
             {
-                "small": Size(1000, 200, 60, 100, Recipe(6, 64, 3e-3, 1e-2)),
+                "small": Size(800, 100, 40, 60, Recipe(6, 64, 3e-3, 1e-2)),
                 "processor": Size(5000, 500, 200, 300, Recipe(6, 64, 3e-3, 1e-2)),
                 "full": Size(None, 1000, 300, 500, _LARGE, (32, 64, 128), 1),
             },

@@ -49,6 +49,8 @@ METHODS: dict[str, type[Method]] = {
 
 #: What takes longest; in the small setting digits and tables alone have it.
 LONGEST = (
+    "swag",
+    "laplace_diag",
     "laplace_full",
     "null_outputs",
     "null_loss",

@@ -58,7 +58,9 @@ def test_a_job_waits_for_what_it_needs_and_for_nothing_else() -> None:
             assert third.wait(60)
         log.append(("ends", job.key.method))
 
-    spread(jobs, one, 2)
+    told: list[tuple[str, int]] = []
+    spread(jobs, one, 2, lambda job: told.append((job.key.method, threading.get_ident())))
+    assert sorted(told) == sorted((j.key.method, threading.get_ident()) for j in jobs)
     assert log.index(("begins", "second")) > log.index(("ends", "first"))
     assert log.index(("begins", "third")) < log.index(("ends", "first"))
     assert sorted(log) == sorted((w, j.key.method) for j in jobs for w in ("begins", "ends"))

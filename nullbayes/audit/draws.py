@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ LOOKS = 5
 WAITING, PAUSE = 1.0, 0.002
 
 TORCH, TORCH_CUDA, NUMPY, PYTHON = "torch", "torch on the GPU", "NumPy", "Python's `random`"
+_OF_TORCH = {TORCH, TORCH_CUDA}
 # Operators of which it is declared whether they draw.
 _DECLARED = frozenset({"aten", "prim", "prims", "profiler"})
 
@@ -42,30 +44,35 @@ def without_draws(functional: FunctionalModel, call: Callable[[], Tensor], where
         ModelError: it moved the random state of torch, NumPy, Python, or of a generator that the model holds.
     """
     own = _generators(functional.model)
-    for look in range(LOOKS):
+    for look in count(1):
         watch = _Draws() if len(sys._current_frames()) > 1 else None
         before = _random_state(functional.device, own)
         with watch or nullcontext():
             out = call()
         moved = _moved(before, _random_state(functional.device, own))
         if not moved:
-            return out
-        if watch is None or watch.seen or not moved <= {TORCH, TORCH_CUDA, NUMPY, PYTHON}:
             break
-        if moved <= {TORCH, TORCH_CUDA} and not watch.unknown and look < LOOKS - 1:
+        if watch is None or watch.seen or not moved <= {*_OF_TORCH, NUMPY, PYTHON}:
+            raise _drawn(functional, moved, where)
+        if look < LOOKS and moved <= _OF_TORCH and not watch.unknown:
             continue
         if _moving(functional.device, moved):
-            return out
-        break
+            break
+        doubt = " If another thread draws such numbers now and then, fit again while it does not."
+        raise _drawn(functional, moved, where, doubt)
+    return out
+
+
+def _drawn(functional: FunctionalModel, moved: set[str], where: str, doubt: str = "") -> ModelError:
     mend = "Draw them with torch, one for each example, or pass them as inputs."
     if functional.randomness is None:
         mend = (
             'Call `model.eval()`; what is meant to stay random: `randomness="frozen"` freezes torch\'s numbers for '
             "each example, others can be passed as inputs."
         )
-    raise ModelError(
+    return ModelError(
         f"{where}: the network draws random numbers ({', '.join(sorted(moved))}), however rarely they matter, so its "
-        f"outputs are not a function of weights and inputs. {mend}"
+        f"outputs are not a function of weights and inputs. {mend}{doubt}"
     )
 
 

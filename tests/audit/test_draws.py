@@ -191,7 +191,7 @@ def test_torch_numbers_of_the_network(kind: str, beside: str | None) -> None:
 @pytest.mark.parametrize("kind", ["NumPy", "Python's `random`"])
 def test_other_numbers_of_the_network(kind: str) -> None:
     with another(None):
-        refused(functional(lambda m, x: (GLOBAL[kind](), m.a(x))[1]), kind)
+        refused(functional(lambda m, x: (GLOBAL[kind](), m.a(x))[1]), kind, "another thread")
     with drawing(GLOBAL["torch"]):
         refused(functional(lambda m, x: (GLOBAL[kind](), time.sleep(0.01), m.a(x))[2]), kind)
 

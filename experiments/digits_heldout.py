@@ -20,10 +20,10 @@ FULL = Scale(
 SMALL = Scale(
     seeds=1,
     train=500,
-    validation=300,
-    test=400,
-    shifted=150,
-    outside=200,
+    validation=200,
+    test=300,
+    shifted=75,
+    outside=120,
     measured=500,
     recipe=Recipe(epochs=60, batch_size=64, learning_rate=3e-3),
     strengths={

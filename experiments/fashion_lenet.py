@@ -1,4 +1,4 @@
-"""Fashion-MNIST and LeNet: 61,706 weights, all 60,000 images (full) or 1,200 of them (small)."""
+"""Fashion-MNIST and LeNet: 61,706 weights, all 60,000 images (full) or 800 of them (small)."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ FULL = Scale(
 )
 SMALL = Scale(
     seeds=1,
-    train=1200,
-    validation=300,
-    test=800,
-    shifted=100,
-    outside=200,
-    measured=500,
+    train=800,
+    validation=200,
+    test=400,
+    shifted=60,
+    outside=100,
+    measured=400,
     recipe=Recipe(epochs=15, batch_size=64, learning_rate=2e-3),
     memory="4GB",
     solver_tolerance=0.05,

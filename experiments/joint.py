@@ -37,7 +37,8 @@ IMAGES = ("digits", "clothes", "clothes, residual")
 TASKS = ("breast cancer", "schools", "weather", *IMAGES, "texts")
 #: Tables on which ways to set the prior are compared before the tasks above are looked at.
 TUNING = ("cars", "travel", "wine")
-SMALL = ("wine", "breast cancer", "schools", "digits")  # those of the small setting
+# The small setting: which, and how many of their test inputs at most.
+SMALL, SMALL_TEST = ("wine", "breast cancer", "schools", "digits"), 150
 SEEDS = {"small": 1, "full": 10}
 TRAIN = 300  # images; of tables at most
 SAMPLES, MEMBERS = 50, 5
@@ -95,6 +96,15 @@ class Data:
     shifted: Tensor
     build: Callable[[float], nn.Module]
     corrupted: dict[str, list[Tensor]]
+
+    def measured(self, most: int | None) -> Data:
+        """With the first ``most`` test inputs alone; None: all."""
+        return replace(
+            self,
+            test=self.test[:most],
+            shifted=self.shifted[:most],
+            corrupted={kind: [x[:most] for x in every] for kind, every in self.corrupted.items()},
+        )
 
 
 def make(name: str, seed: int) -> Data:
@@ -164,8 +174,11 @@ def jobs(
 ) -> list[Job]:
     """One piece for each seed and task."""
     config = {"version": VERSION, "train": TRAIN, "samples": SAMPLES}
+    most = SMALL_TEST if setting == "small" else None
+    if most is not None:
+        config["test"] = most
     return [
-        Job(Key(NAME, setting, seed, name), config, measure_job, (name, seed))
+        Job(Key(NAME, setting, seed, name), config, measure_job, (name, seed, most))
         for seed in range(SEEDS[setting])
         for name in (SMALL if setting == "small" else (*TUNING, *TASKS))
     ]
@@ -177,9 +190,9 @@ def trained(data: Data, seed: int) -> nn.Module:
     return network.eval()
 
 
-def measure_job(name: str, seed: int) -> dict[str, Any]:
-    """Figures of every method on one task."""
-    data = make(name, seed)
+def measure_job(name: str, seed: int, most: int | None = None) -> dict[str, Any]:
+    """Figures of every method on one task, on ``most`` of its test inputs; None: all."""
+    data = make(name, seed).measured(most)
     network = trained(data, seed)
     out: dict[str, Any] = {"task": name, "network": identity(network), "methods": {}}
     with warnings.catch_warnings():

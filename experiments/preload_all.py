@@ -1,5 +1,6 @@
 """What pieces of several experiments need, imported once by the server that their processes are forked from."""
 
+import gc
 import importlib
 from contextlib import suppress
 
@@ -17,3 +18,5 @@ for name in PERHAPS:
         importlib.import_module(name)
 with suppress(Unavailable):
     detectors()
+gc.collect()  # as there
+gc.freeze()

@@ -52,11 +52,11 @@ FULL = Scale(
 )
 SMALL = Scale(
     seeds=1,
-    train=1200,
-    validation=120,
-    test=150,
-    shifted=30,
-    outside=40,
+    train=1000,
+    validation=60,
+    test=100,
+    shifted=20,
+    outside=30,
     measured=60,
     recipe=Recipe(15, 32, 2e-3, 0.05),
     samples=10,
@@ -72,7 +72,7 @@ WORDS = (
     "weights, one network, trained on 10,000 images; posteriors of all weights preserve 256 of them, and training "
     "accuracy is measured on those; those of the last twentieth of the weights (whole layers from the end until a "
     "twentieth is reached: 2.4 million) preserve 1,024, of the last layer all. "
-    "Small: one block in each of two stages, trained on 1,200 images, 60 preserved."
+    "Small: one block in each of two stages, trained on 1,000 images, 60 preserved."
 )
 
 

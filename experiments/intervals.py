@@ -41,7 +41,7 @@ CHOSEN_ON = ("diabetes", "wine", "breast-cancer", "iris", "cars, fuel", "weather
 FIRST_SEED = 10
 SEEDS = {"small": 1, "full": 10}
 # Those of the small setting.
-SMALL = ("diabetes", "wine", "weather, warmth", "investment", "voters' age")
+SMALL = ("diabetes", "wine", "weather, warmth", "investment", "food")
 
 
 def _investment() -> Table:

@@ -38,7 +38,7 @@ TASKS = ("breast cancer", "schools", "weather", *IMAGES, "texts")
 #: Tables on which ways to set the prior are compared before the tasks above are looked at.
 TUNING = ("cars", "travel", "wine")
 # The small setting: which, and how many of their test inputs at most.
-SMALL, SMALL_TEST = ("wine", "breast cancer", "schools", "digits"), 150
+SMALL, SMALL_TEST = ("wine", "breast cancer", "schools", "digits"), 120
 SEEDS = {"small": 1, "full": 10}
 TRAIN = 300  # images; of tables at most
 SAMPLES, MEMBERS = 50, 5

@@ -230,7 +230,7 @@ FAMILIES = {
             {name: role for name, (_, role) in CLOTHES.items()},
             clothes,
             {
-                "small": Size(800, 100, 40, 60, Recipe(6, 64, 3e-3, 1e-2)),
+                "small": Size(800, 80, 30, 40, Recipe(6, 64, 3e-3, 1e-2)),
                 "processor": Size(5000, 500, 200, 300, Recipe(6, 64, 3e-3, 1e-2)),
                 "full": Size(None, 1000, 300, 500, _LARGE, (32, 64, 128), 1),
             },

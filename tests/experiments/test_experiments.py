@@ -27,6 +27,7 @@ from experiments import (
     reports,
     tables,
     tabular,
+    underfitting,
 )
 from experiments.methods.swag import Moments, refresh_batchnorm
 from experiments.methods.weights import Linearised, last_weights, sampled
@@ -316,6 +317,18 @@ def test_an_experiment_from_training_to_claims(
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.json")}
     assert command.main(arguments) == 0  # all is there: nothing is measured again
     assert files == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.json")}
+
+
+@pytest.mark.parametrize(
+    ("setting", "found"), [("small", (5, 0)), ("full", (5, 1))], ids=["small", "full"]
+)
+def test_where_a_full_laplace_posterior_takes_too_long(
+    setting: str, found: tuple[int, int]
+) -> None:
+    methods = [job.key.method for job in underfitting.jobs(setting, range(5))]
+    tasks = ("digits_heldout", "fashion_lenet")
+    assert tuple(methods.count(f"{task}, full Laplace") for task in tasks) == found
+    assert all(methods.count(f"{task}, null-space") == 5 for task in tasks)
 
 
 def test_regression_tunes_the_noise_of_every_method(

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -102,7 +103,8 @@ def evaluate(options: argparse.Namespace, console: Console) -> int:
     store = Store(options.out)
     started = time.perf_counter()
     planned = {name: planned_jobs(name, options, store, console) for name in options.names}
-    missing = {name: {job.key for job in jobs} for name, jobs in planned.items()}
+    pieces = [job for jobs in planned.values() for job in jobs]
+    missing = Counter(job.key.experiment for job in pieces)
     outcome, mixed = Outcome(), dict[str, str]()
 
     def tell(name: str) -> None:
@@ -112,15 +114,14 @@ def evaluate(options: argparse.Namespace, console: Console) -> int:
             mixed[f"the tables of {name}"] = str(error)
 
     def ended(job: Job) -> None:
-        name = job.key.experiment
-        missing[name].discard(job.key)
-        if not missing[name]:
-            tell(name)
+        missing[job.key.experiment] -= 1
+        if not missing[job.key.experiment]:
+            tell(job.key.experiment)
 
     if not options.report:
         # Together, so that no processor waits for the last piece of one experiment.
         outcome = run(
-            [job for jobs in planned.values() for job in jobs],
+            pieces,
             store,
             console=console,
             fresh=not options.here,

@@ -97,7 +97,7 @@ class Data:
     build: Callable[[float], nn.Module]
     corrupted: dict[str, list[Tensor]]
 
-    def measured(self, most: int | None) -> Data:
+    def first(self, most: int | None) -> Data:
         """With the first ``most`` test inputs alone; None: all."""
         return replace(
             self,
@@ -192,7 +192,7 @@ def trained(data: Data, seed: int) -> nn.Module:
 
 def measure_job(name: str, seed: int, most: int | None = None) -> dict[str, Any]:
     """Figures of every method on one task, on ``most`` of its test inputs; None: all."""
-    data = make(name, seed).measured(most)
+    data = make(name, seed).first(most)
     network = trained(data, seed)
     out: dict[str, Any] = {"task": name, "network": identity(network), "methods": {}}
     with warnings.catch_warnings():

@@ -153,8 +153,9 @@ def spread(
                 for i in ready[: workers - len(at_work)]:
                     waiting.remove(i)
                     at_work[pool.submit(one, i, jobs[i])] = i
-                while told:
-                    ended(told.pop(0))
+                for job in told:
+                    ended(job)
+                told.clear()
                 for future in wait(at_work, return_when=FIRST_COMPLETED).done:
                     number = at_work.pop(future)
                     finished.add(number)

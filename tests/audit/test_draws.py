@@ -126,7 +126,7 @@ def test_a_thread_that_draws_all_the_time(kind: str, monkeypatch: pytest.MonkeyP
         looked(functional(forward))
 
 
-def test_a_loader_of_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loader_of_another_thread() -> None:
     loader = torch.utils.data.DataLoader(torch.arange(4), shuffle=True)
     with another(lambda: list(loader)) as ask:
         calls: list[int] = []
